@@ -1,0 +1,366 @@
+"""Validated configuration. Imports neither torch nor vllm, so that a typo is found in well under a second.
+
+A configuration is one or more YAML files merged left to right, then `dotted.key=value` overrides. Unknown keys
+are refused with the nearest known one. Paths are relative to the current directory.
+
+Configuration objects stop at the constructors of the stages; what is below takes plain arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from iterdpo.errors import ConfigError
+
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    path: str
+    """The initial policy: a Hugging Face checkpoint directory, or a hub id."""
+    revision: str | None = None
+    """A hub id's branch, tag or commit. Pin it for runs that must be repeatable."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the checkpoint. Only for checkpoints whose code you have read."""
+
+
+class PromptsConfig(Section):
+    path: str
+    """A JSON, JSONL, CSV or Parquet file, a directory of them, or a hub data set id."""
+    split: str = "train"
+    """The split to read, where the data set has several."""
+    column: str = "prompt"
+    """The column with the prompt: text, or a list of chat messages. The other columns go to the judges."""
+    id_column: str | None = None
+    """A column with unique ids. Without it, an id is the hash of the prompt, and repeated prompts are dropped."""
+    per_round: int = Field(128, ge=1)
+    """Prompts a round samples. Rounds never share a prompt, unless `reuse` allows it."""
+    heldout: int = Field(128, ge=1)
+    """Prompts kept aside for evaluation: the same for the whole run, never sampled for training."""
+    heldout_path: str | None = None
+    """A file of held-out prompts of its own, in the format of `path`; prompts it shares with `path` are not trained on."""
+    reuse: bool = False
+    """When the prompts are used up, start over with another order rather than refuse."""
+
+
+class EngineConfig(Section):
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of sampling. The policy's weights are kept in their own precision on disk."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Longest prompt and completion together, in tokens. Default: what the prompts and `max_tokens` need."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Completions sampled at once."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """Memory for the key-value cache on a CPU, in GiB. On a GPU `gpu_memory_utilization` decides."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    """Share of the GPU's memory for the engine while it samples; it is given back while the trainer works."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs that one engine is spread over."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of `vllm.LLM`, as they are."""
+
+
+class SamplingConfig(Section):
+    n: int = Field(4, ge=2)
+    """K, completions a prompt. At least two: a pair needs a chosen and a rejected one."""
+    temperature: float = Field(1.0, gt=0)
+    """1 samples from the policy itself; lower sharpens it, and the pairs become less diverse."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling; 1 is off."""
+    top_k: int = Field(0, ge=0)
+    """Sample among the k likeliest tokens; 0 is off."""
+    max_tokens: int = Field(256, ge=1)
+    """Longest completion, in tokens. Longer ones are truncated and marked so."""
+    shard_size: int = Field(64, ge=1)
+    """Prompts sampled, and made durable, together. A crash repeats at most one shard."""
+    engine: EngineConfig = EngineConfig()
+    """The vLLM engine."""
+
+
+class JudgeConfig(Section):
+    use: str
+    """`reward_model`, or a judge of your own as `path/to/file.py:name` or `package.module:name`."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the judge's class or factory; for `reward_model`: `model`, `batch_size`, `max_length`."""
+
+
+class PairingConfig(Section):
+    strategy: Literal["best_worst", "best_random", "all_pairs"] = "best_worst"
+    """Best completion against worst, best against a random worse one, or every two with different scores."""
+    min_margin: float = Field(0.0, ge=0)
+    """Smallest difference of scores that makes a pair; smaller differences count as ties. Equal scores always tie."""
+    max_pairs_per_prompt: int | None = Field(None, ge=1)
+    """Keep at most so many pairs a prompt, those with the largest margins (`all_pairs`)."""
+    drop_truncated: bool = False
+    """Leave out completions that hit `max_tokens`. Leave it off where completions are cut on purpose."""
+
+
+class DPOConfig(Section):
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull towards the reference (Eq. 7 of arXiv:2305.18290). Smaller lets the policy move further."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Assumed probability that a label is flipped (conservative DPO)."""
+    reference: Literal["previous", "initial"] = "previous"
+    """`previous`: the policy that the round started from. `initial`: the run's initial policy, in every round."""
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate of AdamW. Around 5e-7 to 5e-6 for billions of parameters, 1e-5 to 1e-4 for 100 million."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
+    """Decay after the warm-up, over the round's steps."""
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    """Share of the round's steps in which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay; biases and norms are exempt."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the round's pairs. More than one overfits fresh pairs quickly."""
+    pairs_per_step: int = Field(8, ge=1)
+    """Pairs in one optimizer step, over all processes and micro-batches: the batch size of the mathematics."""
+    pairs_per_micro_batch: int = Field(8, ge=1)
+    """Pairs in one forward pass on one process: memory only, never the result. Smaller needs less memory."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: autocast over float32 master weights. fp32: everything in float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Optimizer steps between checkpoints inside a round. A crash repeats at most so many."""
+    processes: int = Field(1, ge=1)
+    """Training processes (GPUs) on this machine."""
+    accelerate_config: str | None = None
+    """An `accelerate` configuration file, for FSDP, DeepSpeed or several machines; see configs/accelerate."""
+
+
+class EvaluationConfig(Section):
+    judge: JudgeConfig | None = None
+    """The held-out judge, which never trains. Without it the training judge evaluates alone, and the report says so."""
+    n: int = Field(1, ge=1)
+    """Completions for each held-out prompt. More narrow the intervals."""
+    temperature: float | None = Field(None, ge=0)
+    """Default: that of `sampling`. 0 is greedy, and then the KL estimate means little."""
+    confidence: float = Field(0.95, gt=0, lt=1)
+    """Coverage of the intervals."""
+    bootstrap_samples: int = Field(10_000, ge=100)
+    """Resamples of the held-out prompts behind an interval."""
+
+
+class GateConfig(Section):
+    metric: str = "win_rate/vs_previous"
+    """A metric of the held-out evaluation; see docs/metrics.md for the names."""
+    minimum: float = 0.5
+    """The candidate is promoted where the metric is at least this."""
+    max_kl: float | None = Field(None, gt=0)
+    """Refuse a candidate whose `kl/to_initial` (nats a completion) is above this."""
+    otherwise: Literal["keep", "stop"] = "keep"
+    """`keep`: the next round starts again from the last promoted policy, on fresh prompts. `stop`: the run ends."""
+
+
+class Config(Section):
+    """A run of iterative DPO."""
+
+    run_dir: str
+    """Where everything goes. Give the same directory again to resume, or to add rounds."""
+    rounds: int = Field(3, ge=1)
+    """Rounds in all. Raise it on a finished run and it continues."""
+    seed: int = 0
+    """Every random choice of the run derives from it."""
+    model: ModelConfig
+    prompts: PromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    judge: JudgeConfig
+    pairing: PairingConfig = PairingConfig()
+    dpo: DPOConfig = DPOConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    gate: GateConfig = GateConfig()
+
+    @model_validator(mode="after")
+    def _the_heldout_judge_is_another(self) -> Config:
+        if self.evaluation.judge == self.judge:
+            raise ValueError("evaluation.judge is the training judge; a held-out judge must never have trained")
+        return self
+
+
+class DataConfig(Section):
+    path: str
+    """A JSON, JSONL, CSV or Parquet file (plain or .gz), a directory of them, or a hub data set id."""
+    split: str = "train"
+    """The split to read, where the data set has several."""
+    format: Literal["auto", "pairs", "hh"] = "auto"
+    """`pairs`: TRL's columns prompt (optional), chosen, rejected. `hh`: HH-RLHF transcripts in chosen and rejected."""
+    limit: int | None = Field(None, ge=1)
+    """Read at most so many rows, from the start."""
+    heldout: int = Field(0, ge=0)
+    """Pairs kept out of training; accuracy and margin on them are reported before and after."""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    """Longer prompts lose their beginning."""
+    max_completion_tokens: int = Field(1024, ge=1)
+    """Longer completions lose their end."""
+
+
+class OfflineConfig(Section):
+    """One offline DPO round on preference pairs that exist already."""
+
+    run_dir: str
+    """Where everything goes. Give the same directory again to resume."""
+    seed: int = 0
+    """Every random choice of the run derives from it."""
+    model: ModelConfig
+    data: DataConfig
+    dpo: DPOConfig = DPOConfig()
+
+    @field_validator("dpo")
+    @classmethod
+    def _one_round_has_one_reference(cls, dpo: DPOConfig) -> DPOConfig:
+        return dpo.model_copy(update={"reference": "previous"})
+
+
+
+AnyConfig = TypeVar("AnyConfig", Config, OfflineConfig)
+
+
+def load_config(*paths: str | Path, overrides: list[str] | None = None) -> Config:
+    """The run configuration in YAML files, merged left to right, then `dotted.key=value` overrides.
+
+    Raises:
+        ConfigError: a file that is missing or not YAML, an unknown key, or a value out of range.
+    """
+    return _load(Config, paths, overrides or [])
+
+
+def load_offline_config(*paths: str | Path, overrides: list[str] | None = None) -> OfflineConfig:
+    """Like `load_config`, for one offline round (`iterdpo train`)."""
+    return _load(OfflineConfig, paths, overrides or [])
+
+
+def parse_config(schema: type[AnyConfig], values: dict[str, Any], *, source: str = "the configuration") -> AnyConfig:
+    """`values` as a checked configuration, its paths made absolute.
+
+    Raises:
+        ConfigError: naming `source`, the key and the remedy.
+    """
+    try:
+        return _absolute(schema.model_validate(values))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(schema, e) for e in error.errors())) from None
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`: mappings merge key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            value = merge(merged[key], value)
+        merged[key] = value
+    return merged
+
+
+def _load(schema: type[AnyConfig], paths: tuple[str | Path, ...], overrides: list[str]) -> AnyConfig:
+    values: dict[str, Any] = {}
+    for path in paths:
+        values = merge(values, _read_yaml(Path(path)))
+    for override in overrides:
+        values = merge(values, _parse_override(override))
+    other = OfflineConfig if schema is Config else Config
+    wants = {"data"} if schema is Config else {"prompts", "judge"}
+    if wants & values.keys() - schema.model_fields.keys():
+        command = "iterdpo train" if other is OfflineConfig else "iterdpo run"
+        raise ConfigError(f"{_names(paths)}: has {sorted(wants & values.keys())[0]!r}: this is a configuration of `{command}`")
+    return parse_config(schema, values, source=_names(paths))
+
+
+def _names(paths: tuple[str | Path, ...]) -> str:
+    return " + ".join(str(p) for p in paths) or "the overrides"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {str(error).replace(chr(10), ' ')}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: the top of a configuration is a mapping of keys, not a {type(values).__name__}")
+    return values
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, sign, text = override.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError(f"{override!r}: an override reads key=value, with dots between the levels: dpo.beta=0.2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return value
+
+
+def _explain(schema: type[BaseModel], error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    match error["type"]:
+        case "extra_forbidden":
+            known = _known_keys(schema, error["loc"][:-1])
+            near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+            return f"unknown key {where!r}; {hint}"
+        case "missing":
+            return f"missing key {where!r}"
+        case "value_error":
+            return str(error["ctx"]["error"]) if not where else f"{where}: {error['ctx']['error']}"
+        case _:
+            return f"{where} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _known_keys(schema: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    for part in loc:
+        annotation = schema.model_fields[part].annotation if part in schema.model_fields else None
+        sections = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if sections:
+            schema = sections[0]
+    return list(schema.model_fields)
+
+
+def _absolute(config: AnyConfig) -> AnyConfig:
+    """Paths made absolute, so that a run resumes from any directory. A path that does not exist may be a hub id."""
+
+    def local(path: str) -> str:
+        return str(Path(path).expanduser().absolute()) if Path(path).expanduser().exists() else path
+
+    def judge(section: JudgeConfig) -> JudgeConfig:
+        file, sign, name = section.use.rpartition(":")
+        use = f"{local(file)}{sign}{name}" if file.endswith(".py") else section.use
+        args = {k: local(v) if isinstance(v, str) and "/" in v else v for k, v in section.args.items()}
+        return section.model_copy(update={"use": use, "args": args})
+
+    update: dict[str, Any] = {
+        "run_dir": str(Path(config.run_dir).expanduser().absolute()),
+        "model": config.model.model_copy(update={"path": local(config.model.path)}),
+    }
+    if config.dpo.accelerate_config is not None:
+        update["dpo"] = config.dpo.model_copy(update={"accelerate_config": local(config.dpo.accelerate_config)})
+    if isinstance(config, Config):
+        heldout = config.prompts.heldout_path
+        update["prompts"] = config.prompts.model_copy(
+            update={"path": local(config.prompts.path), "heldout_path": local(heldout) if heldout else None}
+        )
+        update["judge"] = judge(config.judge)
+        if config.evaluation.judge is not None:
+            update["evaluation"] = config.evaluation.model_copy(update={"judge": judge(config.evaluation.judge)})
+    else:
+        update["data"] = config.data.model_copy(update={"path": local(config.data.path)})
+    return config.model_copy(update=update)

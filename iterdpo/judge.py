@@ -1,0 +1,100 @@
+"""The one protocol that every judge satisfies, and the checks on what it returns.
+
+A judge reads whole groups (the prompt as messages or text, the row's other columns, each completion with its
+tokens and finish reason) and answers with a `Judgment` a group: a score for each completion, higher is better,
+or an abstention with its reason. "Could not judge" is neither 0 nor a tie.
+
+Most people write less than this: a function that scores one completion or compares two, or a TRL reward
+function; `judges.load_judge` turns any of them into a `Judge`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+from iterdpo.errors import JudgeError
+from iterdpo.types import CompletionGroup, Judgment
+
+
+@runtime_checkable
+class Judge(Protocol):
+    name: str
+    """Shown in reports: `"reward_model:my-rm"`."""
+
+    version: str
+    """Part of the key of this judge's results: change it and everything is judged again."""
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        """One `Judgment` for each group, in their order. Raising stops the stage; to skip, abstain."""
+        ...
+
+
+def checked_judgments(judge: Judge, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+    """`judge.judge(groups)`, held to the contract.
+
+    Raises:
+        JudgeError: a judgment too few or too many, for another prompt, with another number of scores than
+            completions, or with a missing score that has no reason. Nothing is guessed in their place.
+    """
+    judgments = judge.judge(groups)
+    if judgments is None or len(judgments) != len(groups):
+        got = "nothing" if judgments is None else f"{len(judgments)} judgments"
+        raise JudgeError(f"judge {judge.name!r} returned {got} for {len(groups)} groups; it must return one for each")
+    for group, judgment in zip(groups, judgments, strict=True):
+        count = len(group.completions)
+        if judgment.prompt_id != group.prompt.id:
+            raise JudgeError(
+                f"judge {judge.name!r} answered for prompt {judgment.prompt_id!r} where {group.prompt.id!r} was "
+                "asked; judgments must keep the order of the groups"
+            )
+        if len(judgment.scores) != count or len(judgment.abstentions) != count:
+            raise JudgeError(
+                f"judge {judge.name!r} returned {len(judgment.scores)} scores and {len(judgment.abstentions)} "
+                f"abstentions for {count} completions of prompt {group.prompt.id!r}; each needs one of either"
+            )
+        for score, reason in zip(judgment.scores, judgment.abstentions, strict=True):
+            if score is None and not reason:
+                raise JudgeError(
+                    f"judge {judge.name!r} gave neither score nor reason for a completion of {group.prompt.id!r}; "
+                    "an abstention needs its reason"
+                )
+            if score is not None and not math.isfinite(score):
+                raise JudgeError(f"judge {judge.name!r} scored {score} for prompt {group.prompt.id!r}; scores are finite")
+    return judgments
+
+
+def judgment_from_scores(group: CompletionGroup, scores: Iterable[object]) -> Judgment:
+    """A judgment from raw scores as user code returns them; None, NaN, infinities and non-numbers abstain.
+
+    Raises:
+        JudgeError: another number of scores than completions.
+    """
+    raw = list(scores)
+    if len(raw) != len(group.completions):
+        raise JudgeError(
+            f"{len(raw)} scores for {len(group.completions)} completions of prompt {group.prompt.id!r}; "
+            "return one for each (None abstains)"
+        )
+    values: list[float | None] = []
+    reasons: list[str | None] = []
+    for item in raw:
+        score, reason = _as_score(item)
+        values.append(score)
+        reasons.append(reason)
+    return Judgment(group.prompt.id, values, reasons)
+
+
+def _as_score(item: object) -> tuple[float | None, str | None]:
+    if item is None:
+        return None, "the judge returned None"
+    try:
+        if isinstance(item, str):
+            raise TypeError  # "7" may be a score, a rank or a label; reading it as a number would be a guess
+        score = float(item)  # type: ignore[arg-type]  # numpy and torch scalars have __float__
+    except (TypeError, ValueError):
+        return None, f"the judge returned {type(item).__name__} {str(item)[:80]!r}, not a number"
+    if not math.isfinite(score):
+        return None, f"the judge returned {score}"
+    return score, None

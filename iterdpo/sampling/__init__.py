@@ -1,0 +1,6 @@
+"""Sampling from the policy: the protocol, and the vLLM engine behind it."""
+
+from iterdpo.sampling.base import Sampler, SamplingParameters
+from iterdpo.sampling.client import VLLMSampler
+
+__all__ = ["Sampler", "SamplingParameters", "VLLMSampler"]

@@ -1,0 +1,123 @@
+"""Child processes that die with their parent, whatever happens to it.
+
+`start(command)` runs `command` under a small guard process of its own session:
+
+    parent --(pipe)--> guard --> command --> whatever it starts
+
+Only the parent holds the pipe's writing end. When the parent ends, by SIGKILL too, the guard reads end-of-file and
+kills its process group: command, grandchildren and itself. The guard also holds an flock for each GPU that the
+command may use, so that a GPU stays reserved exactly as long as something runs on it.
+
+Run as `python -m iterdpo.supervise FD [LOCKFILE ...] -- COMMAND ...`; imports only the standard library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+PR_SET_PDEATHSIG = 1
+
+
+class Child:
+    """A supervised process. `stdin` and `stdout` are its pipes where they were asked for."""
+
+    def __init__(self, process: subprocess.Popen[bytes], lifeline: int, log: Path) -> None:
+        self.process = process
+        self.log = log
+        self._lifeline: int | None = lifeline
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status; negative is the signal that ended it."""
+        return self.process.wait(timeout)
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def kill(self) -> None:
+        """End it and everything it started, and wait until it is gone. Safe to call twice."""
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None
+        self.process.wait()
+
+    def log_tail(self, lines: int = 15) -> str:
+        """The end of its log, for an error message."""
+        try:
+            text = self.log.read_text(errors="replace")
+        except OSError:
+            return ""
+        return "\n".join(line for line in text.splitlines()[-lines:])
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.kill()
+
+
+def start(
+    command: Sequence[str],
+    *,
+    log: Path,
+    env: dict[str, str] | None = None,
+    pipes: bool = False,
+    gpus: Sequence[int] = (),
+) -> Child:
+    """Start `command` under guard. Its stderr (and its stdout, unless `pipes`) is appended to `log`.
+
+    `pipes`: its stdin and stdout are pipes to the caller. `gpus`: device numbers to reserve; the guard waits until
+    each is free of other iterdpo processes on this machine.
+    """
+    read_end, write_end = os.pipe()
+    locks = [str(Path(tempfile.gettempdir()) / f"iterdpo-gpu-{number}.lock") for number in gpus]
+    guard = [sys.executable, "-S", "-E", "-P", str(Path(__file__)), str(read_end), *locks, "--", *command]
+    with open(log, "ab") as handle:
+        process = subprocess.Popen(
+            guard,
+            stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if pipes else handle,
+            stderr=handle,
+            env=env,
+            pass_fds=(read_end,),
+            start_new_session=True,
+        )
+    os.close(read_end)
+    return Child(process, write_end, log)
+
+
+def _guard(arguments: list[str]) -> int:
+    split = arguments.index("--")
+    lifeline, locks, command = int(arguments[0]), arguments[1:split], arguments[split + 1 :]
+    os.set_inheritable(lifeline, False)
+
+    def watch() -> None:
+        os.read(lifeline, 1)  # nobody writes: this returns when the parent is gone or lets go
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    held: list[IO[Any]] = []
+    for lock in locks:
+        held.append(open(lock, "a"))  # noqa: SIM115  # kept open for as long as the guard lives
+        fcntl.flock(held[-1], fcntl.LOCK_EX)
+    prctl = ctypes.CDLL(None).prctl
+    child = subprocess.Popen(command, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+    # The command owns the pipes now. Held here too, its reader would not see the end of file when it dies.
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    sys.exit(_guard(sys.argv[1:]))

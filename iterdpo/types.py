@@ -1,0 +1,140 @@
+"""The records that cross a stage boundary.
+
+Legend for shapes, everywhere the same: B pairs, K completions a prompt, T tokens, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Message = dict[str, str]
+"""One chat turn: `{"role": "user", "content": "Who wrote Faust?"}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the policy is asked: chat messages or plain text, and the row's other columns, which judges read.
+
+    `Prompt(id="p-1f0c…", content=[{"role": "user", "content": "2+2?"}], columns={"gold": "4"})`
+    """
+
+    id: str
+    content: str | list[Message]
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def conversational(self) -> bool:
+        return not isinstance(self.content, str)
+
+    @property
+    def text(self) -> str:
+        """The prompt as a person reads it: the plain text, or `role: content` blocks."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n\n".join(f"{m['role']}: {m['content']}" for m in self.content)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled continuation, as the engine returned it.
+
+    `Completion(text=" a joy.", token_ids=[253, 8212, 30, 2], logprobs=[-1.2, -4.0, -0.3, -0.9], finish_reason="stop")`
+
+    `logprobs` are the sampling policy's, one for each token id, before temperature and truncation of the
+    distribution. A completion that ended by itself carries its end token; a truncated one has none.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionGroup:
+    """One prompt and its K completions: `CompletionGroup(prompt, prompt_ids=[40, 8, 1], completions=[y_1, …, y_K])`."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    completions: list[Completion]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(row: dict[str, Any]) -> CompletionGroup:
+        return CompletionGroup(
+            Prompt(**row["prompt"]), row["prompt_ids"], [Completion(**c) for c in row["completions"]]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One verdict of a comparing judge on completions `first` and `second`, shown in that order.
+
+    `Comparison(first=0, second=2, winner="second")`; `winner` is None where the judge abstained, for `reason`.
+    """
+
+    first: int
+    second: int
+    winner: Literal["first", "second", "tie"] | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judgment:
+    """What a judge said of one group: a score for each completion, higher is better, or an abstention.
+
+    `Judgment(prompt_id="p-1f0c…", scores=[0.9, None], abstentions=[None, "timed out after 30 s"])`
+
+    Where `scores[k]` is None, `abstentions[k]` says why. Scores are finite.
+    """
+
+    prompt_id: str
+    scores: list[float | None]  # [K]
+    abstentions: list[str | None]  # [K]
+    comparisons: list[Comparison] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(row: dict[str, Any]) -> Judgment:
+        return Judgment(**{**row, "comparisons": [Comparison(**c) for c in row["comparisons"]]})
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """One training example: `chosen` is preferred to `rejected` as a completion of the prompt.
+
+    `PreferencePair(prompt, prompt_ids=[40, 8], chosen=y_3, rejected=y_1, chosen_score=0.97, rejected_score=0.12)`
+
+    Offline data has no scores, and its `logprobs` are empty: no sampler reported any.
+    """
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    chosen: Completion
+    rejected: Completion
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """How a round ended: `RoundRecord(round=2, decision="promote", reason="win_rate/vs_previous 0.61 >= 0.5", …)`.
+
+    `policy` is the directory (relative to the run's) that the next round starts from; `policy_digest` its content.
+    """
+
+    round: int
+    decision: Literal["promote", "keep", "stop"]
+    reason: str
+    policy: str
+    policy_digest: str
+    metrics: dict[str, Any]
