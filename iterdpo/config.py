@@ -130,6 +130,8 @@ class DPOConfig(Section):
     """Pairs in one forward pass on one process: memory only, never the result. Smaller needs less memory."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast over float32 master weights. fp32: everything in float32."""
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the policy on disk. bfloat16 halves it, and rounds away small updates before the next round."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint_every: int = Field(50, ge=1)

@@ -1,5 +1,8 @@
 """The errors a user can mend. Each message says what is wrong, where (file, line or key), and what to change."""
 
+import json
+from typing import Any
+
 
 class UserError(ValueError):
     """Wrong input. The command line prints the message alone, without a traceback, and exits with status 2."""
@@ -18,7 +21,20 @@ class JudgeError(UserError):
 
 
 class StaleStepError(UserError):
-    """A finished step was made with other settings or inputs than those asked for now."""
+    """A finished step was made with other settings or inputs than those asked for now.
+
+    `differing` are (dotted key, value then, value now).
+    """
+
+    def __init__(self, step: str, differing: list[tuple[str, Any, Any]]) -> None:
+        key, then, now = differing[0]
+        more = ", ".join(name for name, _, _ in differing[1:4])
+        super().__init__(
+            f"{step} was made with {key} = {json.dumps(then)}, and {key} = {json.dumps(now)} is asked for now"
+            + (f" (also different: {more})" if more else "")
+            + "; what is on disk would be wrong. Set it back, choose another run_dir, or pass --redo to do again what "
+            "changed and what follows from it (the old is kept in attic/)"
+        )
 
 
 class RunLockedError(UserError):

@@ -11,7 +11,8 @@ function; `judges.load_judge` turns any of them into a `Judge`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from iterdpo.errors import JudgeError
@@ -98,3 +99,16 @@ def _as_score(item: object) -> tuple[float | None, str | None]:
     if not math.isfinite(score):
         return None, f"the judge returned {score}"
     return score, None
+
+
+@dataclass(frozen=True)
+class NamedJudge:
+    """A judge that is loaded when it is first needed; name and version are known before.
+
+    `NamedJudge("heldout_judge", use="judges.sentiment:VaderSentiment", version="9c2e…", load=…)`
+    """
+
+    role: str
+    use: str
+    version: str
+    load: Callable[[], Judge]

@@ -1,10 +1,10 @@
 """A finished, running or failed run, read back from its directory alone.
 
-    run = read_run("runs/imdb")
-    run.metrics["win_rate/vs_initial"]      # by round; round 0 is the initial policy
-    run.completions(2).nlargest(5, "score")
-    run.pairs(2)                            # datasets.Dataset
-    AutoModelForCausalLM.from_pretrained(run.policy())
+run = read_run("runs/imdb")
+run.metrics["win_rate/vs_initial"]      # by round; round 0 is the initial policy
+run.completions(2).nlargest(5, "score")
+run.pairs(2)                            # datasets.Dataset
+AutoModelForCausalLM.from_pretrained(run.policy())
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Run:
         `score` is null where the judge abstained, for the reason in `abstention`; both are where it has not judged yet.
         """
         groups = self._step(round, "completions")
-        judged = {"": self.dir.round_dir(round) / "judgments"}
-        return _table(groups, judged).rename(columns={"_abstention": "abstention", "": "score"})
+        judges = {"score": self.dir.round_dir(round) / "judgments"}
+        return _table(groups, judges).rename(columns={"score_abstention": "abstention"})
 
     def evaluation(self, round: int) -> pd.DataFrame:
         """A row for each completion of a held-out prompt, by the policy that `round` trained.
@@ -95,10 +95,10 @@ class Run:
 
     def pairs(self, round: int) -> Dataset:
         """The preference pairs that `round` trained on."""
-        import pyarrow.parquet
+        import pyarrow.parquet as pq
         from datasets import Dataset
 
-        return Dataset(pyarrow.parquet.read_table(self._step(round, "pairs/train.parquet")))  # copies nothing to a cache
+        return Dataset(pq.read_table(self._step(round, "pairs/train.parquet")))  # no copy in the user's cache
 
     def policy(self, round: int | None = None) -> Path:
         """The checkpoint that `round` trained; 0 is the initial policy, None the one promoted last.
@@ -111,7 +111,7 @@ class Run:
                 raise UserError(f"{self.root}: no policy yet, since no round has ended; {self._what_there_is()}")
             return self.root / link.readlink()
         if round == 0:
-            return self.root / self.config["model"]["path"]
+            return Path(self.config["model"]["path"])
         return self._step(round, "policy")
 
     def _step(self, round: int, name: str) -> Path:
@@ -125,7 +125,10 @@ class Run:
             r: [p.name for p in sorted(self.dir.round_dir(r).iterdir()) if p.is_dir() and p.suffix != ".partial"]
             for r in self.dir.rounds()
         }
-        return "; ".join(f"round {r} has {', '.join(s) or 'nothing finished'}" for r, s in found.items()) or "no round is there"
+        return (
+            "; ".join(f"round {r} has {', '.join(s) or 'nothing finished'}" for r, s in found.items())
+            or "no round is there"
+        )
 
 
 def _table(groups: Path, judges: dict[str, Path]) -> pd.DataFrame:
@@ -152,7 +155,7 @@ def _table(groups: Path, judges: dict[str, Path]) -> pd.DataFrame:
             rows.append(row)
     names = ["prompt_id", "prompt", "k", "text", "tokens", "finish_reason"]
     names += [column for name in judges for column in (name, f"{name}_abstention")]
-    return pd.DataFrame(rows, columns=names).astype({name: float for name in judges})
+    return pd.DataFrame(rows, columns=names).astype(dict.fromkeys(judges, float))
 
 
 def _shards(step: Path) -> Iterator[dict[str, Any]]:

@@ -62,8 +62,10 @@ class Manifest:
 class Step:
     """One unit of work of a round, done once. See the module's docstring."""
 
-    def __init__(self, path: Path, inputs: dict[str, Any]) -> None:
+    def __init__(self, path: Path, inputs: dict[str, Any], *, attic: Path | None = None) -> None:
+        """`attic`: where a step made with other inputs is moved, to be done again; None refuses instead."""
         self.path = path
+        self.attic = attic
         self.partial = path.with_name(path.name + ".partial")
         self.inputs = json.loads(canonical(inputs))  # as it reads back from a manifest
         self.started = time.perf_counter()
@@ -79,9 +81,9 @@ class Step:
             StaleStepError: it is done, with other inputs.
         """
         manifest = read_manifest(self.path)
-        if manifest is not None:
-            self._refuse_other_inputs(manifest.inputs)
-        return manifest
+        if manifest is None or not self._outdated(self.path, manifest.inputs):
+            return manifest
+        return None
 
     def begin(self) -> Path:
         """The directory to work in: new, or what an interrupted start with the same inputs left there.
@@ -90,9 +92,7 @@ class Step:
             StaleStepError: an interrupted start with other inputs left work there.
         """
         note = self.partial / "STEP.json"
-        if note.exists():
-            self._refuse_other_inputs(read_json(note))
-        else:
+        if not note.exists() or self._outdated(self.partial, read_json(note)):
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
             write_json(note, self.inputs)
@@ -126,30 +126,38 @@ class Step:
         fsync_directory(self.path.parent)
         return manifest
 
-    def _refuse_other_inputs(self, made_with: dict[str, Any]) -> None:
-        differing = differing_keys(made_with, self.inputs)
+    def differences(self) -> list[tuple[str, Any, Any]]:
+        """Inputs that differ from those of what is on disk, finished or not: (dotted key, then, now)."""
+        manifest, note = read_manifest(self.path), self.partial / "STEP.json"
+        then = manifest.inputs if manifest else read_json(note) if note.exists() else self.inputs
+        return differing_keys(then, self.inputs)
+
+    def _outdated(self, directory: Path, inputs: dict[str, Any]) -> bool:
+        """Whether `directory` was made with other inputs, and has therefore been moved to the attic."""
+        differing = differing_keys(inputs, self.inputs)
         if not differing:
-            return
-        key, was, now = differing[0]
-        more = f" (and {len(differing) - 1} more: {', '.join(k for k, _, _ in differing[1:4])})" if differing[1:] else ""
-        raise StaleStepError(
-            f"{self.name} was made with {key} = {json.dumps(was)}, and {key} = {json.dumps(now)} is asked for now{more}; "
-            "it would be wrong. Set it back, choose another run_dir, or pass --redo to do this step and those after it "
-            "again (what is there is kept in attic/)"
-        )
+            return False
+        if self.attic is None:
+            raise StaleStepError(self.name, differing)
+        target = self.attic / self.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(directory, target)
+        return True
 
 
 class RunDir:
-    """Paths and records of one run."""
+    """Paths and records of one run. `redo`: steps made with other inputs are done again instead of refused."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, redo: bool = False) -> None:
         self.root = Path(root)
+        self.redo = redo
 
     def round_dir(self, round: int) -> Path:
         return self.root / f"round-{round:03d}"
 
     def step(self, round: int, name: str, inputs: dict[str, Any]) -> Step:
-        return Step(self.round_dir(round) / name, inputs)
+        attic = self.root / "attic" / time.strftime("%Y%m%d-%H%M%S") if self.redo else None
+        return Step(self.round_dir(round) / name, inputs, attic=attic)
 
     def log_path(self, name: str) -> Path:
         path = self.root / "logs" / f"{name}.log"
@@ -191,20 +199,6 @@ class RunDir:
         if not path.exists():
             raise UserError(f"{self.root}: no run here (no run.json)")
         return read_json(path)["config"]
-
-    def retire(self, round: int, first: str) -> Path:
-        """Move step `first` of `round`, and all that was made after it, to attic/. Returns where it went."""
-        attic = self.root / "attic" / time.strftime("%Y%m%d-%H%M%S")
-        order = ("completions", "judgments", "pairs", "reference", "policy", "evaluation")
-        for number in [r for r in self.rounds() if r >= round]:
-            steps = order[order.index(first) :] if number == round else order
-            for name in (*steps, *(f"{s}.partial" for s in steps), "round.json"):
-                source = self.round_dir(number) / name
-                if source.exists():
-                    target = attic / self.round_dir(number).name / name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(source, target)
-        return attic
 
     @contextmanager
     def lock(self, *, wait: bool = False) -> Iterator[None]:

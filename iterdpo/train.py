@@ -17,7 +17,6 @@ import shutil
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +26,14 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from iterdpo.collate import Batch, TokenPair, collate_pairs, micro_batches, plan_steps
+from iterdpo.launch import TRAIN_LOG, TrainSpec
 from iterdpo.logps import completion_logps, load_policy
 from iterdpo.losses import dpo_loss
 from iterdpo.pairs import read_token_pairs
-from iterdpo.rundir import Step, read_json, write_json, write_text
+from iterdpo.rundir import Step, write_json, write_text
 
-LOG = "train_log.jsonl"
-TRAINING_FILES = ("tokenizer*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.model", "chat_template*", "*.py")
-
-
-@dataclass(frozen=True)
-class TrainSpec:
-    """What a training process is told. Paths are absolute; `dpo` holds the fields of `DPOConfig`.
-
-    `reference` is None where it is the policy itself. `reference_inputs` key the stored log-probabilities.
-    """
-
-    policy: str
-    reference: str | None
-    pairs: str
-    eval_pairs: str | None
-    output: str
-    reference_output: str
-    reference_inputs: dict[str, Any]
-    dpo: dict[str, Any]
-    seed: int
-    trust_remote_code: bool = False
-
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
-
-    @staticmethod
-    def read(path: Path) -> TrainSpec:
-        return TrainSpec(**read_json(path))
+# Beside the weights; the tokenizer as it is, byte for byte.
+CARRIED_FILES = ("tokenizer*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.model", "chat_template*", "*.py")
 
 
 def main() -> None:
@@ -73,7 +47,7 @@ def train(spec: TrainSpec) -> None:
         RuntimeError: fewer processes came up than were asked for, or a loss or gradient is not finite.
     """
     dpo = spec.dpo
-    accelerator = Accelerator(mixed_precision="bf16" if dpo["precision"] == "bf16" else "no")
+    accelerator = Accelerator()  # the autocast is ours: accelerate's would turn all logits into float32
     if accelerator.num_processes != dpo["processes"]:
         raise RuntimeError(
             f"{dpo['processes']} training processes were asked for and this one sees {accelerator.num_processes}; "
@@ -121,7 +95,7 @@ class Trainer:
         if self.spec.reference is None:
             self.reference_logps = self._reference_logps(self.policy)
         first = self._resume()
-        with open(self.output / LOG, "a", encoding="utf-8") as log:
+        with open(self.output / TRAIN_LOG, "a", encoding="utf-8") as log:
             for step in range(first, len(self.steps)):
                 metrics = self._step(step)
                 if self.accelerator.is_main_process:
@@ -148,6 +122,9 @@ class Trainer:
             world=self.accelerator.num_processes,
         )
 
+    def _autocast(self) -> Any:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.dpo["precision"] == "bf16")
+
     def _collate(self, indices: list[int]) -> Batch:
         return collate_pairs([self.pairs[i] for i in indices]).to(self.accelerator.device)
 
@@ -160,7 +137,7 @@ class Trainer:
             logps = torch.zeros(len(self.pairs), 2, device=self.accelerator.device)
             once = [*self.steps[: len(self.steps) // self.dpo["epochs"]], *self._eval_steps()]
             for batch in (batch for indices in once for batch in self._batches(indices) if batch):
-                with torch.no_grad():
+                with torch.no_grad(), self._autocast():
                     row_logps = completion_logps(model, self._collate(batch))
                 logps[batch] = row_logps.view(2, -1).T
             logps = self.accelerator.reduce(logps, "sum").cpu()  # each pair was computed by one process
@@ -176,7 +153,8 @@ class Trainer:
 
     def _forward(self, batch: list[int]) -> tuple[Tensor, Tensor]:
         """Losses [B] of a batch of pairs, and its statistics [B, 5] in the order of `STATISTICS`."""
-        chosen, rejected = completion_logps(self.policy, self._collate(batch)).view(2, -1)
+        with self._autocast():
+            chosen, rejected = completion_logps(self.policy, self._collate(batch)).view(2, -1)
         reference = self.reference_logps[batch]
         loss = dpo_loss(
             chosen,
@@ -268,7 +246,7 @@ class Trainer:
         if found:
             self.accelerator.load_state(str(found[-1]))
         if self.accelerator.is_main_process:
-            log = self.output / LOG
+            log = self.output / TRAIN_LOG
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
             write_text(log, "".join(lines[:done]))
         self.accelerator.wait_for_everyone()
@@ -277,12 +255,14 @@ class Trainer:
     def _save(self) -> None:
         state = self.accelerator.get_state_dict(self.policy)
         if self.accelerator.is_main_process:
-            self.accelerator.unwrap_model(self.policy).save_pretrained(self.output, state_dict=state)
-            for pattern in TRAINING_FILES:
+            dtype = getattr(torch, self.dpo["save_dtype"])
+            model = self.accelerator.unwrap_model(self.policy)
+            model.config.dtype = dtype
+            state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+            model.save_pretrained(self.output, state_dict=state)
+            for pattern in CARRIED_FILES:
                 for file in Path(self.spec.policy).glob(pattern):
                     shutil.copy(file, self.output / file.name)
-            for left in self.output.glob("checkpoint-*"):
-                shutil.rmtree(left)
         self.accelerator.wait_for_everyone()
 
 

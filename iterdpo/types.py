@@ -129,12 +129,14 @@ class PreferencePair:
 class RoundRecord:
     """How a round ended: `RoundRecord(round=2, decision="promote", reason="win_rate/vs_previous 0.61 >= 0.5", …)`.
 
-    `policy` is the directory (relative to the run's) that the next round starts from; `policy_digest` its content.
+    `policy` is the directory (relative to the run's) that the next round starts from, `policy_round` the round that
+    made it (0: the initial policy), `policy_digest` its content.
     """
 
     round: int
     decision: Literal["promote", "keep", "stop"]
     reason: str
     policy: str
+    policy_round: int
     policy_digest: str
     metrics: dict[str, Any]

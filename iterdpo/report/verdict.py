@@ -51,8 +51,8 @@ def verdict(run: Run) -> str:
     else:
         final = last
         none = f"None of {_word(done)} rounds was" if done > 1 else "The one round was not"
-        sentences.append(f"{none} promoted: the policy is still the initial one. In the last, "
-                         f"{_comparison(last, _confidence(run))}")
+        comparison = _comparison(last, _confidence(run))
+        sentences.append(f"{none} promoted: the policy is still the initial one. R{comparison[1:]}")
 
     high = value(final, "win_rate/vs_initial_high")
     if judge == "train":
@@ -67,7 +67,9 @@ def verdict(run: Run) -> str:
         )
     unjudged, completions = value(final, "evaluation/unjudged"), value(final, "evaluation/completions")
     if unjudged and completions and unjudged > 0.05 * completions:
-        sentences.append(f"{unjudged:,.0f} of {completions:,.0f} held-out completions could not be judged and do not count.")
+        sentences.append(
+            f"{unjudged:,.0f} of {completions:,.0f} held-out completions could not be judged and do not count."
+        )
     return " ".join(sentences)
 
 
@@ -87,14 +89,19 @@ def number(x: float) -> str:
 def percent(x: float) -> str:
     """`71 %`; with a decimal where rounding would hide on which side of one half (or short of all or none) it is."""
     digits = 1 if any(0 < abs(x - edge) < 0.01 for edge in (0, 0.5, 1)) else 0
-    return f"{100 * x:.{digits}f} %"
+    return f"{100 * x:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def nats(x: float) -> str:
+    """Two digits: 14, 4.1, 0.034; more than an estimate of KL deserves would mislead."""
+    return f"{x:,.0f}" if abs(x) >= 10 else f"{x:.2g}"
 
 
 def _comparison(row: pd.Series, confidence: float) -> str:
     """`round 3 beats the initial policy on 71 % of held-out prompts (95 % interval 65 to 77 %), at 14 nats of KL.`."""
     rate, low, high = (value(row, f"win_rate/vs_initial{end}") for end in ("", "_low", "_high"))
     kl = value(row, "kl/to_initial")
-    subject, distance = f"round {row.name}", f", at {number(kl)} nats of KL" if kl is not None else ""
+    subject, distance = f"round {row.name}", f", at {nats(kl)} nats of KL" if kl is not None else ""
     if rate is None:
         return f"{subject} was not compared with the initial policy{distance}."
     where = f"{percent(rate)} of held-out prompts"
@@ -118,8 +125,10 @@ def _offline_verdict(run: Run) -> str:
     if heldout is not None:
         n = run.config["data"].get("heldout") or 0
         interval = _wilson(heldout, n) if n else (0.0, 1.0)
-        words = "which is not distinguishable from chance" if interval[0] <= 0.5 <= interval[1] else "where chance is half"
-        shown = f" (95 % interval {_range(*interval)})" if n else ""
+        words = (
+            "which is not distinguishable from chance" if interval[0] <= 0.5 <= interval[1] else "where chance is half"
+        )
+        shown = f" ({percent(0.95)} interval {_range(*interval)})" if n else ""
         return (
             f"{start}: the implicit reward prefers the chosen completion in {percent(heldout)} "
             f"of {f'{n:,} ' if n else ''}held-out pairs{shown}, {words}."
@@ -143,7 +152,7 @@ def _rose(initial: pd.Series, final: pd.Series, key: str) -> bool:
 
 
 def _range(low: float, high: float) -> str:
-    return f"{percent(low).removesuffix(' %')} to {percent(high)}"
+    return f"{percent(low)[:-2]} to {percent(high)}"
 
 
 def _wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:

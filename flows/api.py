@@ -1,0 +1,159 @@
+"""The calls behind the command line, for scripts and notebooks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from flows.loop import first_pending, plain_round, run_loop
+from iterdpo.config import Config, JudgeConfig, OfflineConfig
+from iterdpo.errors import JudgeError
+from iterdpo.experiment import Experiment
+from iterdpo.judge import NamedJudge
+from iterdpo.offline import train_round
+from iterdpo.progress import Progress
+from iterdpo.read import Run, read_run
+from iterdpo.report import write_report
+from iterdpo.rundir import digest
+from iterdpo.sampling import Sampler
+from judges import load_judge
+from judges.custom import adapt
+from judges.load import check_judge, judge_version
+
+AnyJudge = Callable[..., Any] | object
+"""What `judges/custom.py` turns into a judge: a function, a class or an object."""
+
+
+def open_experiment(
+    config: Config,
+    *,
+    judge: AnyJudge | None = None,
+    heldout_judge: AnyJudge | None = None,
+    sampler: Sampler | None = None,
+    progress: Progress | None = None,
+    redo: bool = False,
+) -> Experiment:
+    """Everything a run works with, checked; nothing heavy is loaded.
+
+    `judge` and `heldout_judge` stand in for those that the configuration names.
+
+    Raises:
+        UserError: what is wrong with the configuration, the data, the checkpoint or a judge.
+    """
+    train = _named("train_judge", config.judge, judge)
+    heldout = None
+    if heldout_judge is not None or config.evaluation.judge is not None:
+        heldout = _named("heldout_judge", config.evaluation.judge, heldout_judge)
+    return Experiment(
+        config, train_judge=train, heldout_judge=heldout, sampler=sampler, progress=progress, redo=redo
+    )
+
+
+def run_rounds(
+    config: Config,
+    *,
+    judge: AnyJudge | None = None,
+    heldout_judge: AnyJudge | None = None,
+    prefect: bool = True,
+    progress: Progress | None = None,
+    redo: bool = False,
+    sampler: Sampler | None = None,
+) -> Run:
+    """Run what is left of the configuration's rounds, and read the run back.
+
+    Args:
+        config: see `iterdpo.load_config`.
+        judge: a judge of your own in place of the configuration's, in any form that `judges/custom.py` takes.
+        heldout_judge: likewise for the evaluation.
+        prefect: run as the Prefect flow `iterative_dpo`, on the server that PREFECT_API_URL names or one of its own.
+        progress: `Progress(sys.stdout)` shows what the command line shows; nothing by default.
+        redo: do steps that were made with other settings again, rather than refuse.
+        sampler: another sampler than the vLLM engine.
+
+    Raises:
+        UserError: bad input, found before anything is loaded; or another process works in the run directory.
+        ChildFailed: the sampler or the trainer ended with an error. What was done stays done: call again.
+    """
+    exp = open_experiment(
+        config, judge=judge, heldout_judge=heldout_judge, sampler=sampler, progress=progress, redo=redo
+    )
+    run_experiment(exp, prefect=prefect)
+    return read_run(config.run_dir)
+
+
+def run_experiment(exp: Experiment, *, prefect: bool = True, wait: bool = False) -> bool:
+    """Do what is left of a run. Returns whether there was anything to do.
+
+    `wait`: where another process works in the run directory, wait for it to end rather than refuse.
+    """
+    with exp.run.lock(wait=wait), exp:
+        pending = first_pending(exp)
+        if pending is None:
+            return False
+        exp.run.write_config(exp.config.model_dump())
+        exp.progress.say(f"run {exp.run.root}: from {pending} on; {exp.config.rounds} rounds")
+        exp.warm_up()
+        if prefect:
+            from flows.iterative_dpo import run_under_prefect
+
+            run_under_prefect(exp)
+            return True
+        one_round = plain_round(exp)
+        for record in run_loop(exp, one_round):
+            exp.progress.say(describe(record.metrics))
+            write_report(exp.run.root)
+        return True
+
+
+def train_offline(config: OfflineConfig, *, progress: Progress | None = None, redo: bool = False) -> Run:
+    """One DPO round on preference pairs that exist already; see `iterdpo.offline.train_round`.
+
+    Raises:
+        UserError: bad input, found before a model is loaded.
+        ChildFailed: training ended with an error. Call again to go on from its last checkpoint.
+    """
+    train_round(config, progress=progress or Progress(), redo=redo)
+    write_report(config.run_dir)
+    return read_run(config.run_dir)
+
+
+def describe(metrics: dict[str, Any]) -> str:
+    """A finished round in one line: `round 2: held-out score 0.531, win rate 0.66 [0.60, 0.72] vs initial, …`."""
+
+    def shown(name: str, form: str = ".3f") -> str:
+        return "–" if metrics.get(name) is None else format(metrics[name], form)
+
+    line = f"round {metrics['round']}: train judge {shown('score/train_judge')}"
+    if metrics.get("score/heldout_judge") is not None:
+        line += f", held-out judge {shown('score/heldout_judge')}"
+    if metrics.get("win_rate/vs_initial") is not None:
+        low, high = shown("win_rate/vs_initial_low", ".2f"), shown("win_rate/vs_initial_high", ".2f")
+        line += f", wins {shown('win_rate/vs_initial', '.2f')} [{low}, {high}] vs initial"
+        line += f", {shown('win_rate/vs_previous', '.2f')} vs previous, KL {shown('kl/to_initial', '.1f')}"
+    decision = metrics.get("gate/decision")
+    return line + (f" → {decision}" if metrics["round"] else "")
+
+
+def _named(role: str, section: JudgeConfig | None, own: AnyJudge | None) -> NamedJudge:
+    if own is not None:
+        version = _source_version(own)
+        name = getattr(own, "__name__", type(own).__name__)
+        return NamedJudge(role, name, version, lambda: adapt(own, name=name, version=version, args={}))
+    assert section is not None
+    check_judge(section.use, section.args)
+    version = judge_version(section.use, section.args)
+    return NamedJudge(role, section.use, version, lambda: load_judge(section.use, section.args))
+
+
+def _source_version(own: AnyJudge) -> str:
+    """A version for a judge that is given as an object: its own, or else a hash of its source."""
+    declared = getattr(own, "version", None)
+    if isinstance(declared, str):
+        return declared
+    try:
+        return digest(inspect.getsource(own if inspect.isclass(own) or inspect.isfunction(own) else type(own)))
+    except (OSError, TypeError):
+        raise JudgeError(
+            f"judge {own!r}: its source cannot be read, so a change of it would go unnoticed; give it a `version`"
+        ) from None

@@ -1,0 +1,150 @@
+"""The Prefect flow: the loop of `flows/loop.py` with a subflow a round and a task a stage.
+
+Prefect shows and schedules; the run directory decides what is done. Tasks cache nothing and return small records.
+They are called, not submitted: one stage at a time has the accelerator.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flows.server import prefect_api  # before Prefect: it turns the analytics off
+
+from prefect import flow, get_run_logger, task  # isort: skip
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows.api import describe, open_experiment
+from flows.loop import Stages, dpo_round, first_pending, initial_round, run_loop
+from iterdpo.config import Config, parse_config
+from iterdpo.experiment import Experiment
+from iterdpo.progress import Progress
+from iterdpo.read import read_run
+from iterdpo.report import write_report
+from iterdpo.report.plots import as_png, figures
+from iterdpo.rundir import RunDir
+from iterdpo.types import RoundRecord
+
+TABLE_COLUMNS = (
+    "round",
+    "score/train_judge",
+    "score/heldout_judge",
+    "win_rate/vs_initial",
+    "win_rate/vs_previous",
+    "kl/to_initial",
+    "pairs/kept",
+    "time/round_s",
+    "gate/decision",
+)
+
+
+def run_under_prefect(exp: Experiment) -> None:
+    """Run an experiment that this process has opened, as a flow run of `iterative_dpo`."""
+
+    @flow(name="iterative_dpo", flow_run_name=exp.run.root.name, validate_parameters=False, persist_result=False)
+    def iterative_dpo(config: dict[str, Any]) -> None:
+        iterate(exp)
+
+    with prefect_api(exp.run.log_path("prefect")) as url:
+        exp.progress.say(f"  Prefect: {url.removesuffix('/api')}")
+        iterative_dpo(exp.config.model_dump())
+
+
+@flow(name="add_rounds", flow_run_name="{config[run_dir]}", validate_parameters=False, persist_result=False)
+def add_rounds(config: dict[str, Any], rounds: int = 1) -> str:
+    """Add `rounds` to the lineage in `config["run_dir"]`, from its last policy, on prompts not used before.
+
+    What a schedule triggers. A trigger that finds another one at work waits for it. The first round of a new
+    directory also evaluates the initial policy.
+    """
+    logger = get_run_logger()
+    run = RunDir(config["run_dir"])
+    logger.info("waiting for %s, where another run may be at work", run.root)
+    with run.lock(wait=True):
+        done = max((record.round for record in run.records()), default=0)
+        settings: Config = parse_config(Config, {**config, "rounds": done + rounds})
+        with open(run.log_path("rounds"), "a", encoding="utf-8") as log:
+            exp = open_experiment(settings, progress=Progress(log))
+            with exp:
+                logger.info("round %d to %d, first %s", done + 1, done + rounds, first_pending(exp))
+                run.write_config(settings.model_dump())
+                exp.warm_up()
+                records = iterate(exp)
+    return describe(records[-1].metrics)
+
+
+def iterate(exp: Experiment) -> list[RoundRecord]:
+    """The loop, inside a flow run."""
+    do = prefect_stages()
+
+    @flow(name="round", flow_run_name=f"{exp.run.root.name} round {{round}}", validate_parameters=False)
+    def one_round(round: int) -> None:
+        dpo_round(exp, round, do) if round else initial_round(exp, do)
+
+    def subflow(round: int) -> RoundRecord:
+        known = exp.run.record(round)
+        if known is not None and _still_done(exp, round):
+            return known
+        one_round(round)
+        record = exp.run.record(round)
+        assert record is not None
+        return record
+
+    publish = task(report, name="report", cache_policy=NO_CACHE)
+    records = []
+    for record in run_loop(exp, subflow):
+        exp.progress.say(describe(record.metrics))
+        publish(exp.run.root)
+        records.append(record)
+    return records
+
+
+def prefect_stages() -> Stages:
+    """The stages as tasks, named after themselves and the round."""
+
+    def as_task(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
+        return task(stage, name=name, task_run_name=f"{name} {{round}}", cache_policy=NO_CACHE, persist_result=False)
+
+    return Stages(*(as_task(name, stage) for name, stage in zip(Stages._fields, Stages(), strict=True)))
+
+
+def report(run_dir: Path) -> str:
+    """The run's page, and its table and plots as artifacts of the flow run."""
+    page = write_report(run_dir)
+    run = read_run(run_dir)
+    key = "".join(c if c.isalnum() else "-" for c in run_dir.name.lower()).strip("-")
+    rows = run.metrics.reset_index().to_dict("records")
+    table = [{name: _cell(row.get(name)) for name in TABLE_COLUMNS} for row in rows]
+    create_table_artifact(key=f"{key}-rounds", table=table, description=f"Rounds of {run_dir.name}")
+    for name, figure in figures(run).items():
+        picture = base64.b64encode(as_png(figure)).decode()
+        create_markdown_artifact(
+            key=f"{key}-{name.replace('_', '-')}",
+            markdown=f"![{name}](data:image/png;base64,{picture})",
+            description=f"{name} of {run_dir.name}",
+        )
+    return str(page)
+
+
+def _still_done(exp: Experiment, round: int) -> bool:
+    """Whether a recorded round needs nothing: then it gets no subflow of its own."""
+    from flows.loop import plain_round
+    from iterdpo.experiment import Pending
+
+    exp.looking = True
+    try:
+        plain_round(exp)(round)
+    except Pending:
+        return False
+    finally:
+        exp.looking = False
+    return True
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return None if value != value else round(value, 3)
+    return value

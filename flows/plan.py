@@ -1,0 +1,102 @@
+"""What a run would do, and what it has done, as text."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from flows.api import describe
+from flows.loop import first_pending
+from iterdpo.config import DPOConfig, OfflineConfig
+from iterdpo.experiment import Experiment
+from iterdpo.rundir import RunDir, read_manifest
+
+STEPS = ("completions", "judgments", "pairs", "reference", "policy", "evaluation")
+
+
+def describe_plan(exp: Experiment) -> str:
+    """The plan of `iterdpo run --dry-run`: what each round and the whole run cost. Loads a tokenizer, nothing more."""
+    config = exp.config
+    per_round, heldout = config.prompts.per_round, len(exp.prompts.heldout)
+    completions = per_round * config.sampling.n
+    evaluated = heldout * config.evaluation.n
+    judges = len(exp.judges)
+    pairs = per_round
+    if config.pairing.strategy == "all_pairs":
+        pairs *= min(math.comb(config.sampling.n, 2), config.pairing.max_pairs_per_prompt or math.inf)  # type: ignore[assignment]
+    rounds = config.rounds
+    policy = _policy_bytes(exp.model_path, config.dpo)
+    rows = [
+        ("model", str(exp.model_path)),
+        ("judge", f"{exp.judges[0].use}; evaluated by {exp.judges[-1].use}"),
+        ("prompts", f"{len(exp.prompts.train):,} to train on, {heldout:,} held out; {per_round:,} a round"),
+        ("context", f"{exp.max_model_len:,} tokens"),
+        ("rounds", f"{rounds}; next: {first_pending(exp) or 'nothing, all are done'}"),
+        ("completions", f"{completions:,} a round and {evaluated:,} an evaluation; {_total(completions, evaluated, rounds):,} in all"),
+        ("judge calls", f"{_total(completions, evaluated * judges, rounds):,} completions to score"),
+        ("pairs", f"at most {pairs:,} a round"),
+        ("steps", f"at most {_steps(pairs, config.dpo):,} optimizer steps a round of {config.dpo.pairs_per_step} pairs"),
+        ("disk", f"about {rounds * policy / 2**30:.1f} GiB of policies in {exp.run.root}, and {2 * policy / 2**30:.1f} GiB more for a checkpoint"),
+    ]
+    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def describe_offline_plan(config: OfflineConfig) -> str:
+    """The plan of `iterdpo train --dry-run`. Reads the data and checks the checkpoint."""
+    from iterdpo.checkpoints import check_checkpoint, resolve_checkpoint
+    from iterdpo.preferences import read_preferences
+
+    path = resolve_checkpoint(config.model.path, revision=config.model.revision)
+    check_checkpoint(path, trust_remote_code=config.model.trust_remote_code)
+    data = read_preferences(config.data.path, config.data.split, config.data.format, config.data.limit)
+    pairs = len(data.pairs) - config.data.heldout
+    size = _policy_bytes(path, config.dpo) / 2**30
+    rows = [
+        ("model", str(path)),
+        ("data", data.summary()),
+        ("pairs", f"{pairs:,} to train on, {config.data.heldout:,} held out"),
+        ("steps", f"{_steps(pairs, config.dpo):,} optimizer steps of {config.dpo.pairs_per_step} pairs"),
+        ("disk", f"about {size:.1f} GiB for the policy in {config.run_dir}, and {2 * size:.1f} GiB more for a checkpoint"),
+    ]
+    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def describe_status(run_dir: str | Path) -> str:
+    """What each round of a run has done, from the run directory alone.
+
+    Raises:
+        UserError: there is no run.
+    """
+    run = RunDir(run_dir)
+    run.read_config()
+    lines = [str(run.root)]
+    for number in run.rounds():
+        directory = run.round_dir(number)
+        done = [name for name in STEPS if read_manifest(directory / name)]
+        under_way = [name for name in STEPS if name not in done and (directory / f"{name}.partial").exists()]
+        record = run.record(number)
+        if record is not None:
+            lines.append(f"  {describe(record.metrics)}")
+        else:
+            state = ", ".join(done) or "nothing"
+            lines.append(f"  round {number}: done: {state}" + (f"; under way: {', '.join(under_way)}" if under_way else ""))
+    return "\n".join(lines)
+
+
+def _total(per_round: int, per_evaluation: int, rounds: int) -> int:
+    return rounds * per_round + (rounds + 1) * per_evaluation
+
+
+def _steps(pairs: int, dpo: DPOConfig) -> int:
+    return dpo.epochs * math.ceil(pairs / dpo.pairs_per_step)
+
+
+def _policy_bytes(model: Path, dpo: DPOConfig) -> float:
+    """A checkpoint's size in the precision that it will be saved in, from the headers of the initial one."""
+    from safetensors import safe_open
+
+    elements = 0
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as tensors:
+            elements += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return elements * (2 if dpo.save_dtype == "bfloat16" else 4)

@@ -1,0 +1,109 @@
+"""Finding a model, and refusing one that could not run, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from iterdpo.errors import ConfigError
+
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "embeddings.weight", "word_embeddings.weight")
+
+
+def resolve_checkpoint(path: str, *, revision: str | None = None) -> Path:
+    """The directory of a checkpoint: `path` itself, or the snapshot of a hub id (downloaded where it is not cached).
+
+    Raises:
+        ConfigError: neither a directory nor a hub id that can be reached.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local.absolute()
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1 or local.suffix in (".gguf", ".bin", ".safetensors"):
+        raise ConfigError(f"model.path {path!r}: no such directory; give a checkpoint directory or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_PATTERNS, etag_timeout=5))
+    except (OSError, HFValidationError, RuntimeError) as error:  # not found, not reachable, not an id
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ConfigError(
+            f"model.path {path!r}: no such directory here, and not to be had from the hub ({reason}); check the "
+            "spelling, the network, or give a local directory"
+        ) from None
+
+
+def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The model's config.json, where the directory holds a causal language model with safetensors and a tokenizer.
+
+    Reads headers only.
+
+    Raises:
+        ConfigError: a missing or contradictory part, named.
+    """
+    where = f"model.path {directory}"
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{where}: has no config.json, so it is no Hugging Face checkpoint") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{where}/config.json: cannot be read: {error}") from None
+    architectures = config.get("architectures") or []
+    if architectures and not any("CausalLM" in name or "LMHead" in name for name in architectures):
+        raise ConfigError(f"{where}: {architectures[0]} is not a causal language model")
+    if config.get("auto_map") and not trust_remote_code:
+        raise ConfigError(
+            f"{where}: needs Python code of its own; read it, then set model.trust_remote_code=true to run it"
+        )
+    weights = sorted(directory.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(
+            f"{where}: has no .safetensors weights; pickled ones are not loaded. Convert them with "
+            "from_pretrained(...).save_pretrained(...)"
+        )
+    if not (directory / "tokenizer_config.json").exists() and not (directory / "tokenizer.json").exists():
+        raise ConfigError(f"{where}: has no tokenizer; save one there with tokenizer.save_pretrained(...)")
+    _check_vocabulary(where, directory, config, weights)
+    return config
+
+
+def _check_vocabulary(where: str, directory: Path, config: dict[str, Any], weights: list[Path]) -> None:
+    from safetensors import safe_open
+
+    vocabulary = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    if vocabulary is None:
+        return
+    for file in weights:
+        with safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # not a mapping
+                if name.endswith(EMBEDDINGS):
+                    rows = tensors.get_slice(name).get_shape()[0]
+                    if rows != vocabulary:
+                        raise ConfigError(
+                            f"{where}: {file.name} embeds {rows:,} tokens ({name}), config.json says vocab_size "
+                            f"{vocabulary:,}; the checkpoint is put together from different models"
+                        )
+    if (directory / "tokenizer.json").exists():
+        from tokenizers import Tokenizer
+
+        known = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab(with_added_tokens=True)
+        highest = max(known.values(), default=-1)
+        if highest >= vocabulary:
+            raise ConfigError(
+                f"{where}: the tokenizer has ids up to {highest:,}, the model embeds {vocabulary:,} tokens "
+                "(config.json, vocab_size); use the tokenizer that the model was trained with"
+            )
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """Longest sequence that the model takes, in tokens, where its configuration says."""
+    for section in (config, config.get("text_config") or {}):
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            if isinstance(section.get(key), int):
+                return section[key]
+    return None

@@ -1,0 +1,103 @@
+"""What the held-out evaluation reports. Pure functions of scores, tokens and log-probabilities.
+
+All intervals are percentile bootstrap intervals over prompts: prompts are what the evaluation drew at random, and
+several completions of one prompt are not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Scores = Sequence[float | None]
+"""Scores of one prompt's completions; None where the judge abstained."""
+
+
+class Interval(NamedTuple):
+    """An estimate and its interval; all None where there is nothing to estimate from."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+def mean_score(
+    groups: Sequence[Scores], *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
+) -> Interval:
+    """The mean over prompts of the mean score of a prompt's judged completions."""
+    means = [float(np.mean(judged)) for scores in groups if (judged := [s for s in scores if s is not None])]
+    return bootstrap_mean(means, confidence=confidence, samples=samples, seed=seed)
+
+
+def win_rate(
+    candidate: Sequence[Scores],
+    baseline: Sequence[Scores],
+    *,
+    confidence: float = 0.95,
+    samples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """The share of held-out prompts on which the candidate's completion beats the baseline's; a tie is half a win.
+
+    `candidate[i]` and `baseline[i]` are scores for the same prompt. With several completions, a prompt counts with
+    its share over all combinations; prompts on which either side has no score are left out.
+    """
+    wins = []
+    for ours, theirs in zip(candidate, baseline, strict=True):
+        outcomes = [
+            0.5 if a == b else float(a > b) for a in ours if a is not None for b in theirs if b is not None
+        ]
+        if outcomes:
+            wins.append(float(np.mean(outcomes)))
+    return bootstrap_mean(wins, confidence=confidence, samples=samples, seed=seed)
+
+
+def sequence_kl(
+    policy_logps: Sequence[Sequence[float]],
+    initial_logps: Sequence[Sequence[float]],
+    *,
+    confidence: float = 0.95,
+    samples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """KL(policy || initial) in nats a completion, estimated on the policy's own completions y ~ policy:
+
+        KL = E_y[ log policy(y|x) - log initial(y|x) ]
+
+    from log-probabilities summed over each completion's tokens (no padding), grouped by prompt. Unbiased at
+    temperature 1; the estimate may be slightly negative where the policies are close.
+    """
+    means = [
+        float(np.mean(np.subtract(ours, theirs))) for ours, theirs in zip(policy_logps, initial_logps, strict=True)
+    ]
+    return bootstrap_mean(means, confidence=confidence, samples=samples, seed=seed)
+
+
+def distinct_n(token_ids: Sequence[Sequence[int]], n: int) -> float | None:
+    """Distinct n-grams over all n-grams of the completions' tokens (Li et al., arXiv:1510.03055, Section 5.2).
+
+    1 where nothing repeats. It falls as text grows: compare equal amounts. None where no completion has n tokens.
+    """
+    grams = [tuple(ids[i : i + n]) for ids in token_ids for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def bootstrap_mean(
+    values: Sequence[float], *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
+) -> Interval:
+    """The mean of `values` with its percentile bootstrap interval."""
+    if not values:
+        return Interval(None, None, None)
+    data = np.asarray(values)
+    generator = np.random.default_rng(seed)
+    means = np.concatenate(  # in blocks, so that thousands of prompts need no more memory than a few
+        [
+            data[generator.integers(len(data), size=(min(500, samples - start), len(data)))].mean(axis=1)
+            for start in range(0, samples, 500)
+        ]
+    )
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(data.mean()), float(low), float(high))

@@ -1,0 +1,183 @@
+"""What a run works with, checked before anything heavy is loaded: configuration, run directory, prompts, judges, sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from iterdpo.checkpoints import check_checkpoint, context_length, resolve_checkpoint
+from iterdpo.config import Config
+from iterdpo.errors import ConfigError
+from iterdpo.judge import Judge, NamedJudge
+from iterdpo.launch import visible_gpus
+from iterdpo.progress import Progress
+from iterdpo.prompts import PromptSet, check_lengths, round_prompts, split_prompts
+from iterdpo.rendering import load_tokenizer, prompt_token_ids
+from iterdpo.rundir import RunDir, directory_digest, write_text
+from iterdpo.sampling import Sampler, VLLMSampler
+from iterdpo.types import Prompt
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A checkpoint of the lineage: `Policy(path, digest="81f0…", round=2)`; round 0 is the initial policy."""
+
+    path: Path
+    digest: str
+    round: int
+
+
+class Pending(Exception):
+    """Raised in place of work while an experiment is only looked at; names the first step that is not done."""
+
+
+class Experiment:
+    """A run's ingredients. Constructing one reads the prompts and checks the checkpoint; it loads no model.
+
+    Args:
+        config: the run's configuration.
+        train_judge, heldout_judge: see `NamedJudge`; the second is None where the first evaluates too.
+        sampler: another sampler than the vLLM engine, for tests.
+        progress: where progress is shown.
+        redo: do steps that were made with other settings again, rather than refuse.
+
+    Raises:
+        UserError: anything that would fail later and can be seen now.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        train_judge: NamedJudge,
+        heldout_judge: NamedJudge | None = None,
+        sampler: Sampler | None = None,
+        progress: Progress | None = None,
+        redo: bool = False,
+    ) -> None:
+        self.config = config
+        self.run = RunDir(config.run_dir, redo=redo)
+        self.progress = progress or Progress()
+        self.judges = [train_judge, *([heldout_judge] if heldout_judge else [])]
+        self.model_path = resolve_checkpoint(config.model.path, revision=config.model.revision)
+        self.model_config = check_checkpoint(self.model_path, trust_remote_code=config.model.trust_remote_code)
+        self.prompts: PromptSet = split_prompts(config.prompts, config.seed)
+        self.round_prompts(config.rounds)  # there are enough of them
+        self._sampler = sampler
+        self._judges: dict[str, Judge] = {}
+        self.looking = False
+        """While true, a step that is not done raises `Pending`."""
+
+    @cached_property
+    def initial(self) -> Policy:
+        return Policy(self.model_path, self._initial_digest(), 0)
+
+    def policy_after(self, round: int) -> Policy:
+        """The policy that stood when `round` had ended: where the next round starts."""
+        record = self.run.record(round)
+        assert record is not None, f"round {round} has not ended"
+        if record.policy_round == 0:
+            return self.initial
+        path = self.run.root / record.policy
+        assert directory_digest(path) == record.policy_digest, f"{path} is not the policy that round {round} kept"
+        return Policy(path, record.policy_digest, record.policy_round)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.model_path, trust_remote_code=self.config.model.trust_remote_code)
+
+    @cached_property
+    def max_model_len(self) -> int:
+        """What the engine must hold, in tokens. Tokenizes the run's prompts.
+
+        Raises:
+            UserError: a prompt that leaves no room for `max_tokens` in the model's context.
+        """
+        config = self.config
+        needed = [p for t in range(1, config.rounds + 1) for p in self.round_prompts(t)] + self.prompts.heldout
+        lengths = [len(self.prompt_ids(p)) for p in needed]
+        limit = config.sampling.engine.max_model_len
+        context = context_length(self.model_config)
+        if limit is not None and context is not None and limit > context:
+            raise ConfigError(f"sampling.engine.max_model_len = {limit}: the model's context is {context} tokens")
+        available = min(x for x in (limit, context, 1 << 30) if x is not None)
+        check_lengths(needed, lengths, available - config.sampling.max_tokens)
+        return limit or -(-(max(lengths) + config.sampling.max_tokens) // 64) * 64
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        if self._sampler is not None:
+            return self._sampler
+        engine = self.config.sampling.engine
+        return VLLMSampler(
+            max_model_len=self.max_model_len,
+            log=self.run.log_path("sampler"),
+            trust_remote_code=self.config.model.trust_remote_code,
+            gpus=range(min(engine.tensor_parallel_size, visible_gpus())),
+            **engine.model_dump(exclude={"max_model_len"}),
+        )
+
+    def warm_up(self) -> None:
+        """Begin what takes long to start, without waiting: the sampler's process imports vLLM meanwhile."""
+        start = getattr(self.sampler, "warm_up", None)
+        if start is not None:
+            start()
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        return prompt_token_ids(self.tokenizer, prompt.content)
+
+    def round_prompts(self, round: int) -> list[Prompt]:
+        section = self.config.prompts
+        return round_prompts(
+            self.prompts, round, per_round=section.per_round, seed=self.config.seed, reuse=section.reuse
+        )
+
+    def judge(self, named: NamedJudge) -> Judge:
+        """The judge, loaded once. Its own `close`, where it has one, is called by `release_judges`."""
+        if named.role not in self._judges:
+            self._judges[named.role] = named.load()
+        return self._judges[named.role]
+
+    def release_judges(self) -> None:
+        """Let judges that hold a device give it back; they load again when they are next asked."""
+        for judge in self._judges.values():
+            close = getattr(judge, "close", None)
+            if close is not None:
+                close()
+
+    def close(self) -> None:
+        """End the sampler's process, where one was started."""
+        if "sampler" in self.__dict__:
+            self.sampler.close()
+        self.release_judges()
+
+    def __enter__(self) -> Experiment:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _initial_digest(self) -> str:
+        """Hashing the initial policy reads all of it; a note in the run directory saves that on the next start."""
+        import json
+
+        stamp = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(self.model_path.iterdir()) if p.is_file()]
+        note = self.run.root / ".initial.json"
+        if note.exists():
+            known = json.loads(note.read_text())
+            if known["path"] == str(self.model_path) and known["stamp"] == stamp:
+                return known["digest"]
+        value = directory_digest(self.model_path)
+        if self.run.root.exists():
+            write_text(note, json.dumps({"path": str(self.model_path), "stamp": stamp, "digest": value}))
+        return value
+
+
+def named_prompts(prompts: Sequence[Prompt]) -> list[list[Any]]:
+    """What identifies prompts for a step's key: ids and contents, in order; and the columns, which judges read."""
+    return [[p.id, p.content, p.columns] for p in prompts]
+
+

@@ -1,0 +1,37 @@
+"""Promote, keep or stop: what happens to a round's policy. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+
+class Decision(NamedTuple):
+    """`Decision("keep", "win_rate/vs_previous 0.47 is below 0.5; the next round starts from the policy before")`."""
+
+    action: Literal["promote", "keep", "stop"]
+    reason: str
+
+
+def decide(
+    metrics: Mapping[str, Any],
+    *,
+    metric: str,
+    minimum: float,
+    max_kl: float | None = None,
+    otherwise: Literal["keep", "stop"] = "keep",
+) -> Decision:
+    """Promote the candidate where `metrics[metric] >= minimum` and its KL is within bounds; else `otherwise`.
+
+    A metric that could not be measured promotes nothing.
+    """
+    value, kl = metrics.get(metric), metrics.get("kl/to_initial")
+    consequence = "the run ends" if otherwise == "stop" else "the policy before is kept"
+    if value is None:
+        return Decision(otherwise, f"{metric} was not measured; {consequence}")
+    if value < minimum:
+        return Decision(otherwise, f"{metric} {value:.3f} is below {minimum:g}; {consequence}")
+    if max_kl is not None and (kl is None or kl > max_kl):
+        shown = "not measured" if kl is None else f"{kl:.1f}"
+        return Decision(otherwise, f"kl/to_initial {shown} is above {max_kl:g}; {consequence}")
+    return Decision("promote", f"{metric} {value:.3f} is at least {minimum:g}")

@@ -1,0 +1,132 @@
+"""Starts a training process (`train.py`) under `accelerate launch`, and follows it. Does not import torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from iterdpo import supervise
+from iterdpo.errors import ChildFailed
+from iterdpo.rundir import read_json, write_json
+
+TRAIN_LOG = "train_log.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """What a training process is told. Paths are absolute; `dpo` holds the fields of `DPOConfig`.
+
+    `reference` is None where it is the policy itself. `reference_inputs` key the stored log-probabilities.
+    """
+
+    policy: str
+    reference: str | None
+    pairs: str
+    eval_pairs: str | None
+    output: str
+    reference_output: str
+    reference_inputs: dict[str, Any]
+    dpo: dict[str, Any]
+    seed: int
+    trust_remote_code: bool = False
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @staticmethod
+    def read(path: Path) -> TrainSpec:
+        return TrainSpec(**read_json(path))
+
+
+def launch_training(
+    spec: TrainSpec, *, spec_path: Path, log: Path, on_step: Callable[[dict[str, Any]], None]
+) -> None:
+    """Run the round in a process of its own, and return when its policy is written. It dies with this process.
+
+    `on_step` gets each line of the training log soon after it is written; those of an earlier start come first.
+
+    Raises:
+        ChildFailed: with the end of its log.
+    """
+    spec.write(spec_path)
+    steps = Path(spec.output) / TRAIN_LOG
+    seen = 0
+    with supervise.start(command(spec, spec_path), log=log, env=environment(spec), gpus=gpus(spec)) as child:
+        while True:
+            status = child.poll()
+            lines = steps.read_text().splitlines(keepends=True) if steps.exists() else []
+            for line in lines[seen:]:
+                if line.endswith("\n"):
+                    on_step(json.loads(line))
+                    seen += 1
+            if status is not None:
+                break
+            time.sleep(0.2)
+        if status != 0:
+            raise ChildFailed(f"training failed (status {status})\n{child.log_tail()}\nThe whole log: {log}")
+    for left in Path(spec.output).glob("checkpoint-*"):
+        shutil.rmtree(left)
+
+
+def command(spec: TrainSpec, spec_path: Path) -> list[str]:
+    """`accelerate launch` of the trainer.
+
+    On CPUs alone accelerate starts processes that each believe to be the only one; torchrun does it right there.
+    """
+    processes, module = spec.dpo["processes"], ["-m", "iterdpo.train", str(spec_path)]
+    if processes > 1 and not visible_gpus() and spec.dpo["accelerate_config"] is None:
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *module]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    if spec.dpo["accelerate_config"] is not None:
+        return [*launch, "--config_file", spec.dpo["accelerate_config"], *module]
+    options = [
+        f"--num_processes={processes}",
+        "--num_machines=1",
+        "--mixed_precision=no",  # the trainer's own autocast
+        "--dynamo_backend=no",
+        f"--num_cpu_threads_per_process={threads(processes)}",
+    ]
+    if processes > 1:
+        options.append("--multi_gpu")
+    elif not visible_gpus():
+        options.append("--cpu")
+    return [*launch, *options, *module]
+
+
+def environment(spec: TrainSpec) -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads(spec.dpo["processes"])),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        # A step frees and takes hundreds of MB. glibc would hand them back to the kernel and fault them in again:
+        # keep them, in one arena that grows.
+        "MALLOC_TRIM_THRESHOLD_": "-1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TOP_PAD_": str(256 << 20),
+    }
+
+
+def threads(processes: int) -> int:
+    """Threads of each training process: the cores that this process may use, shared out."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+def visible_gpus() -> int:
+    """Number of NVIDIA GPUs that a child will see, without importing torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([part for part in chosen.split(",") if part.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def gpus(spec: TrainSpec) -> list[int]:
+    """Numbers of the GPUs that training uses, to reserve."""
+    return list(range(min(spec.dpo["processes"], visible_gpus())))

@@ -1,0 +1,82 @@
+"""One line a stage: counts, rate, time left. A live bar on a terminal, plain lines elsewhere, nothing by default."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO
+
+
+class Stage:
+    """Work under way: say how far it is with `to` or `advance`, and set `remark` for its last line."""
+
+    def __init__(self, draw: Callable[[int], None]) -> None:
+        self.done = 0
+        self.remark = ""
+        self._draw = draw
+
+    def to(self, done: int) -> None:
+        self.done = done
+        self._draw(done)
+
+    def advance(self, count: int) -> None:
+        self.to(self.done + count)
+
+
+class Progress:
+    """Where progress goes: a stream, or nowhere. `every`: seconds between a stage's plain lines."""
+
+    def __init__(self, stream: IO[str] | None = None, *, every: float = 20.0) -> None:
+        self.stream = stream
+        self.every = every
+
+    def say(self, text: str) -> None:
+        if self.stream is not None:
+            print(text, file=self.stream, flush=True)
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Stage]:
+        """Around a stage's work; prints its line when it ends, also when it fails."""
+        started = time.perf_counter()
+        if self.stream is None:
+            yield Stage(lambda done: None)
+            return
+        outcome = " (stopped)"
+        with self._drawing(name, total, unit, started) as draw:
+            stage = Stage(draw)
+            try:
+                yield stage
+                outcome = ""
+            finally:
+                self._close(stage, name, unit, time.perf_counter() - started, outcome)
+
+    def _close(self, stage: Stage, name: str, unit: str, seconds: float, outcome: str) -> None:
+        rate = f", {stage.done / seconds:,.1f} {unit}/s" if stage.done and seconds > 0 else ""
+        remark = f" · {stage.remark}" if stage.remark else ""
+        self.say(f"  {name:<9} {stage.done:>6,} {unit:<12} {seconds:6.1f} s{rate}{remark}{outcome}")
+
+    @contextmanager
+    def _drawing(self, name: str, total: int, unit: str, started: float) -> Iterator[Callable[[int], None]]:
+        assert self.stream is not None
+        if self.stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bars
+
+            columns = (TextColumn(f"  {name:<9}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+            with Bars(*columns, TimeRemainingColumn(), console=Console(file=self.stream), transient=True) as bars:
+                task = bars.add_task(name, total=total)
+                yield lambda done: bars.update(task, completed=done)
+            return
+        shown = started
+
+        def line(done: int) -> None:
+            nonlocal shown
+            now = time.perf_counter()
+            if now - shown >= self.every and 0 < done < total:
+                shown = now
+                left = (now - started) / done * (total - done)
+                self.say(f"  {name:<9} {done:>6,} of {total:,} {unit}, about {left:,.0f} s left")
+
+        yield line

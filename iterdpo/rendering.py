@@ -1,0 +1,147 @@
+"""The only place where a chat template becomes token ids.
+
+Messages are rendered to text by the checkpoint's template, and the text is tokenized once, without special tokens:
+the template has written them already. Plain text gets the special tokens that the tokenizer puts in front of a text,
+and none behind it, since the policy continues there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from iterdpo.errors import DataError, UserError
+from iterdpo.types import Message
+
+
+def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint directory or hub id, with its chat template.
+
+    Raises:
+        UserError: there is none to load.
+    """
+    from transformers import AutoTokenizer
+
+    local = Path(path).expanduser()
+    if str(path).startswith(("/", ".", "~")) and not local.exists():
+        raise UserError(f"{path}: no such checkpoint directory; give one, or a hub id")
+    try:
+        return AutoTokenizer.from_pretrained(
+            local if local.exists() else path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{path}: no tokenizer can be loaded from it ({reason}); give a checkpoint directory that has "
+            "tokenizer.json and tokenizer_config.json, or a hub id"
+        ) from error
+
+
+def prompt_token_ids(tokenizer: Any, content: str | list[Message]) -> list[int]:
+    """The ids that the policy continues: messages up to the template's opening of the assistant's turn, or plain text.
+
+    Raises:
+        DataError: messages without a chat template, messages that the template refuses, or that end with an
+            assistant turn.
+    """
+    if not isinstance(content, str):
+        return _encode(tokenizer, _opened(tokenizer, content))
+    bare = _encode(tokenizer, content)
+    if bare[:1] == [tokenizer.bos_token_id]:
+        return bare  # the text brings its own BOS
+    whole = list(tokenizer(content).input_ids)
+    for start in range(len(whole) - len(bare) + 1):
+        end = start + len(bare)
+        if whole[start:end] == bare:
+            return whole[:end]  # without an EOS that the tokenizer appended
+    return bare
+
+
+def completion_token_ids(tokenizer: Any, content: str | list[Message], completion: str | list[Message]) -> list[int]:
+    """The ids that continue `prompt_token_ids(tokenizer, content)`, ending with the end token, as a sampler stops there.
+
+    What a template writes behind the end token (a newline, mostly) is cut. `completion` is the assistant's text, or
+    its messages where the prompt is messages. Prompt and completion are tokenized together where that leaves the
+    prompt's ids as they are, and apart otherwise: the policy is always given exactly the prompt's ids.
+
+    Raises:
+        DataError: messages after a plain-text prompt, a template that renders the finished turn otherwise than it
+            opens one, or no end token to close the completion with.
+    """
+    if isinstance(content, str):
+        if not isinstance(completion, str):
+            raise DataError("the prompt is plain text and the completion is messages; give both as the same kind")
+        opened, finished = content, content + completion
+    else:
+        turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        opened, finished = _opened(tokenizer, content), _render(tokenizer, [*content, *turns])
+    before, ids = _encode(tokenizer, opened), _encode(tokenizer, finished)
+    if ids[: len(before)] == before:
+        ids = ids[len(before) :]
+    elif finished.startswith(opened):
+        ids = _encode(tokenizer, finished[len(opened) :])
+    else:
+        same = common_length(opened, finished)
+        raise DataError(
+            f"the chat template opens the assistant's turn with {opened[same:][:60]!r}, and renders the finished turn "
+            f"with {finished[same:][:60]!r} in that place, so the completion does not continue the prompt; use a "
+            "checkpoint whose template keeps the two alike, or plain-text prompts and completions"
+        )
+    return _ended(tokenizer, ids, template=not isinstance(content, str))
+
+
+def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many leading items two sequences share: characters, tokens or messages."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _opened(tokenizer: Any, messages: list[Message]) -> str:
+    """The prompt's text, up to and with the opening of the assistant's turn."""
+    if messages and messages[-1]["role"] == "assistant":
+        raise DataError("the prompt ends with an assistant turn; it must end before the completion: take that turn out")
+    return _render(tokenizer, messages, add_generation_prompt=True)
+
+
+def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"the prompt is messages, and the tokenizer {tokenizer.name_or_path!r} has no chat template; give prompts "
+            "as plain text, or use a checkpoint with a chat template"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        roles = ", ".join(m["role"] for m in messages)
+        raise DataError(
+            f"the chat template of {tokenizer.name_or_path!r} refuses the messages with roles {roles}: {error}"
+        ) from error
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _ended(tokenizer: Any, ids: list[int], *, template: bool) -> list[int]:
+    """`ids` up to the end token that the template wrote; with EOS behind them where it wrote none."""
+    if template:
+        marks = _special_ids(tokenizer)
+        end = max((i for i, token in enumerate(ids) if token in marks), default=None)
+        # a special token with text behind it is the completion's own, and closes nothing
+        if end is not None and not tokenizer.decode(ids[end + 1 :]).strip():
+            return ids[: end + 1]
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, and no template closes the completion; set "
+            "eos_token in the checkpoint's tokenizer_config.json"
+        )
+    return [*ids, tokenizer.eos_token_id]
+
+
+@lru_cache(maxsize=1)
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """Kept: with thousands of reserved tokens this takes milliseconds, longer than to encode a completion."""
+    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)

@@ -1,0 +1,306 @@
+"""A run's plots. Nothing here touches pyplot's global state, and text in the plots is ours alone, never a model's.
+
+A figure is a column of panels, 4.4 inches wide, so that its ten-point text stays readable on a phone. Panels without
+data are left out, and so are figures without panels.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from iterdpo.read import Run
+
+# Five of Okabe and Ito's colours, which colour-blind people tell apart; each stands out on white and on black.
+BLUE, ORANGE, GREEN, PURPLE, SKY = "#0b7ac2", "#e08600", "#009e73", "#c46a9c", "#56b4e9"
+INK, FAINT, PAPER = "#30363d", "#8b949e", "#fffffe"
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.labelsize": 10,
+    "axes.labelcolor": FAINT,
+    "axes.edgecolor": FAINT,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": FAINT,
+    "grid.alpha": 0.22,
+    "grid.linewidth": 0.7,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5.5,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "iterdpo",
+}
+MAX_POINTS = 300  # of a line over steps: more cannot be seen, and would make the page large
+
+Panel = Callable[[Axes], None]
+
+
+class Line(NamedTuple):
+    """A metric to draw: `Line("win_rate/vs_initial", "against the initial policy", BLUE)`."""
+
+    key: str
+    label: str
+    color: str
+
+
+def figures(run: Run) -> dict[str, Figure]:
+    """The plots that the run has data for, by name, in the order in which a reader wants them."""
+    rounds, steps = run.metrics, run.train_log()
+    heldout = Line("score/heldout_judge", "held-out judge", BLUE)
+    training = Line("score/train_judge", "training judge", ORANGE)
+    against = [Line("win_rate/vs_initial", "vs initial", BLUE), Line("win_rate/vs_previous", "vs previous", ORANGE)]
+    distinct = [Line("distinct/1", "single tokens", BLUE), Line("distinct/2", "token pairs", ORANGE)]
+    logps = [Line("logps/chosen", "chosen", BLUE), Line("logps/rejected", "rejected", ORANGE)]
+    panels: dict[str, list[Panel]] = {
+        "scores": [
+            *_over_rounds(rounds, "Score by the held-out judge", heldout),
+            *_over_rounds(rounds, "Score by the training judge", training),
+        ],
+        "win_rate": _over_rounds(rounds, "Win rate on held-out prompts", *against, level=0.5, share=True),
+        "reward_kl": [
+            *_against_kl(rounds, "Score by the held-out judge", heldout),
+            *_against_kl(rounds, "Score by the training judge", training),
+        ],
+        "kl": [
+            *_over_rounds(rounds, "KL to the initial policy, nats a completion", Line("kl/to_initial", "", BLUE)),
+            *_over_rounds(rounds, "Share of distinct tokens and token pairs", *distinct),
+        ],
+        "length": [
+            *_over_rounds(rounds, "Mean length, tokens", Line("length/mean_tokens", "", BLUE)),
+            *_over_rounds(rounds, "Share cut at max_tokens", Line("length/truncated", "", BLUE), share=True),
+        ],
+        "pairs": _pair_yield(rounds),
+        "rewards": [
+            *_over_steps(steps, "Reward margin, chosen over rejected", Line("rewards/margins", "", BLUE), level=0),
+            *_over_steps(
+                steps,
+                "Pairs whose chosen has the higher reward",
+                Line("rewards/accuracies", "", BLUE),
+                level=0.5,
+                share=True,
+            ),
+        ],
+        "logps": [
+            *_over_steps(steps, "Log-probability of a completion, nats", *logps),
+            *_over_steps(steps, "Loss", Line("loss", "", BLUE)),
+        ],
+        "time": _time(rounds),
+    }
+    with rc_context(STYLE):
+        return {name: _figure(name, column) for name, column in panels.items() if column}
+
+
+def as_svg(fig: Figure) -> str:
+    """The figure as inline SVG: transparent, its ids prefixed with the figure's label, its inks variables of the page.
+
+    Text stays text. `--ink`, `--faint` and `--card`, where the page sets them, recolour text, axes and hollow markers.
+    """
+    with rc_context(STYLE), io.StringIO() as out:
+        fig.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        svg = out.getvalue()
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{fig.get_label()}-", svg)
+    for color, variable in ((INK, "--ink"), (FAINT, "--faint"), (PAPER, "--card")):
+        svg = svg.replace(color, f"var({variable}, {color})")
+    return re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg xmlns="http://www.w3.org/2000/svg" '
+                  r'xmlns:xlink="http://www.w3.org/1999/xlink" \1 role="img">', svg)  # fmt: skip
+
+
+def as_png(fig: Figure, max_bytes: int = 140_000) -> bytes:
+    """The figure as PNG on white, as sharp as fits. 140,000 bytes are 187 KB as a data URI: a Prefect artifact takes 200."""
+    for dpi in (200, 150, 110, 80, 60):
+        with rc_context(STYLE), io.BytesIO() as out:
+            fig.savefig(out, format="png", dpi=dpi, facecolor="white")
+            png = out.getvalue()
+        if len(png) <= max_bytes:
+            return png
+    raise ValueError(f"the figure {fig.get_label()!r} takes {len(png):,} bytes at 60 dpi, more than {max_bytes:,}")
+
+
+def _figure(name: str, panels: Sequence[Panel]) -> Figure:
+    fig = Figure(figsize=(4.4, 3.9), layout=ConstrainedLayoutEngine(h_pad=0.07), label=name)
+    axes = fig.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, draw in zip(axes, panels, strict=True):
+        draw(ax)
+        ax.label_outer()
+    return fig
+
+
+def _over_rounds(
+    rounds: pd.DataFrame, title: str, *lines: Line, level: float | None = None, share: bool = False
+) -> list[Panel]:
+    """One panel: each line over rounds with its interval, hollow where the gate did not promote. Empty without data."""
+    drawn = [line for line in lines if len(_series(rounds, line.key))]
+
+    def draw(ax: Axes) -> None:
+        for line in drawn:
+            y = _series(rounds, line.key)
+            low, high = (
+                _series(rounds, f"{line.key}_low").reindex(y.index),
+                _series(rounds, f"{line.key}_high").reindex(y.index),
+            )
+            ax.plot(y.index, y, color=line.color, label=line.label)
+            ax.fill_between(y.index, low, high, color=line.color, alpha=0.14, linewidth=0)
+            ax.vlines(y.index, low, high, color=line.color, linewidth=1, alpha=0.7)
+            _markers(ax, y.index, y, _promoted(rounds).reindex(y.index), line.color)
+        _finish(ax, title, legend=len(lines) > 1, level=level, share=share)
+        _whole_rounds(ax.xaxis)
+        ax.set_xlabel("round")
+
+    return [draw] if drawn else []
+
+
+def _against_kl(rounds: pd.DataFrame, title: str, line: Line) -> list[Panel]:
+    """The score against the KL divergence that it cost, round by round."""
+    y = _series(rounds, line.key)
+    kl = _series(rounds, "kl/to_initial")
+    if 0 in y.index:
+        kl[0] = 0.0  # the initial policy's divergence from itself, which nobody needs to estimate
+    points = pd.DataFrame({"kl": kl, "y": y}).dropna().sort_index()
+    if len(points) < 2:
+        return []
+
+    def draw(ax: Axes) -> None:
+        ax.plot(points["kl"], points["y"], color=line.color)
+        _markers(ax, points["kl"], points["y"], _promoted(rounds).reindex(points.index), line.color)
+        for number, x, height in points.itertuples():
+            ax.annotate(str(number), (x, height), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=10)
+        ax.margins(x=0.06, y=0.22)
+        _finish(ax, title)
+        ax.set_xlabel("KL to the initial policy, nats a completion")
+
+    return [draw]
+
+
+def _over_steps(
+    steps: pd.DataFrame, title: str, *lines: Line, level: float | None = None, share: bool = False
+) -> list[Panel]:
+    """One panel: each line over the optimizer steps of all rounds, faint as it was and strong as a running mean."""
+    drawn = [line for line in lines if len(_series(steps, line.key))]
+
+    def draw(ax: Axes) -> None:
+        size = -(-len(steps) // MAX_POINTS)  # steps averaged into one point
+        start = 0
+        for _, log in steps.groupby("round"):
+            for line in drawn:
+                y = _series(log, line.key).reset_index(drop=True)
+                y = y.groupby(y.index // size).mean()
+                x = start + 1 + (y.index + 0.5) * size - 0.5
+                window = max(1, min(len(y) // 4, 10))
+                label = line.label if start == 0 else None
+                ax.plot(x, y, color=line.color, linewidth=0.8, alpha=0.35)
+                ax.plot(x, y.rolling(window, min_periods=1).mean(), color=line.color, label=label)
+            if start:
+                ax.axvline(start + 0.5, color=FAINT, linewidth=0.8, linestyle=(0, (3, 3)))
+            start += len(log)
+        _finish(ax, title, legend=len(lines) > 1, level=level, share=share)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        ax.set_xlabel("optimizer step" + (", dashed where a round begins" if steps["round"].nunique() > 1 else ""))
+
+    return [draw] if drawn else []
+
+
+def _pair_yield(rounds: pd.DataFrame) -> list[Panel]:
+    """What became of each round's candidate pairs, stacked. Empty where nothing was counted but what was kept."""
+    colors = {"kept": BLUE, "tied": SKY, "unjudged": ORANGE, "identical": PURPLE, "truncated": FAINT}
+    counts = {name: _series(rounds, f"pairs/{name}") for name in colors}
+    if not any(len(series) for name, series in counts.items() if name != "kept"):
+        return []
+
+    def draw(ax: Axes) -> None:
+        table = pd.DataFrame(counts).fillna(0.0)
+        floor = pd.Series(0.0, index=table.index)
+        for name, color in colors.items():
+            if table[name].any():
+                ax.bar(table.index, table[name], bottom=floor, width=0.62, color=color, label=name)
+                floor += table[name]
+        ax.grid(visible=False, axis="x")
+        _finish(ax, "Pairs kept, and what was left out", legend=True)
+        _whole_rounds(ax.xaxis)
+        ax.set_xlabel("round")
+
+    return [draw]
+
+
+def _time(rounds: pd.DataFrame) -> list[Panel]:
+    """Wall time by stage, a bar a round."""
+    colors = {"sample": BLUE, "judge": ORANGE, "pair": PURPLE, "train": GREEN, "evaluate": SKY}
+    table = pd.DataFrame({name: _series(rounds, f"time/{name}_s") for name in colors}).fillna(0.0)
+    longest = table.sum(axis=1).max()
+    if table.empty or not longest:
+        return []
+    unit, seconds = ("hours", 3600) if longest > 2 * 3600 else ("minutes", 60) if longest > 2 * 60 else ("seconds", 1)
+
+    def draw(ax: Axes) -> None:
+        left = pd.Series(0.0, index=table.index)
+        for name, color in colors.items():
+            if table[name].any():
+                ax.barh(table.index, table[name] / seconds, left=left, height=0.62, color=color, label=name)
+                left += table[name] / seconds
+        ax.grid(visible=False, axis="y")
+        first, last = table.index.min(), table.index.max()
+        ax.set_ylim(max(last, first + 2) + 0.6, first - 0.6)  # downwards, and a lone bar stays slim
+        _finish(ax, f"Wall time by round, {unit}", legend=True)
+        _whole_rounds(ax.yaxis)
+        ax.yaxis.set_major_formatter(lambda y, _: f"round {y:.0f}" if y in table.index else "")
+
+    return [draw]
+
+
+def _finish(ax: Axes, title: str, *, legend: bool = False, level: float | None = None, share: bool = False) -> None:
+    ax.set_title(title, pad=25 if legend else None)
+    if legend:
+        ax.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=5, borderaxespad=0.1,
+                  handlelength=0.8, handletextpad=0.4, columnspacing=0.8)  # fmt: skip
+    if level is not None:
+        ax.axhline(level, color=FAINT, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+    if share:
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    ax.locator_params(axis="y", nbins=5)
+
+
+def _markers(ax: Axes, x: pd.Index | pd.Series, y: pd.Series, promoted: pd.Series, color: str) -> None:
+    faces = [color if filled else PAPER for filled in promoted]
+    ax.scatter(x, y, s=30, c=faces, edgecolors=color, linewidths=1.4, zorder=3)
+
+
+def _whole_rounds(axis: object) -> None:
+    axis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))  # type: ignore[attr-defined]
+
+
+def _promoted(rounds: pd.DataFrame) -> pd.Series:
+    if "gate/decision" not in rounds:
+        return pd.Series(True, index=rounds.index)
+    return (rounds["gate/decision"] == "promote") | (rounds.index == 0)
+
+
+def _series(frame: pd.DataFrame, key: str) -> pd.Series:
+    """The column as floats, without its nulls; empty where there is none."""
+    if key not in frame:
+        return pd.Series(dtype=float, index=frame.index[:0])
+    return pd.to_numeric(frame[key], errors="coerce").astype(float).dropna()

@@ -1,0 +1,464 @@
+"""The stages of a round as plain functions: each finds its step done on disk, or does it.
+
+    sample     y_1..y_K ~ pi_t(.|x)           judge      a score for each y, or an abstention
+    pair       (x, y_w, y_l)                  train      pi_{t+1} <- DPO(pi_t)
+    evaluate   the candidate, on held-out x   gate       promote, keep or stop
+
+They need no Prefect. They take an `Experiment` and small records, and return the manifest of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from iterdpo.config import DPOConfig
+from iterdpo.errors import StaleStepError
+from iterdpo.evaluate import Interval, Scores, distinct_n, mean_score, sequence_kl, win_rate
+from iterdpo.experiment import Experiment, Pending, Policy, named_prompts
+from iterdpo.gate import decide
+from iterdpo.judge import NamedJudge, checked_judgments
+from iterdpo.launch import TRAIN_LOG, TrainSpec, launch_training
+from iterdpo.pairing import build_pairs
+from iterdpo.pairs import HELDOUT, TRAIN, write_pairs
+from iterdpo.progress import Progress
+from iterdpo.rundir import Manifest, RunDir, Step, digest, read_json, read_jsonl, read_manifest, write_json, write_jsonl
+from iterdpo.sampling import SamplingParameters
+from iterdpo.seeds import derive_seed
+from iterdpo.types import CompletionGroup, Judgment, Prompt, RoundRecord
+
+# Settings that change how fast or in how much memory a step runs, never what it computes.
+DPO_WITHOUT_EFFECT = {"pairs_per_micro_batch", "gradient_checkpointing", "checkpoint_every", "processes", "accelerate_config"}
+
+
+def sample(exp: Experiment, round: int, policy: Policy) -> Manifest:
+    """K completions of each of the round's prompts, by `policy`."""
+    prompts = exp.round_prompts(round)
+    inputs = {
+        "model": exp.initial.digest,
+        "policy": policy.digest,
+        "prompts": _prompts_key(exp, prompts),
+        "sampling": _sampling_key(exp, exp.config.sampling.n, exp.config.sampling.temperature),
+        "seed": exp.config.seed,
+    }
+    step = exp.run.step(round, "completions", inputs)
+    if (done := _done(exp, step)) is not None:
+        return done
+    directory = step.begin()
+    seeds = [derive_seed(exp.config.seed, round, "sample", p.id) for p in prompts]
+    parameters = _parameters(exp, exp.config.sampling.n, exp.config.sampling.temperature)
+    groups = _sample_shards(exp, directory, "sample", policy, prompts, seeds, parameters)
+    return step.finish(
+        counts={
+            "prompts": len(groups),
+            "completions": sum(len(g.completions) for g in groups),
+            "tokens": sum(len(c.token_ids) for g in groups for c in g.completions),
+            "truncated": sum(c.truncated for g in groups for c in g.completions),
+        }
+    )
+
+
+def judge(exp: Experiment, round: int) -> Manifest:
+    """The training judge's scores of the round's completions."""
+    named = exp.judges[0]
+    completions = _finished(exp.run, round, "completions")
+    inputs = {"judge": {"use": named.use, "version": named.version}, "completions": completions.digest}
+    step = exp.run.step(round, "judgments", inputs)
+    if (done := _done(exp, step)) is not None:
+        return done
+    directory = step.begin()
+    judgments = _judge_shards(exp, directory, "judge", named, exp.run.round_dir(round) / "completions")
+    exp.release_judges()
+    return step.finish(counts=_abstentions(judgments))
+
+
+def pair(exp: Experiment, round: int) -> Manifest:
+    """Preference pairs from the round's completions and judgments."""
+    judgments = _finished(exp.run, round, "judgments")
+    settings = exp.config.pairing.model_dump()
+    inputs = {"pairing": settings, "judgments": judgments.digest, "completions": judgments.inputs["completions"]}
+    step = exp.run.step(round, "pairs", {**inputs, "seed": exp.config.seed})
+    if (done := _done(exp, step)) is not None:
+        return done
+    directory = step.begin()
+    with exp.progress.stage("pair", 0, "pairs") as stage:
+        groups = read_groups(exp.run.round_dir(round) / "completions")
+        seed = derive_seed(exp.config.seed, round, "pair")
+        pairs, counts = build_pairs(groups, read_judgments(exp.run.round_dir(round) / "judgments"), **settings, seed=seed)
+        stage.to(len(pairs))
+        stage.remark = counts.summary()
+        if not pairs:
+            raise RuntimeError(
+                f"round {round}: {counts.summary()}: nothing to train on. Where completions tie, check the judge or "
+                "pairing.min_margin; where none was judged, see the abstentions in "
+                f"{exp.run.round_dir(round) / 'judgments'}"
+            )
+        write_pairs(directory, pairs, summary=counts.summary())
+    return step.finish(counts=counts.to_json())
+
+
+def train(exp: Experiment, round: int, policy: Policy) -> Manifest:
+    """The candidate: `policy` after one DPO round on the round's pairs."""
+    dpo = exp.config.dpo
+    reference = exp.initial if dpo.reference == "initial" else policy
+    return train_on_pairs(
+        exp.run,
+        round,
+        policy=policy,
+        reference=reference,
+        initial=exp.initial,
+        dpo=dpo,
+        seed=derive_seed(exp.config.seed, round, "train"),
+        trust_remote_code=exp.config.model.trust_remote_code,
+        progress=exp.progress,
+        exp=exp,
+    )
+
+
+def train_on_pairs(
+    run: RunDir,
+    round: int,
+    *,
+    policy: Policy,
+    reference: Policy,
+    initial: Policy,
+    dpo: DPOConfig,
+    seed: int,
+    trust_remote_code: bool,
+    progress: Progress,
+    exp: Experiment | None = None,
+) -> Manifest:
+    """The policy step of a round whose pairs are on disk, however they were made."""
+    pairs = _finished(run, round, "pairs")
+    inputs = {
+        "model": initial.digest,
+        "policy": policy.digest,
+        "reference": reference.digest,
+        "dpo": dpo.model_dump(exclude=DPO_WITHOUT_EFFECT),
+        "pairs": pairs.digest,
+        "seed": seed,
+    }
+    step = run.step(round, "policy", inputs)
+    if (done := _done(exp, step)) is not None:
+        return done
+    directory = step.begin()
+    source = run.round_dir(round) / "pairs"
+    spec = TrainSpec(
+        policy=str(policy.path),
+        reference=None if reference.digest == policy.digest else str(reference.path),
+        pairs=str(source / TRAIN),
+        eval_pairs=str(source / HELDOUT) if (source / HELDOUT).exists() else None,
+        output=str(directory),
+        reference_output=str(run.round_dir(round) / "reference"),
+        reference_inputs={"reference": reference.digest, "pairs": pairs.digest, "precision": dpo.precision},
+        dpo=dpo.model_dump(),
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    total = pairs.counts["kept"] * dpo.epochs
+    with progress.stage("train", total, "pairs") as stage:
+
+        def on_step(row: dict[str, Any]) -> None:
+            stage.to(min(total, row["step"] * dpo.pairs_per_step))
+            stage.remark = f"loss {row['loss']:.3f}, margin {row['rewards/margins']:.3f}"
+
+        launch_training(spec, spec_path=directory / "train.json", log=run.log_path("train"), on_step=on_step)
+    return step.finish(counts={"pairs": pairs.counts["kept"]}, logs=[TRAIN_LOG, "train.json"])
+
+
+def evaluate(exp: Experiment, round: int, policy: Policy, previous: int | None) -> Manifest:
+    """How the candidate does on the held-out prompts. `previous` is the round of the policy that it started from."""
+    config, prompts = exp.config.evaluation, exp.prompts.heldout
+    temperature = exp.config.sampling.temperature if config.temperature is None else config.temperature
+    n = 1 if temperature == 0 else config.n
+    baselines = {} if previous is None else {"initial": 0, "previous": previous}
+    inputs = {
+        "model": exp.initial.digest,
+        "policy": policy.digest,
+        "prompts": _prompts_key(exp, prompts),
+        "sampling": _sampling_key(exp, n, temperature),
+        "evaluation": config.model_dump(exclude={"judge"}),
+        "judges": {named.role: {"use": named.use, "version": named.version} for named in exp.judges},
+        "baselines": {name: _finished(exp.run, r, "evaluation").digest for name, r in baselines.items()},
+        "gate": exp.config.gate.model_dump(),
+        "seed": exp.config.seed,
+    }
+    step = exp.run.step(round, "evaluation", inputs)
+    if (done := _done(exp, step)) is not None:
+        return done
+    directory = step.begin()
+    # The same seeds every round: what differs between rounds is the policy, not the luck of the draw.
+    seeds = [derive_seed(exp.config.seed, "evaluate", p.id) for p in prompts]
+    groups = _sample_shards(
+        exp, _subdirectory(directory, "completions"), "evaluate", policy, prompts, seeds, _parameters(exp, n, temperature)
+    )
+    scores: dict[str, list[Scores]] = {}
+    for named in exp.judges:
+        target = _subdirectory(directory, "judgments", named.role)
+        scores[named.role] = [j.scores for j in _judge_shards(exp, target, "score", named, directory / "completions")]
+    exp.release_judges()
+    logps = _sequence_logps(exp, directory / "logps.json", policy, groups)
+    metrics = evaluation_metrics(
+        groups,
+        scores,
+        {name: _evaluation_scores(exp.run, r) for name, r in baselines.items()},
+        logps,
+        bootstrap={
+            "confidence": config.confidence,
+            "samples": config.bootstrap_samples,
+            "seed": derive_seed(exp.config.seed, "bootstrap"),
+        },
+    )
+    write_json(directory / "metrics.json", metrics)
+    return step.finish(counts={"prompts": len(groups), "completions": sum(len(g.completions) for g in groups)})
+
+
+def gate(exp: Experiment, round: int, candidate: Policy, previous: Policy | None) -> RoundRecord:
+    """Seal the round: its metrics, and whether its candidate or the policy before is the next round's start."""
+    metrics = round_metrics(exp.run, round)
+    if previous is None:
+        action, reason = "promote", "the initial policy"
+        kept = candidate
+    else:
+        action, reason = decide(metrics, **exp.config.gate.model_dump())
+        kept = candidate if action == "promote" else previous
+    metrics |= {"gate/decision": action, "gate/reason": reason}
+    path = kept.path
+    if path.is_relative_to(exp.run.root):
+        path = path.relative_to(exp.run.root)
+    record = RoundRecord(round, action, reason, str(path), kept.round, kept.digest, metrics)  # type: ignore[arg-type]
+    if exp.run.record(round) != record:
+        if exp.looking:
+            raise Pending(f"{exp.run.round_dir(round).name}/round.json")
+        exp.run.write_record(record)
+    return record
+
+
+def evaluation_metrics(
+    groups: Sequence[CompletionGroup],
+    scores: dict[str, list[Scores]],
+    baselines: dict[str, dict[str, list[Scores]]],
+    logps: dict[str, list[list[float]]] | None,
+    *,
+    bootstrap: dict[str, Any],
+) -> dict[str, Any]:
+    """The metrics of docs/metrics.md that the held-out completions decide.
+
+    `scores` by role of the judge, prompt by prompt; `baselines` the same for the policies compared with, by name;
+    `logps` has `policy` and `initial`, summed over each completion, None where the policy is the initial one.
+    Win rates are by the held-out judge where there is one.
+    """
+    completions = [c for g in groups for c in g.completions]
+    decider = "heldout_judge" if "heldout_judge" in scores else "train_judge"
+    metrics: dict[str, Any] = {"win_rate/judge": decider.removesuffix("_judge")}
+    for role in ("train_judge", "heldout_judge"):
+        value = mean_score(scores[role], **bootstrap) if role in scores else Interval(None, None, None)
+        metrics |= _named(f"score/{role}", value)
+    for name in ("initial", "previous"):
+        value = Interval(None, None, None)
+        if name in baselines:
+            value = win_rate(scores[decider], baselines[name][decider], **bootstrap)
+        metrics |= _named(f"win_rate/vs_{name}", value)
+    kl = Interval(0.0, 0.0, 0.0) if logps is None else sequence_kl(logps["policy"], logps["initial"], **bootstrap)
+    return metrics | {
+        **_named("kl/to_initial", kl),
+        "length/mean_tokens": sum(len(c.token_ids) for c in completions) / len(completions),
+        "length/truncated": sum(c.truncated for c in completions) / len(completions),
+        "distinct/1": distinct_n([c.token_ids for c in completions], 1),
+        "distinct/2": distinct_n([c.token_ids for c in completions], 2),
+        "evaluation/prompts": len(groups),
+        "evaluation/completions": len(completions),
+        "evaluation/unjudged": sum(s is None for group in scores[decider] for s in group),
+    }
+
+
+def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
+    """One line of metrics.jsonl, from the steps of a round. None where a round has no such stage."""
+    directory = run.round_dir(round)
+    steps = {name: read_manifest(directory / name) for name in ("completions", "judgments", "pairs", "policy", "evaluation")}
+    counts = {name: manifest.counts if manifest else {} for name, manifest in steps.items()}
+    seconds = {name: manifest.seconds["total"] if manifest else None for name, manifest in steps.items()}
+    metrics: dict[str, Any] = {"round": round}
+    if steps["evaluation"]:
+        metrics |= read_json(directory / "evaluation" / "metrics.json")
+    metrics["prompts/sampled"] = counts["completions"].get("prompts")
+    metrics["completions/sampled"] = counts["completions"].get("completions")
+    for name in ("kept", "tied", "unjudged", "identical", "truncated"):
+        metrics[f"pairs/{name}"] = counts["pairs"].get(name)
+    log = read_jsonl(directory / "policy" / TRAIN_LOG) if steps["policy"] else []
+    names = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+    for name in names:
+        tail = [row[name] for row in log[len(log) // 2 :]]  # the second half: the first is still learning
+        metrics[name] = sum(tail) / len(tail) if tail else None
+    if (directory / "policy" / "eval_metrics.json").exists():
+        metrics |= read_json(directory / "policy" / "eval_metrics.json")
+    stages = {"sample": "completions", "judge": "judgments", "pair": "pairs", "train": "policy", "evaluate": "evaluation"}
+    for stage, step in stages.items():
+        metrics[f"time/{stage}_s"] = seconds[step]
+    metrics["time/round_s"] = sum(s for s in seconds.values() if s is not None)
+    return metrics
+
+
+def read_groups(directory: Path) -> list[CompletionGroup]:
+    return [CompletionGroup.from_json(row) for shard in _shards(directory) for row in read_jsonl(shard)]
+
+
+def read_judgments(directory: Path) -> list[Judgment]:
+    return [Judgment.from_json(row) for shard in _shards(directory) for row in read_jsonl(shard)]
+
+
+def _done(exp: Experiment | None, step: Step) -> Manifest | None:
+    if exp is None or not exp.looking:
+        return step.manifest()
+    differing = step.differences()
+    if differing and not exp.run.redo:
+        raise StaleStepError(step.name, differing)
+    manifest = None if differing else read_manifest(step.path)
+    if manifest is None:
+        raise Pending(step.name)
+    return manifest
+
+
+def _finished(run: RunDir, round: int, name: str) -> Manifest:
+    manifest = read_manifest(run.round_dir(round) / name)
+    assert manifest is not None, f"round {round}: {name} comes first"
+    return manifest
+
+
+def _sample_shards(
+    exp: Experiment,
+    directory: Path,
+    name: str,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    parameters: SamplingParameters,
+) -> list[CompletionGroup]:
+    """Sample what is missing, shard by shard, each durable before the next begins. Returns all groups."""
+    size = exp.config.sampling.shard_size
+    groups: list[CompletionGroup] = []
+    with exp.progress.stage(name, len(prompts) * parameters.n, "completions") as stage:
+        for number, start in enumerate(range(0, len(prompts), size)):
+            shard = directory / f"shard-{number:04d}.jsonl"
+            if shard.exists():
+                groups += [CompletionGroup.from_json(row) for row in read_jsonl(shard)]
+            else:
+                asked = prompts[start : start + size]
+                ids = [exp.prompt_ids(p) for p in asked]
+                exp.sampler.load(policy.path, policy.digest)
+                sampled = exp.sampler.sample(ids, seeds[start : start + size], parameters)
+                fresh = [CompletionGroup(*group) for group in zip(asked, ids, sampled, strict=True)]
+                write_jsonl(shard, (g.to_json() for g in fresh))
+                groups += fresh
+            stage.to(sum(len(g.completions) for g in groups))
+        tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
+        stage.remark = f"{tokens / max(1, stage.done):.1f} tokens each"
+    if "sampler" in exp.__dict__:
+        exp.sampler.release()
+    return groups
+
+
+def _judge_shards(exp: Experiment, directory: Path, name: str, named: NamedJudge, completions: Path) -> list[Judgment]:
+    """Judge what is missing, shard by shard. Returns all judgments, in the order of the groups."""
+    judgments: list[Judgment] = []
+    shards = _shards(completions)
+    groups = {shard: [CompletionGroup.from_json(row) for row in read_jsonl(shard)] for shard in shards}
+    with exp.progress.stage(name, sum(len(g.completions) for s in shards for g in groups[s]), "completions") as stage:
+        for shard in shards:
+            target = directory / shard.name
+            if target.exists():
+                fresh = [Judgment.from_json(row) for row in read_jsonl(target)]
+            else:
+                fresh = checked_judgments(exp.judge(named), groups[shard])
+                write_jsonl(target, (j.to_json() for j in fresh))
+            judgments += fresh
+            stage.advance(sum(len(j.scores) for j in fresh))
+        scores = [s for j in judgments for s in j.scores if s is not None]
+        unjudged = stage.done - len(scores)
+        mean = f"mean score {sum(scores) / len(scores):.3f}" if scores else "nothing judged"
+        stage.remark = f"{named.use.rpartition('/')[2]}: {mean}" + (f", {unjudged} abstentions" if unjudged else "")
+    return judgments
+
+
+def _sequence_logps(
+    exp: Experiment, note: Path, policy: Policy, groups: Sequence[CompletionGroup]
+) -> dict[str, list[list[float]]] | None:
+    """log policy(y|x) and log initial(y|x) of every completion, by prompt; None where the two are one."""
+    if policy.digest == exp.initial.digest:
+        return None
+    if note.exists():
+        return read_json(note)
+    from iterdpo.logps import score_completions
+
+    rows = [(g.prompt_ids, c.token_ids) for g in groups for c in g.completions if c.token_ids]
+    logps = {}
+    with exp.progress.stage("kl", 2 * len(rows), "completions") as stage:
+        for number, (name, which) in enumerate((("policy", policy), ("initial", exp.initial))):
+            flat = iter(
+                score_completions(
+                    which.path,
+                    [prompt for prompt, _ in rows],
+                    [completion for _, completion in rows],
+                    precision=exp.config.dpo.precision,
+                    trust_remote_code=exp.config.model.trust_remote_code,
+                    on_progress=lambda done, number=number: stage.to(number * len(rows) + done),  # type: ignore[misc]
+                )
+            )
+            logps[name] = [[next(flat) for c in g.completions if c.token_ids] for g in groups]
+    logps = {name: [group for group in by_prompt if group] for name, by_prompt in logps.items()}
+    write_json(note, logps)
+    return logps
+
+
+def _evaluation_scores(run: RunDir, round: int) -> dict[str, list[Scores]]:
+    directory = run.round_dir(round) / "evaluation" / "judgments"
+    return {role.name: [j.scores for j in read_judgments(role)] for role in sorted(directory.iterdir())}
+
+
+def _prompts_key(exp: Experiment, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    section = exp.config.prompts
+    return {
+        "per_round": section.per_round,
+        "heldout": section.heldout,
+        "column": section.column,
+        "content": digest(named_prompts(prompts)),
+    }
+
+
+def _sampling_key(exp: Experiment, n: int, temperature: float) -> dict[str, Any]:
+    section = exp.config.sampling
+    shared = section.model_dump(include={"top_p", "top_k", "max_tokens", "shard_size"})
+    return {"n": n, "temperature": temperature, **shared, "engine": {"dtype": section.engine.dtype}}
+
+
+def _parameters(exp: Experiment, n: int, temperature: float) -> SamplingParameters:
+    section = exp.config.sampling
+    return SamplingParameters(
+        n=n, temperature=temperature, top_p=section.top_p, top_k=section.top_k, max_tokens=section.max_tokens
+    )
+
+
+def _abstentions(judgments: Sequence[Judgment]) -> dict[str, Any]:
+    reasons: dict[str, int] = {}
+    for reason in (r for j in judgments for r in j.abstentions if r is not None):
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return {
+        "completions": sum(len(j.scores) for j in judgments),
+        "unjudged": sum(reasons.values()),
+        "abstentions": dict(sorted(reasons.items(), key=lambda item: -item[1])[:20]),
+    }
+
+
+def _named(name: str, interval: Interval) -> dict[str, float | None]:
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def _subdirectory(directory: Path, *parts: str) -> Path:
+    path = directory.joinpath(*parts)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _shards(directory: Path) -> list[Path]:
+    return sorted(directory.glob("shard-*.jsonl"))

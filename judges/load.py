@@ -1,0 +1,246 @@
+"""Finds the judge that a configuration names: `reward_model`, `path/to/file.py:name` or `package.module:name`.
+
+`check_judge` and `judge_version` read source code without running it, so that a configuration is validated, and the
+key of its results known, without loading a model or importing torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from iterdpo.errors import JudgeError
+from iterdpo.judge import Judge
+from iterdpo.rundir import digest, directory_digest, sha256_file
+from judges.custom import adapt, check_signature, nearest
+from judges.reward_model import RewardModelJudge, check_reward_model
+
+REWARD_MODEL = "reward_model"
+SPEED_ONLY = {"batch_size", "device"}
+"""Arguments of the reward model that change no score, and so no version."""
+
+
+def load_judge(use: str, args: dict[str, Any]) -> Judge:
+    """The judge that `use` names, made with `args`. A reward model loads its weights at its first judgment.
+
+    Raises:
+        JudgeError: what `check_judge` finds, an import that fails, or an object that is no judge.
+    """
+    check_judge(use, args)
+    version = judge_version(use, args)
+    if use == REWARD_MODEL:
+        reward_model = RewardModelJudge(**args)
+        reward_model.version = version
+        return reward_model
+    source = _locate(use)
+    module = _import(source, use)
+    if not hasattr(module, source.name):
+        raise JudgeError(f"judge {use!r}: no {source.name!r} there; {nearest(source.name, vars(module), 'it defines')}")
+    return adapt(getattr(module, source.name), name=_label(use), version=version, args=args)
+
+
+def check_judge(use: str, args: dict[str, Any]) -> None:
+    """Find what is wrong with a judge's section of a configuration, running none of its code.
+
+    Raises:
+        JudgeError: no such file, module, name or checkpoint, a file that does not parse, a function whose parameters
+            make it no judge, an argument that is missing or unknown.
+    """
+    if use == REWARD_MODEL:
+        check_signature(inspect.signature(RewardModelJudge), args, use, constructor=True)
+        check_reward_model(**args)
+        return
+    source = _locate(use)
+    if source.file is None:
+        return
+    try:
+        tree = ast.parse(source.file.read_bytes(), filename=str(source.file))
+    except (SyntaxError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise JudgeError(f"judge {use!r}: {source.file}{line}: not valid Python: {error}") from None
+    defined = dict(_definitions(tree.body))
+    if source.name in defined:
+        _check_definition(defined[source.name], args, _label(use))
+    elif not {"*", "__getattr__"} & defined.keys():
+        hint = nearest(source.name, [n for n in defined if not n.startswith("_")], "it defines")
+        raise JudgeError(f"judge {use!r}: {source.file} defines no {source.name!r}; {hint}")
+
+
+def judge_version(use: str, args: dict[str, Any]) -> str:
+    """A hash of what decides this judge's scores: its source file, its arguments, and the files that they name.
+
+    The same in every process and wherever the files lie. What the source imports is not part of it, nor is a hub
+    model's content: pin its `revision`.
+
+    Raises:
+        JudgeError: no such file or module.
+    """
+    if use == REWARD_MODEL:
+        return digest([use, _content({k: v for k, v in args.items() if k not in SPEED_ONLY})])
+    source = _locate(use)
+    code = use if source.file is None else _content(str(source.file.absolute()))
+    return digest([code, source.name, _content(args)])
+
+
+class _Source(NamedTuple):
+    """Where a judge's definition is: `_Source(Path("my_judge.py"), None, "score")`.
+
+    `module` is None for a file; `file` is None for a module without Python source.
+    """
+
+    file: Path | None
+    module: str | None
+    name: str
+
+
+def _locate(use: str) -> _Source:
+    place, _, name = use.rpartition(":")
+    if not place or not name.isidentifier():
+        raise JudgeError(
+            f"judge {use!r}: a judge is named `{REWARD_MODEL}`, `path/to/file.py:name` or `package.module:name`"
+        )
+    if place.endswith(".py"):
+        file = Path(place).expanduser()
+        if not file.is_file():
+            beside = sorted(p.name for p in file.parent.glob("*.py"))
+            raise JudgeError(f"judge {use!r}: no such file {file}; {nearest(file.name, beside, 'Python files there')}")
+        return _Source(file, None, name)
+    spec = _find_module(place)
+    if spec is None:
+        raise JudgeError(
+            f"judge {use!r}: no module {place!r} can be imported here; install it into this environment, or name its "
+            "file: path/to/file.py:name"
+        )
+    readable = spec.origin is not None and spec.origin.endswith(".py")
+    return _Source(Path(str(spec.origin)) if readable else None, place, name)
+
+
+def _find_module(dotted: str) -> ModuleSpec | None:
+    """Like `importlib.util.find_spec`, which would import the parent packages (TRL's, and with it torch)."""
+    top, *parts = dotted.split(".")
+    try:
+        spec = importlib.util.find_spec(top) if all(map(str.isidentifier, (top, *parts))) else None
+    except ValueError:  # a module without a spec, such as __main__
+        spec = None
+    for end in range(len(parts)):
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = PathFinder.find_spec(".".join((top, *parts[: end + 1])), list(spec.submodule_search_locations))
+    return spec
+
+
+def _import(source: _Source, use: str) -> ModuleType:
+    try:
+        if source.module is not None:
+            return importlib.import_module(source.module)
+        assert source.file is not None
+        file = source.file.absolute()
+        if str(file.parent) not in sys.path:
+            sys.path.append(str(file.parent))  # last, so that its neighbours can be imported but shadow nothing
+        module_name = f"iterdpo_judge_{digest(str(file))}"
+        spec = importlib.util.spec_from_file_location(module_name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # dataclasses and pickle look their module up there
+        spec.loader.exec_module(module)
+        return module
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise JudgeError(
+            f"judge {use!r}: importing it raised {type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
+        ) from error
+
+
+def _definitions(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
+    """The names that a module's statements bind at its top level; `*` where a star import hides some."""
+    for node in body:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                yield node.name, node
+            case ast.Import() | ast.ImportFrom():
+                for alias in node.names:
+                    yield alias.asname or alias.name.partition(".")[0], node
+            case ast.Assign() | ast.AnnAssign() | ast.AugAssign():
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    for leaf in ast.walk(target):
+                        if isinstance(leaf, ast.Name):
+                            yield leaf.id, node
+            case _:
+                for block in ("body", "orelse", "finalbody"):
+                    yield from _definitions(getattr(node, block, []))
+                for handler in getattr(node, "handlers", []):
+                    yield from _definitions(handler.body)
+
+
+def _check_definition(node: ast.stmt, args: dict[str, Any], label: str) -> None:
+    """Hold a definition against `args`, where its signature can be read off the source."""
+    match node:
+        case ast.FunctionDef(decorator_list=[]) | ast.AsyncFunctionDef(decorator_list=[]):
+            check_signature(_signature(node.args), args, label, constructor=False)
+        case ast.ClassDef(decorator_list=[], keywords=[]):
+            makers = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name in ("__init__", "__new__")]
+            if makers and not makers[-1].decorator_list:
+                check_signature(_signature(makers[-1].args, skip=1), args, label, constructor=True)
+            elif not makers and not node.bases:
+                check_signature(inspect.Signature(), args, label, constructor=True)
+
+
+def _signature(arguments: ast.arguments, skip: int = 0) -> inspect.Signature:
+    """The signature that a definition will have, without its first `skip` parameters."""
+    P = inspect.Parameter
+    positional = [
+        *((a, P.POSITIONAL_ONLY) for a in arguments.posonlyargs),
+        *((a, P.POSITIONAL_OR_KEYWORD) for a in arguments.args),
+    ]
+    required = len(positional) - len(arguments.defaults)
+    parameters = [P(a.arg, kind, default=P.empty if i < required else None) for i, (a, kind) in enumerate(positional)][
+        skip:
+    ]
+    if arguments.vararg:
+        parameters.append(P(arguments.vararg.arg, P.VAR_POSITIONAL))
+    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        parameters.append(P(argument.arg, P.KEYWORD_ONLY, default=P.empty if default is None else None))
+    if arguments.kwarg:
+        parameters.append(P(arguments.kwarg.arg, P.VAR_KEYWORD))
+    return inspect.Signature(parameters)
+
+
+def _label(use: str) -> str:
+    """How reports call the judge: `my_judge.py:score`, without the directories before it."""
+    place, _, name = use.rpartition(":")
+    return f"{Path(place).name}:{name}" if place.endswith(".py") else use
+
+
+def _content(value: Any) -> Any:
+    """`value` with every path of an existing file or directory replaced by a hash of what is there."""
+    match value:
+        case dict():
+            return {str(k): _content(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_content(v) for v in value]
+        case str() | Path() if os.path.isfile(value) or (os.sep in str(value) and os.path.isdir(value)):
+            path = Path(value).absolute()
+            files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+            return _path_digest(path, tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+        case None | bool() | int() | float() | str():
+            return value
+        case _:
+            return str(value)
+
+
+@functools.lru_cache(maxsize=64)
+def _path_digest(path: Path, files: tuple[tuple[str, int, int], ...]) -> str:
+    """Cached by names, sizes and times, so that a checkpoint of many GB is read once a process."""
+    return directory_digest(path) if path.is_dir() else sha256_file(path)
