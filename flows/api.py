@@ -45,9 +45,7 @@ def open_experiment(
     heldout = None
     if heldout_judge is not None or config.evaluation.judge is not None:
         heldout = _named("heldout_judge", config.evaluation.judge, heldout_judge)
-    return Experiment(
-        config, train_judge=train, heldout_judge=heldout, sampler=sampler, progress=progress, redo=redo
-    )
+    return Experiment(config, train_judge=train, heldout_judge=heldout, sampler=sampler, progress=progress, redo=redo)
 
 
 def run_rounds(
@@ -91,8 +89,11 @@ def run_experiment(exp: Experiment, *, prefect: bool = True, wait: bool = False)
         pending = first_pending(exp)
         if pending is None:
             return False
+        max_tokens = exp.max_model_len  # a prompt that is too long is found here
         exp.run.write_config(exp.config.model_dump())
-        exp.progress.say(f"run {exp.run.root}: from {pending} on; {exp.config.rounds} rounds")
+        exp.progress.say(
+            f"run {exp.run.root}: from {pending} on, {exp.config.rounds} rounds, context {max_tokens:,} tokens"
+        )
         exp.warm_up()
         if prefect:
             from flows.iterative_dpo import run_under_prefect

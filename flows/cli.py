@@ -59,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="serve the flow as a Prefect deployment; each trigger adds rounds")
     serve.add_argument("config", nargs="+", metavar="CONFIG|key=value", help=OVERRIDES)
-    serve.add_argument("--cron", help='when to add rounds: "0 2 * * *" is at two every night; without it, when triggered')
+    serve.add_argument(
+        "--cron", help='when to add rounds: "0 2 * * *" is at two every night; without it, when triggered'
+    )
     serve.add_argument("--timezone", default="UTC", help="of --cron (default: UTC)")
     serve.add_argument("--add", type=int, default=1, metavar="N", help="rounds that each trigger adds (default: 1)")
     serve.add_argument("--name", help="the deployment's name (default: that of the run directory)")
@@ -129,7 +131,14 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     run = train_offline(config, progress=progress, redo=arguments.redo)
     metrics = run.metrics.iloc[-1]
-    for name in ("loss", "rewards/accuracies", "rewards/margins", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"):
+    for name in (
+        "loss",
+        "rewards/accuracies",
+        "rewards/margins",
+        "eval_loss",
+        "eval_rewards/accuracies",
+        "eval_rewards/margins",
+    ):
         if name in metrics and metrics[name] == metrics[name]:
             progress.say(f"  {name:<24} {metrics[name]:.4f}")
     progress.say(f"report: {run.root / 'report.html'}")

@@ -93,11 +93,10 @@ def iterate(exp: Experiment) -> list[RoundRecord]:
         assert record is not None
         return record
 
-    publish = task(report, name="report", cache_policy=NO_CACHE)
     records = []
     for record in run_loop(exp, subflow):
         exp.progress.say(describe(record.metrics))
-        publish(exp.run.root)
+        report(exp.run.root)
         records.append(record)
     return records
 
@@ -106,11 +105,12 @@ def prefect_stages() -> Stages:
     """The stages as tasks, named after themselves and the round."""
 
     def as_task(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
-        return task(stage, name=name, task_run_name=f"{name} {{round}}", cache_policy=NO_CACHE, persist_result=False)
+        return task(name=name, task_run_name=f"{name} {{round}}", cache_policy=NO_CACHE, persist_result=False)(stage)
 
-    return Stages(*(as_task(name, stage) for name, stage in zip(Stages._fields, Stages(), strict=True)))
+    return Stages(**{name: as_task(name, stage) for name, stage in Stages()._asdict().items()})
 
 
+@task(name="report", cache_policy=NO_CACHE, persist_result=False)
 def report(run_dir: Path) -> str:
     """The run's page, and its table and plots as artifacts of the flow run."""
     page = write_report(run_dir)

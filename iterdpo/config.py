@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from iterdpo.errors import ConfigError
 
 
-
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
@@ -225,7 +224,6 @@ class OfflineConfig(Section):
         return dpo.model_copy(update={"reference": "previous"})
 
 
-
 AnyConfig = TypeVar("AnyConfig", Config, OfflineConfig)
 
 
@@ -275,7 +273,9 @@ def _load(schema: type[AnyConfig], paths: tuple[str | Path, ...], overrides: lis
     wants = {"data"} if schema is Config else {"prompts", "judge"}
     if wants & values.keys() - schema.model_fields.keys():
         command = "iterdpo train" if other is OfflineConfig else "iterdpo run"
-        raise ConfigError(f"{_names(paths)}: has {sorted(wants & values.keys())[0]!r}: this is a configuration of `{command}`")
+        raise ConfigError(
+            f"{_names(paths)}: has {sorted(wants & values.keys())[0]!r}: this is a configuration of `{command}`"
+        )
     return parse_config(schema, values, source=_names(paths))
 
 

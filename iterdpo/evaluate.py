@@ -23,9 +23,7 @@ class Interval(NamedTuple):
     high: float | None
 
 
-def mean_score(
-    groups: Sequence[Scores], *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
-) -> Interval:
+def mean_score(groups: Sequence[Scores], *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0) -> Interval:
     """The mean over prompts of the mean score of a prompt's judged completions."""
     means = [float(np.mean(judged)) for scores in groups if (judged := [s for s in scores if s is not None])]
     return bootstrap_mean(means, confidence=confidence, samples=samples, seed=seed)
@@ -46,9 +44,7 @@ def win_rate(
     """
     wins = []
     for ours, theirs in zip(candidate, baseline, strict=True):
-        outcomes = [
-            0.5 if a == b else float(a > b) for a in ours if a is not None for b in theirs if b is not None
-        ]
+        outcomes = [0.5 if a == b else float(a > b) for a in ours if a is not None for b in theirs if b is not None]
         if outcomes:
             wins.append(float(np.mean(outcomes)))
     return bootstrap_mean(wins, confidence=confidence, samples=samples, seed=seed)

@@ -164,7 +164,9 @@ class Experiment:
         """Hashing the initial policy reads all of it; a note in the run directory saves that on the next start."""
         import json
 
-        stamp = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(self.model_path.iterdir()) if p.is_file()]
+        stamp = [
+            [p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(self.model_path.iterdir()) if p.is_file()
+        ]
         note = self.run.root / ".initial.json"
         if note.exists():
             known = json.loads(note.read_text())
@@ -179,5 +181,3 @@ class Experiment:
 def named_prompts(prompts: Sequence[Prompt]) -> list[list[Any]]:
     """What identifies prompts for a step's key: ids and contents, in order; and the columns, which judges read."""
     return [[p.id, p.content, p.columns] for p in prompts]
-
-

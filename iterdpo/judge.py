@@ -62,7 +62,9 @@ def checked_judgments(judge: Judge, groups: Sequence[CompletionGroup]) -> list[J
                     "an abstention needs its reason"
                 )
             if score is not None and not math.isfinite(score):
-                raise JudgeError(f"judge {judge.name!r} scored {score} for prompt {group.prompt.id!r}; scores are finite")
+                raise JudgeError(
+                    f"judge {judge.name!r} scored {score} for prompt {group.prompt.id!r}; scores are finite"
+                )
     return judgments
 
 

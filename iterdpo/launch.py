@@ -45,9 +45,7 @@ class TrainSpec:
         return TrainSpec(**read_json(path))
 
 
-def launch_training(
-    spec: TrainSpec, *, spec_path: Path, log: Path, on_step: Callable[[dict[str, Any]], None]
-) -> None:
+def launch_training(spec: TrainSpec, *, spec_path: Path, log: Path, on_step: Callable[[dict[str, Any]], None]) -> None:
     """Run the round in a process of its own, and return when its policy is written. It dies with this process.
 
     `on_step` gets each line of the training log soon after it is written; those of an earlier start come first.

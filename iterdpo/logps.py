@@ -13,14 +13,16 @@ from iterdpo.collate import Batch, collate
 
 
 def completion_logps(model: Any, batch: Batch) -> Tensor:
-    """log pi(y|x) of each row, in nats, summed over the completion's tokens: [R] from rows [R, T].
+    """Log pi(y|x) of each row, in nats, summed over the completion's tokens: [R] from rows [R, T].
 
     Logits are asked of the model from the first completion position on, and turned into float32 log-probabilities
     at the completions' own positions only.
     """
     rows, width = batch.input_ids.shape
     keep = width - batch.first
-    logits = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=keep).logits[:, -keep:-1]  # [R, keep-1, V]
+    logits = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=keep).logits[
+        :, -keep:-1
+    ]  # [R, keep-1, V]
     targets = batch.input_ids[:, batch.first + 1 :]
     mask = batch.completion_mask[:, batch.first + 1 :]
     selected = logits[mask].float()  # [N, V], N completion tokens in all
@@ -32,7 +34,9 @@ def completion_logps(model: Any, batch: Batch) -> Tensor:
 def load_policy(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """A checkpoint as a float32 model without dropout: preferences are learnt, and compared, without noise."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # a line of progress is ours to draw
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
     )
@@ -55,7 +59,7 @@ def score_completions(
     trust_remote_code: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """log pi(y|x) in nats of each completion under the checkpoint `policy`, in the order given.
+    """Log pi(y|x) in nats of each completion under the checkpoint `policy`, in the order given.
 
     Loads the model, on a GPU where there is one, and frees it. Rows of similar length share a batch.
     """

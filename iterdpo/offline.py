@@ -93,7 +93,9 @@ def describe_counts(counts: dict[str, Any]) -> str:
     """`kept 2,303 of 2,312 pairs (…); 2,175 to train on, 128 held out; 31 prompts and 12 completions truncated`."""
     line = f"{counts['summary']}; {counts['kept']:,} to train on, {counts['heldout']:,} held out"
     if counts["prompts_truncated"] or counts["completions_truncated"]:
-        line += f"; {counts['prompts_truncated']:,} prompts and {counts['completions_truncated']:,} completions truncated"
+        line += (
+            f"; {counts['prompts_truncated']:,} prompts and {counts['completions_truncated']:,} completions truncated"
+        )
     if counts["identical_after_truncation"]:
         line += f"; {counts['identical_after_truncation']:,} left out: identical after truncation"
     return line

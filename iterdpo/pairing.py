@@ -133,9 +133,4 @@ def _candidates(group: CompletionGroup, judgment: Judgment, *, drop_truncated: b
 
 
 def _ordered_pairs(scores: dict[int, float], min_margin: float) -> list[tuple[int, int]]:
-    return [
-        (i, j)
-        for i in scores
-        for j in scores
-        if scores[i] > scores[j] and scores[i] - scores[j] >= min_margin
-    ]
+    return [(i, j) for i in scores for j in scores if scores[i] > scores[j] and scores[i] - scores[j] >= min_margin]

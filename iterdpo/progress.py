@@ -69,14 +69,16 @@ class Progress:
                 task = bars.add_task(name, total=total)
                 yield lambda done: bars.update(task, completed=done)
             return
-        shown = started
+        shown, first = started, (started, 0)
 
         def line(done: int) -> None:
-            nonlocal shown
+            nonlocal shown, first
             now = time.perf_counter()
-            if now - shown >= self.every and 0 < done < total:
+            if first[1] == 0:
+                first = (now, done)  # the start-up of a process says nothing of the rate
+            elif now - shown >= self.every and first[1] < done < total:
                 shown = now
-                left = (now - started) / done * (total - done)
+                left = (now - first[0]) / (done - first[1]) * (total - done)
                 self.say(f"  {name:<9} {done:>6,} of {total:,} {unit}, about {left:,.0f} s left")
 
         yield line

@@ -210,9 +210,11 @@ class RunDir:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            handle = open(self.root / ".lock", "a+")
+            handle = open(self.root / ".lock", "a+")  # noqa: SIM115  # closed below
         except OSError as error:
-            raise UserError(f"run_dir {self.root}: cannot be written ({error.strerror}); choose another run_dir") from None
+            raise UserError(
+                f"run_dir {self.root}: cannot be written ({error.strerror}); choose another run_dir"
+            ) from None
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

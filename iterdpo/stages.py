@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.config import DPOConfig
-from iterdpo.errors import StaleStepError
+from iterdpo.errors import DataError, StaleStepError
 from iterdpo.evaluate import Interval, Scores, distinct_n, mean_score, sequence_kl, win_rate
 from iterdpo.experiment import Experiment, Pending, Policy, named_prompts
 from iterdpo.gate import decide
@@ -29,7 +29,13 @@ from iterdpo.seeds import derive_seed
 from iterdpo.types import CompletionGroup, Judgment, Prompt, RoundRecord
 
 # Settings that change how fast or in how much memory a step runs, never what it computes.
-DPO_WITHOUT_EFFECT = {"pairs_per_micro_batch", "gradient_checkpointing", "checkpoint_every", "processes", "accelerate_config"}
+DPO_WITHOUT_EFFECT = {
+    "pairs_per_micro_batch",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "processes",
+    "accelerate_config",
+}
 
 
 def sample(exp: Experiment, round: int, policy: Policy) -> Manifest:
@@ -85,11 +91,13 @@ def pair(exp: Experiment, round: int) -> Manifest:
     with exp.progress.stage("pair", 0, "pairs") as stage:
         groups = read_groups(exp.run.round_dir(round) / "completions")
         seed = derive_seed(exp.config.seed, round, "pair")
-        pairs, counts = build_pairs(groups, read_judgments(exp.run.round_dir(round) / "judgments"), **settings, seed=seed)
+        pairs, counts = build_pairs(
+            groups, read_judgments(exp.run.round_dir(round) / "judgments"), **settings, seed=seed
+        )
         stage.to(len(pairs))
         stage.remark = counts.summary()
         if not pairs:
-            raise RuntimeError(
+            raise DataError(
                 f"round {round}: {counts.summary()}: nothing to train on. Where completions tie, check the judge or "
                 "pairing.min_margin; where none was judged, see the abstentions in "
                 f"{exp.run.round_dir(round) / 'judgments'}"
@@ -191,7 +199,13 @@ def evaluate(exp: Experiment, round: int, policy: Policy, previous: int | None) 
     # The same seeds every round: what differs between rounds is the policy, not the luck of the draw.
     seeds = [derive_seed(exp.config.seed, "evaluate", p.id) for p in prompts]
     groups = _sample_shards(
-        exp, _subdirectory(directory, "completions"), "evaluate", policy, prompts, seeds, _parameters(exp, n, temperature)
+        exp,
+        _subdirectory(directory, "completions"),
+        "evaluate",
+        policy,
+        prompts,
+        seeds,
+        _parameters(exp, n, temperature),
     )
     scores: dict[str, list[Scores]] = {}
     for named in exp.judges:
@@ -276,7 +290,9 @@ def evaluation_metrics(
 def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
     """One line of metrics.jsonl, from the steps of a round. None where a round has no such stage."""
     directory = run.round_dir(round)
-    steps = {name: read_manifest(directory / name) for name in ("completions", "judgments", "pairs", "policy", "evaluation")}
+    steps = {
+        name: read_manifest(directory / name) for name in ("completions", "judgments", "pairs", "policy", "evaluation")
+    }
     counts = {name: manifest.counts if manifest else {} for name, manifest in steps.items()}
     seconds = {name: manifest.seconds["total"] if manifest else None for name, manifest in steps.items()}
     metrics: dict[str, Any] = {"round": round}
@@ -287,13 +303,27 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
     for name in ("kept", "tied", "unjudged", "identical", "truncated"):
         metrics[f"pairs/{name}"] = counts["pairs"].get(name)
     log = read_jsonl(directory / "policy" / TRAIN_LOG) if steps["policy"] else []
-    names = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+    names = (
+        "loss",
+        "rewards/accuracies",
+        "rewards/margins",
+        "rewards/chosen",
+        "rewards/rejected",
+        "logps/chosen",
+        "logps/rejected",
+    )
     for name in names:
         tail = [row[name] for row in log[len(log) // 2 :]]  # the second half: the first is still learning
         metrics[name] = sum(tail) / len(tail) if tail else None
     if (directory / "policy" / "eval_metrics.json").exists():
         metrics |= read_json(directory / "policy" / "eval_metrics.json")
-    stages = {"sample": "completions", "judge": "judgments", "pair": "pairs", "train": "policy", "evaluate": "evaluation"}
+    stages = {
+        "sample": "completions",
+        "judge": "judgments",
+        "pair": "pairs",
+        "train": "policy",
+        "evaluate": "evaluation",
+    }
     for stage, step in stages.items():
         metrics[f"time/{stage}_s"] = seconds[step]
     metrics["time/round_s"] = sum(s for s in seconds.values() if s is not None)
@@ -384,7 +414,7 @@ def _judge_shards(exp: Experiment, directory: Path, name: str, named: NamedJudge
 def _sequence_logps(
     exp: Experiment, note: Path, policy: Policy, groups: Sequence[CompletionGroup]
 ) -> dict[str, list[list[float]]] | None:
-    """log policy(y|x) and log initial(y|x) of every completion, by prompt; None where the two are one."""
+    """Sums of log policy(y|x) and log initial(y|x) of every completion, by prompt; None where the two are one."""
     if policy.digest == exp.initial.digest:
         return None
     if note.exists():

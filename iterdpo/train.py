@@ -30,10 +30,19 @@ from iterdpo.launch import TRAIN_LOG, TrainSpec
 from iterdpo.logps import completion_logps, load_policy
 from iterdpo.losses import dpo_loss
 from iterdpo.pairs import read_token_pairs
-from iterdpo.rundir import Step, write_json, write_text
+from iterdpo.rundir import Step, read_json, write_json, write_text
 
 # Beside the weights; the tokenizer as it is, byte for byte.
-CARRIED_FILES = ("tokenizer*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.model", "chat_template*", "*.py")
+CARRIED_FILES = (
+    "tokenizer*",
+    "special_tokens*",
+    "added_tokens*",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "chat_template*",
+    "*.py",
+)
 
 
 def main() -> None:
@@ -257,9 +266,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             dtype = getattr(torch, self.dpo["save_dtype"])
             model = self.accelerator.unwrap_model(self.policy)
-            model.config.dtype = dtype
             state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
             model.save_pretrained(self.output, state_dict=state)
+            config = read_json(self.output / "config.json")  # names the precision in memory
+            write_json(self.output / "config.json", {**config, "dtype": self.dpo["save_dtype"]})
             for pattern in CARRIED_FILES:
                 for file in Path(self.spec.policy).glob(pattern):
                     shutil.copy(file, self.output / file.name)

@@ -17,6 +17,8 @@ parameter receives the column of that name from the prompt's row (`gold`, say); 
 
 A score is a number, higher is better. None, NaN, an infinity, a string, and an exception are abstentions; they
 are never turned into numbers. A comparison that comes out differently in the two orders is a tie.
+
+An object's `close`, where it has one, is called whenever another stage needs the device; it may be asked again later.
 """
 
 from __future__ import annotations

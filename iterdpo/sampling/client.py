@@ -85,7 +85,8 @@ class VLLMSampler:
         Raises:
             ChildFailed: the worker died.
         """
-        assert self._loaded is not None and not self._asleep, "load a policy first"
+        assert self._loaded is not None, "load a policy first"
+        assert not self._asleep, "load wakes the engine up"
         reply = self._call("sample", prompt_ids=list(prompt_ids), seeds=list(seeds), parameters=asdict(parameters))
         return [[Completion(**c) for c in completions] for completions in reply["groups"]]
 
@@ -114,7 +115,8 @@ class VLLMSampler:
     def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
         assert self._child is not None
         process = self._child.process
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
             process.stdin.write(json.dumps({"method": method, **arguments}).encode() + b"\n")
             process.stdin.flush()

