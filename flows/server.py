@@ -73,16 +73,15 @@ def log_to_file(log: Path) -> None:
     """Send what Prefect prints to `log` instead of the screen."""
     import logging
 
-    import prefect.logging  # noqa: F401  # sets its handlers up, which are then replaced
     from prefect.logging.configuration import setup_logging
+    from prefect.logging.handlers import PrefectConsoleHandler
 
     setup_logging()
     handler = logging.FileHandler(log, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    manager = logging.Logger.manager
-    for name in [n for n in manager.loggerDict if n == "prefect" or n.startswith("prefect.")]:
-        logger = logging.getLogger(name)
-        for old in [h for h in logger.handlers if type(h).__name__ == "PrefectConsoleHandler"]:
+    names = [n for n in logging.Logger.manager.loggerDict if n == "prefect" or n.startswith("prefect.")]
+    for logger in (logging.getLogger(), *map(logging.getLogger, names)):
+        for old in [h for h in logger.handlers if isinstance(h, PrefectConsoleHandler)]:
             logger.removeHandler(old)
             logger.addHandler(handler)
 

@@ -252,8 +252,11 @@ def _rows(path: str, split: str) -> Iterator[dict[str, Any]]:
 
 def _hub_rows(path: str, split: str) -> Iterator[dict[str, Any]]:
     import datasets
+    import huggingface_hub
 
     try:
+        if not (huggingface_hub.constants.HF_HUB_OFFLINE or datasets.config.HF_DATASETS_OFFLINE):
+            huggingface_hub.dataset_info(path, timeout=8)  # load_dataset retries a wrong name for half a minute
         return iter(datasets.load_dataset(path, split=split))
     except Exception as error:  # every layer of the hub's client has errors of its own
         reason = str(error).strip().partition("\n")[0]

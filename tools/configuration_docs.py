@@ -1,90 +1,143 @@
 """Writes docs/configuration.md from the models in `iterdpo.config`.
 
-    python tools/configuration_docs.py [PATH]            write it
-    python tools/configuration_docs.py --check [PATH]    exit with status 1 where it is out of date
+python tools/configuration_docs.py            write it
+python tools/configuration_docs.py --check    exit with status 1 where it is out of date
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from iterdpo.config import Config, OfflineConfig
 
-TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"
-SYMBOLS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 HEADER = """\
 # Configuration
 
-<!-- Written by tools/configuration_docs.py from iterdpo/config.py. Edit the field there, then run the script. -->
+<!-- Written by tools/configuration_docs.py from iterdpo/config.py: edit the fields there, and run it again. -->
 
-A configuration is one or more YAML files, merged left to right, then `dotted.key=value` overrides. A value of an
-override is read as YAML. Mappings merge key by key; anything else, lists included, is replaced.
+A configuration is one or more YAML files, merged left to right, then `dotted.key=value` overrides, whose values are
+read as YAML. Mappings merge key by key; everything else, lists included, is replaced.
 
 ```
 iterdpo run base.yaml site.yaml dpo.beta=0.2 prompts.heldout=256
 ```
 
-An unknown key, a missing one, and a value out of range are refused before anything is loaded. Paths are relative to
-the current directory, and a leading `~` is the home directory. YAML reads `1e-6` as text, and it is accepted as a
-number all the same.
+An unknown key, a missing one and a value out of range are refused before anything is loaded. Relative paths start at
+the current directory, and `~` is the home directory.
 
-Two kinds of configuration share these sections: [`iterdpo run` and `iterdpo serve`](#iterdpo-run) take rounds of
-iterative DPO, [`iterdpo train`](#iterdpo-train) takes one offline round. Complete files are in
-[configs](../configs).
+There are two kinds of configuration: [`iterdpo run` and `iterdpo serve`](#iterdpo-run) read rounds of iterative DPO,
+[`iterdpo train`](#iterdpo-train) reads one offline round. Complete files are in [configs](../configs).
 """
-
-SHARED = "`iterdpo train` reads this section too."
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write docs/configuration.md from the models in iterdpo.config.")
-    parser.add_argument("path", nargs="?", type=Path, default=TARGET)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 where it is out of date")
+    parser.add_argument("path", nargs="?", type=Path, default=PAGE, help="another file than docs/configuration.md")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with status 1 where it is out of date"
+    )
     arguments = parser.parse_args()
-    text = render()
     if not arguments.check:
-        arguments.path.write_text(text, encoding="utf-8")
+        arguments.path.write_text(render(), encoding="utf-8")
         return 0
-    if arguments.path.exists() and arguments.path.read_text(encoding="utf-8") == text:
+    if arguments.path.exists() and arguments.path.read_text(encoding="utf-8") == render():
         return 0
     print(f"{arguments.path}: out of date; run python tools/configuration_docs.py", file=sys.stderr)
     return 1
 
 
 def render() -> str:
-    """The whole page."""
+    """The page."""
     run, train = dict(sections(Config)), dict(sections(OfflineConfig))
-    parts = [HEADER, "## iterdpo run\n", intro(Config)]
-    parts += [section(key, model, shared=train.get(key) is model) for key, model in run.items()]
-    parts += ["## iterdpo train\n", intro(OfflineConfig)]
-    known = [key for key in train if run.get(key) is train[key]]
-    links = ", ".join(f"[`{key}`](#{key})" for key in known)
-    parts.append(f"The sections {links} are those above. `dpo.reference` has no effect in a single round.\n")
-    parts += [section(key, model) for key, model in train.items() if key not in known]
-    return "\n".join(parts)
+    parts = [HEADER, "## iterdpo run", *(part for key, model in run.items() for part in section(key, model))]
+    parts += ["## iterdpo train"]
+    for key, model in train.items():
+        parts += [f"### {key}", f"As [above](#{key})."] if run.get(key) is model else section(key, model)
+    parts += ["In one round `reference` has no effect: the reference is the initial policy either way."]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
-def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """The sections that a configuration names, as (dotted key, model), each before those inside it."""
+def sections(model: type[BaseModel], key: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """The sections of a configuration by dotted key, the outermost ("") first."""
+    yield key, model
     for name, field in model.model_fields.items():
         nested = section_of(field)
-        if nested is not None and not field.description:
-            yield f"{prefix}{name}", nested
-        elif nested is not None and nested not in dict(sections_seen(model)).values():
-            yield f"{prefix}{name}", nested
+        if nested is not None and is_own_section(field):
+            yield from sections(nested, f"{key}.{name}".lstrip("."))
 
 
-def table(model: type[BaseModel], prefix: str) -> str:
-    """A row for each key of `model`."""
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that is a section, `Section | None` too."""
+    kinds = get_args(field.annotation) or (field.annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
-def section_of(field: FieldInfo) -> type[BaseModel] | None: ...
+def is_own_section(field: FieldInfo) -> bool:
+    """Whether the field gets a table. One that may be left out is a row, which names the section that it is like."""
+    return NoneType not in get_args(field.annotation)
+
+
+def section(key: str, model: type[BaseModel]) -> list[str]:
+    """A heading and a table of keys."""
+    rows = [
+        row(name, field)
+        for name, field in model.model_fields.items()
+        if not (section_of(field) and is_own_section(field))
+    ]
+    table = "\n".join(["| key | value | default | meaning |", "| --- | --- | --- | --- |", *rows])
+    return [f"### {key}", table] if key else [f"{model.__doc__}", table]
+
+
+def row(name: str, field: FieldInfo) -> str:
+    assert field.description, f"{name} has no docstring"
+    default = "required" if field.is_required() else f"`{shown(field.get_default(call_default_factory=True))}`"
+    cells = [f"`{name}`", value_of(field), default, " ".join(field.description.split())]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def value_of(field: FieldInfo) -> str:
+    """What the field takes: `integer, ≥ 1`."""
+    kinds = [kind for kind in alternatives(field.annotation) if kind is not NoneType]
+    bounds = [
+        f"{sign} {getattr(m, name):g}" for m in field.metadata for name, sign in BOUNDS.items() if hasattr(m, name)
+    ]
+    optional = ["or null"] if NoneType in alternatives(field.annotation) else []
+    return ", ".join([" or ".join(map(kind_name, kinds)), *bounds, *optional])
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if NoneType in get_args(annotation) else (annotation,)
+
+
+def kind_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"list of {len(get_args(kind))} numbers"
+    if get_origin(kind) is dict:
+        return "mapping"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        name = next(key for key, model in sections(Config) if model is kind)
+        return f"like [`{name}`](#{name})"
+    return {str: "text", int: "integer", float: "number", bool: "`true`, `false`"}[kind]
+
+
+def shown(value: Any) -> str:
+    """A default as it is written in YAML."""
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value) if not isinstance(value, str) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

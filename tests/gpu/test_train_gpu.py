@@ -1,0 +1,93 @@
+"""The trainer on a CUDA GPU, started as a run starts it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iterdpo.launch import TrainSpec, launch_training, visible_gpus
+from iterdpo.pairs import write_pairs
+from iterdpo.testing import build_tiny_checkpoint
+from iterdpo.types import Completion, PreferencePair, Prompt
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 110 million parameters."""
+    size = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
+    return build_tiny_checkpoint(tmp_path_factory.mktemp("model"), num_key_value_heads=16, **size)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = random.Random(0)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [rng.randrange(3, 259) for _ in range(rng.randrange(low, high))]
+
+    def completion() -> Completion:
+        return Completion("text", ids(16, 200), [], "stop")
+
+    rows = [PreferencePair(Prompt(f"p{i}", "x"), ids(8, 100), completion(), completion()) for i in range(60)]
+    directory = tmp_path_factory.mktemp("pairs")
+    write_pairs(directory, rows, summary="random pairs")
+    return directory / "train.parquet"
+
+
+def run(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> list[dict[str, Any]]:
+    from iterdpo.config import DPOConfig
+
+    output = tmp_path / "policy.partial"
+    output.mkdir(parents=True)
+    settings = DPOConfig(**{"learning_rate": 1e-4, "checkpoint_every": 3, **dpo})
+    spec = TrainSpec(
+        policy=str(model),
+        reference=None,
+        pairs=str(pairs),
+        eval_pairs=None,
+        output=str(output),
+        reference_output=str(tmp_path / "reference"),
+        reference_inputs={},
+        dpo=settings.model_dump(),
+        seed=0,
+    )
+    log: list[dict[str, Any]] = []
+    launch_training(spec, spec_path=output / "train.json", log=tmp_path / "train.log", on_step=log.append)
+    return log
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_round_trains_from_zero_rewards_and_the_margin_grows(
+    tmp_path: Path, model: Path, pairs: Path, precision: str
+) -> None:
+    log = run(tmp_path, model, pairs, precision=precision, epochs=3)
+    assert log[0]["rewards/chosen"] == 0.0
+    assert log[0]["rewards/rejected"] == 0.0
+    assert sum(row["rewards/margins"] for row in log[-4:]) > 4 * 0.05
+    print(f"{precision}: {log[-1]['pairs_per_second']:.1f} pairs/s, margin {log[-1]['rewards/margins']:.3f}")
+
+
+def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path, model: Path, pairs: Path) -> None:
+    plain = run(tmp_path / "plain", model, pairs, precision="fp32")
+    checkpointed = run(tmp_path / "checkpointed", model, pairs, precision="fp32", gradient_checkpointing=True)
+    losses = [[row["loss"] for row in log] for log in (plain, checkpointed)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_the_gpu_and_the_cpu_compute_the_same_log_probabilities(tmp_path: Path, model: Path) -> None:
+    import torch
+
+    from iterdpo.collate import collate
+    from iterdpo.logps import completion_logps, load_policy, score_completions
+
+    prompts, completions = [[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14]]
+    on_gpu = score_completions(model, prompts, completions, precision="fp32")
+    with torch.no_grad():
+        on_cpu = completion_logps(load_policy(model).eval(), collate(prompts, completions))
+    assert on_gpu == pytest.approx(on_cpu.tolist(), abs=1e-2)
+    assert visible_gpus() >= 1

@@ -1,0 +1,84 @@
+"""The documentation is current: generated pages, links, and the code in docs/judges.md."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+SCRIPT = ROOT / "tools" / "configuration_docs.py"
+
+
+def configuration_docs(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+
+
+def test_the_configuration_reference_is_what_the_models_say() -> None:
+    result = configuration_docs("--check")
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_outdated_configuration_reference_is_noticed_and_left_alone(tmp_path: Path) -> None:
+    page = tmp_path / "configuration.md"
+    assert configuration_docs("--check", str(page)).returncode == 1
+    assert not page.exists()
+    assert configuration_docs(str(page)).returncode == 0
+    assert page.read_text() == (ROOT / "docs" / "configuration.md").read_text()
+    page.write_text(page.read_text().replace("`0.1`", "`0.2`"))
+    assert configuration_docs("--check", str(page)).returncode == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_relative_link_leads_to_a_file(page: Path) -> None:
+    for target in links(page.read_text(encoding="utf-8")):
+        path = target.partition("#")[0]
+        assert not path or (page.parent / path).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_to_a_heading_has_one(page: Path) -> None:
+    for target in links(page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        if anchor and linked.suffix == ".md":
+            assert anchor in anchors(linked.read_text(encoding="utf-8")), f"{page.name} links to {target}"
+
+
+def test_the_code_in_the_page_about_judges_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that begin with `# my_judges.py` are that file; the others run in order, in its directory."""
+    blocks = python_blocks((ROOT / "docs" / "judges.md").read_text(encoding="utf-8"))
+    file = [block for block in blocks if block.startswith("# my_judges.py\n")]
+    assert len(file) >= 5
+    (tmp_path / "my_judges.py").write_text("\n\n".join(file), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        if block not in file:
+            exec(compile(block, "docs/judges.md", "exec"), namespace)
+
+
+def links(text: str) -> Iterator[str]:
+    """Relative targets of the links and images outside code."""
+    prose = re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    for target in re.findall(r"\]\(([^()\s]+)[^()]*\)", prose):
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    headings = re.findall(
+        r"^#+ +(.+?) *$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
