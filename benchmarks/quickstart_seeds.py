@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from itertools import pairwise
 
 from flows import run_rounds
 from flows.quickstart import prepare_quickstart, quickstart_config
@@ -31,7 +32,7 @@ def main() -> None:
         line = {
             "seed": seed,
             **scores,
-            "rises": {role: all(b > a for a, b in zip(s, s[1:], strict=False)) for role, s in scores.items()},
+            "rises": {role: all(b > a for a, b in pairwise(s)) for role, s in scores.items()},
             "heldout_gain": round(scores["heldout_judge"][-1] - scores["heldout_judge"][0], 3),
             "win_rate/vs_initial": [round(last[f"win_rate/vs_initial{end}"], 3) for end in ("", "_low", "_high")],
             "kl/to_initial": round(last["kl/to_initial"], 1),

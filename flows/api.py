@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from iterdpo.rundir import digest
 from iterdpo.sampling import Sampler
 from judges import load_judge
 from judges.custom import adapt
-from judges.load import check_judge, judge_version
+from judges.load import check_columns, check_judge, judge_version
 
 AnyJudge = Callable[..., Any] | object
 """What `judges/custom.py` turns into a judge: a function, a class or an object."""
@@ -45,7 +46,13 @@ def open_experiment(
     heldout = None
     if heldout_judge is not None or config.evaluation.judge is not None:
         heldout = _named("heldout_judge", config.evaluation.judge, heldout_judge)
-    return Experiment(config, train_judge=train, heldout_judge=heldout, sampler=sampler, progress=progress, redo=redo)
+    exp = Experiment(config, train_judge=train, heldout_judge=heldout, sampler=sampler, progress=progress, redo=redo)
+
+    columns = {name for prompt in exp.prompts.heldout for name in prompt.columns}
+    for section, given in ((config.judge, judge), (config.evaluation.judge, heldout_judge)):
+        if section is not None and given is None:
+            check_columns(section.use, columns | section.args.keys())
+    return exp
 
 
 def run_rounds(
@@ -148,13 +155,22 @@ def _named(role: str, section: JudgeConfig | None, own: AnyJudge | None) -> Name
 
 
 def _source_version(own: AnyJudge) -> str:
-    """A version for a judge that is given as an object: its own, or else a hash of its source."""
+    """A version for a judge that is given as an object: its own, or a hash of its source and of what it holds."""
     declared = getattr(own, "version", None)
     if isinstance(declared, str):
         return declared
+    function = own.func if isinstance(own, functools.partial) else own
+    plain = inspect.isfunction(function) or inspect.isclass(function)
     try:
-        return digest(inspect.getsource(own if inspect.isclass(own) or inspect.isfunction(own) else type(own)))
-    except (OSError, TypeError):
+        held = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
+        if isinstance(own, functools.partial):
+            held = {**held, "args": list(own.args), **own.keywords}
+        elif not plain:
+            held = vars(own)
+        source = inspect.getsource(function if plain else type(function))  # type: ignore[arg-type]
+        return digest([source, held])
+    except (OSError, TypeError, ValueError):
         raise JudgeError(
-            f"judge {own!r}: its source cannot be read, so a change of it would go unnoticed; give it a `version`"
+            f"judge {own!r}: what it is made of cannot be read, so a change of it would go unnoticed; give it a "
+            "`version`, a string that you change with it"
         ) from None

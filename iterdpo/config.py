@@ -88,7 +88,7 @@ class JudgeConfig(Section):
     use: str
     """`reward_model`, or a judge of your own as `path/to/file.py:name` or `package.module:name`."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the judge's class or factory; for `reward_model`: `model`, `batch_size`, `max_length`."""
+    """Keyword arguments of the judge; docs/judges.md lists those of `reward_model`."""
 
 
 class PairingConfig(Section):
@@ -138,7 +138,7 @@ class DPOConfig(Section):
     processes: int = Field(1, ge=1)
     """Training processes (GPUs) on this machine."""
     accelerate_config: str | None = None
-    """An `accelerate` configuration file, for FSDP, DeepSpeed or several machines; see configs/accelerate."""
+    """An `accelerate` configuration file, for what `processes` alone does not say. Its processes must be as many."""
 
 
 class EvaluationConfig(Section):
@@ -155,8 +155,17 @@ class EvaluationConfig(Section):
 
 
 class GateConfig(Section):
-    metric: str = "win_rate/vs_previous"
-    """A metric of the held-out evaluation; see docs/metrics.md for the names."""
+    metric: Literal[
+        "win_rate/vs_previous",
+        "win_rate/vs_previous_low",
+        "win_rate/vs_initial",
+        "win_rate/vs_initial_low",
+        "score/heldout_judge",
+        "score/heldout_judge_low",
+        "score/train_judge",
+        "score/train_judge_low",
+    ] = "win_rate/vs_previous"
+    """The metric of the held-out evaluation that decides. `_low`: the lower end of its interval."""
     minimum: float = 0.5
     """The candidate is promoted where the metric is at least this."""
     max_kl: float | None = Field(None, gt=0)
@@ -200,7 +209,7 @@ class DataConfig(Section):
     limit: int | None = Field(None, ge=1)
     """Read at most so many rows, from the start."""
     heldout: int = Field(0, ge=0)
-    """Pairs kept out of training; accuracy and margin on them are reported before and after."""
+    """Pairs kept out of training; loss, accuracy and margin on them are reported after it."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts lose their beginning."""
     max_completion_tokens: int = Field(1024, ge=1)
@@ -268,7 +277,7 @@ def _load(schema: type[AnyConfig], paths: tuple[str | Path, ...], overrides: lis
     for path in paths:
         values = merge(values, _read_yaml(Path(path)))
     for override in overrides:
-        values = merge(values, _parse_override(override))
+        values = _assign(values, override)
     other = OfflineConfig if schema is Config else Config
     wants = {"data"} if schema is Config else {"prompts", "judge"}
     if wants & values.keys() - schema.model_fields.keys():
@@ -299,7 +308,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _parse_override(override: str) -> dict[str, Any]:
+def _assign(values: dict[str, Any], override: str) -> dict[str, Any]:
     key, sign, text = override.partition("=")
     if not sign or not key.strip():
         raise ConfigError(f"{override!r}: an override reads key=value, with dots between the levels: dpo.beta=0.2")
@@ -307,9 +316,14 @@ def _parse_override(override: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
-    for part in reversed(key.strip().split(".")):
-        value = {part: value}
-    return value
+    *sections, last = key.strip().split(".")
+    target = values = dict(values)
+    for part in sections:
+        inner = target.get(part)
+        target[part] = dict(inner) if isinstance(inner, dict) else {}
+        target = target[part]
+    target[last] = value  # replaces a whole mapping too: judge.args={}
+    return values
 
 
 def _explain(schema: type[BaseModel], error: Any) -> str:

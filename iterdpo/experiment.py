@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from iterdpo.errors import ConfigError
 from iterdpo.judge import Judge, NamedJudge
 from iterdpo.launch import visible_gpus
 from iterdpo.progress import Progress
-from iterdpo.prompts import PromptSet, check_lengths, round_prompts, split_prompts
+from iterdpo.prompts import PromptSet, check_lengths, next_prompts, split_prompts
 from iterdpo.rendering import load_tokenizer, prompt_token_ids
-from iterdpo.rundir import RunDir, directory_digest, write_text
+from iterdpo.rundir import RunDir, directory_digest, read_jsonl, write_jsonl, write_text
 from iterdpo.sampling import Sampler, VLLMSampler
+from iterdpo.supervise import reserve
 from iterdpo.types import Prompt
 
 
@@ -64,7 +67,9 @@ class Experiment:
         self.judges = [train_judge, *([heldout_judge] if heldout_judge else [])]
         self.model_path = resolve_checkpoint(config.model.path, revision=config.model.revision)
         self.model_config = check_checkpoint(self.model_path, trust_remote_code=config.model.trust_remote_code)
-        self.prompts: PromptSet = split_prompts(config.prompts, config.seed)
+        heldout = self._pinned(self._heldout_file, config.prompts.heldout)
+        self.prompts: PromptSet = split_prompts(config.prompts, config.seed, pinned=heldout)
+        self._rounds: dict[int, list[Prompt]] = {}
         self.round_prompts(config.rounds)  # there are enough of them
         self._sampler = sampler
         self._judges: dict[str, Judge] = {}
@@ -108,6 +113,16 @@ class Experiment:
         return limit or -(-(max(lengths) + config.sampling.max_tokens) // 64) * 64
 
     @cached_property
+    def reserved(self) -> list[int]:
+        """The GPUs that sampling and training take turns on, reserved; waits for those that another run has."""
+        count = max(self.config.sampling.engine.tensor_parallel_size, self.config.dpo.processes)
+
+        def waiting(device: str) -> None:
+            self.progress.say(f"waiting for GPU {device}, which another run has")
+
+        return reserve(visible_gpus()[:count], on_wait=waiting)
+
+    @cached_property
     def sampler(self) -> Sampler:
         if self._sampler is not None:
             return self._sampler
@@ -116,7 +131,7 @@ class Experiment:
             max_model_len=self.max_model_len,
             log=self.run.log_path("sampler"),
             trust_remote_code=self.config.model.trust_remote_code,
-            gpus=range(min(engine.tensor_parallel_size, visible_gpus())),
+            reserved=self.reserved,
             **engine.model_dump(exclude={"max_model_len"}),
         )
 
@@ -130,10 +145,39 @@ class Experiment:
         return prompt_token_ids(self.tokenizer, prompt.content)
 
     def round_prompts(self, round: int) -> list[Prompt]:
+        """What `round` samples: what it began with, where it has begun, else the next prompts not used before."""
         section = self.config.prompts
-        return round_prompts(
-            self.prompts, round, per_round=section.per_round, seed=self.config.seed, reuse=section.reuse
-        )
+        for t in range(len(self._rounds) + 1, round + 1):
+            used = Counter(p.id for prompts in self._rounds.values() for p in prompts)
+            begun = self._pinned(self._prompts_file(t), section.per_round)
+            self._rounds[t] = begun or next_prompts(
+                self.prompts,
+                used,
+                round=t,
+                per_round=section.per_round,
+                seed=self.config.seed,
+                reuse=section.reuse,
+            )
+        return self._rounds[round]
+
+    def pin_prompts(self, round: int) -> None:
+        """Write down what the round samples (0: what is held out), so that prompts may be added to the file later."""
+        path = self._prompts_file(round) if round else self._heldout_file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(path, (asdict(p) for p in (self.round_prompts(round) if round else self.prompts.heldout)))
+
+    @property
+    def _heldout_file(self) -> Path:
+        return self.run.root / "heldout.jsonl"
+
+    def _prompts_file(self, round: int) -> Path:
+        return self.run.round_dir(round) / "prompts.jsonl"
+
+    @staticmethod
+    def _pinned(path: Path, count: int) -> list[Prompt] | None:
+        """What is written down, unless the configuration now asks for another number."""
+        prompts = [Prompt(**row) for row in read_jsonl(path)] if path.exists() else []
+        return prompts if len(prompts) == count else None
 
     def judge(self, named: NamedJudge) -> Judge:
         """The judge, loaded once. Its own `close`, where it has one, is called by `release_judges`."""
@@ -153,6 +197,8 @@ class Experiment:
         if "sampler" in self.__dict__:
             self.sampler.close()
         self.release_judges()
+        for descriptor in self.__dict__.pop("reserved", []):
+            os.close(descriptor)
 
     def __enter__(self) -> Experiment:
         return self

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ TRAIN_LOG = "train_log.jsonl"
 class TrainSpec:
     """What a training process is told. Paths are absolute; `dpo` holds the fields of `DPOConfig`.
 
-    `reference` is None where it is the policy itself. `reference_inputs` key the stored log-probabilities.
+    `reference` is None where it is the policy itself. `reference_inputs` key the stored log-probabilities;
+    `attic` is where such that were made with other inputs go (None refuses).
     """
 
     policy: str
@@ -32,6 +33,7 @@ class TrainSpec:
     eval_pairs: str | None
     output: str
     reference_output: str
+    attic: str | None
     reference_inputs: dict[str, Any]
     dpo: dict[str, Any]
     seed: int
@@ -45,10 +47,17 @@ class TrainSpec:
         return TrainSpec(**read_json(path))
 
 
-def launch_training(spec: TrainSpec, *, spec_path: Path, log: Path, on_step: Callable[[dict[str, Any]], None]) -> None:
+def launch_training(
+    spec: TrainSpec,
+    *,
+    spec_path: Path,
+    log: Path,
+    on_step: Callable[[dict[str, Any]], None],
+    reserved: Sequence[int] = (),
+) -> None:
     """Run the round in a process of its own, and return when its policy is written. It dies with this process.
 
-    `on_step` gets each line of the training log soon after it is written; those of an earlier start come first.
+    `reserved` are descriptors of `supervise.reserve`. `on_step` gets each line of the training log soon after it is written; those of an earlier start come first.
 
     Raises:
         ChildFailed: with the end of its log.
@@ -56,7 +65,7 @@ def launch_training(spec: TrainSpec, *, spec_path: Path, log: Path, on_step: Cal
     spec.write(spec_path)
     steps = Path(spec.output) / TRAIN_LOG
     seen = 0
-    with supervise.start(command(spec, spec_path), log=log, env=environment(spec), gpus=gpus(spec)) as child:
+    with supervise.start(command(spec, spec_path), log=log, env=environment(spec), reserved=reserved) as child:
         while True:
             status = child.poll()
             lines = steps.read_text().splitlines(keepends=True) if steps.exists() else []
@@ -117,14 +126,10 @@ def threads(processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-def visible_gpus() -> int:
-    """Number of NVIDIA GPUs that a child will see, without importing torch."""
+def visible_gpus() -> list[str]:
+    """Names of the NVIDIA GPUs that a child will see (`["0", "1"]`, or UUIDs), without importing torch."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
-        return len([part for part in chosen.split(",") if part.strip() not in ("", "-1")])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
-def gpus(spec: TrainSpec) -> list[int]:
-    """Numbers of the GPUs that training uses, to reserve."""
-    return list(range(min(spec.dpo["processes"], visible_gpus())))
+        return [part.strip() for part in chosen.split(",") if part.strip() not in ("", "-1")]
+    count = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return [str(number) for number in range(count)]

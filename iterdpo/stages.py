@@ -9,7 +9,7 @@ They need no Prefect. They take an `Experiment` and small records, and return th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,18 @@ from iterdpo.launch import TRAIN_LOG, TrainSpec, launch_training
 from iterdpo.pairing import build_pairs
 from iterdpo.pairs import HELDOUT, TRAIN, write_pairs
 from iterdpo.progress import Progress
-from iterdpo.rundir import Manifest, RunDir, Step, digest, read_json, read_jsonl, read_manifest, write_json, write_jsonl
+from iterdpo.rundir import (
+    Manifest,
+    RunDir,
+    Step,
+    differing_keys,
+    digest,
+    read_json,
+    read_jsonl,
+    read_manifest,
+    write_json,
+    write_jsonl,
+)
 from iterdpo.sampling import SamplingParameters
 from iterdpo.seeds import derive_seed
 from iterdpo.types import CompletionGroup, Judgment, Prompt, RoundRecord
@@ -52,6 +63,7 @@ def sample(exp: Experiment, round: int, policy: Policy) -> Manifest:
     if (done := _done(exp, step)) is not None:
         return done
     directory = step.begin()
+    exp.pin_prompts(round)
     seeds = [derive_seed(exp.config.seed, round, "sample", p.id) for p in prompts]
     parameters = _parameters(exp, exp.config.sampling.n, exp.config.sampling.temperature)
     groups = _sample_shards(exp, directory, "sample", policy, prompts, seeds, parameters)
@@ -69,7 +81,7 @@ def judge(exp: Experiment, round: int) -> Manifest:
     """The training judge's scores of the round's completions."""
     named = exp.judges[0]
     completions = _finished(exp.run, round, "completions")
-    inputs = {"judge": {"use": named.use, "version": named.version}, "completions": completions.digest}
+    inputs = {"judge": _judge_key(named), "completions": completions.digest}
     step = exp.run.step(round, "judgments", inputs)
     if (done := _done(exp, step)) is not None:
         return done
@@ -121,6 +133,7 @@ def train(exp: Experiment, round: int, policy: Policy) -> Manifest:
         trust_remote_code=exp.config.model.trust_remote_code,
         progress=exp.progress,
         exp=exp,
+        reserved=lambda: exp.reserved,
     )
 
 
@@ -135,6 +148,7 @@ def train_on_pairs(
     seed: int,
     trust_remote_code: bool,
     progress: Progress,
+    reserved: Callable[[], Sequence[int]],
     exp: Experiment | None = None,
 ) -> Manifest:
     """The policy step of a round whose pairs are on disk, however they were made."""
@@ -159,6 +173,7 @@ def train_on_pairs(
         eval_pairs=str(source / HELDOUT) if (source / HELDOUT).exists() else None,
         output=str(directory),
         reference_output=str(run.round_dir(round) / "reference"),
+        attic=str(run.attic) if run.redo else None,
         reference_inputs={"reference": reference.digest, "pairs": pairs.digest, "precision": dpo.precision},
         dpo=dpo.model_dump(),
         seed=seed,
@@ -171,7 +186,9 @@ def train_on_pairs(
             stage.to(min(total, row["step"] * dpo.pairs_per_step))
             stage.remark = f"loss {row['loss']:.3f}, margin {row['rewards/margins']:.3f}"
 
-        launch_training(spec, spec_path=directory / "train.json", log=run.log_path("train"), on_step=on_step)
+        launch_training(
+            spec, spec_path=directory / "train.json", log=run.log_path("train"), on_step=on_step, reserved=reserved()
+        )
     return step.finish(counts={"pairs": pairs.counts["kept"]}, logs=[TRAIN_LOG, "train.json"])
 
 
@@ -187,15 +204,16 @@ def evaluate(exp: Experiment, round: int, policy: Policy, previous: int | None) 
         "prompts": _prompts_key(exp, prompts),
         "sampling": _sampling_key(exp, n, temperature),
         "evaluation": config.model_dump(exclude={"judge"}),
-        "judges": {named.role: {"use": named.use, "version": named.version} for named in exp.judges},
+        "judges": {named.role: _judge_key(named) for named in exp.judges},
         "baselines": {name: _finished(exp.run, r, "evaluation").digest for name, r in baselines.items()},
-        "gate": exp.config.gate.model_dump(),
         "seed": exp.config.seed,
     }
     step = exp.run.step(round, "evaluation", inputs)
     if (done := _done(exp, step)) is not None:
         return done
     directory = step.begin()
+    if round == 0:
+        exp.pin_prompts(0)
     # The same seeds every round: what differs between rounds is the policy, not the luck of the draw.
     seeds = [derive_seed(exp.config.seed, "evaluate", p.id) for p in prompts]
     groups = _sample_shards(
@@ -230,19 +248,27 @@ def evaluate(exp: Experiment, round: int, policy: Policy, previous: int | None) 
 
 def gate(exp: Experiment, round: int, candidate: Policy, previous: Policy | None) -> RoundRecord:
     """Seal the round: its metrics, and whether its candidate or the policy before is the next round's start."""
+    settings = exp.config.gate.model_dump()
+    known = exp.run.record(round)
+    if (
+        known is not None
+        and not exp.run.redo
+        and (differing := differing_keys({"gate": known.gate}, {"gate": settings}))
+    ):
+        raise StaleStepError(f"round {round}", differing)
     metrics = round_metrics(exp.run, round)
     if previous is None:
         action, reason = "promote", "the initial policy"
         kept = candidate
     else:
-        action, reason = decide(metrics, **exp.config.gate.model_dump())
+        action, reason = decide(metrics, **settings)
         kept = candidate if action == "promote" else previous
     metrics |= {"gate/decision": action, "gate/reason": reason}
     path = kept.path
     if path.is_relative_to(exp.run.root):
         path = path.relative_to(exp.run.root)
-    record = RoundRecord(round, action, reason, str(path), kept.round, kept.digest, metrics)  # type: ignore[arg-type]
-    if exp.run.record(round) != record:
+    record = RoundRecord(round, action, reason, str(path), kept.round, kept.digest, settings, metrics)  # type: ignore[arg-type]
+    if known != record:
         if exp.looking:
             raise Pending(f"{exp.run.round_dir(round).name}/round.json")
         exp.run.write_record(record)
@@ -459,7 +485,16 @@ def _prompts_key(exp: Experiment, prompts: Sequence[Prompt]) -> dict[str, Any]:
 def _sampling_key(exp: Experiment, n: int, temperature: float) -> dict[str, Any]:
     section = exp.config.sampling
     shared = section.model_dump(include={"top_p", "top_k", "max_tokens", "shard_size"})
-    return {"n": n, "temperature": temperature, **shared, "engine": {"dtype": section.engine.dtype}}
+    return {
+        "n": n,
+        "temperature": temperature,
+        **shared,
+        "engine": section.engine.model_dump(include={"dtype", "extra"}),
+    }
+
+
+def _judge_key(named: NamedJudge) -> dict[str, str]:
+    return {"use": named.use.rpartition("/")[2], "version": named.version}
 
 
 def _parameters(exp: Experiment, n: int, temperature: float) -> SamplingParameters:

@@ -5,10 +5,12 @@
     parent --(pipe)--> guard --> command --> whatever it starts
 
 Only the parent holds the pipe's writing end. When the parent ends, by SIGKILL too, the guard reads end-of-file and
-kills its process group: command, grandchildren and itself. The guard also holds an flock for each GPU that the
-command may use, so that a GPU stays reserved exactly as long as something runs on it.
+kills its process group: command, grandchildren and itself.
 
-Run as `python -m iterdpo.supervise FD [LOCKFILE ...] -- COMMAND ...`; imports only the standard library.
+`reserve` takes an flock for each GPU. The sampler and the trainer of a run share it, taking turns on the GPU; each
+guard inherits it, so that a GPU stays reserved until the last process that may run on it is gone.
+
+Run as `python -m iterdpo.supervise FD -- COMMAND ...`; imports only the standard library.
 """
 
 from __future__ import annotations
@@ -21,9 +23,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
 
 PR_SET_PDEATHSIG = 1
 
@@ -71,16 +72,14 @@ def start(
     log: Path,
     env: dict[str, str] | None = None,
     pipes: bool = False,
-    gpus: Sequence[int] = (),
+    reserved: Sequence[int] = (),
 ) -> Child:
     """Start `command` under guard. Its stderr (and its stdout, unless `pipes`) is appended to `log`.
 
-    `pipes`: its stdin and stdout are pipes to the caller. `gpus`: device numbers to reserve; the guard waits until
-    each is free of other iterdpo processes on this machine.
+    `pipes`: its stdin and stdout are pipes to the caller. `reserved`: descriptors from `reserve`, held while it lives.
     """
     read_end, write_end = os.pipe()
-    locks = [str(Path(tempfile.gettempdir()) / f"iterdpo-gpu-{number}.lock") for number in gpus]
-    guard = [sys.executable, "-S", "-E", "-P", str(Path(__file__)), str(read_end), *locks, "--", *command]
+    guard = [sys.executable, "-S", "-E", "-P", str(Path(__file__)), str(read_end), "--", *command]
     with open(log, "ab") as handle:
         process = subprocess.Popen(
             guard,
@@ -88,16 +87,34 @@ def start(
             stdout=subprocess.PIPE if pipes else handle,
             stderr=handle,
             env=env,
-            pass_fds=(read_end,),
+            pass_fds=(read_end, *reserved),
             start_new_session=True,
         )
     os.close(read_end)
     return Child(process, write_end, log)
 
 
+def reserve(devices: Sequence[str], *, on_wait: Callable[[str], None] = lambda device: None) -> list[int]:
+    """Reserve GPUs on this machine among iterdpo runs, in order; waits for one that is taken, after `on_wait(device)`.
+
+    Returns descriptors. The reservation ends when they are closed here and in every guard that inherited them.
+    """
+    held = []
+    for device in sorted(set(devices)):
+        name = "".join(c if c.isalnum() else "-" for c in device)
+        path = Path(tempfile.gettempdir()) / f"iterdpo-gpu-{name}.lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait(device)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        held.append(descriptor)
+    return held
+
+
 def _guard(arguments: list[str]) -> int:
-    split = arguments.index("--")
-    lifeline, locks, command = int(arguments[0]), arguments[1:split], arguments[split + 1 :]
+    lifeline, command = int(arguments[0]), arguments[2:]
     os.set_inheritable(lifeline, False)
 
     def watch() -> None:
@@ -105,10 +122,6 @@ def _guard(arguments: list[str]) -> int:
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-    held: list[IO[Any]] = []
-    for lock in locks:
-        held.append(open(lock, "a"))  # noqa: SIM115  # kept open for as long as the guard lives
-        fcntl.flock(held[-1], fcntl.LOCK_EX)
     prctl = ctypes.CDLL(None).prctl
     child = subprocess.Popen(command, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
     # The command owns the pipes now. Held here too, its reader would not see the end of file when it dies.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from iterdpo.rundir import digest
+from iterdpo.sampling.base import SamplingParameters
 from iterdpo.types import Completion, CompletionGroup, Prompt
 
 CHATML = (
@@ -56,23 +57,43 @@ def build_tiny_checkpoint(directory: Path, *, seed: int = 0, **config: Any) -> P
 
 
 class FakeSampler:
-    """A sampler without an engine: `reply(prompt, k)` makes completion k's text; tokens are its UTF-8 bytes."""
+    """A sampler without an engine, for tests of a judge or of the loop. Satisfies `iterdpo.sampling.Sampler`.
 
-    def __init__(self, reply: Callable[[Prompt, int], str], *, max_tokens: int = 10_000) -> None:
+    `reply(prompt_ids, k)` is the text of completion k. Its tokens are its UTF-8 bytes, and log-probabilities are -1.
+    `loaded` lists the digests of the policies that were asked for.
+    """
+
+    def __init__(self, reply: Callable[[list[int], int], str]) -> None:
         self.reply = reply
-        self.max_tokens = max_tokens
+        self.loaded: list[str] = []
 
-    def group(self, prompt: Prompt, n: int) -> CompletionGroup:
-        completions = []
-        for k in range(n):
-            text = self.reply(prompt, k)
-            ids = list(text.encode())[: self.max_tokens]
-            stopped = len(ids) < self.max_tokens
-            completions.append(Completion(text, ids, [-1.0] * len(ids), "stop" if stopped else "length"))
-        return CompletionGroup(prompt, list(prompt.text.encode()), completions)
+    def load(self, policy: Path, digest: str) -> None:
+        if self.loaded[-1:] != [digest]:
+            self.loaded.append(digest)
+
+    def sample(
+        self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
+    ) -> list[list[Completion]]:
+        return [
+            [make_completion(self.reply(ids, k), max_tokens=parameters.max_tokens) for k in range(parameters.n)]
+            for ids in prompt_ids
+        ]
+
+    def release(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def make_completion(text: str, *, max_tokens: int = 1 << 30) -> Completion:
+    """A completion whose tokens are the text's UTF-8 bytes, at most `max_tokens` of them."""
+    ids = list(text.encode())
+    kept = ids[:max_tokens]
+    return Completion(text, kept, [-1.0] * len(kept), "length" if len(ids) > max_tokens else "stop")
 
 
 def make_group(prompt: str, completions: Sequence[str], **columns: Any) -> CompletionGroup:
     """A group of plain texts, for testing a judge: `make_group("2+2?", ["4", "5"], gold="4")`."""
-    sampler = FakeSampler(lambda _, k: completions[k])
-    return sampler.group(Prompt(f"p-{random.Random(prompt).getrandbits(32):08x}", prompt, columns), len(completions))
+    content = Prompt(f"p-{digest(prompt)}", prompt, columns)
+    return CompletionGroup(content, list(prompt.encode()), [make_completion(text) for text in completions])

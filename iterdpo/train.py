@@ -141,7 +141,8 @@ class Trainer:
         """[N, 2]: chosen and rejected, of all pairs. Stored as a step of its own: computed once, whatever happens."""
         from safetensors.torch import load_file, save_file
 
-        step = Step(Path(self.spec.reference_output), self.spec.reference_inputs)
+        attic = Path(self.spec.attic) if self.spec.attic else None
+        step = Step(Path(self.spec.reference_output), self.spec.reference_inputs, attic=attic)
         if step.manifest() is None:
             logps = torch.zeros(len(self.pairs), 2, device=self.accelerator.device)
             once = [*self.steps[: len(self.steps) // self.dpo["epochs"]], *self._eval_steps()]

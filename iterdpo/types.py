@@ -130,7 +130,7 @@ class RoundRecord:
     """How a round ended: `RoundRecord(round=2, decision="promote", reason="win_rate/vs_previous 0.61 >= 0.5", …)`.
 
     `policy` is the directory (relative to the run's) that the next round starts from, `policy_round` the round that
-    made it (0: the initial policy), `policy_digest` its content.
+    made it (0: the initial policy), `policy_digest` its content; `gate` has the settings that decided.
     """
 
     round: int
@@ -139,4 +139,5 @@ class RoundRecord:
     policy: str
     policy_round: int
     policy_digest: str
+    gate: dict[str, Any]
     metrics: dict[str, Any]

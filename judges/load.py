@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from iterdpo.errors import JudgeError
 from iterdpo.judge import Judge
 from iterdpo.rundir import digest, directory_digest, sha256_file
-from judges.custom import adapt, check_signature, nearest
+from judges.custom import adapt, check_signature, kind_of, nearest
 from judges.reward_model import RewardModelJudge, check_reward_model
 
 REWARD_MODEL = "reward_model"
@@ -75,6 +75,30 @@ def check_judge(use: str, args: dict[str, Any]) -> None:
     elif not {"*", "__getattr__"} & defined.keys():
         hint = nearest(source.name, [n for n in defined if not n.startswith("_")], "it defines")
         raise JudgeError(f"judge {use!r}: {source.file} defines no {source.name!r}; {hint}")
+
+
+def check_columns(use: str, columns: Iterable[str]) -> None:
+    """Refuse a judge that is a function whose parameters ask for a column that the prompts do not have.
+
+    Raises:
+        JudgeError: naming the column, and the nearest that there is.
+    """
+    source = _locate(use) if use != REWARD_MODEL else None
+    if source is None or source.file is None:
+        return
+    node = dict(_definitions(ast.parse(source.file.read_bytes()).body)).get(source.name)
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.decorator_list:
+        return
+    parameters = _signature(node.args).parameters.values()
+    if kind_of(p.name for p in parameters) not in ("score", "compare"):
+        return
+    given = {"prompt", "completion", "a", "b", *columns}
+    for p in parameters:
+        if p.name not in given and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+            raise JudgeError(
+                f"judge {_label(use)!r}: asks for a column {p.name!r} that the prompts do not have; "
+                f"{nearest(p.name, columns, 'they have')}"
+            )
 
 
 def judge_version(use: str, args: dict[str, Any]) -> str:

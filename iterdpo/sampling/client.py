@@ -26,7 +26,7 @@ class VLLMSampler:
         max_model_len: longest prompt and completion together, in tokens.
         log: file for everything that vLLM prints.
         dtype, max_num_seqs, kv_cache_gib, gpu_memory_utilization, tensor_parallel_size, extra: see `EngineConfig`.
-        gpus: device numbers to reserve while the worker lives.
+        reserved: descriptors of `supervise.reserve`, held while the worker lives.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class VLLMSampler:
         tensor_parallel_size: int = 1,
         extra: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
-        gpus: Sequence[int] = (),
+        reserved: Sequence[int] = (),
     ) -> None:
         self.log = log
-        self._gpus = gpus
+        self._reserved = reserved
         self._kv_cache_gib = kv_cache_gib
         self._engine = {
             "max_model_len": max_model_len,
@@ -110,7 +110,7 @@ class VLLMSampler:
             "PYTHONUNBUFFERED": "1",
         }
         command = [sys.executable, "-m", "iterdpo.sampling.worker"]
-        self._child = supervise.start(command, log=self.log, env=env, pipes=True, gpus=self._gpus)
+        self._child = supervise.start(command, log=self.log, env=env, pipes=True, reserved=self._reserved)
 
     def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
         assert self._child is not None

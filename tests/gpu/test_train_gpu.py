@@ -52,6 +52,7 @@ def run(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> list[dict[str, 
         eval_pairs=None,
         output=str(output),
         reference_output=str(tmp_path / "reference"),
+        attic=None,
         reference_inputs={},
         dpo=settings.model_dump(),
         seed=0,
@@ -90,4 +91,4 @@ def test_the_gpu_and_the_cpu_compute_the_same_log_probabilities(tmp_path: Path, 
     with torch.no_grad():
         on_cpu = completion_logps(load_policy(model).eval(), collate(prompts, completions))
     assert on_gpu == pytest.approx(on_cpu.tolist(), abs=1e-2)
-    assert visible_gpus() >= 1
+    assert visible_gpus()

@@ -68,7 +68,12 @@ def test_two_processes_train_the_policy_of_one(workspace: Workspace, tiny_model:
             f"data.path={workspace.root}/pairs.jsonl",
             f"dpo.processes={processes}",
         ]
-        settings = ["dpo.pairs_per_step=4", "dpo.pairs_per_micro_batch=2", "dpo.learning_rate=1e-3", "dpo.precision=fp32"]
+        settings = [
+            "dpo.pairs_per_step=4",
+            "dpo.pairs_per_micro_batch=2",
+            "dpo.learning_rate=1e-3",
+            "dpo.precision=fp32",
+        ]
         run = train_offline(load_offline_config(overrides=overrides + settings))
         policies.append(load_file(run.policy() / "model.safetensors"))
         logs.append(run.train_log())

@@ -46,7 +46,9 @@ def test_metrics_have_a_line_a_round_from_the_initial_policy_on(finished: Worksp
     assert lines[0]["kl/to_initial"] == 0.0
     for line in lines[1:]:
         assert all(line[name] is not None for name in REQUIRED)
-        assert 0 <= line["win_rate/vs_initial_low"] <= line["win_rate/vs_initial"] <= line["win_rate/vs_initial_high"] <= 1
+        assert (
+            0 <= line["win_rate/vs_initial_low"] <= line["win_rate/vs_initial"] <= line["win_rate/vs_initial_high"] <= 1
+        )
         groups = line["pairs/tied"] + line["pairs/unjudged"] + line["pairs/identical"] + line["pairs/truncated"]
         assert line["pairs/kept"] + groups == line["prompts/sampled"] == 16
 
@@ -118,7 +120,9 @@ def test_vllm_and_transformers_load_the_policy(finished: Workspace) -> None:
         "print('TOKENS', len(out[0].outputs[0].token_ids))\n"
     )
     environment = {**finished.environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert "TOKENS" in result.stdout, result.stderr[-2000:]
 
 

@@ -69,7 +69,11 @@ def test_two_triggers_at_once_add_a_round_each_the_second_from_the_firsts_policy
     assert second["inputs"]["policy"] == first["policy_digest"]
     assert not (workspace.run_dir / "round-003").exists()
     prompts = [
-        {json.loads(line)["prompt"]["id"] for shard in (workspace.run_dir / f"round-00{t}" / "completions").glob("*.jsonl") for line in open(shard)}
+        {
+            json.loads(line)["prompt"]["id"]
+            for shard in (workspace.run_dir / f"round-00{t}" / "completions").glob("*.jsonl")
+            for line in shard.read_text().splitlines()
+        }
         for t in (1, 2)
     ]
     assert not prompts[0] & prompts[1]

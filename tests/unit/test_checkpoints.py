@@ -39,7 +39,9 @@ def test_a_good_checkpoint_passes_and_gives_its_configuration(tiny_model: Path) 
     assert context_length(config) == 512
 
 
-@pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "~/nowhere", "a/b/c", "model.gguf", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "path", ["/nowhere/model", "./nowhere", "~/nowhere", "a/b/c", "model.gguf", "pytorch_model.bin"]
+)
 def test_a_directory_that_does_not_exist_is_named_without_asking_the_hub(path: str) -> None:
     with pytest.raises(ConfigError, match="no such directory; give a checkpoint directory or a hub id") as caught:
         resolve_checkpoint(path)
@@ -82,7 +84,9 @@ def test_no_tokenizer(copy: Path) -> None:
 def test_a_config_json_of_another_vocabulary(copy: Path) -> None:
     edit_config(copy, vocab_size=32000)
     message = refusal(copy)
-    assert "model.safetensors embeds 259 tokens (model.embed_tokens.weight), config.json says vocab_size 32,000" in message
+    assert (
+        "model.safetensors embeds 259 tokens (model.embed_tokens.weight), config.json says vocab_size 32,000" in message
+    )
 
 
 def test_a_tokenizer_of_another_model(copy: Path) -> None:
@@ -118,5 +122,7 @@ def test_weights_that_are_a_git_lfs_pointer_or_were_cut_short(copy: Path, conten
         ({}, None),
     ],
 )
-def test_the_context_length_is_what_the_configuration_says_if_it_says(config: dict[str, Any], tokens: int | None) -> None:
+def test_the_context_length_is_what_the_configuration_says_if_it_says(
+    config: dict[str, Any], tokens: int | None
+) -> None:
     assert context_length(config) == tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,7 +84,8 @@ def test_the_processes_share_a_step_out_whatever_their_number(
     shares = [micro_batches(step, lengths, size=size, rank=rank, world=world) for rank in range(world)]
     assert sorted(i for share in shares for batch in share for i in batch) == sorted(step)
     assert len({len(share) for share in shares}) == 1  # they meet at each batch
-    assert len(shares[0]) == -(--(-len(step) // world) // size)  # and at no more of them than the work needs
+    largest = math.ceil(len(step) / world)
+    assert len(shares[0]) == math.ceil(largest / size)  # and at no more of them than the work needs
     for share in shares:
         assert max(map(len, share)) <= size
         read = [lengths[i] for batch in share for i in batch]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from iterdpo.config import PromptsConfig
 from iterdpo.errors import DataError
-from iterdpo.prompts import PromptSet, check_lengths, load_prompts, load_rows, round_prompts, split_prompts
+from iterdpo.prompts import PromptSet, check_lengths, load_prompts, load_rows, next_prompts, split_prompts
 from iterdpo.types import Prompt
 
 ROWS = [{"prompt": "2+2?", "gold": "4"}, {"prompt": "3+3?", "gold": "6"}]
@@ -130,7 +131,9 @@ def test_a_missing_local_path_is_not_tried_on_the_hub(path: str) -> None:
 
 def test_a_data_set_that_the_hub_does_not_give_is_named_with_its_split(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
+    import huggingface_hub
 
+    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda path, timeout: None)
     asked = []
 
     def unreachable(path: str, split: str) -> None:
@@ -283,26 +286,51 @@ def test_too_few_prompts_for_one_round_are_refused_with_the_counts(tmp_path: Pat
     assert len(split(write_rows(tmp_path / "b.jsonl", numbered(30))).train) == 10
 
 
+def test_a_pinned_heldout_set_stays_when_the_file_grows(tmp_path: Path) -> None:
+    before = split(write_rows(tmp_path / "a.jsonl", numbered(100)))
+    config = PromptsConfig(path=write_rows(tmp_path / "b.jsonl", numbered(300)), per_round=10, heldout=20)
+    after = split_prompts(config, 0, pinned=before.heldout)
+    assert after.heldout == before.heldout
+    assert len(after.train) == 280
+
+
 # Rounds
+
+
+def rounds_of(
+    prompts: PromptSet, count: int, *, per_round: int, seed: int = 0, reuse: bool = False
+) -> list[list[Prompt]]:
+    used: Counter[str] = Counter()
+    rounds: list[list[Prompt]] = []
+    for t in range(1, count + 1):
+        rounds.append(next_prompts(prompts, used, round=t, per_round=per_round, seed=seed, reuse=reuse))
+        used.update(p.id for p in rounds[-1])
+    return rounds
+
+
+def test_prompts_added_between_rounds_join_without_repeating_any() -> None:
+    small, large = prompt_set(20), prompt_set(60)
+    [first] = rounds_of(small, 1, per_round=15)
+    used = {p.id: 1 for p in first}
+    second = next_prompts(large, used, round=2, per_round=45, seed=0, reuse=False)
+    assert {p.id for p in first} | {p.id for p in second} == {p.id for p in large.train}
 
 
 @given(count=st.integers(1, 40), per_round=st.integers(1, 40), seed=st.integers(0, 2**32))
 def test_rounds_share_no_prompt_and_lose_none(count: int, per_round: int, seed: int) -> None:
     prompts = prompt_set(count)
-    rounds = [
-        round_prompts(prompts, t, per_round=per_round, seed=seed, reuse=False) for t in range(1, count // per_round + 1)
-    ]
+    rounds = rounds_of(prompts, count // per_round, per_round=per_round, seed=seed)
     ids = [p.id for prompts_of_round in rounds for p in prompts_of_round]
     assert len(ids) == len(set(ids)) == per_round * len(rounds)
     with pytest.raises(DataError, match=f"and {count % per_round} of {count} are left after {len(rounds)} rounds"):
-        round_prompts(prompts, len(rounds) + 1, per_round=per_round, seed=seed, reuse=False)
+        rounds_of(prompts, len(rounds) + 1, per_round=per_round, seed=seed)
 
 
 @given(count=st.integers(1, 20), data=st.data())
 def test_with_reuse_every_pass_has_each_prompt_once_and_no_round_has_one_twice(count: int, data: st.DataObject) -> None:
     per_round = data.draw(st.integers(1, count))
     prompts = prompt_set(count)
-    rounds = [round_prompts(prompts, t, per_round=per_round, seed=3, reuse=True) for t in range(1, 3 * count + 1)]
+    rounds = rounds_of(prompts, 3 * count, per_round=per_round, seed=3, reuse=True)
     assert all(len({p.id for p in one}) == per_round for one in rounds)
     stream = [p.id for one in rounds for p in one]
     for start in range(0, len(stream) - count + 1, count):
@@ -310,19 +338,19 @@ def test_with_reuse_every_pass_has_each_prompt_once_and_no_round_has_one_twice(c
 
 
 def test_the_second_pass_has_another_order() -> None:
-    first, second = (round_prompts(prompt_set(50), t, per_round=50, seed=0, reuse=True) for t in (1, 2))
+    first, second = rounds_of(prompt_set(50), 2, per_round=50, reuse=True)
     assert {p.id for p in first} == {p.id for p in second}
     assert first != second
 
 
 def test_the_prompts_of_a_round_depend_on_the_seed() -> None:
-    first, second = (round_prompts(prompt_set(50), 1, per_round=10, seed=s, reuse=False) for s in (0, 1))
+    first, second = (rounds_of(prompt_set(50), 1, per_round=10, seed=s)[0] for s in (0, 1))
     assert first != second
 
 
 def test_a_round_larger_than_the_file_is_refused_even_with_reuse() -> None:
     with pytest.raises(DataError, match="round 1 needs 11 prompts, and 10 of 10 are left"):
-        round_prompts(prompt_set(10), 1, per_round=11, seed=0, reuse=True)
+        rounds_of(prompt_set(10), 1, per_round=11, reuse=True)
 
 
 # Lengths

@@ -125,9 +125,15 @@ def test_kill_ends_child_and_grandchild_and_may_be_called_twice(tmp_path: Path) 
 
 
 def test_leaving_the_block_ends_the_child_an_error_too(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), start(FAMILY):
-        family = pids(tmp_path)
-        raise ZeroDivisionError
+    family: list[int] = []
+
+    def work() -> None:
+        with start(FAMILY):
+            family.extend(pids(tmp_path))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
     gone(family)
 
 
@@ -140,7 +146,10 @@ def test_the_command_dies_with_its_guard(tmp_path: Path) -> None:
 
 def test_one_child_dies_alone(tmp_path: Path) -> None:
     # did the second hold the first's pipe open, the first would not notice
-    with start("echo $$ > pids-1.txt; exec sleep 1000") as first, start("echo $$ > pids-2.txt; exec sleep 1000") as second:
+    with (
+        start("echo $$ > pids-1.txt; exec sleep 1000") as first,
+        start("echo $$ > pids-2.txt; exec sleep 1000") as second,
+    ):
         files = [tmp_path / "pids-1.txt", tmp_path / "pids-2.txt"]
         wait_for(lambda: all(f.exists() and f.read_text().endswith("\n") for f in files), "the children's start")
         one, two = (int(file.read_text()) for file in files)
@@ -150,7 +159,9 @@ def test_one_child_dies_alone(tmp_path: Path) -> None:
         assert second.poll() is None
 
 
-@pytest.mark.xfail(reason="supervise._guard: ends when the command does, and nobody is left to end the rest", strict=True)
+@pytest.mark.xfail(
+    reason="supervise._guard: ends when the command does, and nobody is left to end the rest", strict=True
+)
 def test_what_a_command_leaves_behind_goes_when_the_command_ends(tmp_path: Path) -> None:
     with start("sleep 1000 & echo $! > pids.txt; exit 3") as child:
         assert child.wait(5) == 3
@@ -158,7 +169,9 @@ def test_what_a_command_leaves_behind_goes_when_the_command_ends(tmp_path: Path)
     gone(left)
 
 
-@pytest.mark.xfail(reason="supervise._guard: kills its group, and torchrun's ranks are in sessions of their own", strict=True)
+@pytest.mark.xfail(
+    reason="supervise._guard: kills its group, and torchrun's ranks are in sessions of their own", strict=True
+)
 def test_kill_reaches_a_grandchild_in_a_session_of_its_own(tmp_path: Path) -> None:
     with start("setsid sleep 1000 & echo $! > pids.txt; sleep 1000"):
         left = pids(tmp_path, 1)

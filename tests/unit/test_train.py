@@ -52,6 +52,7 @@ def run(tmp_path: Path, model: Path, pairs: Path, *, reference: Path | None = No
             eval_pairs=None,
             output=str(output),
             reference_output=str(tmp_path / "reference"),
+            attic=None,
             reference_inputs={"reference": str(reference)},
             dpo=DPOConfig(**settings).model_dump(),
             seed=3,

@@ -1,0 +1,281 @@
+"""Configurations: merged, checked, and refused with the key and the remedy; and quick to load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from iterdpo.config import Config, OfflineConfig, load_config, load_offline_config, merge, parse_config
+from iterdpo.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+RUN: dict[str, Any] = {
+    "run_dir": "runs/x",
+    "model": {"path": "org/model"},
+    "prompts": {"path": "org/prompts"},
+    "judge": {"use": "package.module:judge"},
+}
+OFFLINE: dict[str, Any] = {"run_dir": "runs/x", "model": {"path": "org/model"}, "data": {"path": "org/pairs"}}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write("run.yaml", RUN)
+    write("offline.yaml", OFFLINE)
+
+
+def write(name: str, values: dict[str, Any] | str) -> str:
+    Path(name).write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return name
+
+
+def refusal(*overrides: str, files: tuple[str, ...] = ("run.yaml",)) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(*files, overrides=list(overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Merging
+
+
+def test_later_files_win_over_earlier_ones_and_overrides_over_files_in_their_order() -> None:
+    write("a.yaml", {"sampling": {"n": 5, "top_p": 0.5, "max_tokens": 10}, "seed": 1})
+    write("b.yaml", {"sampling": {"n": 6, "top_p": 0.6}, "seed": 2})
+    config = load_config("run.yaml", "a.yaml", "b.yaml", overrides=["sampling.n=7", "sampling.n=8"])
+    assert (config.sampling.max_tokens, config.sampling.top_p, config.sampling.n, config.seed) == (10, 0.6, 8, 2)
+    assert load_config("run.yaml", "b.yaml", "a.yaml").sampling.n == 5
+
+
+def test_mappings_merge_key_by_key_and_everything_else_is_replaced() -> None:
+    base = {"a": {"b": 1, "c": [1, 2]}, "d": {"e": 1}, "f": 1}
+    assert merge(base, {"a": {"c": [3]}, "d": 5, "f": {"g": 1}}) == {"a": {"b": 1, "c": [3]}, "d": 5, "f": {"g": 1}}
+    assert base == {"a": {"b": 1, "c": [1, 2]}, "d": {"e": 1}, "f": 1}
+
+
+def test_a_judges_arguments_merge_too() -> None:
+    write("run.yaml", {**RUN, "judge": {"use": "reward_model", "args": {"model": "m", "batch_size": 2}}})
+    config = load_config("run.yaml", overrides=["judge.args.batch_size=4"])
+    assert config.judge.args == {"model": "m", "batch_size": 4}
+
+
+def test_an_empty_file_changes_nothing() -> None:
+    write("empty.yaml", "# nothing yet\n")
+    assert load_config("run.yaml", "empty.yaml") == load_config("run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("dpo.learning_rate=1e-5", 1e-5),  # YAML 1.1 reads this as text
+        ("dpo.learning_rate=1E-5", 1e-5),
+        ("dpo.learning_rate=5.0e-7", 5e-7),
+        ("dpo.learning_rate=2", 2.0),
+        ("dpo.adam_betas=[0.9, 0.95]", (0.9, 0.95)),
+        ("dpo.gradient_checkpointing=true", True),
+        ("dpo.accelerate_config=null", None),
+        ("dpo.precision=fp32", "fp32"),
+        ("judge.args.prompt=a=b", "a=b"),
+        ("judge.args.prompt='12'", "12"),
+        (" dpo.beta =0.3", 0.3),
+    ],
+)
+def test_overrides_have_the_type_that_their_text_says(override: str, value: Any) -> None:
+    config: Any = load_config("run.yaml", overrides=[override])
+    for part in override.partition("=")[0].strip().split("."):
+        config = config[part] if isinstance(config, dict) else getattr(config, part)
+    assert config == value
+    assert type(config) is type(value)
+
+
+def test_a_file_may_say_1e_5_too() -> None:
+    write("lr.yaml", "dpo:\n  learning_rate: 1e-5\n")
+    assert load_config("run.yaml", "lr.yaml").dpo.learning_rate == 1e-5
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dpo.betta=0.2", "unknown key 'dpo.betta'; did you mean 'beta'?"),
+        ("sampeling.n=4", "unknown key 'sampeling'; did you mean 'sampling'?"),
+        ("sampling.engine.max_num_seq=4", "unknown key 'sampling.engine.max_num_seq'; did you mean 'max_num_seqs'?"),
+        ("dpo.zzz=1", "unknown key 'dpo.zzz'; known keys: accelerate_config, adam_betas, beta, "),
+        ("dpo.beta=-0.1", "dpo.beta = -0.1: input should be greater than 0"),
+        ("dpo.beta=0", "dpo.beta = 0: input should be greater than 0"),
+        ("dpo.beta=.nan", "dpo.beta = nan: input should be greater than 0"),
+        ("dpo.beta=much", "dpo.beta = 'much': input should be a valid number"),
+        ("dpo.label_smoothing=0.5", "dpo.label_smoothing = 0.5: input should be less than 0.5"),
+        ("dpo.reference=ema", "dpo.reference = 'ema': input should be 'previous' or 'initial'"),
+        ("sampling.n=1", "sampling.n = 1: input should be greater than or equal to 2"),
+        ("sampling.n=2.5", "sampling.n = 2.5: input should be a valid integer"),
+        ("sampling.temperature=0", "sampling.temperature = 0: input should be greater than 0"),
+        ("pairing.strategy=best_wurst", "pairing.strategy = 'best_wurst': input should be 'best_worst', 'best_random'"),
+        ("rounds=0", "rounds = 0: input should be greater than or equal to 1"),
+        ("model.path=null", "model.path = None: input should be a valid string"),
+        ("dpo=0.1", "dpo = 0.1: input should be a valid dictionary"),
+        (
+            "evaluation.judge.uze=x",
+            "missing key 'evaluation.judge.use'; unknown key 'evaluation.judge.uze'; did you mean",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_file_its_key_and_what_would_do(override: str, message: str) -> None:
+    assert f"run.yaml: {message}" in refusal(override)
+
+
+def test_several_mistakes_are_told_at_once() -> None:
+    message = refusal("dpo.beta=-1", "sampling.n=1")
+    assert "dpo.beta = -1" in message
+    assert "sampling.n = 1" in message
+
+
+def test_what_is_missing_is_named() -> None:
+    write("run.yaml", {"run_dir": "x", "model": {}, "prompts": {"path": "p"}})
+    message = refusal()
+    assert "missing key 'model.path'" in message
+    assert "missing key 'judge'" in message
+
+
+@pytest.mark.parametrize("override", ["dpo.beta", "=3", "dpo.beta:0.1"])
+def test_an_override_without_a_key_or_a_value_is_refused_with_an_example(override: str) -> None:
+    assert refusal(override) == f"{override!r}: an override reads key=value, with dots between the levels: dpo.beta=0.2"
+
+
+def test_an_override_that_is_not_yaml_is_refused() -> None:
+    assert "the value is not valid YAML; quote it" in refusal("judge.args.prompt=[a")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "bad.yaml: the top of a configuration is a mapping of keys, not a list"),
+        ("a: [1\nb: 2\n", "bad.yaml: not valid YAML: "),
+        ("just text", "bad.yaml: the top of a configuration is a mapping of keys, not a str"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(text: str, message: str) -> None:
+    write("bad.yaml", text)
+    assert refusal(files=("bad.yaml",)).startswith(message)
+
+
+def test_a_file_that_is_not_there_or_not_text_is_refused() -> None:
+    assert refusal(files=("nowhere.yaml",)) == "nowhere.yaml: no such configuration file"
+    Path("binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    assert refusal(files=("binary.yaml",)).startswith("binary.yaml: cannot be read: ")
+    assert refusal(files=(".",)).startswith(".: cannot be read: ")
+
+
+def test_an_offline_configuration_given_to_a_run_and_the_other_way_round_is_told_where_it_belongs() -> None:
+    assert refusal(files=("offline.yaml",)) == "offline.yaml: has 'data': this is a configuration of `iterdpo train`"
+    with pytest.raises(ConfigError, match=r"run\.yaml: has 'judge': this is a configuration of `iterdpo run`"):
+        load_offline_config("run.yaml")
+
+
+def test_the_training_judge_is_no_heldout_judge() -> None:
+    message = refusal("evaluation.judge.use=package.module:judge")
+    assert message == "run.yaml: evaluation.judge is the training judge; a held-out judge must never have trained"
+    assert load_config("run.yaml", overrides=["evaluation.judge.use=package.module:other"]).evaluation.judge
+
+
+@pytest.mark.parametrize("override", ["gate.minimum=.nan", "gate.minimum=.inf", "dpo.learning_rate=.inf"])
+@pytest.mark.xfail(reason="config.Section: takes NaN and infinity, and run.json cannot hold them", strict=True)
+def test_numbers_that_json_does_not_have_are_refused(override: str) -> None:
+    assert override.partition("=")[0] in refusal(override)
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = load_config("run.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 5  # type: ignore[misc]
+
+
+def test_one_offline_round_has_one_reference_the_policy_it_starts_from() -> None:
+    assert load_offline_config("offline.yaml", overrides=["dpo.reference=initial"]).dpo.reference == "previous"
+
+
+# Paths
+
+
+def test_paths_that_exist_become_absolute_and_hub_ids_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for directory in ("model", "rm/large"):
+        Path(directory).mkdir(parents=True)
+    for file in ("prompts.jsonl", "heldout.jsonl", "accelerate.yaml", "judge.py", "pairs.jsonl"):
+        Path(file).write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {
+        "run_dir": "runs/x",
+        "model": {"path": "~/model"},
+        "prompts": {"path": "prompts.jsonl", "heldout_path": "./heldout.jsonl"},
+        "judge": {"use": "judge.py:score", "args": {"model": "rm/large", "other": "org/rm", "n": 3, "text": "model"}},
+        "evaluation": {"judge": {"use": "./judge.py:other"}},
+        "dpo": {"accelerate_config": "accelerate.yaml"},
+    }
+    config = parse_config(Config, values)
+    assert config.run_dir == f"{tmp_path}/runs/x"
+    assert config.model.path == f"{tmp_path}/model"
+    assert config.prompts.path == f"{tmp_path}/prompts.jsonl"
+    assert config.prompts.heldout_path == f"{tmp_path}/heldout.jsonl"
+    assert config.judge.use == f"{tmp_path}/judge.py:score"
+    # an argument is a path where it has a slash and exists; a bare word may mean anything
+    assert config.judge.args == {"model": f"{tmp_path}/rm/large", "other": "org/rm", "n": 3, "text": "model"}
+    assert config.evaluation.judge is not None
+    assert config.evaluation.judge.use == f"{tmp_path}/judge.py:other"
+    assert config.dpo.accelerate_config == f"{tmp_path}/accelerate.yaml"
+
+    hub = load_config("run.yaml")
+    assert (hub.model.path, hub.prompts.path, hub.judge.use) == ("org/model", "org/prompts", "package.module:judge")
+    offline = load_offline_config("offline.yaml", overrides=["data.path=pairs.jsonl", "run_dir=~/runs/y"])
+    assert (offline.data.path, offline.run_dir) == (f"{tmp_path}/pairs.jsonl", f"{tmp_path}/runs/y")
+
+
+@pytest.mark.xfail(reason="config._absolute: Path.exists() raises OSError (File name too long)", strict=True)
+def test_a_long_text_with_a_slash_in_a_judges_arguments_is_a_text() -> None:
+    rubric = "Be strict, and read the completion to its end. " * 10 + "Give 1/0 points."
+    write("run.yaml", {**RUN, "judge": {"use": "package.module:judge", "args": {"rubric": rubric}}})
+    assert load_config("run.yaml").judge.args["rubric"] == rubric
+
+
+def test_what_was_loaded_loads_again_to_the_same() -> None:
+    config = load_config("run.yaml", overrides=["dpo.beta=0.2", "evaluation.judge.use=a.b:c"])
+    assert parse_config(Config, config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_file_in_configs_loads(path: Path) -> None:
+    offline = "data" in yaml.safe_load(path.read_text())
+    config = load_offline_config(path) if offline else load_config(path)
+    assert isinstance(config, OfflineConfig if offline else Config)
+
+
+# Speed
+
+
+@pytest.mark.parametrize(
+    ("code", "unwanted"),
+    [
+        ("import iterdpo.config", {"torch", "vllm", "transformers", "datasets", "prefect", "pandas"}),
+        (
+            "from iterdpo import load_config; load_config('run.yaml')",
+            {"torch", "vllm", "transformers", "datasets", "prefect", "pandas"},
+        ),
+        (
+            "from flows.cli import build_parser; build_parser().format_help()",
+            {"torch", "vllm", "transformers", "datasets", "prefect", "pandas", "pydantic", "numpy"},
+        ),
+    ],
+    ids=["config", "load", "help"],
+)
+def test_a_typo_or_a_question_does_not_wait_for_heavy_imports(code: str, unwanted: set[str]) -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) & unwanted == set()
