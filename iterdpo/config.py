@@ -57,8 +57,8 @@ class EngineConfig(Section):
     """Longest prompt and completion together, in tokens. Default: what the prompts and `max_tokens` need."""
     max_num_seqs: int = Field(256, ge=1)
     """Completions sampled at once."""
-    kv_cache_gib: float = Field(1.0, gt=0)
-    """Memory for the key-value cache on a CPU, in GiB. On a GPU `gpu_memory_utilization` decides."""
+    kv_cache_gib: int = Field(1, ge=1)
+    """Memory for the key-value cache on a CPU, in whole GiB. On a GPU `gpu_memory_utilization` decides."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     """Share of the GPU's memory for the engine while it samples; it is given back while the trainer works."""
     tensor_parallel_size: int = Field(1, ge=1)
@@ -150,6 +150,10 @@ class EvaluationConfig(Section):
     """Default: that of `sampling`. 0 is greedy, and then the KL estimate means little."""
     confidence: float = Field(0.95, gt=0, lt=1)
     """Coverage of the intervals."""
+    max_logp_gap: float = Field(0.05, gt=0)
+    """Largest mean difference, in nats a token, between the log-probabilities that the engine reports and those of the
+    policy's checkpoint. Above it the engine does not sample from the policy, and the run stops. bf16 gives 0.01 to
+    0.02; a quantized engine needs more."""
     bootstrap_samples: int = Field(10_000, ge=100)
     """Resamples of the held-out prompts behind an interval."""
 

@@ -71,6 +71,15 @@ def sequence_kl(
     return bootstrap_mean(means, confidence=confidence, samples=samples, seed=seed)
 
 
+def logp_gap(reported: Sequence[Sequence[float]], computed: Sequence[float]) -> float | None:
+    """Mean over completions of |sum of the engine's token log-probabilities - the policy's own sum|, in nats a token.
+
+    What is left when both are the same policy is rounding. None where there is no completion.
+    """
+    gaps = [abs(sum(tokens) - whole) / len(tokens) for tokens, whole in zip(reported, computed, strict=True)]
+    return float(np.mean(gaps)) if gaps else None
+
+
 def distinct_n(token_ids: Sequence[Sequence[int]], n: int) -> float | None:
     """Distinct n-grams over all n-grams of the completions' tokens (Li et al., arXiv:1510.03055, Section 5.2).
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.config import DPOConfig
-from iterdpo.errors import DataError, StaleStepError
-from iterdpo.evaluate import Interval, Scores, distinct_n, mean_score, sequence_kl, win_rate
+from iterdpo.errors import ChildFailed, DataError, StaleStepError
+from iterdpo.evaluate import Interval, Scores, distinct_n, logp_gap, mean_score, sequence_kl, win_rate
 from iterdpo.experiment import Experiment, Pending, Policy, named_prompts
 from iterdpo.gate import decide
 from iterdpo.judge import NamedJudge, checked_judgments
@@ -203,7 +203,7 @@ def evaluate(exp: Experiment, round: int, policy: Policy, previous: int | None) 
         "policy": policy.digest,
         "prompts": _prompts_key(exp, prompts),
         "sampling": _sampling_key(exp, n, temperature),
-        "evaluation": config.model_dump(exclude={"judge"}),
+        "evaluation": config.model_dump(exclude={"judge", "max_logp_gap"}),
         "judges": {named.role: _judge_key(named) for named in exp.judges},
         "baselines": {name: _finished(exp.run, r, "evaluation").digest for name, r in baselines.items()},
         "seed": exp.config.seed,
@@ -231,6 +231,7 @@ def evaluate(exp: Experiment, round: int, policy: Policy, previous: int | None) 
         scores[named.role] = [j.scores for j in _judge_shards(exp, target, "score", named, directory / "completions")]
     exp.release_judges()
     logps = _sequence_logps(exp, directory / "logps.json", policy, groups)
+    gap = _checked_gap(groups, logps, limit=config.max_logp_gap)
     metrics = evaluation_metrics(
         groups,
         scores,
@@ -242,7 +243,7 @@ def evaluate(exp: Experiment, round: int, policy: Policy, previous: int | None) 
             "seed": derive_seed(exp.config.seed, "bootstrap"),
         },
     )
-    write_json(directory / "metrics.json", metrics)
+    write_json(directory / "metrics.json", metrics | {"sampler/logp_gap": gap})
     return step.finish(counts={"prompts": len(groups), "completions": sum(len(g.completions) for g in groups)})
 
 
@@ -465,6 +466,26 @@ def _sequence_logps(
     logps = {name: [group for group in by_prompt if group] for name, by_prompt in logps.items()}
     write_json(note, logps)
     return logps
+
+
+def _checked_gap(
+    groups: Sequence[CompletionGroup], logps: dict[str, list[list[float]]] | None, *, limit: float
+) -> float | None:
+    """The engine's log-probabilities against the policy's (see `logp_gap`); None where they were not computed.
+
+    Raises:
+        ChildFailed: they differ so much that the engine does not sample from this policy.
+    """
+    if logps is None:
+        return None
+    reported = [c.logprobs for g in groups for c in g.completions if c.token_ids]
+    gap = logp_gap(reported, [value for group in logps["policy"] for value in group])
+    if gap is not None and gap > limit:
+        raise ChildFailed(
+            f"the engine's log-probabilities differ from the policy's by {gap:.3f} nats a token on average (allowed: "
+            f"evaluation.max_logp_gap = {limit:g}): it does not sample from this policy, or its precision is too low"
+        )
+    return gap
 
 
 def _evaluation_scores(run: RunDir, round: int) -> dict[str, list[Scores]]:

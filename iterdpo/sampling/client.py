@@ -36,7 +36,7 @@ class VLLMSampler:
         log: Path,
         dtype: str = "bfloat16",
         max_num_seqs: int = 256,
-        kv_cache_gib: float = 1.0,
+        kv_cache_gib: int = 1,
         gpu_memory_utilization: float = 0.85,
         tensor_parallel_size: int = 1,
         extra: dict[str, Any] | None = None,
@@ -104,7 +104,7 @@ class VLLMSampler:
             **os.environ,
             # In-process is the quicker start for one device; several need vLLM's own worker processes.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if self._engine["tensor_parallel_size"] > 1 else "0",
-            "VLLM_CPU_KVCACHE_SPACE": f"{self._kv_cache_gib:g}",
+            "VLLM_CPU_KVCACHE_SPACE": f"{self._kv_cache_gib}",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CONFIGURE_LOGGING": os.environ.get("VLLM_CONFIGURE_LOGGING", "1"),
             "PYTHONUNBUFFERED": "1",

@@ -53,6 +53,8 @@ class Worker:
             self.llm.wake_up()
         if reload:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": policy})
+            if not self.on_gpu:
+                self.llm.apply_model(repack_output_head)
         return {}
 
     def sample(self, prompt_ids: list[list[int]], seeds: list[int], parameters: dict[str, Any]) -> dict[str, Any]:
@@ -68,6 +70,19 @@ class Worker:
         if self.on_gpu:
             self.llm.sleep(level=1)
         return {"asleep": self.on_gpu}
+
+
+def repack_output_head(model: Any) -> None:
+    """Pack the output head for the CPU again, from the weights as they are now.
+
+    vLLM 0.32 packs it once. A head that is tied to the embeddings has no weights of its own to reload, so its packed
+    copy stays that of the first policy, and the engine samples from new layers under an old head.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def cpu_defaults(engine: dict[str, Any]) -> dict[str, Any]:

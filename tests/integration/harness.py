@@ -43,7 +43,7 @@ class Workspace:
             "rounds": 1,
             "model": {"path": str(model)},
             "prompts": {"path": str(root / "prompts.jsonl"), "per_round": 16, "heldout": 8},
-            "sampling": {"n": 3, "max_tokens": 12, "shard_size": 4, "engine": {"kv_cache_gib": 0.1}},
+            "sampling": {"n": 3, "max_tokens": 12, "shard_size": 4},
             "judge": {"use": f"{root / 'judge.py'}:vowels"},
             "evaluation": {"judge": {"use": f"{root / 'judge.py'}:length"}},
             "dpo": {"learning_rate": 1e-3, "pairs_per_step": 2, "checkpoint_every": 2, "precision": "fp32"},

