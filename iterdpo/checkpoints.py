@@ -73,21 +73,27 @@ def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> dic
 
 
 def _check_vocabulary(where: str, directory: Path, config: dict[str, Any], weights: list[Path]) -> None:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     vocabulary = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
     if vocabulary is None:
         return
     for file in weights:
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # not a mapping
-                if name.endswith(EMBEDDINGS):
-                    rows = tensors.get_slice(name).get_shape()[0]
-                    if rows != vocabulary:
-                        raise ConfigError(
-                            f"{where}: {file.name} embeds {rows:,} tokens ({name}), config.json says vocab_size "
-                            f"{vocabulary:,}; the checkpoint is put together from different models"
-                        )
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                names = [name for name in tensors.keys() if name.endswith(EMBEDDINGS)]  # noqa: SIM118  # no mapping
+                embedded = {name: tensors.get_slice(name).get_shape()[0] for name in names}
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"{where}/{file.name}: not a safetensors file ({error}); it was cut short, or is a Git LFS pointer: "
+                "download it again"
+            ) from None
+        for name, rows in embedded.items():
+            if rows != vocabulary:
+                raise ConfigError(
+                    f"{where}: {file.name} embeds {rows:,} tokens ({name}), config.json says vocab_size "
+                    f"{vocabulary:,}; the checkpoint is put together from different models"
+                )
     if (directory / "tokenizer.json").exists():
         from tokenizers import Tokenizer
 

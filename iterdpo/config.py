@@ -19,7 +19,9 @@ from iterdpo.errors import ConfigError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class ModelConfig(Section):
@@ -359,7 +361,11 @@ def _absolute(config: AnyConfig) -> AnyConfig:
     """Paths made absolute, so that a run resumes from any directory. A path that does not exist may be a hub id."""
 
     def local(path: str) -> str:
-        return str(Path(path).expanduser().absolute()) if Path(path).expanduser().exists() else path
+        try:
+            found = Path(path).expanduser()
+            return str(found.absolute()) if found.exists() else path
+        except (OSError, RuntimeError):  # too long for a path, or the home of a user who is not there
+            return path
 
     def judge(section: JudgeConfig) -> JudgeConfig:
         file, sign, name = section.use.rpartition(":")

@@ -29,9 +29,9 @@ def decide(
     consequence = "the run ends" if otherwise == "stop" else "the policy before is kept"
     if value is None:
         return Decision(otherwise, f"{metric} was not measured; {consequence}")
-    if value < minimum:
+    if not value >= minimum:  # NaN too
         return Decision(otherwise, f"{metric} {value:.3f} is below {minimum:g}; {consequence}")
-    if max_kl is not None and (kl is None or kl > max_kl):
+    if max_kl is not None and (kl is None or not kl <= max_kl):
         shown = "not measured" if kl is None else f"{kl:.1f}"
         return Decision(otherwise, f"kl/to_initial {shown} is above {max_kl:g}; {consequence}")
     return Decision("promote", f"{metric} {value:.3f} is at least {minimum:g}")

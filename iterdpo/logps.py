@@ -11,6 +11,11 @@ from torch import Tensor
 
 from iterdpo.collate import Batch, collate
 
+DROPOUTS = (
+    *("attention_dropout", "attn_pdrop", "attn_dropout", "embd_pdrop", "embedding_dropout", "embed_dropout"),
+    *("resid_pdrop", "residual_dropout", "hidden_dropout", "ffn_dropout", "activation_dropout", "dropout"),
+)
+
 
 def completion_logps(model: Any, batch: Batch) -> Tensor:
     """Log pi(y|x) of each row, in nats, summed over the completion's tokens: [R] from rows [R, T].
@@ -33,19 +38,21 @@ def completion_logps(model: Any, batch: Batch) -> Tensor:
 
 def load_policy(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """A checkpoint as a float32 model without dropout: preferences are learnt, and compared, without noise."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a line of progress is ours to draw
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    for section in (config, config.get_text_config()):
+        for name in DROPOUTS:
+            if getattr(section, name, None):
+                setattr(section, name, 0.0)
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+        path, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
     )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout"):
-        if hasattr(model.config, name):
-            setattr(model.config, name, 0.0)
     return model
 
 

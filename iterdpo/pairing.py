@@ -128,7 +128,8 @@ def _candidates(group: CompletionGroup, judgment: Judgment, *, drop_truncated: b
     if len(kept) < 2:
         return _Candidates(reason="unjudged")
     # By text: twins that differ in tokens alone look the same to every judge and every reader.
-    kept = list({group.completions[k].text: k for k in reversed(kept)}.values())[::-1]
+    texts = [group.completions[k].text for k in kept]
+    kept = [k for position, k in enumerate(kept) if texts[position] not in texts[:position]]
     return _Candidates(kept) if len(kept) >= 2 else _Candidates(reason="identical")
 
 

@@ -42,14 +42,14 @@ class Progress:
         if self.stream is None:
             yield Stage(lambda done: None)
             return
-        outcome = " (stopped)"
-        with self._drawing(name, total, unit, started) as draw:
-            stage = Stage(draw)
-            try:
+        outcome, stage = " (stopped)", Stage(lambda done: None)
+        try:
+            with self._drawing(name, total, unit, started) as draw:
+                stage = Stage(draw)
                 yield stage
-                outcome = ""
-            finally:
-                self._close(stage, name, unit, time.perf_counter() - started, outcome)
+            outcome = ""
+        finally:  # when the bar is gone from the screen
+            self._close(stage, name, unit, time.perf_counter() - started, outcome)
 
     def _close(self, stage: Stage, name: str, unit: str, seconds: float, outcome: str) -> None:
         rate = f", {stage.done / seconds:,.1f} {unit}/s" if stage.done and seconds > 0 else ""

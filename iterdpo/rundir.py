@@ -169,7 +169,8 @@ class RunDir:
 
     def rounds(self) -> list[int]:
         """Numbers of the rounds that have anything on disk."""
-        return sorted(int(p.name[6:]) for p in self.root.glob("round-[0-9][0-9][0-9]*") if p.is_dir())
+        found = [p.name.removeprefix("round-") for p in self.root.glob("round-*") if p.is_dir()]
+        return sorted(int(number) for number in found if number.isdigit())
 
     def record(self, round: int) -> RoundRecord | None:
         """How the round ended, or None while it has not."""

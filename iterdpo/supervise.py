@@ -5,7 +5,7 @@
     parent --(pipe)--> guard --> command --> whatever it starts
 
 Only the parent holds the pipe's writing end. When the parent ends, by SIGKILL too, the guard reads end-of-file and
-kills its process group: command, grandchildren and itself.
+kills everything below it, and itself. What the command leaves behind when it ends goes too.
 
 `reserve` takes an flock for each GPU. The sampler and the trainer of a run share it, taking turns on the GPU; each
 guard inherits it, so that a GPU stays reserved until the last process that may run on it is gone.
@@ -15,6 +15,7 @@ Run as `python -m iterdpo.supervise FD -- COMMAND ...`; imports only the standar
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -26,7 +27,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
 
 
 class Child:
@@ -116,20 +117,49 @@ def reserve(devices: Sequence[str], *, on_wait: Callable[[str], None] = lambda d
 def _guard(arguments: list[str]) -> int:
     lifeline, command = int(arguments[0]), arguments[2:]
     os.set_inheritable(lifeline, False)
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1)  # what loses its parent below becomes the guard's child, in whatever session
 
     def watch() -> None:
         os.read(lifeline, 1)  # nobody writes: this returns when the parent is gone or lets go
+        _kill_descendants()
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-    prctl = ctypes.CDLL(None).prctl
     child = subprocess.Popen(command, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
     # The command owns the pipes now. Held here too, its reader would not see the end of file when it dies.
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
     status = child.wait()
+    _kill_descendants()
     return status if status >= 0 else 128 - status
+
+
+def _kill_descendants() -> None:
+    """Kill everything that this process started, and that they started, until nothing of it runs."""
+    while running := _descendants(os.getpid()):
+        for pid in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _descendants(root: int) -> list[int]:
+    """Processes below `root` that still run; zombies do not."""
+    parents, zombies = {}, set()
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/stat", "rb") as file:
+                state, parent = file.read().rpartition(b")")[2].split()[:2]
+        except OSError:  # it has just ended
+            continue
+        parents[int(entry)] = int(parent)
+        if state in (b"Z", b"X"):
+            zombies.add(int(entry))
+    below = {root}
+    while found := {pid for pid, parent in parents.items() if parent in below} - below:
+        below |= found
+    return sorted(below - zombies - {root})
 
 
 if __name__ == "__main__":

@@ -195,7 +195,6 @@ def test_the_training_judge_is_no_heldout_judge() -> None:
 
 
 @pytest.mark.parametrize("override", ["gate.minimum=.nan", "gate.minimum=.inf", "dpo.learning_rate=.inf"])
-@pytest.mark.xfail(reason="config.Section: takes NaN and infinity, and run.json cannot hold them", strict=True)
 def test_numbers_that_json_does_not_have_are_refused(override: str) -> None:
     assert override.partition("=")[0] in refusal(override)
 
@@ -245,7 +244,6 @@ def test_paths_that_exist_become_absolute_and_hub_ids_stay(tmp_path: Path, monke
     assert (offline.data.path, offline.run_dir) == (f"{tmp_path}/pairs.jsonl", f"{tmp_path}/runs/y")
 
 
-@pytest.mark.xfail(reason="config._absolute: Path.exists() raises OSError (File name too long)", strict=True)
 def test_a_long_text_with_a_slash_in_a_judges_arguments_is_a_text() -> None:
     rubric = "Be strict, and read the completion to its end. " * 10 + "Give 1/0 points."
     write("run.yaml", {**RUN, "judge": {"use": "package.module:judge", "args": {"rubric": rubric}}})

@@ -142,7 +142,6 @@ def test_among_equal_scores_the_order_of_sampling_decides() -> None:
     assert texts(build(judged("abcd", [1.0, 1.0, 0.0, 0.0]))[0]) == ["a>c"]
 
 
-@pytest.mark.xfail(reason="pairing._candidates: a twin behind it moves a completion to the end", strict=True)
 def test_among_equal_scores_the_order_of_sampling_decides_also_where_there_are_twins() -> None:
     assert texts(build(judged("abac", [1.0, 1.0, 1.0, 0.0]))[0]) == ["a>c"]
 

@@ -133,7 +133,6 @@ def test_a_terminal_is_shown_a_bar_and_then_the_line(fail: bool) -> None:
     assert "\x1b[?25h" in output.rpartition("\x1b[?25l")[2]  # the cursor is back
 
 
-@pytest.mark.xfail(reason="progress.Progress.stage: writes the line while the bar is on the screen", strict=True)
 def test_when_the_stage_is_over_the_bar_is_gone_from_the_terminal() -> None:
     line, after = shown(terminal_output(fail=False))
     assert re.fullmatch(r"  sample +3 prompts +\d+\.\d s, [\d,.]+ prompts/s", line)

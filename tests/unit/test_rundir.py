@@ -279,6 +279,12 @@ def test_records_come_back_and_metrics_jsonl_is_in_the_order_of_the_rounds(tmp_p
     assert [row["round"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 10, 1000]
 
 
+def test_a_copy_that_someone_kept_beside_the_rounds_is_no_round(tmp_path: Path) -> None:
+    for name in ("round-001", "round-001.bak", "round-002-old"):
+        (tmp_path / name).mkdir()
+    assert RunDir(tmp_path).rounds() == [1]
+
+
 def test_a_round_that_is_decided_again_undoes_the_decisions_after_it(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for number in (1, 2, 3):

@@ -164,9 +164,6 @@ def test_one_child_dies_alone(tmp_path: Path) -> None:
         assert second.poll() is None
 
 
-@pytest.mark.xfail(
-    reason="supervise._guard: ends when the command does, and nobody is left to end the rest", strict=True
-)
 def test_what_a_command_leaves_behind_goes_when_the_command_ends(tmp_path: Path) -> None:
     with start("sleep 1000 & echo $! > pids.txt; exit 3") as child:
         assert child.wait(5) == 3
@@ -174,9 +171,6 @@ def test_what_a_command_leaves_behind_goes_when_the_command_ends(tmp_path: Path)
     gone(left)
 
 
-@pytest.mark.xfail(
-    reason="supervise._guard: kills its group, and torchrun's ranks are in sessions of their own", strict=True
-)
 def test_kill_reaches_a_grandchild_in_a_session_of_its_own(tmp_path: Path) -> None:
     with start("setsid sleep 1000 & echo $! > pids.txt; exec sleep 1000"):
         left = pids(tmp_path, 1)
