@@ -66,6 +66,11 @@ def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> dic
             f"{where}: has no .safetensors weights; pickled ones are not loaded. Convert them with "
             "from_pretrained(...).save_pretrained(...)"
         )
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        missing = set(json.loads(index.read_text())["weight_map"].values()) - {file.name for file in weights}
+        if missing:
+            raise ConfigError(f"{where}: {sorted(missing)[0]} is missing, which {index.name} lists; download it again")
     if not (directory / "tokenizer_config.json").exists() and not (directory / "tokenizer.json").exists():
         raise ConfigError(f"{where}: has no tokenizer; save one there with tokenizer.save_pretrained(...)")
     _check_vocabulary(where, directory, config, weights)

@@ -9,8 +9,9 @@ Configuration objects stop at the constructors of the stages; what is below take
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -119,7 +120,7 @@ class DPOConfig(Section):
     """Share of the round's steps in which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay; biases and norms are exempt."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's moment decays."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
@@ -298,9 +299,18 @@ def _names(paths: tuple[str | Path, ...]) -> str:
     return " + ".join(str(p) for p in paths) or "the overrides"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-5 for text, for want of a dot. Here it is a number, as everywhere else."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -319,7 +329,7 @@ def _assign(values: dict[str, Any], override: str) -> dict[str, Any]:
     if not sign or not key.strip():
         raise ConfigError(f"{override!r}: an override reads key=value, with dots between the levels: dpo.beta=0.2")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
     *sections, last = key.strip().split(".")

@@ -31,7 +31,8 @@ def decide(
         return Decision(otherwise, f"{metric} was not measured; {consequence}")
     if not value >= minimum:  # NaN too
         return Decision(otherwise, f"{metric} {value:.3f} is below {minimum:g}; {consequence}")
-    if max_kl is not None and (kl is None or not kl <= max_kl):
-        shown = "not measured" if kl is None else f"{kl:.1f}"
-        return Decision(otherwise, f"kl/to_initial {shown} is above {max_kl:g}; {consequence}")
+    if max_kl is not None and kl is None:
+        return Decision(otherwise, f"kl/to_initial was not measured; {consequence}")
+    if max_kl is not None and kl is not None and not kl <= max_kl:
+        return Decision(otherwise, f"kl/to_initial {kl:.1f} is above {max_kl:g}; {consequence}")
     return Decision("promote", f"{metric} {value:.3f} is at least {minimum:g}")

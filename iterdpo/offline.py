@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from iterdpo.checkpoints import check_checkpoint, resolve_checkpoint
@@ -31,7 +34,7 @@ def train_round(config: OfflineConfig, *, progress: Progress, redo: bool = False
         ChildFailed: training ended with an error. Its last checkpoint stays.
     """
     run = RunDir(config.run_dir, redo=redo)
-    with run.lock():
+    with run.lock(), ExitStack() as gpus:
         path = resolve_checkpoint(config.model.path, revision=config.model.revision)
         check_checkpoint(path, trust_remote_code=config.model.trust_remote_code)
         policy = Policy(path, directory_digest(path), 0)
@@ -49,13 +52,23 @@ def train_round(config: OfflineConfig, *, progress: Progress, redo: bool = False
             seed=derive_seed(config.seed, 1, "train"),
             trust_remote_code=config.model.trust_remote_code,
             progress=progress,
-            reserved=lambda: reserve(visible_gpus()[: config.dpo.processes]),
+            reserved=lambda: gpus.enter_context(_reserved(config.dpo.processes)),
         )
         metrics = round_metrics(run, 1) | {"gate/decision": "promote", "gate/reason": "an offline round has no gate"}
         record = RoundRecord(1, "promote", metrics["gate/reason"], "round-001/policy", 1, trained.digest, {}, metrics)
         if run.record(1) != record:
             run.write_record(record)
         return before is None or before.digest != trained.digest
+
+
+@contextmanager
+def _reserved(count: int) -> Iterator[list[int]]:
+    descriptors = reserve(visible_gpus()[:count])
+    try:
+        yield descriptors
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def prepare_pairs(config: OfflineConfig, run: RunDir, policy: Policy, progress: Progress) -> Manifest:

@@ -68,7 +68,7 @@ class Step:
         self.path = path
         self.attic = attic
         self.partial = path.with_name(path.name + ".partial")
-        self.inputs = json.loads(canonical(inputs))  # as it reads back from a manifest
+        self.inputs = json.loads(json.dumps(inputs, allow_nan=False))  # as it reads back from a manifest
         self.started = time.perf_counter()
 
     @property
@@ -154,7 +154,7 @@ class RunDir:
     def __init__(self, root: str | Path, *, redo: bool = False) -> None:
         self.root = Path(root)
         self.redo = redo
-        self.attic = self.root / "attic" / time.strftime("%Y%m%d-%H%M%S")
+        self.attic = self.root / "attic" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
     def round_dir(self, round: int) -> Path:
         return self.root / f"round-{round:03d}"

@@ -156,8 +156,8 @@ def train_on_pairs(
     inputs = {
         "model": initial.digest,
         "policy": policy.digest,
-        "reference": reference.digest,
         "dpo": dpo.model_dump(exclude=DPO_WITHOUT_EFFECT),
+        "reference": reference.digest,
         "pairs": pairs.digest,
         "seed": seed,
     }

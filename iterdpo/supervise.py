@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Child:
         self._lifeline: int | None = lifeline
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit status; negative is the signal that ended it."""
+        """Its exit status; 128 + N where signal N ended the command, negative where `kill` did."""
         return self.process.wait(timeout)
 
     def poll(self) -> int | None:
@@ -104,7 +105,10 @@ def reserve(devices: Sequence[str], *, on_wait: Callable[[str], None] = lambda d
     for device in sorted(set(devices)):
         name = "".join(c if c.isalnum() else "-" for c in device)
         path = Path(tempfile.gettempdir()) / f"iterdpo-gpu-{name}.lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)  # enough for a lock, and the file may be another user's
+        except FileNotFoundError:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -137,11 +141,16 @@ def _guard(arguments: list[str]) -> int:
 
 
 def _kill_descendants() -> None:
-    """Kill everything that this process started, and that they started, until nothing of it runs."""
-    while running := _descendants(os.getpid()):
+    """Kill everything that this process started, and that they started, until nothing of it runs.
+
+    Gives up after five seconds: a process that waits for a hung device cannot be killed by anybody.
+    """
+    deadline = time.monotonic() + 5
+    while (running := _descendants(os.getpid())) and time.monotonic() < deadline:
         for pid in running:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):  # it has just ended, or is another user's
                 os.kill(pid, signal.SIGKILL)
+        time.sleep(0.002)
 
 
 def _descendants(root: int) -> list[int]:
