@@ -56,7 +56,8 @@ def train(spec: TrainSpec) -> None:
         RuntimeError: fewer processes came up than were asked for, or a loss or gradient is not finite.
     """
     dpo = spec.dpo
-    accelerator = Accelerator()  # the autocast is ours: accelerate's would turn all logits into float32
+    on_cpu = not torch.cuda.is_available()  # unless told so, accelerate runs each of several CPU processes alone
+    accelerator = Accelerator(cpu=on_cpu)  # the autocast is ours: accelerate's would turn all logits into float32
     if accelerator.num_processes != dpo["processes"]:
         raise RuntimeError(
             f"{dpo['processes']} training processes were asked for and this one sees {accelerator.num_processes}; "
@@ -67,6 +68,7 @@ def train(spec: TrainSpec) -> None:
     eval_pairs = read_token_pairs(Path(spec.eval_pairs)) if spec.eval_pairs else []
     trainer = Trainer(spec, accelerator, pairs, eval_pairs)
     trainer.run()
+    accelerator.end_training()  # takes the process group down while Python still runs
 
 
 class Trainer:

@@ -61,7 +61,9 @@ def build_run(root: Path, *, rounds: int = 4, hostile: bool = True) -> Path:
             (here / "policy").mkdir()
             write_jsonl(here / "policy" / "train_log.jsonl", train_log(rng))
         run.write_record(
-            RoundRecord(r, metrics["gate/decision"], metrics["gate/reason"], f"round-{r:03d}/policy", "0" * 16, metrics)
+            RoundRecord(
+                r, metrics["gate/decision"], metrics["gate/reason"], f"round-{r:03d}/policy", r, "0" * 16, {}, metrics
+            )
         )
     return root
 
@@ -141,7 +143,7 @@ def build_offline_run(root: Path) -> Path:
         "eval_rewards/accuracies": 0.63, "eval_rewards/margins": 0.2, "time/pair_s": 31.0, "time/train_s": 820.0, "time/round_s": 871.0,
         "gate/decision": "promote", "gate/reason": "the only round",
     }  # fmt: skip
-    run.write_record(RoundRecord(1, "promote", "the only round", "round-001/policy", "0" * 16, metrics))
+    run.write_record(RoundRecord(1, "promote", "the only round", "round-001/policy", 1, "0" * 16, {}, metrics))
     return root
 
 

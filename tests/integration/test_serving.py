@@ -100,12 +100,12 @@ def test_the_page_of_prefect_shows_rounds_table_and_plots(served: tuple[Workspac
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(f"{page_url}/runs")
         page.get_by_text("run round 2").first.wait_for(timeout=60_000)
-        page.goto(f"{page_url}/artifacts/artifact/{keys['run-scores']['id']}")
+        page.goto(f"{page_url}/artifacts/artifact/{keys['run-scores']['latest_id']}")
         picture = page.locator("img[src^='data:image/png']").first
         picture.wait_for(timeout=60_000)
         assert picture.evaluate("image => image.naturalWidth") > 300
         page.screenshot(path=tmp_path / "plot.png")
-        page.goto(f"{page_url}/artifacts/artifact/{keys['run-rounds']['id']}")
+        page.goto(f"{page_url}/artifacts/artifact/{keys['run-rounds']['latest_id']}")
         page.get_by_text("score/train_judge").first.wait_for(timeout=60_000)
         page.screenshot(path=tmp_path / "table.png")
         browser.close()

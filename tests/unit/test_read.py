@@ -35,7 +35,9 @@ def run_dir(tmp_path: Path) -> Path:
     (run.round_dir(2) / "judgments.partial").mkdir()
 
     for r, target in ((0, "org/base"), (1, "round-001/policy")):
-        run.write_record(RoundRecord(r, "promote", "", target, "d", {"round": r, "score/train_judge": 0.3 + 0.2 * r}))
+        run.write_record(
+            RoundRecord(r, "promote", "", target, r, "d", {}, {"round": r, "score/train_judge": 0.3 + 0.2 * r})
+        )
     return run.root
 
 
