@@ -155,8 +155,8 @@ class EvaluationConfig(Section):
     """Coverage of the intervals."""
     max_logp_gap: float = Field(0.05, gt=0)
     """Largest mean difference, in nats a token, between the log-probabilities that the engine reports and those of the
-    policy's checkpoint. Above it the engine does not sample from the policy, and the run stops. bf16 gives 0.01 to
-    0.02; a quantized engine needs more."""
+    policy's checkpoint. Above it the engine does not sample from the policy, and the run stops. bf16 gives about
+    0.01; a quantized engine needs more."""
     bootstrap_samples: int = Field(10_000, ge=100)
     """Resamples of the held-out prompts behind an interval."""
 

@@ -30,7 +30,7 @@ def hh_rlhf() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama with a byte-level tokenizer (300 tokens, ChatML template), as a checkpoint directory."""
+    """A random two-layer Llama with a byte-level tokenizer (259 tokens, ChatML template), as a checkpoint directory."""
     from iterdpo.testing import build_tiny_checkpoint
 
     return build_tiny_checkpoint(tmp_path_factory.mktemp("tiny-model"))

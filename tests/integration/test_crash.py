@@ -83,7 +83,7 @@ def test_a_run_killed_in_sampling_training_and_evaluation_ends_bit_identical(
     assert read_json(ours) == read_json(uninterrupted)
 
 
-def test_a_finished_run_does_no_work_and_another_round_is_added_on_request(finished: Workspace) -> None:
+def test_a_finished_run_does_no_work_and_says_so(finished: Workspace) -> None:
     config = str(finished.root / "config.yaml")
     before = {p: p.stat().st_mtime_ns for p in finished.run_dir.glob("round-*/*/MANIFEST.json")}
     again = finished.iterdpo("run", config)

@@ -1,0 +1,83 @@
+"""The loop through the Python API, with a fake sampler: adding rounds, doing again, keeping, stopping."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import run_rounds
+from iterdpo.config import Config, parse_config
+from iterdpo.errors import ChildFailed, StaleStepError
+from iterdpo.rundir import RunDir, read_jsonl
+from iterdpo.testing import FakeSampler
+from tests.integration.harness import Workspace
+
+pytestmark = pytest.mark.slow
+
+
+def longer(prompt: str, completion: str) -> int:
+    return len(completion)
+
+
+def shorter(prompt: str, completion: str) -> int:
+    return -len(completion)
+
+
+def vowels(prompt: str, completion: str) -> int:
+    return sum(letter in "aeiou" for letter in completion)
+
+
+def config_of(workspace: Workspace, **changes: Any) -> Config:
+    values = {**workspace.config, "judge": {"use": "given:below"}, "evaluation": {"max_logp_gap": 1e3}, **changes}
+    return parse_config(Config, values)
+
+
+def sampler() -> FakeSampler:
+    return FakeSampler(lambda ids, k: "abcdefghij"[: 3 + (k * 2 + ids[-1]) % 7])
+
+
+def run(config: Config, judge: Any = longer, **options: Any) -> FakeSampler:
+    fake = sampler()
+    run_rounds(config, judge=judge, heldout_judge=vowels, sampler=fake, prefect=False, **options)
+    return fake
+
+
+def test_rounds_are_added_and_a_changed_judge_is_refused_or_done_again_without_sampling(workspace: Workspace) -> None:
+    first = run(config_of(workspace, rounds=1))
+    assert len(first.loaded) == 2  # the initial policy, and the candidate to evaluate
+    assert run(config_of(workspace, rounds=1)).loaded == []  # nothing to do
+
+    second = run(config_of(workspace, rounds=2))
+    assert second.loaded == [first.loaded[-1], second.loaded[-1]]  # from the first round's policy on
+    assert [row["round"] for row in read_jsonl(workspace.run_dir / "metrics.jsonl")] == [0, 1, 2]
+
+    with pytest.raises(StaleStepError, match=r"judge|evaluation"):
+        run(config_of(workspace, rounds=1), judge=shorter)
+    completions = workspace.run_dir / "round-001" / "completions" / "MANIFEST.json"
+    sampled = completions.stat().st_mtime_ns
+    run(config_of(workspace, rounds=1), judge=shorter, redo=True)
+    assert completions.stat().st_mtime_ns == sampled
+    assert list((workspace.run_dir / "attic").glob("*/round-001/policy/model.safetensors"))
+    assert [record.round for record in RunDir(workspace.run_dir).records()] == [0, 1]
+
+
+@pytest.mark.parametrize(("otherwise", "rounds"), [("keep", [0, 1, 2]), ("stop", [0, 1])])
+def test_a_candidate_that_fails_the_gate_is_not_the_next_rounds_start(
+    workspace: Workspace, otherwise: str, rounds: list[int]
+) -> None:
+    gate = {"metric": "win_rate/vs_previous", "minimum": 0.9, "otherwise": otherwise}  # the fake always draws
+    fake = run(config_of(workspace, rounds=2, gate=gate))
+    records = RunDir(workspace.run_dir).records()
+    assert [record.round for record in records] == rounds
+    assert [record.decision for record in records[1:]] == [otherwise] * (len(rounds) - 1)
+    assert {record.policy_round for record in records} == {0}
+    assert (workspace.run_dir / "policy").resolve() == Path(workspace.config["model"]["path"]).resolve()
+    initial = fake.loaded[0]
+    assert fake.loaded.count(initial) == len(rounds) - 1
+
+
+def test_an_engine_that_does_not_sample_from_the_policy_stops_the_run(workspace: Workspace) -> None:
+    with pytest.raises(ChildFailed, match=r"does not sample from this policy"):
+        run(config_of(workspace, evaluation={}))  # the fake reports -1 for every token
