@@ -44,7 +44,10 @@ def prefect_api(log: Path) -> Iterator[str]:
         os.environ["PREFECT_API_URL"] = url
         try:
             with temporary_settings({PREFECT_API_URL: url}):
-                yield url
+                try:
+                    yield url
+                finally:
+                    _deliver()
         finally:
             if previous is None:
                 del os.environ["PREFECT_API_URL"]
@@ -84,6 +87,15 @@ def log_to_file(log: Path) -> None:
         for old in [h for h in logger.handlers if isinstance(h, PrefectConsoleHandler)]:
             logger.removeHandler(old)
             logger.addHandler(handler)
+
+
+def _deliver() -> None:
+    """Send what Prefect still holds back, while the server lives: after it, each line would wait and fail aloud."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=10)
 
 
 def _healthy(url: str) -> bool:
