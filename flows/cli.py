@@ -19,7 +19,7 @@ OVERRIDES = "YAML files, merged left to right, then dotted overrides: dpo.beta=0
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, and turn the errors that a user can mend into one line."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parse(argv)
     from iterdpo.errors import ChildFailed, UserError
 
     try:
@@ -34,6 +34,19 @@ def main(argv: list[str] | None = None) -> None:
         print("\niterdpo: interrupted; the same command goes on from here", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Overrides may stand anywhere, behind options too, which argparse alone does not allow under a command."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    takes = next((name for name in ("config", "overrides") if hasattr(arguments, name)), None)
+    unknown = [word for word in rest if word.startswith("-") or takes is None]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if takes is not None:
+        setattr(arguments, takes, [*getattr(arguments, takes), *rest])
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:

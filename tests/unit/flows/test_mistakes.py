@@ -163,6 +163,21 @@ def test_the_plan_of_a_dry_run_has_the_numbers(
     assert "at most 1 optimizer steps a round of 8 pairs" in plan
 
 
+def test_overrides_may_stand_behind_options(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit) as exit:
+        main(["run", str(path), "--dry-run", "rounds=2"])
+    assert exit.value.code == 0
+    assert "2; next: round-000/evaluation" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit:
+        main(["run", str(path), "--dry-rnu", "rounds=2"])
+    assert exit.value.code == 2
+    assert "--dry-rnu" in capsys.readouterr().err
+
+
 def test_the_command_prints_one_line_for_a_mistake_that_is_found_last(config: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**config, "sampling": {"max_tokens": 508}}))  # found last: by tokenizing
