@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,15 @@ pytestmark = pytest.mark.slow
 def call(url: str, body: dict[str, Any] | None = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=20) as reply:
-        return json.load(reply)
+    for attempt in range(30):
+        try:
+            with urllib.request.urlopen(request, timeout=20) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or attempt == 29:  # its SQLite database is busy: Prefect's own client tries again too
+                raise
+            time.sleep(1)
+    raise AssertionError("unreachable")
 
 
 @pytest.fixture(scope="module")
