@@ -53,16 +53,18 @@ def describe_plan(exp: Experiment) -> str:
 def describe_offline_plan(config: OfflineConfig) -> str:
     """The plan of `iterdpo train --dry-run`. Reads the data and checks the checkpoint."""
     from iterdpo.checkpoints import check_checkpoint, resolve_checkpoint
-    from iterdpo.preferences import read_preferences
+    from iterdpo.preferences import PreferenceData
 
     path = resolve_checkpoint(config.model.path, revision=config.model.revision)
     check_checkpoint(path, trust_remote_code=config.model.trust_remote_code)
-    data = read_preferences(config.data.path, config.data.split, config.data.format, config.data.limit)
-    pairs = len(data.pairs) - config.data.heldout
+    data = PreferenceData(config.data.path, config.data.split, config.data.format, config.data.limit)
+    for _ in data.parsed():
+        pass
+    pairs = data.account.kept - config.data.heldout
     size = _policy_bytes(path, config.dpo) / 2**30
     rows = [
         ("model", str(path)),
-        ("data", data.summary()),
+        ("data", data.account.summary()),
         ("pairs", f"{pairs:,} to train on, {config.data.heldout:,} held out"),
         ("steps", f"{_steps(pairs, config.dpo):,} optimizer steps of {config.dpo.pairs_per_step} pairs"),
         (

@@ -105,15 +105,103 @@ class PairingConfig(Section):
     """Leave out completions that hit `max_tokens`. Leave it off where completions are cut on purpose."""
 
 
+class AdapterConfig(Section):
+    """A LoRA adapter (arXiv:2106.09685), trained in place of the model's own weights by PEFT."""
+
+    r: int = Field(16, ge=1)
+    """Rank of the update of each matrix."""
+    alpha: int = Field(32, ge=1)
+    """The update is scaled by alpha / r."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the modules that are adapted; `all-linear` is all but the output head."""
+    quantize: Literal["none", "nf4"] = "none"
+    """`nf4`: the frozen weights in 4 bits (QLoRA, arXiv:2305.14314). Needs a GPU and bitsandbytes."""
+
+
+Action = Literal["off", "warn", "stop"]
+
+
+class SentinelsConfig(Section):
+    """What is watched while a round trains. `warn` notes an alarm in the log and the metrics; `stop` ends the round."""
+
+    non_finite: Literal["skip", "stop"] = "stop"
+    """A loss or gradient that is not finite. It is never applied: the step is skipped, or the round ends."""
+    chosen_drop: float = Field(100.0, gt=0)
+    """Alarm where the chosen completions have lost so many nats against the reference, in the mean of `window` steps
+    (likelihood displacement, arXiv:2410.08847)."""
+    chosen_drop_action: Action = "warn"
+    """See `chosen_drop`."""
+    margin: float = Field(50.0, gt=0)
+    """Alarm where the mean reward margin of `window` steps is above this."""
+    margin_action: Action = "warn"
+    """See `margin`."""
+    stuck_accuracy: float = Field(0.02, ge=0, lt=0.5)
+    """Alarm where the mean accuracy of the last `stuck_window` steps is no further from 0.5 than this."""
+    stuck_accuracy_action: Action = "warn"
+    """See `stuck_accuracy`."""
+    stuck_window: int = Field(50, ge=2)
+    """Steps that `stuck_accuracy` looks back on."""
+    grad_norm: float = Field(50.0, gt=1)
+    """Alarm where the gradient norm, before it is scaled down, is so many times the median of the steps before."""
+    grad_norm_action: Action = "warn"
+    """See `grad_norm`."""
+    window: int = Field(5, ge=1)
+    """Steps over which `chosen_drop` and `margin` are averaged."""
+
+
 class DPOConfig(Section):
+    loss: Literal[
+        "sigmoid",
+        "sigmoid_norm",
+        "robust",
+        "ipo",
+        "hinge",
+        "kto",
+        "orpo",
+        "simpo",
+        "sppo_hard",
+        "dpop",
+        "exo_pair",
+        "nca_pair",
+        "apo_zero",
+        "apo_down",
+        "sft",
+    ] = "sigmoid"
+    """The objective; docs/losses.md has each one's equation. `sigmoid` is DPO. `orpo`, `simpo` and `sft` have no
+    reference; `kto` takes unpaired data too; `sft` trains on the chosen alone."""
     beta: float = Field(0.1, gt=0)
-    """Strength of the pull towards the reference (Eq. 7 of arXiv:2305.18290). Smaller lets the policy move further."""
+    """Strength of the pull towards the reference (Eq. 7 of arXiv:2305.18290). Smaller lets the policy move further.
+    Its scale is the loss's own: about 2 to 10 for simpo and sigmoid_norm, 0.001 for sppo_hard."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Assumed probability that a label is flipped (conservative DPO)."""
-    reference: Literal["previous", "initial"] = "previous"
-    """`previous`: the policy that the round started from. `initial`: the run's initial policy, in every round."""
+    """Assumed probability that a label is flipped: conservative DPO; also of robust, sigmoid_norm and exo_pair."""
+    simpo_gamma: float = Field(0.5, ge=0)
+    """SimPO's target reward margin."""
+    dpop_lambda: float = Field(50.0, ge=0)
+    """DPO-positive's weight of the penalty for a chosen completion that becomes less likely."""
+    desirable_weight: float = Field(1.0, ge=0)
+    """KTO's weight of desirable (chosen) completions."""
+    undesirable_weight: float = Field(1.0, ge=0)
+    """KTO's weight of undesirable (rejected) completions."""
+    nll_coefficient: float = Field(0.0, ge=0)
+    """Weight of the chosen completion's mean token loss beside the objective (iterative RPO, arXiv:2404.19733)."""
+    wpo: bool = False
+    """Weigh each pair by how likely the policy is to sample it (WPO, arXiv:2406.11827)."""
+    reference: Literal["previous", "initial", "ema", "periodic", "none"] = "previous"
+    """`previous`: the policy that the round started from. `initial`: the run's initial policy, in every round.
+    `ema`: a running average of the policies that rounds started from. `periodic`: like `previous`, but renewed every
+    `reference_every` rounds only. `none`: a constant (reference-free DPO); always so for orpo, simpo and sft."""
+    reference_decay: float = Field(0.5, ge=0, lt=1)
+    """Of `ema`: the share of the old average that a round keeps."""
+    reference_every: int = Field(2, ge=1)
+    """Of `periodic`: rounds between renewals."""
+    sampler_logps_tolerance: float | None = Field(None, gt=0)
+    """Take the sampler's log-probabilities for the reference's, where these are the same policy and differ by no more
+    than this, in nats a token over some of the pairs. Saves a forward pass over them all. Off unless given."""
+    adapter: AdapterConfig | None = None
+    """Train a LoRA adapter. Give `{}` for its defaults. Without it all weights are trained."""
     learning_rate: float = Field(1e-6, gt=0)
-    """Peak learning rate of AdamW. Around 5e-7 to 5e-6 for billions of parameters, 1e-5 to 1e-4 for 100 million."""
+    """Peak learning rate of AdamW. Around 5e-7 to 5e-6 for billions of parameters, 1e-5 to 1e-4 for 100 million or
+    for an adapter."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
     """Decay after the warm-up, over the round's steps."""
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
@@ -124,24 +212,54 @@ class DPOConfig(Section):
     """AdamW's moment decays."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
+    optimizer_state: Literal["reset", "carry"] = "reset"
+    """`carry`: AdamW's moments of the round before go on in the next one. They are kept beside the policy, twice its
+    size."""
     epochs: int = Field(1, ge=1)
     """Passes over the round's pairs. More than one overfits fresh pairs quickly."""
     pairs_per_step: int = Field(8, ge=1)
     """Pairs in one optimizer step, over all processes and micro-batches: the batch size of the mathematics."""
-    pairs_per_micro_batch: int = Field(8, ge=1)
-    """Pairs in one forward pass on one process: memory only, never the result. Smaller needs less memory."""
+    tokens_per_micro_batch: int = Field(4096, ge=1)
+    """Tokens in one forward pass on one process: memory only, never the result. Smaller needs less memory."""
+    shared_prompts: bool = True
+    """Put a prompt through the network once for all of its completions, where the model allows it. A first batch tells;
+    otherwise each completion gets a row of its own."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast over float32 master weights. fp32: everything in float32."""
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the policy on disk. bfloat16 halves it, and rounds away small updates before the next round."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_offload: bool = False
+    """Keep activations in the host's memory between forward and backward pass. For a GPU."""
     checkpoint_every: int = Field(50, ge=1)
     """Optimizer steps between checkpoints inside a round. A crash repeats at most so many."""
     processes: int = Field(1, ge=1)
     """Training processes (GPUs) on this machine."""
     accelerate_config: str | None = None
-    """An `accelerate` configuration file, for what `processes` alone does not say. Its processes must be as many."""
+    """An `accelerate` configuration file, for what `processes` alone does not say: see configs/accelerate. Its
+    processes must be as many."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
+    """Where the training metrics go beside the run directory, through accelerate. Each is a package of its own."""
+    tracker_project: str = "iterdpo"
+    """The trackers' project."""
+    sentinels: SentinelsConfig = SentinelsConfig()
+    """Alarms."""
+
+    @model_validator(mode="after")
+    def _the_objective_is_defined(self) -> DPOConfig:
+        smoothed = ("sigmoid", "sigmoid_norm", "robust", "exo_pair")
+        if self.label_smoothing and self.loss not in smoothed:
+            raise ValueError(
+                f"label_smoothing: {self.loss} has none; set it to 0, or take one of {', '.join(smoothed)}"
+            )
+        if self.loss == "exo_pair" and not self.label_smoothing:
+            raise ValueError("label_smoothing: exo_pair is not defined at 0; 0.001 is usual")
+        if self.wpo and self.loss in ("kto", "sft"):
+            raise ValueError(f"wpo: weighs pairs, which {self.loss} does not compare")
+        if self.sampler_logps_tolerance is not None and self.reference != "previous":
+            raise ValueError("sampler_logps_tolerance: the sampler is the policy `previous`; set reference to it")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -211,8 +329,10 @@ class DataConfig(Section):
     """A JSON, JSONL, CSV or Parquet file (plain or .gz), a directory of them, or a hub data set id."""
     split: str = "train"
     """The split to read, where the data set has several."""
-    format: Literal["auto", "pairs", "hh"] = "auto"
-    """`pairs`: TRL's columns prompt (optional), chosen, rejected. `hh`: HH-RLHF transcripts in chosen and rejected."""
+    format: Literal["auto", "pairs", "hh", "unpaired", "sharegpt"] = "auto"
+    """`pairs`: TRL's columns prompt (optional), chosen, rejected. `hh`: HH-RLHF transcripts in chosen and rejected.
+    `unpaired`: TRL's columns prompt, completion, label. `sharegpt`: chosen and rejected as turns with from and value,
+    the prompt in conversations. `auto`: what the first row's columns say."""
     limit: int | None = Field(None, ge=1)
     """Read at most so many rows, from the start."""
     heldout: int = Field(0, ge=0)
@@ -237,7 +357,7 @@ class OfflineConfig(Section):
     @field_validator("dpo")
     @classmethod
     def _one_round_has_one_reference(cls, dpo: DPOConfig) -> DPOConfig:
-        return dpo.model_copy(update={"reference": "previous"})
+        return dpo if dpo.reference == "none" else dpo.model_copy(update={"reference": "previous"})
 
 
 AnyConfig = TypeVar("AnyConfig", Config, OfflineConfig)

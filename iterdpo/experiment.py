@@ -14,7 +14,7 @@ from iterdpo.checkpoints import check_checkpoint, context_length, resolve_checkp
 from iterdpo.config import Config
 from iterdpo.errors import ConfigError
 from iterdpo.judge import Judge, NamedJudge
-from iterdpo.launch import visible_gpus
+from iterdpo.launch import check_training, visible_gpus
 from iterdpo.progress import Progress
 from iterdpo.prompts import PromptSet, check_lengths, next_prompts, split_prompts
 from iterdpo.rendering import load_tokenizer, prompt_token_ids
@@ -65,6 +65,7 @@ class Experiment:
         self.run = RunDir(config.run_dir, redo=redo)
         self.progress = progress or Progress()
         self.judges = [train_judge, *([heldout_judge] if heldout_judge else [])]
+        check_training(config.dpo)
         self.model_path = resolve_checkpoint(config.model.path, revision=config.model.revision)
         self.model_config = check_checkpoint(self.model_path, trust_remote_code=config.model.trust_remote_code)
         heldout = self._pinned(self._heldout_file, config.prompts.heldout)

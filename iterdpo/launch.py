@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -12,20 +13,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from iterdpo import supervise
-from iterdpo.errors import ChildFailed
+from iterdpo.config import DPOConfig
+from iterdpo.errors import ChildFailed, ConfigError
 from iterdpo.rundir import read_json, write_json
 
 TRAIN_LOG = "train_log.jsonl"
+OPTIMIZER_STATE = "optimizer.pt"
 
 
 @dataclass(frozen=True)
 class TrainSpec:
     """What a training process is told. Paths are absolute; `dpo` holds the fields of `DPOConfig`.
 
-    `reference` is None where it is the policy itself. `reference_inputs` key the stored log-probabilities;
-    `attic` is where such that were made with other inputs go (None refuses).
+    `reference` is None where it is the policy itself. `reference_inputs` key the stored log-probabilities; `attic` is
+    where such that were made with other inputs go (None refuses). `optimizer` is the state to go on from.
+    `pairs_cache` takes what makes large files of pairs quick to read. `name` is the round's, for trackers.
     """
+
+    name: str
 
     policy: str
     reference: str | None
@@ -37,6 +45,9 @@ class TrainSpec:
     reference_inputs: dict[str, Any]
     dpo: dict[str, Any]
     seed: int
+    pairs_cache: str
+    tracker_dir: str
+    optimizer: str | None = None
     trust_remote_code: bool = False
 
     def write(self, path: Path) -> None:
@@ -45,6 +56,31 @@ class TrainSpec:
     @staticmethod
     def read(path: Path) -> TrainSpec:
         return TrainSpec(**read_json(path))
+
+
+def check_training(dpo: DPOConfig) -> None:
+    """What of a training configuration this machine does not have, said before anything is loaded.
+
+    Raises:
+        ConfigError: naming the key and the remedy.
+    """
+    needed = dict.fromkeys(dpo.trackers, "dpo.trackers")
+    if dpo.adapter is not None and dpo.adapter.quantize == "nf4":
+        needed["bitsandbytes"] = "dpo.adapter.quantize"
+        if not visible_gpus():
+            raise ConfigError("dpo.adapter.quantize = 'nf4' needs a GPU, and there is none; set it to none")
+    for package, key in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{key}: the package {package!r} is not installed; run: pip install {package}")
+    if dpo.accelerate_config is not None:
+        path = Path(dpo.accelerate_config)
+        if not path.is_file():
+            raise ConfigError(f"dpo.accelerate_config = {dpo.accelerate_config!r}: no such file")
+        processes = yaml.safe_load(path.read_text()).get("num_processes", 1)
+        if processes != dpo.processes:
+            raise ConfigError(
+                f"{path}: num_processes is {processes} and dpo.processes {dpo.processes}; set both to the number of GPUs"
+            )
 
 
 def launch_training(
@@ -65,7 +101,9 @@ def launch_training(
     spec.write(spec_path)
     steps = Path(spec.output) / TRAIN_LOG
     seen = 0
-    with supervise.start(command(spec, spec_path), log=log, env=environment(spec), reserved=reserved) as child:
+    with supervise.start(
+        command(spec, spec_path), log=log, env=environment(processes=spec.dpo["processes"]), reserved=reserved
+    ) as child:
         while True:
             status = child.poll()
             lines = steps.read_text().splitlines(keepends=True) if steps.exists() else []
@@ -107,10 +145,11 @@ def command(spec: TrainSpec, spec_path: Path) -> list[str]:
     return [*launch, *options, *module]
 
 
-def environment(spec: TrainSpec) -> dict[str, str]:
+def environment(*, processes: int) -> dict[str, str]:
+    """Settings of the machine that matter, found by profiling."""
     return {
         **os.environ,
-        "OMP_NUM_THREADS": str(threads(spec.dpo["processes"])),
+        "OMP_NUM_THREADS": str(threads(processes)),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         # A step frees and takes hundreds of MB. glibc would hand them back to the kernel and fault them in again:
@@ -118,6 +157,9 @@ def environment(spec: TrainSpec) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": "-1",
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TOP_PAD_": str(256 << 20),
+        # A thread that waits for the others spins. Where anything else runs on its core, that costs many times what it
+        # saves: let it sleep soon.
+        "GOMP_SPINCOUNT": "10000",
     }
 
 

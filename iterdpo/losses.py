@@ -1,17 +1,106 @@
-"""Preference losses. Tensors in, per-example tensors out; the training loop owns the reduction."""
+"""Preference losses. Tensors in, per-example tensors out; the training loop owns the reduction.
+
+    preference_loss(name, logps, beta=...)    pairs: a function a loss below, in the order of `PAIRED`
+    kto_loss(...), kl_estimate(...)           single completions, each desirable or undesirable
+    nll_term(...)                             added with a coefficient beside any loss: iterative RPO
+    wpo_weights(...)                          multiplied with any loss of pairs: WPO
+
+In the equations w is the chosen completion, l the rejected one, |y| a completion's tokens, and
+
+    log pi(y|x) = sum_t log pi(y_t | x, y_<t)                 summed, never averaged, unless divided by |y|
+    r(y) = beta * (log pi(y|x) - log ref(y|x))                the implicit reward: 0 where the policy is the reference
+
+`chosen_rewards` and `rejected_rewards` are what a loss compares: r(y), unless its docstring says otherwise. TRL is
+version 1.16 throughout, and its `DPOTrainer` unless another is named. Where nothing is said, the losses are equal;
+`tests/unit/test_losses_trl.py` holds that, and each difference.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PAIRED = (
+    *("sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "dpop", "exo_pair", "nca_pair", "apo_zero", "apo_down"),
+    *("sppo_hard", "orpo", "simpo", "sft"),
+)
+WITHOUT_REFERENCE = frozenset({"orpo", "simpo", "sft"})
+WITH_LABEL_SMOOTHING = frozenset({"sigmoid", "sigmoid_norm", "robust", "exo_pair"})
+
+
+class PairLogps(NamedTuple):
+    """Log-probabilities of B pairs, in nats, summed over each completion's tokens.
+
+    A pair of 21 and 17 tokens: chosen -30.2, rejected -28.9, under the reference -31.0 and -27.5.
+    """
+
+    chosen: Tensor  # [B], with gradient
+    rejected: Tensor  # [B], with gradient
+    reference_chosen: Tensor  # [B]; zeros where the loss has no reference
+    reference_rejected: Tensor  # [B]
+    chosen_tokens: Tensor  # [B], int64, tokens in the chosen completion
+    rejected_tokens: Tensor  # [B]
 
 
 class PreferenceLoss(NamedTuple):
     losses: Tensor  # [B], the caller reduces
     chosen_rewards: Tensor  # [B], detached
     rejected_rewards: Tensor  # [B], detached
+
+
+def preference_loss(
+    name: str,
+    logps: PairLogps,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    simpo_gamma: float = 0.5,
+    dpop_lambda: float = 50.0,
+) -> PreferenceLoss:
+    """The loss `name` of `PAIRED` on B pairs. simpo_gamma and dpop_lambda mean nothing to the other losses.
+
+    Raises:
+        ValueError: no such loss; a label_smoothing out of the loss's range, or for a loss that has none.
+    """
+    if label_smoothing and name in PAIRED and name not in WITH_LABEL_SMOOTHING:
+        raise ValueError(
+            f"the loss {name!r} has no label smoothing: set label_smoothing to 0, or take one of "
+            f"{', '.join(loss for loss in PAIRED if loss in WITH_LABEL_SMOOTHING)}"
+        )
+    match name:
+        case "sigmoid":
+            return dpo_loss(*logps[:4], beta=beta, label_smoothing=label_smoothing)
+        case "sigmoid_norm":
+            return sigmoid_norm_loss(logps, beta=beta, label_smoothing=label_smoothing)
+        case "robust":
+            return robust_loss(logps, beta=beta, label_smoothing=label_smoothing)
+        case "ipo":
+            return ipo_loss(logps, beta=beta)
+        case "hinge":
+            return hinge_loss(logps, beta=beta)
+        case "dpop":
+            return dpop_loss(logps, beta=beta, dpop_lambda=dpop_lambda)
+        case "exo_pair":
+            return exo_pair_loss(logps, beta=beta, label_smoothing=label_smoothing)
+        case "nca_pair":
+            return nca_pair_loss(logps, beta=beta)
+        case "apo_zero":
+            return apo_zero_loss(logps, beta=beta)
+        case "apo_down":
+            return apo_down_loss(logps, beta=beta)
+        case "sppo_hard":
+            return sppo_hard_loss(logps, beta=beta)
+        case "orpo":
+            return orpo_loss(logps, beta=beta)
+        case "simpo":
+            return simpo_loss(logps, beta=beta, gamma=simpo_gamma)
+        case "sft":
+            return sft_loss(logps)
+    raise ValueError(f"no loss is called {name!r}; there are {', '.join(PAIRED)}")
 
 
 def dpo_loss(
@@ -25,14 +114,268 @@ def dpo_loss(
 ) -> PreferenceLoss:
     """Sigmoid DPO, Eq. 7 of arXiv:2305.18290, on log-probabilities summed over a completion's tokens.
 
-        h = beta * [(log pi(y_w|x) - log ref(y_w|x)) - (log pi(y_l|x) - log ref(y_l|x))]
+        h = r(y_w) - r(y_l)
         L = -(1 - eps) log sigmoid(h) - eps log sigmoid(-h)
 
     `label_smoothing` is eps: with eps > 0 this is conservative DPO (Mitchell, 2023), for labels of which a share eps
-    is flipped. The rewards are the implicit ones, beta * (log pi - log ref): 0 where the policy is the reference.
+    is flipped. TRL's "sigmoid" ignores its label_smoothing.
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
     h = chosen_rewards - rejected_rewards
     losses = -F.logsigmoid(h) * (1 - label_smoothing) - F.logsigmoid(-h) * label_smoothing
+    return _detached(losses, chosen_rewards, rejected_rewards)
+
+
+def sigmoid_norm_loss(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> PreferenceLoss:
+    """Length-normalised DPO, of Tülu 3 (arXiv:2411.15124): `dpo_loss` with r(y) / |y| in place of r(y).
+
+    A mean over tokens is small, so beta is large: 5 in the paper. The rewards are the normalised ones; TRL logs the
+    summed ones, and ignores its label_smoothing.
+    """
+    return dpo_loss(*_per_token(logps)[:4], beta=beta, label_smoothing=label_smoothing)
+
+
+def robust_loss(logps: PairLogps, *, beta: float, label_smoothing: float) -> PreferenceLoss:
+    """Robust DPO, of arXiv:2403.00409: an unbiased estimate of DPO's loss from labels of which a share eps is flipped.
+
+        L = [-(1 - eps) log sigmoid(h) + eps log sigmoid(-h)] / (1 - 2 eps),    h = r(y_w) - r(y_l), summed
+
+    It has no lower bound: it falls as h grows, below 0 and on.
+
+    Raises:
+        ValueError: eps = label_smoothing is not in [0, 0.5): at 0.5 the labels say nothing.
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"robust needs a label_smoothing of at least 0 and below 0.5, the share of flipped labels: "
+            f"{label_smoothing} is not; 0.1 is usual"
+        )
+    chosen, rejected = _rewards(logps, beta)
+    h = chosen - rejected
+    flipped = label_smoothing * F.logsigmoid(-h)
+    losses = (flipped - (1 - label_smoothing) * F.logsigmoid(h)) / (1 - 2 * label_smoothing)
+    return _detached(losses, chosen, rejected)
+
+
+def ipo_loss(logps: PairLogps, *, beta: float) -> PreferenceLoss:
+    """IPO, Eq. 17 of arXiv:2310.12036, with log ratios averaged over a completion's tokens. beta is the paper's tau.
+
+        L = (h - 1 / (2 beta))^2,    h = (r(y_w) / |y_w| - r(y_l) / |y_l|) / beta
+
+    The paper's equation has the sums. We take the means, as TRL does and as its source says the authors ran it: the
+    target 1 / (2 beta) is then one for every length, in nats a token. The rewards are the averaged ones, r(y) / |y|,
+    where TRL logs the summed ones.
+    """
+    chosen, rejected = _rewards(_per_token(logps), beta)
+    losses = ((chosen - rejected) / beta - 1 / (2 * beta)) ** 2
+    return _detached(losses, chosen, rejected)
+
+
+def hinge_loss(logps: PairLogps, *, beta: float) -> PreferenceLoss:
+    """SLiC's hinge (arXiv:2305.10425) on the implicit reward, as in RSO (arXiv:2309.06657), where beta is gamma.
+
+    L = max(0, 1 - (r(y_w) - r(y_l))), summed
+    """
+    chosen, rejected = _rewards(logps, beta)
+    return _detached(F.relu(1 - (chosen - rejected)), chosen, rejected)
+
+
+def dpop_loss(logps: PairLogps, *, beta: float, dpop_lambda: float = 50.0) -> PreferenceLoss:
+    """DPO-positive, Eq. 3 of arXiv:2402.13228: DPO that does not let the chosen completion lose probability.
+
+        L = -log sigmoid(r(y_w) - r(y_l) - lambda * max(0, -r(y_w))), summed
+
+    lambda stands within beta, as in the paper, which has lambda = 50 and beta = 0.3. TRL has no such loss.
+    """
+    chosen, rejected = _rewards(logps, beta)
+    penalty = dpop_lambda * F.relu(-chosen)
+    return _detached(-F.logsigmoid(chosen - rejected - penalty), chosen, rejected)
+
+
+def exo_pair_loss(logps: PairLogps, *, beta: float, label_smoothing: float) -> PreferenceLoss:
+    """EXO on pairs, Eq. 16 of arXiv:2402.00856: the reverse KL from the policy's preference to the smoothed label.
+
+        L = q log(q / (1 - eps)) + (1 - q) log((1 - q) / eps),    q = sigmoid(r(y_w) - r(y_l)), summed
+
+    beta is the paper's beta_pi, and eps = label_smoothing; it recommends 1e-3.
+
+    Raises:
+        ValueError: eps is not in (0, 0.5): at 0 the divergence is infinite.
+    """
+    if not 0 < label_smoothing < 0.5:
+        raise ValueError(
+            f"exo_pair needs a label_smoothing above 0 and below 0.5: {label_smoothing} is not; its paper recommends "
+            "0.001"
+        )
+    chosen, rejected = _rewards(logps, beta)
+    h = chosen - rejected
+    agree = torch.sigmoid(h) * (F.logsigmoid(h) - math.log1p(-label_smoothing))
+    disagree = torch.sigmoid(-h) * (F.logsigmoid(-h) - math.log(label_smoothing))
+    return _detached(agree + disagree, chosen, rejected)
+
+
+def nca_pair_loss(logps: PairLogps, *, beta: float) -> PreferenceLoss:
+    """NCA on pairs, of arXiv:2402.05369: raises the chosen completion's reward itself, where DPO raises the margin.
+
+    L = -log sigmoid(r(y_w)) - 1/2 log sigmoid(-r(y_w)) - 1/2 log sigmoid(-r(y_l)), summed
+    """
+    chosen, rejected = _rewards(logps, beta)
+    losses = -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+    return _detached(losses, chosen, rejected)
+
+
+def apo_zero_loss(logps: PairLogps, *, beta: float) -> PreferenceLoss:
+    """APO-zero, Eq. 7 of arXiv:2408.06266: chosen up, rejected down; for completions better than the policy's own.
+
+        L = sigmoid(-r(y_w)) + sigmoid(r(y_l)), summed
+
+    The paper's loss plus 1, as in TRL, so that 0 is its lower bound.
+    """
+    chosen, rejected = _rewards(logps, beta)
+    return _detached(torch.sigmoid(-chosen) + torch.sigmoid(rejected), chosen, rejected)
+
+
+def apo_down_loss(logps: PairLogps, *, beta: float) -> PreferenceLoss:
+    """APO-down, Eq. 8 of arXiv:2408.06266: both down, rejected further; for completions worse than the policy's own.
+
+        L = sigmoid(r(y_w)) + sigmoid(-(r(y_w) - r(y_l))), summed
+
+    The paper's loss plus 1, as in TRL, so that 0 is its lower bound.
+    """
+    chosen, rejected = _rewards(logps, beta)
+    return _detached(torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen), chosen, rejected)
+
+
+def sppo_hard_loss(logps: PairLogps, *, beta: float) -> PreferenceLoss:
+    """SPPO, Eq. 4.7 of arXiv:2405.00675, with win probability 1 for the chosen completion and 0 for the rejected one.
+
+        L = ((r(y_w) - 1/2) / beta)^2 + ((r(y_l) + 1/2) / beta)^2, summed
+
+    beta is 1 / eta; the paper has eta = 1000 and estimates the probabilities with a model of preferences.
+    """
+    chosen, rejected = _rewards(logps, beta)
+    return _detached(((chosen - 0.5) / beta) ** 2 + ((rejected + 0.5) / beta) ** 2, chosen, rejected)
+
+
+def orpo_loss(logps: PairLogps, *, beta: float) -> PreferenceLoss:
+    """ORPO, Eqs. 3 to 7 of arXiv:2403.07691, without a reference. beta is the paper's lambda; 0.1 is usual.
+
+        L = -p_w - beta * log sigmoid(log odds(p_w) - log odds(p_l))
+        p = log pi(y|x) / |y|,    log odds(p) = p - log(1 - e^p)
+
+    Everything is a mean over tokens. The rewards are beta * p. TRL's `ORPOTrainer` has the same odds, and takes the
+    first term over the prompt's tokens too, as one mean over the batch.
+    """
+    mean = _per_token(logps)
+    odds_ratio = _log_odds(mean.chosen) - _log_odds(mean.rejected)
+    return _detached(-mean.chosen - beta * F.logsigmoid(odds_ratio), beta * mean.chosen, beta * mean.rejected)
+
+
+def simpo_loss(logps: PairLogps, *, beta: float, gamma: float = 0.5) -> PreferenceLoss:
+    """SimPO, Eq. 6 of arXiv:2405.14734, without a reference, on log-probabilities averaged over a completion's tokens.
+
+        L = -log sigmoid(beta * log pi(y_w|x) / |y_w| - beta * log pi(y_l|x) / |y_l| - gamma)
+
+    gamma is the paper's target reward margin, not the ratio gamma / beta. A mean over tokens is small, so beta is
+    large: the authors use 2 to 10, and for gamma a tenth to eight tenths of it. The rewards are
+    beta * log pi(y|x) / |y|. TRL's `CPOTrainer` has the same loss, and adds the NLL of the chosen completion unless
+    its cpo_alpha is 0.
+    """
+    mean = _per_token(logps)
+    chosen, rejected = beta * mean.chosen, beta * mean.rejected
+    return _detached(-F.logsigmoid(chosen - rejected - gamma), chosen, rejected)
+
+
+def sft_loss(logps: PairLogps) -> PreferenceLoss:
+    """The chosen completion's NLL, a mean over its tokens: preferred and rejection-sampling fine-tuning.
+
+    Uses neither beta nor the rejected completion, and has no rewards: they are 0. Each pair counts the same; TRL's
+    "sft" is one mean over all tokens of a batch, where long completions count for more.
+    """
+    rewards = torch.zeros_like(logps.chosen)
+    return _detached(nll_term(logps.chosen, logps.chosen_tokens), rewards, rewards)
+
+
+def kto_loss(
+    logps: Tensor,  # [B]
+    reference_logps: Tensor,  # [B]
+    desirable: Tensor,  # [B], bool
+    kl: Tensor,  # [], at least 0
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """KTO, Eq. 8 of arXiv:2402.01306, on B single completions; a pair is a desirable and an undesirable one.
+
+        L = lambda_D * (1 - sigmoid(r(y) - beta * kl))    where desirable
+        L = lambda_U * (1 - sigmoid(beta * kl - r(y)))    where not
+
+    `kl` is the paper's z_0, the same for all of a batch, and gets no gradient; see `kl_estimate`. The paper keeps
+    lambda_D * n_D / (lambda_U * n_U), n the numbers of completions, between 1 and 1.5.
+
+    Returns:
+        losses [B], and rewards r(y) [B], detached. Both in nats, summed over a completion's tokens.
+    """
+    rewards = beta * (logps - reference_logps)
+    surplus = rewards - beta * kl.detach()
+    losses = torch.where(
+        desirable, desirable_weight * torch.sigmoid(-surplus), undesirable_weight * torch.sigmoid(surplus)
+    )
+    return losses, rewards.detach()
+
+
+def kl_estimate(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """KTO's z_0 (arXiv:2402.01306): max(0, mean of log pi(y'|x) - log ref(y'|x)), [] from [B], detached.
+
+    y' is a completion of another prompt in the batch. Log ratios are summed over tokens. Where processes share a
+    batch, pass what all of them hold: the mean comes before the clamp, as in TRL's `KTOTrainer`.
+    """
+    return (policy_logps - reference_logps).mean().clamp(min=0).detach()
+
+
+def nll_term(chosen_logps: Tensor, chosen_tokens: Tensor) -> Tensor:
+    """Iterative RPO's second term (arXiv:2404.19733): -log pi(y_w|x) / |y_w|, [B], a mean over tokens.
+
+    Added to a loss with a coefficient, alpha; 1 in the paper.
+    """
+    return -chosen_logps / chosen_tokens
+
+
+def wpo_weights(chosen_alignment: Tensor, rejected_alignment: Tensor) -> Tensor:
+    """WPO's weight of a pair, Eq. 2 of arXiv:2406.11827: w(y_w) w(y_l), [B], detached.
+
+        w(y) = exp(a(y)),    a(y) = 1/|y| sum_t [log pi(y_t) - log sum_v pi(v)^2]
+
+    The arguments are a(y_w) and a(y_l), [B]. E_{v ~ pi} pi(v) = sum_v pi(v)^2: a completion as likely as the policy's
+    own has about weight 1, a greedy one more. The weight is not capped, as in TRL; earlier versions of TRL
+    cap it at 1.
+    """
+    return torch.exp(chosen_alignment + rejected_alignment).detach()
+
+
+def _rewards(logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
+    """Chosen and rejected r(y), [B] each, with gradient."""
+    return beta * (logps.chosen - logps.reference_chosen), beta * (logps.rejected - logps.reference_rejected)
+
+
+def _per_token(logps: PairLogps) -> PairLogps:
+    """Means over each completion's tokens in place of sums."""
+    chosen, rejected = logps.chosen_tokens, logps.rejected_tokens
+    return logps._replace(
+        chosen=logps.chosen / chosen,
+        rejected=logps.rejected / rejected,
+        reference_chosen=logps.reference_chosen / chosen,
+        reference_rejected=logps.reference_rejected / rejected,
+    )
+
+
+def _log_odds(p: Tensor) -> Tensor:
+    """Log e^p / (1 - e^p), [B]. A completion that is certain, p = 0, has the odds of the next number below it."""
+    p = p.clamp(max=-torch.finfo(p.dtype).eps)  # at 0 the odds are infinite, and two of them differ by NaN
+    return p - torch.log(-torch.expm1(p))  # expm1: 1 - e^p keeps its digits where p is near 0
+
+
+def _detached(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> PreferenceLoss:
     return PreferenceLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())

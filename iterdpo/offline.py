@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-import random
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from iterdpo.checkpoints import check_checkpoint, resolve_checkpoint
 from iterdpo.config import OfflineConfig
-from iterdpo.errors import DataError
+from iterdpo.errors import ConfigError, DataError
 from iterdpo.experiment import Policy
-from iterdpo.launch import visible_gpus
-from iterdpo.pairs import write_pairs
-from iterdpo.preferences import read_preferences, tokenize_pairs
+from iterdpo.launch import check_training, visible_gpus
+from iterdpo.pairs import hold_out, write_card, write_tables
+from iterdpo.preferences import PreferenceData
 from iterdpo.progress import Progress
+from iterdpo.prompts import source_digest
 from iterdpo.rendering import load_tokenizer
-from iterdpo.rundir import Manifest, RunDir, digest, directory_digest, read_manifest
+from iterdpo.rundir import Manifest, RunDir, directory_digest, read_manifest
 from iterdpo.seeds import derive_seed
 from iterdpo.stages import round_metrics, train_on_pairs
 from iterdpo.supervise import reserve
@@ -35,11 +36,16 @@ def train_round(config: OfflineConfig, *, progress: Progress, redo: bool = False
     """
     run = RunDir(config.run_dir, redo=redo)
     with run.lock(), ExitStack() as gpus:
+        check_training(config.dpo)
         path = resolve_checkpoint(config.model.path, revision=config.model.revision)
         check_checkpoint(path, trust_remote_code=config.model.trust_remote_code)
         policy = Policy(path, directory_digest(path), 0)
         pairs = prepare_pairs(config, run, policy, progress)
         progress.say(f"  {'pairs':<9} {describe_counts(pairs.counts)}")
+        if pairs.counts["kind"] == "unpaired" and config.dpo.loss != "kto":
+            raise ConfigError(
+                f"{config.data.path}: unpaired data, and dpo.loss = {config.dpo.loss!r} compares pairs; set dpo.loss=kto"
+            )
         run.write_config(config.model_dump())
         before = read_manifest(run.round_dir(1) / "policy")
         trained = train_on_pairs(
@@ -71,37 +77,58 @@ def _reserved(count: int) -> Iterator[list[int]]:
             os.close(descriptor)
 
 
-def prepare_pairs(config: OfflineConfig, run: RunDir, policy: Policy, progress: Progress) -> Manifest:
-    """The pairs of the data as token ids, on disk; what was left out, and why, is in the manifest's counts."""
-    data = read_preferences(config.data.path, config.data.split, config.data.format, config.data.limit)
-    content = digest([[p.row, p.prompt.content, p.chosen, p.rejected] for p in data.pairs])
-    settings = config.data.model_dump(include=PART_OF_KEY)
+def prepare_pairs(
+    config: OfflineConfig, run: RunDir, policy: Policy, progress: Progress, *, processes: int | None = None
+) -> Manifest:
+    """The pairs of the data as token ids, on disk; what was left out, and why, is in the manifest's counts.
+
+    Where they are there, the data's bytes are hashed, and no row is read. `processes`: those that tokenize.
+    """
+    data = config.data
+    settings = data.model_dump(include=PART_OF_KEY)
+    content = source_digest(data.path, data.split)
     inputs = {"model": policy.digest, "data": {**settings, "content": content}, "seed": config.seed}
     step = run.step(1, "pairs", inputs)
     if (done := step.manifest()) is not None:
         return done
-    directory = step.begin()
+    preferences = PreferenceData(data.path, data.split, data.format, data.limit)
+    account = preferences.account
     tokenizer = load_tokenizer(policy.path, trust_remote_code=config.model.trust_remote_code)
-    with progress.stage("tokenize", len(data.pairs), "pairs") as stage:
-        pairs, counts = tokenize_pairs(
-            data,
-            tokenizer,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_completion_tokens=config.data.max_completion_tokens,
-        )
-        stage.to(len(data.pairs))
-    if len(pairs) <= config.data.heldout:
+    # What an attempt left behind, such as one on data that have been mended since, is of no use to this one.
+    shutil.rmtree(step.partial, ignore_errors=True)
+    directory = step.begin()
+    unit = "pairs" if account.kind == "pairs" else "examples"
+    with progress.stage("tokenize", data.limit or 0, unit) as stage:
+
+        def tables() -> Iterator[Any]:
+            for table in preferences.tokenized(
+                tokenizer,
+                max_prompt_tokens=data.max_prompt_tokens,
+                max_completion_tokens=data.max_completion_tokens,
+                processes=processes,
+            ):
+                stage.to(account.rows)
+                yield table
+
+        write_tables(directory / ".all.parquet", tables())
+    if account.kept <= data.heldout:
         raise DataError(
-            f"{config.data.path}: {len(pairs):,} pairs, and data.heldout keeps {config.data.heldout:,} of them from "
-            "training; lower data.heldout"
+            f"{data.path}: {account.kept:,} {unit}, and data.heldout keeps {data.heldout:,} of them from training; "
+            "lower data.heldout"
         )
-    random.Random(derive_seed(config.seed, "heldout")).shuffle(pairs)
-    heldout, training = pairs[: config.data.heldout], pairs[config.data.heldout :]
-    summary = data.summary()
-    write_pairs(directory, training, heldout=heldout, summary=summary)
-    left_out = {reason: {"count": len(rows), "rows": rows[:1000]} for reason, rows in data.left_out.items()}
+    kept = hold_out(directory / ".all.parquet", directory, data.heldout, seed=derive_seed(config.seed, "heldout"))
+    write_card(directory, account.summary())
     return step.finish(
-        counts={"kept": len(training), "heldout": len(heldout), "summary": summary, "left_out": left_out, **counts}
+        counts={
+            "kind": account.kind,
+            "pairs": account.kept,
+            "kept": kept,
+            "heldout": data.heldout,
+            "prompts_truncated": account.prompts_truncated,
+            "completions_truncated": account.completions_truncated,
+            "summary": account.summary(),
+            "left_out": account.left_out,
+        }
     )
 
 
@@ -112,6 +139,4 @@ def describe_counts(counts: dict[str, Any]) -> str:
         line += (
             f"; {counts['prompts_truncated']:,} prompts and {counts['completions_truncated']:,} completions truncated"
         )
-    if counts["identical_after_truncation"]:
-        line += f"; {counts['identical_after_truncation']:,} left out: identical after truncation"
     return line

@@ -37,7 +37,7 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Stage]:
-        """Around a stage's work; prints its line when it ends, also when it fails."""
+        """Around a stage's work; prints its line when it ends, also when it fails. A total of 0 is not known."""
         started = time.perf_counter()
         if self.stream is None:
             yield Stage(lambda done: None)
@@ -66,7 +66,7 @@ class Progress:
 
             columns = (TextColumn(f"  {name:<9}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
             with Bars(*columns, TimeRemainingColumn(), console=Console(file=self.stream), transient=True) as bars:
-                task = bars.add_task(name, total=total)
+                task = bars.add_task(name, total=total or None)
                 yield lambda done: bars.update(task, completed=done)
             return
         shown, first = started, (started, 0)
@@ -76,6 +76,9 @@ class Progress:
             now = time.perf_counter()
             if first[1] == 0:
                 first = (now, done)  # the start-up of a process says nothing of the rate
+            elif now - shown >= self.every and not total:
+                shown = now
+                self.say(f"  {name:<9} {done:>6,} {unit} so far")
             elif now - shown >= self.every and first[1] < done < total:
                 shown = now
                 left = (now - first[0]) / (done - first[1]) * (total - done)

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from iterdpo.config import PromptsConfig
 from iterdpo.errors import DataError
-from iterdpo.rundir import canonical, digest
+from iterdpo.rundir import canonical, digest, sha256_file
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Message, Prompt
 
@@ -140,6 +140,21 @@ def load_rows(path: str, split: str, *, limit: int | None = None) -> Iterator[di
     return chain([first], rows)
 
 
+def source_digest(path: str, split: str) -> str:
+    """A hash of what `load_rows` reads: the bytes of its files, wherever they lie, or a hub data set's fingerprint.
+
+    Raises:
+        DataError: a file that is missing or cannot be read, or a data set that the hub does not give.
+    """
+    files = _local_files(path, split)
+    if files is None:
+        return _hub_dataset(path, split)._fingerprint
+    try:
+        return digest([sha256_file(file) for file in files])
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+
+
 def column_value(row: dict[str, Any], column: str, where: str, remedy: str) -> Any:
     """`row[column]`.
 
@@ -241,25 +256,34 @@ def _shown(value: Any) -> str:
 
 
 def _rows(path: str, split: str) -> Iterator[dict[str, Any]]:
+    files = _local_files(path, split)
+    if files is None:
+        return iter(_hub_dataset(path, split))
+    return chain.from_iterable(map(_file_rows, files))
+
+
+def _local_files(path: str, split: str) -> list[Path] | None:
+    """The files that are read; None where the path is a hub id."""
     local = Path(path).expanduser()
     if local.is_dir():
-        return chain.from_iterable(_file_rows(file) for file in _data_files(local, split))
+        return _data_files(local, split)
     if local.exists():
-        return _file_rows(local)
+        return [local]
     # a hub id is one or two plain names; "v1.5" is no file's suffix
     if path.startswith(("/", ".", "~")) or path.count("/") > 1 or re.search(r"\.[a-zA-Z]\w*$", path):
         raise DataError(f"{path}: no such file or directory; relative paths start at the current directory")
-    return _hub_rows(path, split)
+    return None
 
 
-def _hub_rows(path: str, split: str) -> Iterator[dict[str, Any]]:
+def _hub_dataset(path: str, split: str) -> Any:
+    """A memory-mapped `datasets.Dataset`."""
     import datasets
     import huggingface_hub
 
     try:
         if not (huggingface_hub.constants.HF_HUB_OFFLINE or datasets.config.HF_DATASETS_OFFLINE):
             huggingface_hub.dataset_info(path, timeout=8)  # load_dataset retries a wrong name for half a minute
-        return iter(datasets.load_dataset(path, split=split))
+        return datasets.load_dataset(path, split=split)
     except Exception as error:  # every layer of the hub's client has errors of its own
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
@@ -311,7 +335,7 @@ def _json_rows(handle: TextIO, file: Path) -> Iterator[dict[str, Any]]:
     line = 0
     try:
         if head == "[":
-            for number, row in enumerate(json.load(handle), 1):
+            for number, row in enumerate(_json_items(handle), 1):
                 yield _object(row, f"{file}: item {number}")
             return
         for line, text in enumerate(handle, 1):
@@ -322,6 +346,60 @@ def _json_rows(handle: TextIO, file: Path) -> Iterator[dict[str, Any]]:
             f"{file}:{line or error.lineno}: not valid JSON: {error.msg} at column {error.colno}; write one object a "
             "line, or one list of objects"
         ) from None
+
+
+def _json_items(handle: TextIO) -> Iterator[Any]:
+    """The items of a JSON list, decoded one by one, so that a large file is never in memory.
+
+    Raises:
+        json.JSONDecodeError: with the line and column in the file.
+    """
+    decoder = json.JSONDecoder()
+    text, at = "", 0  # what is in memory, and up to where it is decoded
+    line, column = 1, 0  # where in the file `text` begins
+
+    def fill() -> bool:
+        """Forget what is decoded and read on; False at the end of the file."""
+        nonlocal text, at, line, column
+        last = text.rfind("\n", 0, at)
+        line, column = line + text.count("\n", 0, at), at - last - 1 if last >= 0 else column + at
+        more = handle.read(max(1 << 20, len(text)))
+        text, at = text[at:] + more, 0
+        return bool(more)
+
+    def mark() -> str:
+        """The next character that is no white space; "" at the end of the file."""
+        nonlocal at
+        while True:
+            while text[at : at + 1].isspace():
+                at += 1
+            if at < len(text) or not fill():
+                return text[at : at + 1]
+
+    def failure(message: str, position: int) -> json.JSONDecodeError:
+        return json.JSONDecodeError(message, "\n" * (line - 1) + " " * column + text, line - 1 + column + position)
+
+    mark()
+    at += 1  # the opening bracket
+    closed = mark() == "]"
+    at += closed
+    while not closed:
+        mark()
+        while True:
+            try:
+                item, at = decoder.raw_decode(text, at)
+                break
+            except json.JSONDecodeError as error:
+                behind = error.pos - at
+                if not fill():  # or else the item was cut
+                    raise failure(error.msg, behind) from None
+        yield item
+        if mark() not in (",", "]"):
+            raise failure("Expecting ',' delimiter", at)
+        closed = text[at] == "]"
+        at += 1
+    if mark():
+        raise failure("Extra data", at)
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -351,7 +429,7 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(file) as table:
+        with pq.ParquetFile(file, buffer_size=1 << 20) as table:  # or else a row group is read whole
             for batch in table.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
     except (OSError, pa.ArrowException) as error:

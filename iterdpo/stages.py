@@ -19,7 +19,7 @@ from iterdpo.evaluate import Interval, Scores, distinct_n, logp_gap, mean_score,
 from iterdpo.experiment import Experiment, Pending, Policy, named_prompts
 from iterdpo.gate import decide
 from iterdpo.judge import NamedJudge, checked_judgments
-from iterdpo.launch import TRAIN_LOG, TrainSpec, launch_training
+from iterdpo.launch import OPTIMIZER_STATE, TRAIN_LOG, TrainSpec, launch_training
 from iterdpo.pairing import build_pairs
 from iterdpo.pairs import HELDOUT, TRAIN, write_pairs
 from iterdpo.progress import Progress
@@ -41,11 +41,16 @@ from iterdpo.types import CompletionGroup, Judgment, Prompt, RoundRecord
 
 # Settings that change how fast or in how much memory a step runs, never what it computes.
 DPO_WITHOUT_EFFECT = {
-    "pairs_per_micro_batch",
+    "tokens_per_micro_batch",
+    "shared_prompts",
     "gradient_checkpointing",
+    "activation_offload",
     "checkpoint_every",
     "processes",
     "accelerate_config",
+    "trackers",
+    "tracker_project",
+    "sentinels",
 }
 
 
@@ -121,7 +126,7 @@ def pair(exp: Experiment, round: int) -> Manifest:
 def train(exp: Experiment, round: int, policy: Policy) -> Manifest:
     """The candidate: `policy` after one DPO round on the round's pairs."""
     dpo = exp.config.dpo
-    reference = exp.initial if dpo.reference == "initial" else policy
+    reference = reference_policy(exp, round, policy)
     return train_on_pairs(
         exp.run,
         round,
@@ -135,6 +140,39 @@ def train(exp: Experiment, round: int, policy: Policy) -> Manifest:
         exp=exp,
         reserved=lambda: exp.reserved,
     )
+
+
+def reference_policy(exp: Experiment, round: int, policy: Policy) -> Policy:
+    """What the round's DPO loss is regularised towards, as `dpo.reference` says; for `ema` it is made here."""
+    dpo = exp.config.dpo
+    match dpo.reference:
+        case "initial":
+            return exp.initial
+        case "periodic":
+            renewed = round - (round - 1) % dpo.reference_every
+            return exp.policy_after(renewed - 1)
+        case "ema":
+            return _average(exp, round, policy)
+    return policy
+
+
+def _average(exp: Experiment, round: int, policy: Policy) -> Policy:
+    """EMA_1 = pi_1, EMA_t = decay EMA_{t-1} + (1 - decay) pi_t, over the weights of the policies rounds started from."""
+    if round == 1:
+        return policy
+    before = _average(exp, round - 1, exp.policy_after(round - 2))
+    if before.digest == policy.digest:
+        return policy
+    decay = exp.config.dpo.reference_decay
+    step = exp.run.step(round, "ema", {"before": before.digest, "policy": policy.digest, "decay": decay})
+    if (manifest := _done(exp, step)) is None:
+        from iterdpo.models import average_checkpoints
+
+        with exp.progress.stage("average", 1, "checkpoint") as stage:
+            average_checkpoints(before.path, policy.path, decay=decay, output=step.begin())
+            stage.to(1)
+        manifest = step.finish()
+    return Policy(step.path, manifest.digest, round)
 
 
 def train_on_pairs(
@@ -166,7 +204,9 @@ def train_on_pairs(
         return done
     directory = step.begin()
     source = run.round_dir(round) / "pairs"
+    carried = Path(policy.path) / OPTIMIZER_STATE
     spec = TrainSpec(
+        name=run.round_dir(round).name,
         policy=str(policy.path),
         reference=None if reference.digest == policy.digest else str(reference.path),
         pairs=str(source / TRAIN),
@@ -178,6 +218,9 @@ def train_on_pairs(
         dpo=dpo.model_dump(),
         seed=seed,
         trust_remote_code=trust_remote_code,
+        pairs_cache=str(run.round_dir(round) / "pairs.cache"),
+        tracker_dir=str(run.root / "trackers" / run.round_dir(round).name),
+        optimizer=str(carried) if dpo.optimizer_state == "carry" and carried.exists() else None,
     )
     total = pairs.counts["kept"] * dpo.epochs
     with progress.stage("train", total, "pairs") as stage:

@@ -11,13 +11,13 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from iterdpo.config import Config, OfflineConfig
+from iterdpo.config import AdapterConfig, Config, JudgeConfig, OfflineConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -85,8 +85,8 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def is_own_section(field: FieldInfo) -> bool:
-    """Whether the field gets a table. One that may be left out is a row, which names the section that it is like."""
-    return NoneType not in get_args(field.annotation)
+    """Whether the field gets a table. A second judge is a row, which names the section that it is like."""
+    return NoneType not in get_args(field.annotation) or section_of(field) is not JudgeConfig
 
 
 def section(key: str, model: type[BaseModel]) -> list[str]:
@@ -97,7 +97,10 @@ def section(key: str, model: type[BaseModel]) -> list[str]:
         if not (section_of(field) and is_own_section(field))
     ]
     table = "\n".join(["| key | value | default | meaning |", "| --- | --- | --- | --- |", *rows])
-    return [f"### {key}", table] if key else [f"{model.__doc__}", table]
+    if not key:
+        return [f"{model.__doc__}", table]
+    optional = [f"{model.__doc__} `null` unless given."] if model is AdapterConfig else []
+    return [f"### {key}", *optional, table]
 
 
 def row(name: str, field: FieldInfo) -> str:
@@ -126,6 +129,10 @@ def kind_name(kind: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in get_args(kind))
     if get_origin(kind) is tuple:
         return f"list of {len(get_args(kind))} numbers"
+    if get_origin(kind) is list:
+        return f"list of {kind_name(get_args(kind)[0])}"
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(kind_name, get_args(kind)))
     if get_origin(kind) is dict:
         return "mapping"
     if isinstance(kind, type) and issubclass(kind, BaseModel):

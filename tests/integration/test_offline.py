@@ -21,7 +21,7 @@ def test_a_round_on_hh_rlhf_reports_what_it_left_out_and_why(
 ) -> None:
     path = workspace.root / "offline.yaml"
     data = {"path": str(hh_rlhf), "max_prompt_tokens": 48, "max_completion_tokens": 16, "heldout": 64}
-    dpo = {"pairs_per_step": 64, "pairs_per_micro_batch": 64, "learning_rate": 1e-3, "precision": "fp32"}
+    dpo = {"pairs_per_step": 64, "learning_rate": 1e-3, "precision": "fp32"}
     path.write_text(
         yaml.safe_dump(
             {"run_dir": str(workspace.run_dir), "model": {"path": str(tiny_model)}, "data": data, "dpo": dpo}
@@ -29,10 +29,14 @@ def test_a_round_on_hh_rlhf_reports_what_it_left_out_and_why(
     )
     result = workspace.iterdpo("train", str(path))
     assert result.returncode == 0, result.stderr
-    assert "kept 2,303 of 2,312 pairs (5 diverge before the last turn, 4 have an empty completion)" in result.stdout
+    assert (
+        "kept 2,292 of 2,312 pairs (11 have identical completions after truncation, 5 diverge before the last turn, "
+        "4 have an empty completion); 2,228 to train on, 64 held out"
+    ) in result.stdout
 
     manifest = json.loads((workspace.run_dir / "round-001" / "pairs" / "MANIFEST.json").read_text())
     left_out = manifest["counts"]["left_out"]
+    assert left_out["have identical completions after truncation"]["count"] == 11
     assert left_out["diverge before the last turn"] == {"count": 5, "rows": [1255, 1689, 1951, 1953, 2037]}
     assert left_out["have an empty completion"] == {"count": 4, "rows": [87, 517, 926, 1104]}
 
@@ -70,7 +74,7 @@ def test_two_processes_train_the_policy_of_one(workspace: Workspace, tiny_model:
         ]
         settings = [
             "dpo.pairs_per_step=4",
-            "dpo.pairs_per_micro_batch=2",
+            "dpo.tokens_per_micro_batch=64",
             "dpo.learning_rate=1e-3",
             "dpo.precision=fp32",
         ]

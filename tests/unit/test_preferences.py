@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import csv
 import json
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iterdpo.errors import DataError
-from iterdpo.preferences import PreferenceData, RawPair, read_preferences, tokenize_pairs
+from iterdpo.preferences import Account, PreferenceData, RawPair, tokenize_pairs
 from iterdpo.rendering import load_tokenizer
-from iterdpo.types import Message, Prompt
+from iterdpo.types import Message, PreferencePair, Prompt
 
 
 def user(text: str) -> Message:
@@ -25,10 +29,29 @@ def assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def read(directory: Path, *rows: dict[str, Any], **settings: Any) -> PreferenceData:
+class Read(NamedTuple):
+    pairs: list[RawPair]
+    account: Account
+
+    @property
+    def left_out(self) -> dict[str, list[int]]:
+        for entry in self.account.left_out.values():
+            assert entry["count"] == len(entry["rows"])
+        return {reason: entry["rows"] for reason, entry in self.account.left_out.items()}
+
+    def summary(self) -> str:
+        return self.account.summary()
+
+
+def read_all(path: Path, **settings: Any) -> Read:
+    data = PreferenceData(str(path), **settings)
+    return Read([pair for batch in data.parsed() for pair in batch], data.account)
+
+
+def read(directory: Path, *rows: dict[str, Any], **settings: Any) -> Read:
     path = directory / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_preferences(str(path), **settings)
+    return read_all(path, **settings)
 
 
 def parts(pair: RawPair) -> tuple[Any, Any, Any]:
@@ -128,9 +151,18 @@ def test_a_pair_that_teaches_no_preference_is_left_out_with_its_reason_and_row(
 
 
 def test_the_summary_groups_thousands_and_puts_the_largest_reason_first() -> None:
-    pair = RawPair(Prompt("p", "x"), " y", " z", 1)
-    data = PreferenceData([pair] * 2303, {"have an empty completion": [1] * 4, "diverge before the last turn": [2] * 5})
-    assert data.summary() == "kept 2,303 of 2,312 pairs (5 diverge before the last turn, 4 have an empty completion)"
+    account = Account("test.jsonl", kept=2303)
+    for reason, count in (("have an empty completion", 4), ("diverge before the last turn", 5)):
+        for row in range(count):
+            account.leave_out(reason, row)
+    assert account.summary() == "kept 2,303 of 2,312 pairs (5 diverge before the last turn, 4 have an empty completion)"
+
+
+def test_rows_are_counted_in_full_and_a_thousand_are_listed(tmp_path: Path) -> None:
+    data = read(tmp_path, GOOD, *[{"chosen": "yes", "rejected": "no"}] * 1500, GOOD)
+    assert data.account.left_out == {"share no prompt": {"count": 1500, "rows": list(range(2, 1002))}}
+    assert [pair.row for pair in data.pairs] == [1, 1502]
+    assert data.summary() == "kept 2 of 1,502 pairs (1,500 share no prompt)"
 
 
 @pytest.mark.parametrize(
@@ -173,14 +205,14 @@ def test_data_without_a_usable_pair_is_refused_with_the_reasons(tmp_path: Path) 
 
 
 def test_an_unknown_format_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="format 'trl' is none of auto, pairs, hh"):
+    with pytest.raises(DataError, match="format 'trl' is none of auto, pairs, hh, unpaired, sharegpt"):
         read(tmp_path, GOOD, format="trl")
 
 
 def test_parquet_messages_read_like_json_ones(tmp_path: Path) -> None:
     row = {"prompt": "2+2?", "chosen": [user("2+2?"), assistant("4")], "rejected": [user("2+2?"), assistant("5")]}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train.parquet")
-    assert read_preferences(str(tmp_path)).pairs == read(tmp_path / "..", row).pairs
+    assert read_all(tmp_path / "train.parquet").pairs == read(tmp_path, row).pairs
 
 
 def test_equal_prompts_have_equal_ids(tmp_path: Path) -> None:
@@ -197,7 +229,7 @@ def transcript(turns: list[str]) -> str:
 
 
 def test_the_real_file_gives_2303_pairs_and_says_which_rows_it_leaves_out(hh_rlhf: Path) -> None:
-    data = read_preferences(str(hh_rlhf))
+    data = read_all(hh_rlhf)
     assert data.summary() == "kept 2,303 of 2,312 pairs (5 diverge before the last turn, 4 have an empty completion)"
     # read by eye: in these, one side goes on to a second Assistant turn, mostly after a "Human:" that the model wrote
     assert data.left_out["diverge before the last turn"] == [1255, 1689, 1951, 1953, 2037]
@@ -205,7 +237,7 @@ def test_the_real_file_gives_2303_pairs_and_says_which_rows_it_leaves_out(hh_rlh
 
 
 def test_every_real_prompt_alternates_from_a_user_to_a_user_message(hh_rlhf: Path) -> None:
-    pairs = read_preferences(str(hh_rlhf)).pairs
+    pairs = read_all(hh_rlhf).pairs
     for pair in pairs:
         roles = [m["role"] for m in pair.prompt.content]  # type: ignore[index]
         assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
@@ -213,7 +245,7 @@ def test_every_real_prompt_alternates_from_a_user_to_a_user_message(hh_rlhf: Pat
 
 
 def test_a_real_multi_turn_pair_reads_as_a_person_reads_it(hh_rlhf: Path) -> None:
-    pair = next(p for p in read_preferences(str(hh_rlhf)).pairs if p.row == 1)
+    pair = next(p for p in read_all(hh_rlhf).pairs if p.row == 1)
     roles, texts = zip(*((m["role"], m["content"]) for m in pair.prompt.content), strict=True)  # type: ignore[index]
     assert roles == ("user", "assistant", "user", "assistant", "user")
     assert texts[:3] == (
@@ -299,6 +331,189 @@ def test_a_transcript_gives_back_the_turns_it_was_written_from(
     assert (pair.chosen, pair.rejected) == ends
 
 
+# TRL's unpaired examples
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion"),
+    [
+        ({"prompt": "2+2=", "completion": " 4"}, "2+2=", " 4"),
+        ({"prompt": [user("2+2?")], "completion": [assistant("4")]}, [user("2+2?")], [assistant("4")]),
+        ({"prompt": [user("2+2?")], "completion": "4"}, [user("2+2?")], "4"),
+        ({"prompt": "2+2?", "completion": [assistant("4")]}, [user("2+2?")], [assistant("4")]),
+        ({"prompt": "2+2?", "completion": [user("2+2?"), assistant("4")]}, [user("2+2?")], [assistant("4")]),
+    ],
+)
+@pytest.mark.parametrize("format", ["auto", "unpaired"])
+def test_an_unpaired_example_is_a_pair_without_its_other_side(
+    tmp_path: Path, row: dict[str, Any], prompt: Any, completion: Any, format: str
+) -> None:
+    data = read(tmp_path, {**row, "label": True}, {**row, "label": False}, format=format)
+    assert [parts(p) for p in data.pairs] == [(prompt, completion, None), (prompt, None, completion)]
+    assert data.account.kind == "unpaired"
+    assert data.summary() == "kept 2 of 2 examples"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "x", "completion": " \n"}, "have an empty completion"),
+        ({"prompt": "x", "completion": []}, "have an empty completion"),
+        ({"prompt": "x", "completion": [user("x")]}, "have an empty completion"),
+        ({"prompt": "x", "completion": [user("w"), assistant("y")]}, "have a turn of the user in the completion"),
+    ],
+)
+def test_an_unpaired_example_without_a_completion_is_left_out(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    good = {"prompt": [user("x")], "completion": "y", "label": True}
+    assert read(tmp_path, good, {**row, "label": False}).left_out == {reason: [2]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"completion": " 4", "label": True}, r"row 1: no column 'prompt', only 'completion', 'label'; unpaired data"),
+        ({"prompt": "x", "completion": " 4"}, r"row 1: no column 'label', only .*; unpaired data has prompt, comp"),
+        ({"prompt": "x", "completion": " 4", "label": 0.5}, r"row 1, column 'label' is 0\.5; it must be true"),
+        ({"prompt": "x", "completion": None, "label": True}, r"row 1, column 'completion' is missing or null"),
+        (
+            {"prompt": [assistant("x")], "completion": "y", "label": True},
+            r"column 'prompt' ends with an assistant turn",
+        ),
+    ],
+)
+def test_unpaired_data_of_the_wrong_shape_is_named_with_its_row(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, row)
+
+
+def test_labels_of_a_csv_file_are_read_by_their_names(tmp_path: Path) -> None:
+    with open(tmp_path / "data.csv", "w", newline="") as handle:
+        rows = csv.writer(handle)
+        rows.writerows([["prompt", "completion", "label"], ["x", "y", "True"], ["x", "z", "false"]])
+    pairs = read_all(tmp_path / "data.csv").pairs
+    assert [parts(p) for p in pairs] == [("x", "y", None), ("x", None, "z")]
+
+
+# ShareGPT
+
+
+def said(speaker: str, text: str) -> dict[str, str]:
+    return {"from": speaker, "value": text}
+
+
+ASKED = [said("human", "hi"), said("gpt", "hello"), said("human", "2+2?")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": ASKED, "chosen": said("gpt", "4"), "rejected": said("gpt", "5")},
+        {"conversations": ASKED, "chosen": [said("gpt", "4")], "rejected": [said("gpt", "5")]},
+        {"conversations": ASKED, "chosen": [*ASKED, said("gpt", "4")], "rejected": [*ASKED, said("gpt", "5")]},
+        {"prompt": ASKED, "chosen": said("gpt", "4"), "rejected": said("gpt", "5")},
+        {"chosen": [*ASKED, said("gpt", "4")], "rejected": [*ASKED, said("gpt", "5")]},
+    ],
+    ids=["objects", "lists", "repeating the prompt", "prompt column", "no prompt column"],
+)
+@pytest.mark.parametrize("format", ["auto", "sharegpt"])
+@pytest.mark.parametrize("file", ["json", "parquet"])
+def test_sharegpts_turns_are_read_as_messages(tmp_path: Path, row: dict[str, Any], format: str, file: str) -> None:
+    path = tmp_path / f"pairs.{file}"
+    if file == "json":
+        path.write_text(json.dumps([row]))
+    else:
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    (pair,) = read_all(path, format=format).pairs
+    assert parts(pair) == ([user("hi"), assistant("hello"), user("2+2?")], [assistant("4")], [assistant("5")])
+
+
+def test_sharegpts_conversations_may_be_followed_by_plain_completions_and_have_a_system_column(tmp_path: Path) -> None:
+    row = {"system": "Be brief.", "conversations": [said("human", "2+2?")], "chosen": "4", "rejected": "5"}
+    (pair,) = read(tmp_path, row).pairs
+    assert parts(pair) == ([{"role": "system", "content": "Be brief."}, user("2+2?")], "4", "5")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"conversations": [said("bird", "x")], "chosen": said("gpt", "4"), "rejected": said("gpt", "5")},
+            r"row 1, column 'conversations': turn 1 is .*bird.*; a turn is .* from one of human",
+        ),
+        ({"conversations": ASKED, "rejected": said("gpt", "5")}, r"row 1: no column 'chosen'"),
+        ({"conversations": ASKED[:2], "chosen": "4", "rejected": "5"}, r"'prompt' ends with an assistant turn"),
+        (
+            {"conversations": ASKED, "chosen": {"from": "gpt"}, "rejected": "5"},
+            r"'chosen': message 1: 'content' is miss",
+        ),
+    ],
+)
+def test_sharegpt_data_of_the_wrong_shape_is_named_with_its_row(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, row)
+
+
+# Formats named and mixed
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        (GOOD, "pairs"),
+        ({"prompt": "x", "completion": "y", "label": True}, "unpaired"),
+        ({"conversations": ASKED, "chosen": said("gpt", "4"), "rejected": said("gpt", "5")}, "sharegpt"),
+    ],
+)
+@pytest.mark.parametrize("named", ["pairs", "hh", "unpaired", "sharegpt"])
+def test_data_of_one_format_named_as_another_is_refused(
+    tmp_path: Path, row: dict[str, Any], found: str, named: str
+) -> None:
+    if {found, named} <= {"pairs", "hh"} or found == named:
+        return
+    columns = ", ".join(row)
+    message = f"row 1 has the columns of data.format={found} ({columns}), and data.format is {named}; set data.format"
+    with pytest.raises(DataError, match=re.escape(message)):
+        read(tmp_path, row, format=named)
+
+
+def test_texts_and_messages_in_one_data_set_are_refused_with_a_row_of_each(tmp_path: Path) -> None:
+    row = {"prompt": [user("2+2?")], "chosen": "4", "rejected": "5"}
+    with pytest.raises(DataError, match="the prompt is text in row 1 and messages in row 3; give all as the same kind"):
+        read(tmp_path, GOOD, {**GOOD, "chosen": " 5"}, row)
+
+
+def test_a_hub_data_set_is_read_from_its_memory_mapped_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    rows = [GOOD, {**GOOD, "prompt": "3+3="}]
+    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda path, timeout: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: datasets.Dataset.from_list(rows))
+    data = PreferenceData("someone/pairs-v1.5", "train", limit=1)
+    assert [parts(p) for batch in data.parsed() for p in batch] == [("2+2=", " 4", " 5")]
+
+
+def test_a_list_of_a_json_file_is_read_piece_by_piece(tmp_path: Path) -> None:
+    rows = [{"prompt": f"[{i}], ", "chosen": "ü" * 200, "rejected": '"\n' * i} for i in range(2, 2000)]
+    path = tmp_path / "pairs.json"
+    for indent in (None, 1):
+        path.write_text(json.dumps(rows, indent=indent))  # several times what is read at once
+        assert [p.rejected for p in read_all(path).pairs] == [row["rejected"] for row in rows]
+
+    lines = path.read_text().splitlines()
+    lines[7002] = lines[7002].replace('": "', '" "', 1)
+    path.write_text("\n".join(lines))
+    column = lines[7002].index('" "') + 3  # counted from 1
+    with pytest.raises(
+        DataError, match=rf"pairs\.json:7003: not valid JSON: Expecting ':' delimiter at column {column}"
+    ):
+        read_all(path)
+
+
 # Token ids
 
 
@@ -311,14 +526,24 @@ def raw(chosen: str, rejected: str, prompt: Any = "abcdef", row: int = 1) -> Raw
     return RawPair(Prompt("p", prompt), chosen, rejected, row)
 
 
+def tokenize(
+    tokenizer: Any, *pairs: RawPair, prompt: int = 1000, completion: int = 1000
+) -> tuple[list[PreferencePair], Account]:
+    account = Account("pairs.jsonl", kept=len(pairs))
+    limits = {"max_prompt_tokens": prompt, "max_completion_tokens": completion}
+    return tokenize_pairs(pairs, tokenizer, account, **limits), account
+
+
+def counts(account: Account) -> tuple[int, int, int]:
+    return account.kept, account.prompts_truncated, account.completions_truncated
+
+
 def texts(tokenizer: Any, *ids: list[int]) -> list[str]:
     return [tokenizer.decode(i) for i in ids]
 
 
 def test_pairs_become_ids_with_the_end_token_and_no_logprobs(tokenizer: Any) -> None:
-    (pair,), counts = tokenize_pairs(
-        PreferenceData([raw("yes", "no")]), tokenizer, max_prompt_tokens=6, max_completion_tokens=4
-    )
+    (pair,), account = tokenize(tokenizer, raw("yes", "no"), prompt=6, completion=4)
     assert texts(tokenizer, pair.prompt_ids, pair.chosen.token_ids, pair.rejected.token_ids) == [
         "abcdef",
         "yes<|im_end|>",
@@ -326,53 +551,118 @@ def test_pairs_become_ids_with_the_end_token_and_no_logprobs(tokenizer: Any) -> 
     ]
     assert (pair.chosen.text, pair.chosen.logprobs, pair.chosen.finish_reason) == ("yes", [], "stop")
     assert (pair.chosen_score, pair.rejected_score) == (None, None)
-    assert counts == {"pairs": 1, "prompts_truncated": 0, "completions_truncated": 0, "identical_after_truncation": 0}
+    assert counts(account) == (1, 0, 0)
+    assert account.left_out == {}
 
 
 def test_a_prompt_too_long_loses_its_beginning_and_a_completion_its_end_with_the_end_token(tokenizer: Any) -> None:
-    (pair,), counts = tokenize_pairs(
-        PreferenceData([raw("yes", "no")]), tokenizer, max_prompt_tokens=2, max_completion_tokens=3
-    )
+    (pair,), account = tokenize(tokenizer, raw("yes", "no"), prompt=2, completion=3)
     assert texts(tokenizer, pair.prompt_ids, pair.chosen.token_ids) == ["ef", "yes"]
     assert (pair.chosen.text, pair.chosen.finish_reason) == ("yes", "length")
     assert (pair.rejected.text, pair.rejected.finish_reason) == ("no", "stop")
-    assert counts == {"pairs": 1, "prompts_truncated": 1, "completions_truncated": 1, "identical_after_truncation": 0}
+    assert counts(account) == (1, 1, 1)
+    assert account.left_out == {}
+
+
+def test_a_prompt_too_long_keeps_its_bos_token(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.bos_token = "<|endoftext|>"
+    for length, kept in ((7, "<|endoftext|>abcdef"), (3, "<|endoftext|>ef"), (1, "<|endoftext|>")):
+        (pair,), account = tokenize(tokenizer, raw("yes", "no", prompt="<|endoftext|>abcdef"), prompt=length)
+        assert texts(tokenizer, pair.prompt_ids) == [kept]
+        assert len(pair.prompt_ids) == length
+        assert account.prompts_truncated == (length < 7)
+
+
+def test_the_absent_side_of_an_unpaired_example_has_no_tokens(tokenizer: Any) -> None:
+    raws = [RawPair(Prompt("p", "x"), "yes", None, 1), RawPair(Prompt("p", "x"), None, "no", 2)]
+    pairs, account = tokenize(tokenizer, *raws)
+    assert [texts(tokenizer, p.chosen.token_ids, p.rejected.token_ids) for p in pairs] == [
+        ["yes<|im_end|>", ""],
+        ["", "no<|im_end|>"],
+    ]
+    assert account.kept == 2
 
 
 def test_the_text_of_a_truncated_completion_is_what_its_tokens_say(tokenizer: Any) -> None:
-    (pair,), _ = tokenize_pairs(
-        PreferenceData([raw("yesterday", "no")]), tokenizer, max_prompt_tokens=9, max_completion_tokens=3
-    )
+    (pair,), _ = tokenize(tokenizer, raw("yesterday", "no"), prompt=9, completion=3)
     assert pair.chosen.text == "yes"
 
 
-def test_pairs_that_truncation_makes_equal_are_left_out_and_counted(tokenizer: Any) -> None:
-    data = PreferenceData([raw("yesterday", "yes, sir"), raw("yes", "no")])
-    pairs, counts = tokenize_pairs(data, tokenizer, max_prompt_tokens=9, max_completion_tokens=3)
+def test_pairs_that_truncation_makes_equal_are_left_out_with_reason_and_row(tokenizer: Any, tmp_path: Path) -> None:
+    pairs, account = tokenize(tokenizer, raw("yesterday", "yes, sir", row=7), raw("yes", "no"), prompt=9, completion=3)
     assert [p.rejected.text for p in pairs] == ["no"]
-    assert (counts["pairs"], counts["identical_after_truncation"], counts["completions_truncated"]) == (1, 1, 1)
-    with pytest.raises(DataError, match=r"in all 1 pairs the completions are equal in their first 3 tokens"):
-        tokenize_pairs(PreferenceData(data.pairs[:1]), tokenizer, max_prompt_tokens=9, max_completion_tokens=3)
+    assert counts(account) == (1, 0, 1)
+    assert account.left_out == {"have identical completions after truncation": {"count": 1, "rows": [7]}}
+    assert account.summary() == "kept 1 of 2 pairs (1 have identical completions after truncation)"
+
+
+def test_data_that_truncation_leaves_nothing_of_say_which_limit_to_raise(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "x", "chosen": "yesterday", "rejected": "yes, sir"}))
+    data = PreferenceData(str(tmp_path / "pairs.jsonl"))
+    with pytest.raises(DataError, match=r"kept 0 of 1 pairs \(1 have identical.*raise data\.max_completion_tokens"):
+        list(data.tokenized(tokenizer, max_prompt_tokens=9, max_completion_tokens=3))
 
 
 def test_the_tightest_limits_leave_a_token_of_everything(tokenizer: Any) -> None:
-    (pair,), _ = tokenize_pairs(
-        PreferenceData([raw("yes", "no")]), tokenizer, max_prompt_tokens=1, max_completion_tokens=1
-    )
+    (pair,), _ = tokenize(tokenizer, raw("yes", "no"), prompt=1, completion=1)
     assert texts(tokenizer, pair.prompt_ids, pair.chosen.token_ids, pair.rejected.token_ids) == ["f", "y", "n"]
 
 
 def test_a_pair_that_cannot_be_rendered_is_named_with_its_row(tokenizer: Any) -> None:
-    data = PreferenceData([raw("yes", "no", prompt=[user("x"), assistant("y")], row=41)], source="pairs.jsonl")
+    broken = raw("yes", "no", prompt=[user("x"), assistant("y")], row=41)
     with pytest.raises(DataError, match=re.escape("pairs.jsonl: row 41: the prompt ends with an assistant turn")):
-        tokenize_pairs(data, tokenizer, max_prompt_tokens=9, max_completion_tokens=9)
+        tokenize(tokenizer, broken)
 
 
 def test_conversational_and_hh_pairs_end_with_the_templates_end_token(tokenizer: Any, hh_rlhf: Path) -> None:
-    data = read_preferences(str(hh_rlhf), limit=50)
-    pairs, counts = tokenize_pairs(data, tokenizer, max_prompt_tokens=10_000, max_completion_tokens=10_000)
-    assert counts["pairs"] == len(data.pairs) == 50
+    data = read_all(hh_rlhf, limit=50)
+    pairs, account = tokenize(tokenizer, *data.pairs, prompt=10_000, completion=10_000)
+    assert account.kept == len(data.pairs) == 50
     for pair, source in zip(pairs, data.pairs, strict=True):
         opening = f"{source.prompt.content[-1]['content']}<|im_end|>\n<|im_start|>assistant\n"  # type: ignore[index]
         assert tokenizer.decode(pair.prompt_ids).endswith(opening)
         assert tokenizer.decode(pair.chosen.token_ids) == f"{source.chosen}<|im_end|>"
+
+
+def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
+    """Without a pool, so that all of it is this process's; with a stand-in tokenizer, to be quick."""
+    program = """
+        import json, re, resource, sys
+        from pathlib import Path
+        from iterdpo.pairs import TokenPairs, hold_out, write_tables
+        from iterdpo.preferences import PreferenceData
+        import iterdpo.pairs as pairs
+
+        class Words:
+            bos_token_id, eos_token_id, chat_template = None, 2, None
+            def __call__(self, text, add_special_tokens=True):
+                self.input_ids = [len(word) for word in re.findall(" ?[a-z]+| ?[0-9]+", text)]
+                return self
+
+        directory, count = Path(sys.argv[1]), int(sys.argv[2])
+        with open(directory / "pairs.json", "w") as file:
+            for i in range(count):
+                row = {"prompt": f"tale {i}", "chosen": " sea" * 250, "rejected": " isles" * 250}
+                file.write(("[" if i == 0 else ",") + json.dumps(row))
+            file.write("]")
+        data = PreferenceData(str(directory / "pairs.json"))
+        words = Words()
+        tables = data.tokenized(words, max_prompt_tokens=9, max_completion_tokens=999, processes=1)
+        write_tables(directory / "all.parquet", tables)
+        hold_out(directory / "all.parquet", directory, 10, seed=0)
+        pairs.IN_MEMORY = 0
+        assert len(TokenPairs(directory / "train.parquet", directory)) == count - 10
+        assert len(TokenPairs(directory / "train.parquet", directory)[5].chosen) == 251
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    """
+
+    def peak(count: int) -> float:
+        directory = tmp_path / str(count)
+        directory.mkdir()
+        command = [sys.executable, "-c", textwrap.dedent(program), str(directory), str(count)]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    few, many = peak(5_000), peak(20_000)
+    assert (tmp_path / "20000" / "pairs.json").stat().st_size > 50e6  # 15,000 more rows are 38 MB, and more in memory
+    assert many - few < 15, f"{few:.0f} MB for 5,000 rows and {many:.0f} MB for 20,000"

@@ -1,0 +1,326 @@
+"""Attention over rows of trees, in which a prompt goes through the network once for all of its completions.
+
+A batch is one row of N tokens: tree after tree, in each the prompt and then its branches (completions), and at least
+one token of padding. Positions restart behind the prompt in every branch. A token sees the prompt of its tree and what
+stands before it in its own branch. Everything but attention works on single tokens, so this is all that a model has to
+do differently. It is registered with transformers as the attention implementation `TREE`.
+
+On a CPU it is dense attention over a few padded blocks, with a backward pass of its own: torch's flash kernel takes two
+to three times as long there. On a GPU it is FlexAttention, which skips what the mask rules out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TREE = "iterdpo_tree"
+PAD_MULTIPLE = 16
+
+_layout: TreeLayout | None = None
+windows: list[int | None] = []  # the sliding window of each layer that has read the layout in use, in its order
+
+
+def register() -> None:
+    """Make `model.set_attn_implementation(TREE)` known to transformers."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(TREE, tree_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(TREE, lambda *args, **kwargs: None)  # the layout is the mask
+
+
+def use_layout(layout: TreeLayout) -> None:
+    """The layout of the row that goes through the model next.
+
+    It stays in use through the backward pass, in which gradient checkpointing runs the layers again.
+    """
+    global _layout
+    _layout = layout
+    windows.clear()
+
+
+def tree_attention(
+    module: Any,
+    query: Tensor,  # [1, H, N, d]
+    key: Tensor,  # [1, G, N, d], G key-value heads
+    value: Tensor,  # [1, G, N, d]
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # [1, N, H, d]
+    """Attention within the trees of the layout in use, as transformers calls an attention implementation.
+
+    Raises:
+        NotImplementedError: the model asks for something that this does not compute.
+    """
+    layout = _layout
+    asked = [name for name in ("s_aux", "position_bias", "head_mask", "cache") if kwargs.get(name) is not None]
+    if layout is None or len(query) != 1 or attention_mask is not None or dropout or asked:
+        raise NotImplementedError(f"tree attention with {asked or 'a mask, dropout or several rows'}")
+    windows.append(sliding_window)
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if device == "cuda":
+        return _flex(query, key, value, layout, scale, sliding_window, softcap).transpose(1, 2), None
+    q, k, v = (t[0].transpose(0, 1) for t in (query * scale, key, value))
+    output = _Blocked.apply(q, k, v, layout, sliding_window, softcap)
+    return output.view(1, -1, query.shape[1], value.shape[-1]), None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Queries and keys of dense attention, b items padded to equal lengths; padding points at the row's last token."""
+
+    queries: Tensor  # [b, Q], indices into the row
+    keys: Tensor  # [b, C]
+    mask: Tensor  # [b, Q, C], True where the query sees the key
+
+
+@dataclass(frozen=True)
+class TreeLayout:
+    """Which token belongs where. The last token is padding."""
+
+    tree: Tensor  # [N], number of the token's tree; -1 for padding
+    branch: Tensor  # [N], number of its branch in the whole row, from 1; 0 for a prompt; -1 for padding
+    position: Tensor  # [N], its position in prompt and branch
+    blocks: tuple[Block, ...]
+    slot: Tensor  # [N], where a token is among the blocks' queries laid end to end; one behind them for padding
+    uses: Tensor  # [N, J], where it is among their keys laid end to end; one behind them where it is in fewer
+
+    def to(self, device: torch.device | str) -> TreeLayout:
+        blocks = tuple(Block(*(getattr(b, f.name).to(device) for f in fields(b))) for b in self.blocks)
+        return TreeLayout(
+            self.tree.to(device),
+            self.branch.to(device),
+            self.position.to(device),
+            blocks,
+            self.slot.to(device),
+            self.uses.to(device),
+        )
+
+    @cached_property
+    def shared(self) -> dict[Any, Any]:
+        """What the layers of a model make once from the layout: masks."""
+        return {}
+
+
+def tree_layout(trees: Sequence[tuple[int, Sequence[int]]], width: int) -> TreeLayout:
+    """The layout of trees, each a prompt's length and its branches' lengths, in a row of `width` tokens."""
+    pad = width - 1
+    tree: list[int] = []
+    branch: list[int] = []
+    position: list[int] = []
+    prompts, branches = [], []  # token indices
+    for number, (prompt, lengths) in enumerate(trees):
+        start = len(tree)
+        prompts.append(range(start, start + prompt))
+        tree += [number] * (prompt + sum(lengths))
+        branch += [0] * prompt
+        position += range(prompt)
+        for length in lengths:
+            branches.append((prompts[-1], range(len(position), len(position) + length)))
+            branch += [len(branches)] * length
+            position += range(prompt, prompt + length)
+    assert len(tree) <= pad, "no room for the padding"
+
+    p, c = _rounded(max(map(len, prompts))), _rounded(max(len(own) for _, own in branches))
+    prompt, own = _padded(prompts, p, pad), _padded([own for _, own in branches], c, pad)
+    prompt_of_branch = _padded([prompt for prompt, _ in branches], p, pad)
+    causal = [torch.ones(n, n, dtype=torch.bool).tril() for n in (p, c)]
+    # Behind what a query sees there is only padding. Padding itself sees something, so that nothing becomes NaN.
+    sees_prompt = (prompt_of_branch != pad).unsqueeze(1).expand(-1, c, -1)
+    sees_own = causal[1].expand(len(branches), c, c)
+    blocks = (
+        Block(prompt, prompt, causal[0].expand(len(prompts), p, p)),
+        Block(own, torch.cat((prompt_of_branch, own), dim=1), torch.cat((sees_prompt, sees_own), dim=2)),
+    )
+    fill = width - len(tree)
+    return TreeLayout(
+        torch.tensor(tree + [-1] * fill),
+        torch.tensor(branch + [-1] * fill),
+        torch.tensor(position + [0] * fill),
+        blocks,
+        _places([block.queries for block in blocks], width).squeeze(1),
+        _places([block.keys for block in blocks], width),
+    )
+
+
+def _rounded(length: int) -> int:
+    return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+
+
+def _padded(rows: Sequence[range], width: int, pad: int) -> Tensor:
+    padded = torch.full((len(rows), width), pad)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = torch.arange(row.start, row.stop)
+    return padded
+
+
+def _places(blocks: Sequence[Tensor], width: int) -> Tensor:
+    """[width, J]: where each token is among the blocks laid end to end; one behind them where it is in fewer."""
+    flat = torch.cat([block.flatten() for block in blocks]).tolist()
+    places: list[list[int]] = [[] for _ in range(width)]
+    for place, token in enumerate(flat):
+        if token != width - 1:
+            places[token].append(place)
+    most = max(map(len, places))
+    return torch.tensor([found + [len(flat)] * (most - len(found)) for found in places])
+
+
+class _Blocked(torch.autograd.Function):
+    """softmax(scale * Q K^T) V over the blocks of a layout. The weights are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,  # [N, H, d]
+        key: Tensor,  # [N, G, d], G key-value heads
+        value: Tensor,  # [N, G, d]
+        layout: TreeLayout,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:  # [N, H, d]
+        ctx.save_for_backward(query, key, value)
+        ctx.settings = (layout, window, softcap)
+        found = []
+        for number, block in enumerate(layout.blocks):
+            q, k, v = (
+                _grouped(query, block.queries, key),
+                _grouped(key, block.keys, key),
+                _grouped(value, block.keys, key),
+            )
+            weights, _ = _weights(q, k, layout, number, window, softcap)
+            found.append(_rows(torch.bmm(weights, v), block.queries))
+        return _gathered(found, layout.slot)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        layout, window, softcap = ctx.settings
+        for_query, for_key, for_value = [], [], []
+        for number, block in enumerate(layout.blocks):
+            q, k, v = (
+                _grouped(query, block.queries, key),
+                _grouped(key, block.keys, key),
+                _grouped(value, block.keys, key),
+            )
+            weights, slope = _weights(q, k, layout, number, window, softcap)
+            g = _grouped(gradients[0], block.queries, key)
+            for_value.append(_rows(torch.bmm(weights.transpose(1, 2), g), block.keys))
+            change = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), weights, -1, weights.dtype)
+            if slope is not None:
+                change *= slope
+            for_query.append(_rows(torch.bmm(change, k), block.queries))
+            for_key.append(_rows(torch.bmm(change.transpose(1, 2), q), block.keys))
+        return (
+            _gathered(for_query, layout.slot),
+            _gathered(for_key, layout.uses),
+            _gathered(for_value, layout.uses),
+            *[None] * 3,
+        )
+
+
+def _weights(
+    q: Tensor, k: Tensor, layout: TreeLayout, number: int, window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """[b * G, (H / G) * Q, C], and the slope of the soft cap, where there is one."""
+    scores, slope = torch.bmm(q, k.transpose(1, 2)), None
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_()
+        slope = 1 - scores.square()
+        scores *= softcap
+    bias = _bias(layout, number, window, scores.dtype)  # [b, Q, C]
+    seen = scores.view(len(bias), -1, *bias.shape[1:])
+    seen += bias.unsqueeze(1)
+    return scores.softmax(dim=-1), slope
+
+
+def _bias(layout: TreeLayout, number: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[b, Q, C], 0 where the query sees the key and -inf elsewhere."""
+    found = layout.shared.get((number, window, dtype))
+    if found is None:
+        block = layout.blocks[number]
+        mask = block.mask
+        if window is not None:
+            position = layout.position
+            mask = mask & (position[block.queries].unsqueeze(2) - position[block.keys].unsqueeze(1) < window)
+        found = torch.zeros(mask.shape, device=mask.device, dtype=dtype).masked_fill_(~mask, -math.inf)
+        layout.shared[number, window, dtype] = found
+    return found
+
+
+def _grouped(rows: Tensor, index: Tensor, key: Tensor) -> Tensor:
+    """Rows [N, H, d] at [b, Q] as [b * G, (H / G) * Q, d]: the heads that share keys become rows of one product."""
+    b, q = index.shape
+    picked = rows.index_select(0, index.flatten()).view(b, q, key.shape[1], -1, rows.shape[-1])
+    return picked.permute(0, 2, 3, 1, 4).reshape(b * key.shape[1], -1, rows.shape[-1])
+
+
+def _rows(grouped: Tensor, index: Tensor) -> Tensor:
+    """The way back: [b * G, (H / G) * Q, d] as [b * Q, H, d]."""
+    b, q = index.shape
+    rows = grouped.view(b, -1, q, grouped.shape[-1]).transpose(1, 2)
+    return rows.reshape(b * q, *rows.shape[2:])
+
+
+def _gathered(found: list[Tensor], places: Tensor) -> Tensor:
+    """[N, H, d], each token's sum over its places [N, J] in the blocks' rows; zero where it has none."""
+    rows = torch.cat([*found, found[0].new_zeros(1, *found[0].shape[1:])])
+    if places.ndim == 1:
+        return rows.index_select(0, places)
+    return rows.index_select(0, places.flatten()).view(*places.shape, *rows.shape[1:]).sum(dim=1)
+
+
+@cache
+def _compiled() -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return torch.compile(flex_attention), torch.compile(create_block_mask)
+
+
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TreeLayout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    attend, block_mask = _compiled()
+    mask = layout.shared.get(window)
+    if mask is None:
+        tree, branch, position = layout.tree, layout.branch, layout.position
+
+        def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            same = (tree[q] == tree[k]) & ((branch[k] == 0) | (branch[k] == branch[q])) & (k <= q)
+            return same if window is None else same & (position[q] - position[k] < window)
+
+        width = query.shape[2]
+        mask = layout.shared[window] = block_mask(sees, None, None, width, width, device=query.device)
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return attend(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
