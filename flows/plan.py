@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 from flows.api import describe
 from flows.loop import first_pending
+from iterdpo.checkpoints import EMBEDDINGS
 from iterdpo.config import DPOConfig, OfflineConfig
 from iterdpo.experiment import Experiment
 from iterdpo.rundir import RunDir, read_manifest
 
 STEPS = ("completions", "judgments", "pairs", "reference", "policy", "evaluation")
+
+# Matrices that are no linear layer's, beside token embeddings; the output head is left out by PEFT itself.
+NOT_LINEAR = ("wpe.weight", "embed_positions.weight", "lm_head.weight", "embed_out.weight")
 
 
 def describe_plan(exp: Experiment) -> str:
@@ -26,6 +31,7 @@ def describe_plan(exp: Experiment) -> str:
         pairs *= min(math.comb(config.sampling.n, 2), config.pairing.max_pairs_per_prompt or math.inf)  # type: ignore[assignment]
     rounds = config.rounds
     policy = _policy_bytes(exp.model_path, config.dpo)
+    checkpoint = _checkpoint_bytes(exp.model_path, config.dpo)
     rows = [
         ("model", str(exp.model_path)),
         ("judge", f"{exp.judges[0].use}; evaluated by {exp.judges[-1].use}"),
@@ -44,7 +50,7 @@ def describe_plan(exp: Experiment) -> str:
         ),
         (
             "disk",
-            f"about {rounds * policy / 2**30:.1f} GiB of policies in {exp.run.root}, and {2 * policy / 2**30:.1f} GiB more for a checkpoint",
+            f"about {_size(rounds * policy)} of policies in {exp.run.root}, and {_size(checkpoint)} more for a checkpoint",
         ),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
@@ -61,7 +67,7 @@ def describe_offline_plan(config: OfflineConfig) -> str:
     for _ in data.parsed():
         pass
     pairs = data.account.kept - config.data.heldout
-    size = _policy_bytes(path, config.dpo) / 2**30
+    policy, checkpoint = _policy_bytes(path, config.dpo), _checkpoint_bytes(path, config.dpo)
     rows = [
         ("model", str(path)),
         ("data", data.account.summary()),
@@ -69,7 +75,7 @@ def describe_offline_plan(config: OfflineConfig) -> str:
         ("steps", f"{_steps(pairs, config.dpo):,} optimizer steps of {config.dpo.pairs_per_step} pairs"),
         (
             "disk",
-            f"about {size:.1f} GiB for the policy in {config.run_dir}, and {2 * size:.1f} GiB more for a checkpoint",
+            f"about {_size(policy)} for the policy in {config.run_dir}, and {_size(checkpoint)} more for a checkpoint",
         ),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
@@ -108,11 +114,45 @@ def _steps(pairs: int, dpo: DPOConfig) -> int:
 
 
 def _policy_bytes(model: Path, dpo: DPOConfig) -> float:
-    """A checkpoint's size in the precision that it will be saved in, from the headers of the initial one."""
+    """The size of what a round saves, in the precision that it will be saved in, from the initial checkpoint's headers."""
+    elements = sum(
+        math.prod(shape) if dpo.adapter is None else dpo.adapter.r * sum(shape)
+        for name, shape in _shapes(model).items()
+        if dpo.adapter is None or (len(shape) == 2 and _adapted(name, dpo.adapter.target_modules))
+    )
+    return elements * (2 if dpo.save_dtype == "bfloat16" else 4)
+
+
+def _checkpoint_bytes(model: Path, dpo: DPOConfig) -> float:
+    """What training keeps beside the policy, to go on from."""
+    policy = 2 * _policy_bytes(model, dpo)
+    if dpo.adapter is None:
+        return policy
+    frozen = sum(math.prod(shape) for shape in _shapes(model).values())  # the trainer's checkpoint has them too
+    return policy + frozen * (2 if dpo.precision == "bf16" else 4)
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def _adapted(name: str, target_modules: str | list[str]) -> bool:
+    """Whether the matrix of this name gets an adapter, as PEFT decides it from the names of modules."""
+    module, _, kind = name.rpartition(".")
+    if kind != "weight":
+        return False
+    if target_modules == "all-linear":
+        return not name.endswith(EMBEDDINGS + NOT_LINEAR)
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in target_modules)
+
+
+def _shapes(model: Path) -> dict[str, list[int]]:
     from safetensors import safe_open
 
-    elements = 0
+    shapes: dict[str, list[int]] = {}
     for file in model.glob("*.safetensors"):
         with safe_open(file, framework="numpy") as tensors:
-            elements += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return elements * (2 if dpo.save_dtype == "bfloat16" else 4)
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    return shapes

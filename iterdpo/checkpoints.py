@@ -47,6 +47,12 @@ def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> dic
         ConfigError: a missing or contradictory part, named.
     """
     where = f"model.path {directory}"
+    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+        base = json.loads((directory / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise ConfigError(
+            f"{where}: holds an adapter of {base} alone; merge the two with peft's merge_and_unload(), or start from "
+            f"{base} with dpo.adapter"
+        )
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

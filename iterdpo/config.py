@@ -66,6 +66,10 @@ class EngineConfig(Section):
     """Share of the GPU's memory for the engine while it samples; it is given back while the trainer works."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that one engine is spread over."""
+    lora: Literal["auto", "vllm", "merge"] = "auto"
+    """How a LoRA policy is sampled from (`dpo.adapter`). `vllm`: the engine applies the adapter itself. `merge`: it is
+    merged into the initial policy's weights, on disk and in `dtype`, when a policy is loaded. `auto`: `vllm` on a GPU,
+    where vLLM can; `merge` on a CPU, where vLLM applies adapters some 25 times slower."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of `vllm.LLM`, as they are."""
 
@@ -257,6 +261,8 @@ class DPOConfig(Section):
             raise ValueError("label_smoothing: exo_pair is not defined at 0; 0.001 is usual")
         if self.wpo and self.loss in ("kto", "sft"):
             raise ValueError(f"wpo: weighs pairs, which {self.loss} does not compare")
+        if self.reference == "ema" and self.adapter is not None:
+            raise ValueError("reference: ema averages whole checkpoints, and an adapter trains; set it to previous")
         if self.sampler_logps_tolerance is not None and self.reference != "previous":
             raise ValueError("sampler_logps_tolerance: the sampler is the policy `previous`; set reference to it")
         return self

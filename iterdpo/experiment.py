@@ -127,12 +127,14 @@ class Experiment:
     def sampler(self) -> Sampler:
         if self._sampler is not None:
             return self._sampler
-        engine = self.config.sampling.engine
+        engine, adapter = self.config.sampling.engine, self.config.dpo.adapter
         return VLLMSampler(
             max_model_len=self.max_model_len,
             log=self.run.log_path("sampler"),
             trust_remote_code=self.config.model.trust_remote_code,
+            adapter_rank=adapter.r if adapter is not None else None,
             reserved=self.reserved,
+            say=self.progress.say,
             **engine.model_dump(exclude={"max_model_len"}),
         )
 

@@ -64,12 +64,12 @@ def check_training(dpo: DPOConfig) -> None:
     Raises:
         ConfigError: naming the key and the remedy.
     """
-    needed = dict.fromkeys(dpo.trackers, "dpo.trackers")
+    needed = [(str(tracker), "dpo.trackers") for tracker in dpo.trackers]
     if dpo.adapter is not None and dpo.adapter.quantize == "nf4":
-        needed["bitsandbytes"] = "dpo.adapter.quantize"
+        needed.append(("bitsandbytes", "dpo.adapter.quantize"))
         if not visible_gpus():
             raise ConfigError("dpo.adapter.quantize = 'nf4' needs a GPU, and there is none; set it to none")
-    for package, key in needed.items():
+    for package, key in needed:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{key}: the package {package!r} is not installed; run: pip install {package}")
     if dpo.accelerate_config is not None:

@@ -44,6 +44,7 @@ class Scorer(torch.nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config  # DeepSpeed looks for it
+        self._no_split_modules = self.causal._no_split_modules  # FSDP wraps these
         self.own_attention = self.causal.config._attn_implementation
         self.use(way)
         _cast_once(model)
@@ -71,6 +72,7 @@ class Scorer(torch.nn.Module):
         if self.way == "plain":
             first = int((batch.sources % width).min())
             logits = self.causal(input_ids=batch.input_ids, use_cache=False, logits_to_keep=width - first).logits
+            first = width - logits.shape[1]  # a model may return all logits, whatever it was asked
             picked = logits[batch.sources // width, batch.sources % width - first]  # [M, V]
             token_logps, log_square = _picked_logps(picked, batch.targets, aligned)
         else:
@@ -160,7 +162,8 @@ class _Head(torch.autograd.Function):
         ctx.save_for_backward(rows, matrix, bias, targets)
         ctx.settings = (chunk, scale, softcap, hidden.dtype, weight.dtype)
         logps, log_squares = [], []
-        for part, wanted in zip(rows.split(chunk), targets.split(chunk), strict=True):
+        small = max(1, chunk // 4)  # in float32 here, and twice
+        for part, wanted in zip(rows.split(small), targets.split(small), strict=True):
             logits, _ = _logits(part, matrix, bias, scale, softcap)
             found, log_square = _picked_logps(logits, wanted, squares)
             logps.append(found)

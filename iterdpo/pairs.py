@@ -30,6 +30,7 @@ Kind = Literal["pairs", "unpaired"]
 
 TRAIN, HELDOUT = "train.parquet", "heldout.parquet"
 TOKEN_COLUMNS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+SAMPLER_COLUMNS = ("chosen_sampler_logp", "rejected_sampler_logp")
 ABSENT = Completion("", [], [], "stop")  # the side that an unpaired example does not have
 ROW_GROUP = 1000  # rows; what a reader or writer has in memory
 IN_MEMORY = 64 << 20  # bytes of a file up to which a mapped copy is not worth its place
@@ -128,6 +129,7 @@ def pairs_table(pairs: Sequence[PreferencePair], kind: Kind = "pairs") -> pa.Tab
         columns = {"prompt": text, "chosen": text, "rejected": text, "prompt_id": pa.string()}
         columns |= {"chosen_score": pa.float64(), "rejected_score": pa.float64()}
         columns |= {"chosen_finish_reason": pa.string(), "rejected_finish_reason": pa.string()}
+        columns |= dict.fromkeys(SAMPLER_COLUMNS, pa.float64())
     else:
         columns = {"prompt": text, "completion": text, "label": pa.bool_(), "prompt_id": pa.string()}
         columns |= {"finish_reason": pa.string()}
@@ -146,6 +148,7 @@ class TokenPairs:
     chosen_tokens: np.ndarray  # [N] int32, 0 where an unpaired example has no such side
     rejected_tokens: np.ndarray  # [N] int32
     groups: np.ndarray  # [N] int64, equal where the prompt_id is, numbered by first appearance
+    sampler_logps: np.ndarray | None  # [N, 2], what the sampler reported of chosen and rejected; None where it did not
 
     def __init__(self, path: Path, cache: Path) -> None:
         from iterdpo.collate import TokenPair  # imports torch
@@ -161,6 +164,7 @@ class TokenPairs:
             self._tokens = np.asarray(np.memmap(copy / "tokens.bin", np.int32, "r"))
         self._starts, self._lengths, self.groups = index[:3], index[3:6].astype(np.int32), index[6]
         self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = self._lengths
+        self.sampler_logps = _sampler_logps(path)
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -170,14 +174,15 @@ class TokenPairs:
         return self._pair(*(self._tokens[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)))
 
 
-def read_token_pairs(path: Path) -> list[TokenPair]:
-    """What training needs of a file of pairs."""
+def _sampler_logps(path: Path) -> np.ndarray | None:
     import pyarrow.parquet as pq
 
-    from iterdpo.collate import TokenPair
-
-    table = pq.read_table(path, columns=list(TOKEN_COLUMNS)).to_pydict()
-    return [TokenPair(*row) for row in zip(*(table[c] for c in TOKEN_COLUMNS), strict=True)]
+    with pq.ParquetFile(path) as file:
+        if not set(SAMPLER_COLUMNS) <= set(file.schema_arrow.names):
+            return None
+        logps = [file.read([column])[column].to_numpy() for column in SAMPLER_COLUMNS]
+    found = np.stack(logps, axis=1).astype(np.float64)
+    return None if np.isnan(found).any() else found
 
 
 def _copy(path: Path, cache: Path) -> Path:
@@ -243,6 +248,8 @@ def _row(pair: PreferencePair) -> dict[str, Any]:
         "chosen_finish_reason": pair.chosen.finish_reason,
         "rejected_finish_reason": pair.rejected.finish_reason,
         "finish_reason": only.finish_reason,
+        "chosen_sampler_logp": sum(pair.chosen.logprobs) if pair.chosen.logprobs else None,
+        "rejected_sampler_logp": sum(pair.rejected.logprobs) if pair.rejected.logprobs else None,
         "prompt_token_ids": pair.prompt_ids,
         "chosen_token_ids": pair.chosen.token_ids,
         "rejected_token_ids": pair.rejected.token_ids,

@@ -214,7 +214,14 @@ def train_on_pairs(
         output=str(directory),
         reference_output=str(run.round_dir(round) / "reference"),
         attic=str(run.attic) if run.redo else None,
-        reference_inputs={"reference": reference.digest, "pairs": pairs.digest, "precision": dpo.precision},
+        reference_inputs={
+            "reference": reference.digest,
+            "pairs": pairs.digest,
+            "precision": dpo.precision,
+            "adapter": dpo.adapter is not None and dpo.adapter.quantize,  # its base is kept in fewer bits
+            "sampler_logps_tolerance": dpo.sampler_logps_tolerance,
+            "mismatched": seed if dpo.loss == "kto" else None,
+        },
         dpo=dpo.model_dump(),
         seed=seed,
         trust_remote_code=trust_remote_code,
@@ -227,7 +234,10 @@ def train_on_pairs(
 
         def on_step(row: dict[str, Any]) -> None:
             stage.to(min(total, row["step"] * dpo.pairs_per_step))
-            stage.remark = f"loss {row['loss']:.3f}, margin {row['rewards/margins']:.3f}"
+            margin = f", margin {row['rewards/margins']:.3f}" if "rewards/margins" in row else ""
+            stage.remark = f"loss {row['loss']:.3f}{margin}" if "loss" in row else "a step that was not finite: skipped"
+            for alarm in row.get("alarms", []):
+                progress.say(f"  {'alarm':<9} step {row['step']}: {alarm}")
 
         launch_training(
             spec, spec_path=directory / "train.json", log=run.log_path("train"), on_step=on_step, reserved=reserved()
@@ -381,10 +391,16 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
         "rewards/rejected",
         "logps/chosen",
         "logps/rejected",
+        "logps/chosen_drop",
+        "grad_norm",
+        "pairs_per_second",
+        "tokens_per_second",
+        "mfu",
     )
     for name in names:
-        tail = [row[name] for row in log[len(log) // 2 :]]  # the second half: the first is still learning
+        tail = [row[name] for row in log[len(log) // 2 :] if name in row]  # the second half: the first still learns
         metrics[name] = sum(tail) / len(tail) if tail else None
+    metrics["alarms"] = sum(len(row.get("alarms", [])) for row in log) if log else None
     if (directory / "policy" / "eval_metrics.json").exists():
         metrics |= read_json(directory / "policy" / "eval_metrics.json")
     stages = {

@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from iterdpo.collate import TokenPair, Tree, grow_trees, micro_batches, plan_steps
+from iterdpo.collate import Batch, TokenPair, Tree, collate, grow_trees, micro_batches, plan_steps
 from iterdpo.flops import forward_flops, matmul_peak
 from iterdpo.launch import OPTIMIZER_STATE, TRAIN_LOG, TrainSpec
 from iterdpo.logps import CompletionLogps, Scorer, Way, fastest_way
@@ -42,7 +42,7 @@ from iterdpo.losses import (
     preference_loss,
     wpo_weights,
 )
-from iterdpo.models import adapter_base, load_policy, with_new_adapter
+from iterdpo.models import ADAPTER_CONFIG, adapter_base, load_policy, with_new_adapter
 from iterdpo.pairs import TokenPairs
 from iterdpo.rundir import Step, read_json, write_json, write_text
 from iterdpo.seeds import derive_seed
@@ -124,10 +124,10 @@ class Trainer:
         if not self.with_reference:
             self.reference_logps = torch.zeros(self._count(), 3, device=self.accelerator.device)
         elif self.spec.reference is not None and self.spec.reference != base:
-            reference = self._scorer(self._load(self.spec.reference))
-            self.reference_logps = self._reference_logps(self.accelerator.prepare(reference))
-            self.accelerator.free_memory(reference)
+            reference = self._scorer(self._load(self.spec.reference)).to(self.accelerator.device).eval()
+            self.reference_logps = self._reference_logps(reference)
             del reference
+            self.accelerator.free_memory()
         model = self._load(self.spec.policy, trainable=True)
         if self.dpo["adapter"] is not None and base is None:
             model = with_new_adapter(model, **self.dpo["adapter"])
@@ -279,17 +279,13 @@ class Trainer:
         logps = torch.zeros(self._count(), 3, device=self.accelerator.device)
         for indices in steps:
             trees, places = self._step_trees(indices)
-            for batch in self._micro_batches(trees):
-                if batch:
-                    found = self._without_gradient(model, [trees[i] for i in batch])
-                    for column, side in enumerate(places):
-                        here, branches = _in_batch(side, trees, batch)
-                        logps[indices[here], column] = found[branches]
+            for batch, found in self._logps_of(model, trees):
+                for column, side in enumerate(places):
+                    here, branches = _in_batch(side, trees, batch)
+                    logps[indices[here], column] = found[branches]
             if self.partners is not None:
-                mismatched = self._mismatched(indices)
-                for batch in self._micro_batches(mismatched):
-                    if batch:
-                        logps[indices[batch], 2] = self._without_gradient(model, [mismatched[i] for i in batch])
+                for batch, found in self._logps_of(model, self._mismatched(indices)):
+                    logps[indices[batch], 2] = found
         return self.accelerator.reduce(logps, "sum")  # each pair was computed by one process
 
     def _sampler_logps(self, model: Any, steps: Sequence[np.ndarray]) -> tuple[Tensor | None, dict[str, Any]]:
@@ -308,13 +304,15 @@ class Trainer:
         found = torch.cat((theirs, torch.zeros(len(theirs), 1)), dim=1).float() if used else None
         return found, {"gap": gap, "pairs": len(indices), "used": used}
 
-    def _without_gradient(self, model: Any, trees: list[Tree]) -> Tensor:
-        with torch.no_grad(), self._autocast():
-            return model(self._collate(trees)).logps.float()
+    def _logps_of(self, model: Any, trees: Sequence[Tree]) -> Iterator[tuple[list[int], Tensor]]:
+        """This process's batches of trees, and their branches' log-probabilities, without gradient."""
+        for batch in self._micro_batches(trees):
+            with torch.no_grad(), self._autocast():
+                found = model(self._collate([trees[i] for i in batch or [0]])).logps  # processes meet at each batch
+            if batch:
+                yield batch, found.float()
 
-    def _collate(self, trees: Sequence[Tree]) -> Any:
-        from iterdpo.collate import collate
-
+    def _collate(self, trees: Sequence[Tree]) -> Batch:
         return collate(trees, shared=self.way == "shared").to(self.accelerator.device)
 
     # A step
@@ -328,6 +326,10 @@ class Trainer:
         indices = self.steps[step]
         trees, places = self._step_trees(indices)
         kl = self._kl(indices) if self.partners is not None else None
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.dpo["learning_rate"] * learning_rate_factor(
+                step, len(self.steps), warmup_ratio=self.dpo["warmup_ratio"], schedule=self.dpo["lr_scheduler"]
+            )
         batches = self._micro_batches(trees)
         statistics: list[Tensor] = []
         flops = 0.0
@@ -340,10 +342,6 @@ class Trainer:
                 self.accelerator.backward(losses.sum() * weight)
             statistics.append(rows if batch else rows[:0])
             flops += batch_flops if batch else 0.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.dpo["learning_rate"] * learning_rate_factor(
-                step, len(self.steps), warmup_ratio=self.dpo["warmup_ratio"], schedule=self.dpo["lr_scheduler"]
-            )
         grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.dpo["max_grad_norm"])
         metrics = summarize(self._gather(torch.cat(statistics)), beta=self.dpo["beta"])
         norm = float(grad_norm)
@@ -467,13 +465,9 @@ class Trainer:
 
     def _kl(self, indices: np.ndarray) -> Tensor:
         """KTO's estimate over a step, from mismatched prompts and completions."""
-        trees = self._mismatched(indices)
         logps = torch.zeros(len(indices), device=self.accelerator.device)
-        for batch in self._micro_batches(trees):
-            if batch:
-                logps[batch] = self._without_gradient(
-                    self.accelerator.unwrap_model(self.policy), [trees[i] for i in batch]
-                )
+        for batch, found in self._logps_of(self.policy, self._mismatched(indices)):
+            logps[batch] = found
         logps = self.accelerator.reduce(logps, "sum")
         return kl_estimate(logps, self.reference_logps[torch.from_numpy(indices).to(logps.device), 2])
 
@@ -514,6 +508,7 @@ class Trainer:
         path = self.output / f"checkpoint-{step:06d}"
         fresh = path.with_name(path.name + ".new")
         self.accelerator.save_state(str(fresh))
+        self.accelerator.wait_for_everyone()  # each process writes its random state there
         if self.accelerator.is_main_process:
             os.replace(fresh, path)
             for old in self.output.glob("checkpoint-*"):
@@ -545,6 +540,12 @@ class Trainer:
             if (self.output / "config.json").exists():  # names the precision in memory
                 config = read_json(self.output / "config.json")
                 write_json(self.output / "config.json", {**config, "dtype": self.dpo["save_dtype"]})
+            if (adapter := self.output / ADAPTER_CONFIG).exists():  # PEFT writes a set, in another order each time
+                config = read_json(adapter)
+                targets = config["target_modules"]
+                write_json(
+                    adapter, config | {"target_modules": targets if isinstance(targets, str) else sorted(targets)}
+                )
             for pattern in CARRIED_FILES:
                 for file in Path(self.spec.policy).glob(pattern):
                     shutil.copy(file, self.output / file.name)

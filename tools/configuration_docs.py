@@ -64,8 +64,10 @@ def render() -> str:
     parts = [HEADER, "## iterdpo run", *(part for key, model in run.items() for part in section(key, model))]
     parts += ["## iterdpo train"]
     for key, model in train.items():
-        parts += [f"### {key}", f"As [above](#{key})."] if run.get(key) is model else section(key, model)
-    parts += ["In one round `reference` has no effect: the reference is the initial policy either way."]
+        parts += (
+            [f"### {key}", f"As [above](#{key.replace('.', '')})."] if run.get(key) is model else section(key, model)
+        )
+    parts += ["One round has one reference, the initial policy: `reference` has no effect, unless it is `none`."]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 

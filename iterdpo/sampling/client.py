@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,16 @@ from iterdpo.types import Completion
 class VLLMSampler:
     """A vLLM engine in a worker process of its own (see `worker.py`), started at the first `load`.
 
-    It lives through the run: each `load` puts new weights into the running engine. The worker dies with this
-    process. Requests and replies are JSON lines over its pipes, one reply a request.
+    It lives through the run: each `load` puts new weights, or a LoRA adapter, into the running engine. The worker dies
+    with this process. Requests and replies are JSON lines over its pipes, one reply a request.
 
     Args:
         max_model_len: longest prompt and completion together, in tokens.
         log: file for everything that vLLM prints.
-        dtype, max_num_seqs, kv_cache_gib, gpu_memory_utilization, tensor_parallel_size, extra: see `EngineConfig`.
+        dtype, max_num_seqs, kv_cache_gib, gpu_memory_utilization, tensor_parallel_size, lora, extra: see `EngineConfig`.
+        adapter_rank: rank of the adapters that will be loaded. None: the engine is built without room for adapters,
+            and merges one that comes all the same.
+        say: where to note what a user may want to know.
         reserved: descriptors of `supervise.reserve`, held while the worker lives.
     """
 
@@ -39,11 +42,20 @@ class VLLMSampler:
         kv_cache_gib: int = 1,
         gpu_memory_utilization: float = 0.85,
         tensor_parallel_size: int = 1,
+        lora: str = "auto",
+        adapter_rank: int | None = None,
         extra: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
         reserved: Sequence[int] = (),
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.log = log
+        self._say = say or (lambda text: None)
+        self._lora: dict[str, Any] = {
+            "lora": lora,
+            "adapter_rank": adapter_rank,
+            "scratch": str(log.absolute().parent / ".merged"),
+        }
         self._reserved = reserved
         self._kv_cache_gib = kv_cache_gib
         self._engine = {
@@ -72,7 +84,7 @@ class VLLMSampler:
         """
         self.warm_up()
         if self._loaded is None:
-            self._call("start", policy=str(policy), engine=self._engine)
+            self._start_engine(policy)
         elif self._loaded != digest or self._asleep:
             self._call("load", policy=str(policy), reload=self._loaded != digest)
         self._loaded, self._asleep = digest, False
@@ -98,6 +110,17 @@ class VLLMSampler:
         if self._child is not None:
             self._child.kill()
         self._child, self._loaded, self._asleep = None, None, False
+
+    def _start_engine(self, policy: Path) -> None:
+        try:
+            self._call("start", policy=str(policy), engine=self._engine, **self._lora)
+        except _NativeFailed as failure:
+            if self._lora["lora"] != "auto":
+                raise
+            self._say(f"vLLM does not start with room for adapters; they are merged instead ({failure.reason})")
+            self._lora["lora"] = "merge"
+            self.warm_up()  # a new process: the engine that failed left things behind in its own
+            self._call("start", policy=str(policy), engine=self._engine, **self._lora)
 
     def _start(self) -> None:
         env = {
@@ -127,5 +150,14 @@ class VLLMSampler:
         if "error" in reply:
             tail = self._child.log_tail()
             self.close()
-            raise ChildFailed(f"sampler, {method}: {reply['error']}\n{tail}\nThe whole log: {self.log}")
+            failed = _NativeFailed if reply.get("native") else ChildFailed
+            raise failed(f"sampler, {method}: {reply['error']}\n{tail}\nThe whole log: {self.log}")
         return reply
+
+
+class _NativeFailed(ChildFailed):
+    """Raised where the engine was to apply adapters itself."""
+
+    @property
+    def reason(self) -> str:
+        return str(self).splitlines()[0]

@@ -33,7 +33,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def completion() -> Completion:
         return Completion("text", ids(16, 200), [], "stop")
 
-    rows = [PreferencePair(Prompt(f"p{i}", "x"), ids(8, 100), completion(), completion()) for i in range(60)]
+    prompts = [ids(8, 100) for _ in range(20)]  # three pairs of each
+    rows = [PreferencePair(Prompt(f"p{i % 20}", "x"), prompts[i % 20], completion(), completion()) for i in range(60)]
     directory = tmp_path_factory.mktemp("pairs")
     write_pairs(directory, rows, summary="random pairs")
     return directory / "train.parquet"
@@ -46,6 +47,7 @@ def run(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> list[dict[str, 
     output.mkdir(parents=True)
     settings = DPOConfig(**{"learning_rate": 1e-4, "checkpoint_every": 3, **dpo})
     spec = TrainSpec(
+        name="round-001",
         policy=str(model),
         reference=None,
         pairs=str(pairs),
@@ -56,6 +58,8 @@ def run(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> list[dict[str, 
         reference_inputs={},
         dpo=settings.model_dump(),
         seed=0,
+        pairs_cache=str(tmp_path / "cache"),
+        tracker_dir=str(tmp_path / "trackers"),
     )
     log: list[dict[str, Any]] = []
     launch_training(spec, spec_path=output / "train.json", log=tmp_path / "train.log", on_step=log.append)
@@ -80,15 +84,67 @@ def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path, model: Pat
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
+def test_sharing_prompts_gives_the_same_losses(tmp_path: Path, model: Path, pairs: Path) -> None:
+    shared = run(tmp_path / "shared", model, pairs, precision="fp32")
+    own = run(tmp_path / "own", model, pairs, precision="fp32", shared_prompts=False)
+    assert "the way 'shared'" in (tmp_path / "shared" / "train.log").read_text()
+    assert "the way 'rows'" in (tmp_path / "own" / "train.log").read_text()
+    assert [row["loss"] for row in shared] == pytest.approx([row["loss"] for row in own], abs=1e-4)
+
+
+def test_offloaded_activations_give_the_same_losses(tmp_path: Path, model: Path, pairs: Path) -> None:
+    plain = run(tmp_path / "plain", model, pairs)
+    offloaded = run(tmp_path / "offloaded", model, pairs, activation_offload=True)
+    assert [row["loss"] for row in offloaded] == pytest.approx([row["loss"] for row in plain], abs=1e-4)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_an_adapter_trains_from_zero_rewards(tmp_path: Path, model: Path, pairs: Path, quantize: str) -> None:
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
+    log = run(tmp_path, model, pairs, adapter={"quantize": quantize}, learning_rate=1e-3, epochs=3)
+    assert log[0]["rewards/chosen"] == log[0]["rewards/rejected"] == 0.0
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert (tmp_path / "policy.partial" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("groups", [8, 2])
+def test_flex_attention_and_the_blocks_give_the_same_outputs_and_gradients(
+    groups: int, window: int | None, softcap: float | None
+) -> None:
+    import torch
+
+    from iterdpo import attention
+
+    generator = torch.Generator().manual_seed(0)
+    shape = [(150, [90, 200]), (70, [30]), (2, [100, 4, 60])]
+    width, tokens = 768, 706
+    layout = attention.tree_layout(shape, width)
+    tensors = [torch.randn(1, heads, width, 64, generator=generator) for heads in (8, groups, groups)]
+    wanted = torch.randn(1, width, 8, 64, generator=generator)
+    wanted[:, tokens:] = 0
+    found = []
+    for device in ("cpu", "cuda"):
+        inputs = [t.detach().to(device).requires_grad_() for t in tensors]
+        attention.use_layout(layout.to(device))
+        output, _ = attention.tree_attention(None, *inputs, None, sliding_window=window, softcap=softcap)
+        gradients = torch.autograd.grad((output * wanted.to(device)).sum(), inputs)
+        found.append([output[:, :tokens].cpu(), *(g.cpu() for g in gradients)])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 5e-3 * one.norm()  # TF32
+
+
 def test_the_gpu_and_the_cpu_compute_the_same_log_probabilities(tmp_path: Path, model: Path) -> None:
     import torch
 
-    from iterdpo.collate import collate
-    from iterdpo.logps import completion_logps, load_policy, score_completions
+    from iterdpo.logps import completion_logps, score_completions
+    from iterdpo.models import load_policy
 
     prompts, completions = [[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14]]
     on_gpu = score_completions(model, prompts, completions, precision="fp32")
     with torch.no_grad():
-        on_cpu = completion_logps(load_policy(model).eval(), collate(prompts, completions))
+        on_cpu = completion_logps(load_policy(model).eval(), prompts, completions)
     assert on_gpu == pytest.approx(on_cpu.tolist(), abs=1e-2)
     assert visible_gpus()

@@ -59,6 +59,13 @@ def test_no_config_json(copy: Path) -> None:
     assert refusal(copy) == f"model.path {copy}: has no config.json, so it is no Hugging Face checkpoint"
 
 
+def test_an_adapter_without_its_base(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/models/llama"}))
+    message = refusal(tmp_path)
+    assert f"model.path {tmp_path}: holds an adapter of /models/llama alone" in message
+    assert "start from /models/llama" in message
+
+
 def test_a_config_json_that_was_cut_short(copy: Path) -> None:
     text = (copy / "config.json").read_text()
     (copy / "config.json").write_text(text[: len(text) // 2])

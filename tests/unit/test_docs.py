@@ -1,4 +1,4 @@
-"""The documentation is current: generated pages, links, and the code in docs/judges.md."""
+"""The documentation is current: generated pages, links, the code in docs/judges.md, rows and tables."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from iterdpo.config import DataConfig, DPOConfig, SentinelsConfig
+from iterdpo.preferences import PreferenceData
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -62,6 +66,47 @@ def test_the_code_in_the_page_about_judges_runs(tmp_path: Path, monkeypatch: pyt
     for block in blocks:
         if block not in file:
             exec(compile(block, "docs/judges.md", "exec"), namespace)
+
+
+def test_every_example_row_in_the_page_about_data_is_read_as_the_format_of_its_heading(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    seen = set()
+    for heading, section in re.findall(r"^### (\w+)$(.*?)(?=^##)", page, flags=re.DOTALL | re.MULTILINE):
+        for block in re.findall(r"^```json\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE):
+            (tmp_path / "rows.jsonl").write_text(block, encoding="utf-8")
+            data = PreferenceData(str(tmp_path / "rows.jsonl"))
+            rows = [pair for batch in data.parsed() for pair in batch]
+            assert data.format == heading
+            assert len(rows) == block.count("\n") == data.account.rows
+            seen.add(heading)
+    assert seen == set(get_args(DataConfig.model_fields["format"].annotation)) - {"auto"}
+
+
+def test_every_reason_for_leaving_a_row_out_is_in_the_page_about_data() -> None:
+    from iterdpo import preferences
+
+    names = "DIVERGE EMPTY IDENTICAL IDENTICAL_TOKENS NO_PROMPT OTHER_PROMPT NO_TRANSCRIPT NO_LAST_TURN USERS_TURN"
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    reasons = [row.split(" | ")[0].removeprefix("| ") for row in page.splitlines() if row.startswith("| ")]
+    assert {getattr(preferences, name) for name in names.split()} == {r for r in reasons[1:] if not r.startswith("-")}
+
+
+def test_the_table_of_losses_has_every_loss_once() -> None:
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    _, _, behind = page.partition("| `dpo.loss` |")
+    table, _, _ = behind.partition("\n\n")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == sorted(
+        get_args(DPOConfig.model_fields["loss"].annotation)
+    )
+
+
+def test_the_table_of_sentinels_has_each_with_its_default_action() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    _, _, behind = page.partition("| sentinel |")
+    table, _, _ = behind.partition("\n\n")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| `(\w+)` \|$", table, flags=re.MULTILINE)
+    actions = {n.removesuffix("_action"): v for n, v in SentinelsConfig() if n.endswith("_action")}
+    assert dict(rows) == {"non_finite": SentinelsConfig().non_finite, **actions}
 
 
 def links(text: str) -> Iterator[str]:

@@ -21,7 +21,7 @@ from iterdpo.config import OfflineConfig, parse_config
 from iterdpo.errors import DataError, StaleStepError
 from iterdpo.experiment import Policy
 from iterdpo.offline import describe_counts, prepare_pairs
-from iterdpo.pairs import ABSENT, TokenPairs, pairs_table, read_token_pairs, write_pairs, write_tables
+from iterdpo.pairs import ABSENT, TokenPairs, pairs_table, write_pairs, write_tables
 from iterdpo.progress import Progress
 from iterdpo.rundir import Manifest, RunDir
 from iterdpo.types import Completion, Message, PreferencePair, Prompt
@@ -90,10 +90,10 @@ def test_pairs_without_scores_open_too(tmp_path: Path) -> None:
 def test_the_trainer_reads_back_the_very_token_ids_that_were_sampled_in_order(tmp_path: Path) -> None:
     pairs = [pair(PLAIN, n) for n in (5, 3, 4)]
     write_pairs(tmp_path, pairs, heldout=[pair(PLAIN, 9)], summary="")
-    assert read_token_pairs(tmp_path / "train.parquet") == [
+    assert list(TokenPairs(tmp_path / "train.parquet", tmp_path)) == [
         TokenPair([1, 2, n], [300 + n, 7, 2], [400 + n]) for n in (5, 3, 4)
     ]
-    assert read_token_pairs(tmp_path / "heldout.parquet") == [TokenPair([1, 2, 9], [309, 7, 2], [409])]
+    assert list(TokenPairs(tmp_path / "heldout.parquet", tmp_path)) == [TokenPair([1, 2, 9], [309, 7, 2], [409])]
 
 
 def test_without_heldout_pairs_there_is_no_such_file_and_the_card_says_what_was_kept(tmp_path: Path) -> None:

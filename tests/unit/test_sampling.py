@@ -1,0 +1,63 @@
+"""The sampler's client without an engine: what it asks of the worker, and what it does where the engine cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iterdpo.errors import ChildFailed
+from iterdpo.sampling import VLLMSampler
+from iterdpo.sampling.client import _NativeFailed
+
+
+class Scripted(VLLMSampler):
+    """Its worker is the list of replies; `asked` are the requests."""
+
+    def __init__(self, *replies: dict[str, Any] | Exception, log: Path, **options: Any) -> None:
+        self.said: list[str] = []
+        super().__init__(max_model_len=64, log=log, say=self.said.append, **options)
+        self.replies, self.asked = list(replies), []
+
+    def warm_up(self) -> None:
+        pass
+
+    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        self.asked.append((method, arguments))
+        reply = self.replies.pop(0)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+
+def refusal() -> Exception:
+    return _NativeFailed("sampler, start: ValueError: TinyForCausalLM does not support LoRA yet.\nlog")
+
+
+def test_an_engine_that_cannot_take_adapters_is_started_again_without_them(tmp_path: Path) -> None:
+    sampler = Scripted(refusal(), {}, {}, log=tmp_path / "sampler.log", adapter_rank=4)
+    sampler.load(tmp_path, "first")
+    sampler.load(tmp_path, "second")
+    assert [(method, asked.get("lora")) for method, asked in sampler.asked] == [
+        ("start", "auto"),
+        ("start", "merge"),
+        ("load", None),
+    ]
+    (said,) = sampler.said
+    assert "TinyForCausalLM does not support LoRA yet" in said
+    assert "\n" not in said
+
+
+def test_an_engine_that_must_take_adapters_fails_where_it_cannot(tmp_path: Path) -> None:
+    sampler = Scripted(refusal(), log=tmp_path / "sampler.log", adapter_rank=4, lora="vllm")
+    with pytest.raises(ChildFailed, match="does not support LoRA"):
+        sampler.load(tmp_path, "first")
+    assert sampler.said == []
+
+
+def test_another_failure_is_not_tried_again(tmp_path: Path) -> None:
+    sampler = Scripted(ChildFailed("sampler, start: no memory"), log=tmp_path / "sampler.log", adapter_rank=4)
+    with pytest.raises(ChildFailed, match="no memory"):
+        sampler.load(tmp_path, "first")
+    assert len(sampler.asked) == 1
