@@ -19,6 +19,7 @@ activations. Both get the pairs as token ids, bf16 autocast over float32 weights
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -124,7 +125,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     if not job["side"].startswith("trl") and job["side"] != "without allocator":
         env = environment(processes=1)
     command = [sys.executable, "-m", "benchmarks.dpo_step", "--worker", json.dumps(job)]
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{job['side']} on {job['case']} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -334,7 +335,7 @@ def _trl(job: dict[str, Any], pairs: list[Any]) -> tuple[list[float], float, lis
             callbacks=[Clock()],
         )
         trainer.train()
-    seconds = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return seconds, getattr(trainer, "reference_seconds", 0.0), losses, None
 
