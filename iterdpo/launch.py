@@ -22,6 +22,7 @@ from iterdpo.rundir import read_json, write_json
 
 TRAIN_LOG = "train_log.jsonl"
 OPTIMIZER_STATE = "optimizer.pt"
+MALLOC = {"hugetlb": 1, "trim_threshold": 16 << 30, "mmap_threshold": 4 << 20, "top_pad": 64 << 20}
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,9 @@ def environment(*, processes: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads(processes)),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
-        # A step frees and takes hundreds of MB. glibc would hand them back to the kernel and fault them in again:
-        # keep them, in one arena that grows.
-        "MALLOC_TRIM_THRESHOLD_": "-1",
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TOP_PAD_": str(256 << 20),
+        # A step frees and takes hundreds of MB. By default glibc hands them back to the kernel and faults them in again,
+        # page by page. Small blocks are kept; large ones are mapped, in huge pages, so that the heap does not fragment.
+        "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items()),
         # A thread that waits for the others spins. Where anything else runs on its core, that costs many times what it
         # saves: let it sleep soon.
         "GOMP_SPINCOUNT": "10000",
