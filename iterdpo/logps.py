@@ -45,7 +45,9 @@ class Scorer(torch.nn.Module):
         self.model = model
         self.config = model.config  # DeepSpeed looks for it
         self._no_split_modules = self.causal._no_split_modules  # FSDP wraps these
-        self.own_attention = self.causal.config._attn_implementation
+        if self.causal.config._attn_implementation != attention.TREE:
+            self.causal._own_attention = self.causal.config._attn_implementation
+        self.own_attention = self.causal._own_attention
         self.use(way)
         _cast_once(model)
 

@@ -131,6 +131,8 @@ class Trainer:
         model = self._load(self.spec.policy, trainable=True)
         if self.dpo["adapter"] is not None and base is None:
             model = with_new_adapter(model, **self.dpo["adapter"])
+        elif base is not None:
+            _same_adapter(read_json(Path(self.spec.policy) / ADAPTER_CONFIG), self.dpo["adapter"], self.spec.policy)
         if self.dpo["gradient_checkpointing"]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             if self.dpo["adapter"] is not None:
@@ -144,7 +146,8 @@ class Trainer:
             fused=True,
         )
         if self.spec.optimizer is not None:
-            optimizer.load_state_dict(torch.load(self.spec.optimizer, weights_only=True))
+            carried = torch.load(self.spec.optimizer, weights_only=True)  # the moments; the settings are this round's
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": carried["state"]})
         self.policy, self.optimizer = self.accelerator.prepare(scorer, optimizer)
         if self.with_reference and not hasattr(self, "reference_logps"):
             off = model.disable_adapter() if self.spec.reference is not None else nullcontext()
@@ -343,7 +346,7 @@ class Trainer:
             statistics.append(rows if batch else rows[:0])
             flops += batch_flops if batch else 0.0
         grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.dpo["max_grad_norm"])
-        metrics = summarize(self._gather(torch.cat(statistics)), beta=self.dpo["beta"])
+        metrics = summarize(self._gather(torch.cat(statistics))) | ({} if kl is None else {"kl": float(kl)})
         norm = float(grad_norm)
         applied = math.isfinite(norm) and math.isfinite(metrics["loss"])
         if applied:
@@ -499,7 +502,7 @@ class Trainer:
                 with torch.no_grad():
                     _, statistics, _ = self._forward(indices, trees, places, batch or [0], kl)
                 rows.append(statistics if batch else statistics[:0])
-        metrics = summarize(self._gather(torch.cat(rows)), beta=self.dpo["beta"])
+        metrics = summarize(self._gather(torch.cat(rows)))
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     # The disk
@@ -535,7 +538,11 @@ class Trainer:
             dtype = getattr(torch, self.dpo["save_dtype"])
             model = self.accelerator.unwrap_model(self.policy).model
             state = {name.removeprefix("model.").replace("._orig_mod", ""): tensor for name, tensor in state.items()}
-            state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+            cast: dict[tuple[Any, ...], Tensor] = {}  # tied weights stay one
+            for name, tensor in state.items():
+                if tensor.is_floating_point():
+                    same = (tensor.data_ptr(), tensor.shape)
+                    state[name] = cast.setdefault(same, tensor.to(dtype))
             model.save_pretrained(self.output, state_dict=state)
             if (self.output / "config.json").exists():  # names the precision in memory
                 config = read_json(self.output / "config.json")
@@ -558,7 +565,7 @@ class Trainer:
 STATISTICS = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "logps/chosen_change")
 
 
-def summarize(rows: Tensor, *, beta: float) -> dict[str, float]:
+def summarize(rows: Tensor) -> dict[str, float]:
     """Means over pairs, under TRL's metric names, from rows [B, S] in the order of `STATISTICS`.
 
     NaN marks the side that an unpaired example does not have; a mean is over those that have it. What nothing has is
@@ -578,6 +585,20 @@ def summarize(rows: Tensor, *, beta: float) -> dict[str, float]:
         metrics["rewards/accuracies"] = (margins > 0).double().mean().item()
         metrics["rewards/margins"] = margins.mean().item()
     return metrics
+
+
+def _same_adapter(trained: dict[str, Any], asked: dict[str, Any] | None, path: str) -> None:
+    """An adapter goes on as it was begun.
+
+    Raises:
+        RuntimeError: the configuration asks for another, or for none.
+    """
+    kept = {"r": trained["r"], "alpha": trained["lora_alpha"]}
+    if asked is None or any(asked[key] != value for key, value in kept.items()):
+        raise RuntimeError(
+            f"the policy {path} is an adapter of r {kept['r']} and alpha {kept['alpha']}, and dpo.adapter is {asked}; set "
+            "dpo.adapter to what it was trained with"
+        )
 
 
 def _first_branches(trees: Sequence[Tree], batch: Sequence[int]) -> dict[int, int]:

@@ -72,6 +72,8 @@ def test_written_pairs_open_with_load_dataset_in_trls_preference_format(
         "rejected_score": -0.25,
         "chosen_finish_reason": "stop",
         "rejected_finish_reason": "length",
+        "chosen_sampler_logp": -4.0,
+        "rejected_sampler_logp": -3.0,
         "prompt_token_ids": [1, 2, 1],
         "chosen_token_ids": [301, 7, 2],
         "rejected_token_ids": [401],

@@ -626,7 +626,7 @@ def test_the_samplers_log_probabilities_are_the_references_where_they_are_near_e
 def test_metrics_are_means_over_the_pairs_that_have_them() -> None:
     nan = math.nan
     rows = torch.tensor([[1.0, 0.5, 0.25, -10, -20, -2], [3.0, 0.25, 0.5, -30, -40, -4], [2.0, 1.5, nan, -20, nan, 0]])
-    assert summarize(rows, beta=0.1) == {
+    assert summarize(rows) == {
         "loss": 2.0,
         "rewards/chosen": 0.75,
         "rewards/rejected": 0.375,

@@ -1,0 +1,69 @@
+"""Which policy a round's loss is regularised towards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from iterdpo.config import DPOConfig
+from iterdpo.experiment import Policy
+from iterdpo.progress import Progress
+from iterdpo.rundir import RunDir, directory_digest
+from iterdpo.stages import reference_policy
+from iterdpo.testing import build_tiny_checkpoint
+
+INITIAL = Policy(Path("initial"), "d0", 0)
+
+
+def experiment(**dpo: Any) -> Any:
+    """As far as `reference_policy` looks: every round was promoted."""
+    policies = {t: Policy(Path(f"round-{t:03d}"), f"d{t}", t) for t in range(1, 9)} | {0: INITIAL}
+    config = SimpleNamespace(dpo=DPOConfig(**dpo))
+    return SimpleNamespace(config=config, initial=INITIAL, policy_after=lambda t: policies[t])
+
+
+def reference(round: int, **dpo: Any) -> int:
+    exp = experiment(**dpo)
+    return reference_policy(exp, round, exp.policy_after(round - 1)).round
+
+
+def test_previous_is_the_policy_that_the_round_starts_from() -> None:
+    assert [reference(t, reference="previous") for t in (1, 2, 3)] == [0, 1, 2]
+
+
+def test_initial_is_the_initial_policy_in_every_round() -> None:
+    assert [reference(t, reference="initial") for t in (1, 2, 3)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3, 4]), (2, [0, 0, 2, 2, 4]), (3, [0, 0, 0, 3, 3])])
+def test_periodic_is_renewed_every_so_many_rounds(every: int, expected: list[int]) -> None:
+    found = [reference(t, reference="periodic", reference_every=every) for t in (1, 2, 3, 4, 5)]
+    assert found == expected
+
+
+def test_ema_averages_the_policies_that_rounds_started_from_and_keeps_each_average(tmp_path: Path) -> None:
+    checkpoints = [build_tiny_checkpoint(tmp_path / f"policy-{t}", seed=t) for t in range(3)]
+    policies = [Policy(path, directory_digest(path), t) for t, path in enumerate(checkpoints)]
+    exp: Any = SimpleNamespace(
+        config=SimpleNamespace(dpo=DPOConfig(reference="ema", reference_decay=0.75)),
+        run=RunDir(tmp_path / "run"),
+        looking=False,
+        progress=Progress(),
+        initial=policies[0],
+        policy_after=lambda t: policies[t],
+    )
+    assert reference_policy(exp, 1, policies[0]) == policies[0]
+    third = reference_policy(exp, 3, policies[2])
+
+    weights = [load_file(path / "model.safetensors") for path in checkpoints]
+    averaged = load_file(third.path / "model.safetensors")
+    for name, tensor in averaged.items():
+        second = 0.75 * weights[0][name] + 0.25 * weights[1][name]
+        torch.testing.assert_close(tensor, 0.75 * second + 0.25 * weights[2][name], atol=1e-6, rtol=0)
+    assert (tmp_path / "run" / "round-002" / "ema" / "MANIFEST.json").exists()
+    assert reference_policy(exp, 3, policies[2]).digest == third.digest  # found, not made again
