@@ -158,18 +158,34 @@ def _random_model(scratch: Path, size: str) -> str:
     if path.exists():
         return str(path)
     shapes: dict[str, dict[str, Any]] = {
-        "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 32_000},
-        "128k": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 128_256},
-        "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128_256},
+        "small": {
+            "hidden_size": 256,
+            "intermediate_size": 704,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 1,
+            "vocab_size": 32_000,
+        },
+        "128k": {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 8,
+            "num_key_value_heads": 3,
+            "vocab_size": 128_256,
+        },
+        "1b": {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "vocab_size": 128_256,
+        },
     }
     shape = shapes[size]
-    heads = {
-        "num_attention_heads": shape["hidden_size"] // 64,
-        "num_key_value_heads": max(1, shape["hidden_size"] // 256),
-    }
     build_tiny_checkpoint(path)  # a tokenizer, for TRL's sake
     torch.manual_seed(0)
-    config = LlamaConfig(**shape, **heads, max_position_embeddings=4096, tie_word_embeddings=True)
+    config = LlamaConfig(
+        **shape, num_attention_heads=shape["hidden_size"] // 64, max_position_embeddings=4096, tie_word_embeddings=True
+    )
     LlamaForCausalLM(config).save_pretrained(path)
     return str(path)
 
