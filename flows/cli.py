@@ -152,7 +152,7 @@ def _train(arguments: argparse.Namespace) -> int:
         "eval_rewards/accuracies",
         "eval_rewards/margins",
     ):
-        if name in metrics and metrics[name] == metrics[name]:
+        if name in metrics and metrics[name] is not None and metrics[name] == metrics[name]:  # None, NaN: not logged
             progress.say(f"  {name:<24} {metrics[name]:.4f}")
     progress.say(f"report: {run.root / 'report.html'}")
     progress.say(f"policy: {run.root / 'policy'}")
