@@ -197,11 +197,7 @@ class _Blocked(torch.autograd.Function):
         ctx.settings = (layout, window, softcap)
         found = []
         for number, block in enumerate(layout.blocks):
-            q, k, v = (
-                _grouped(query, block.queries, key),
-                _grouped(key, block.keys, key),
-                _grouped(value, block.keys, key),
-            )
+            q, k, v = _read(query, key, value, block)
             weights, _ = _weights(q, k, layout, number, window, softcap)
             found.append(_rows(torch.bmm(weights, v), block.queries))
         return _gathered(found, layout.slot)
@@ -212,11 +208,7 @@ class _Blocked(torch.autograd.Function):
         layout, window, softcap = ctx.settings
         for_query, for_key, for_value = [], [], []
         for number, block in enumerate(layout.blocks):
-            q, k, v = (
-                _grouped(query, block.queries, key),
-                _grouped(key, block.keys, key),
-                _grouped(value, block.keys, key),
-            )
+            q, k, v = _read(query, key, value, block)
             weights, slope = _weights(q, k, layout, number, window, softcap)
             g = _grouped(gradients[0], block.queries, key)
             for_value.append(_rows(torch.bmm(weights.transpose(1, 2), g), block.keys))
@@ -231,6 +223,11 @@ class _Blocked(torch.autograd.Function):
             _gathered(for_value, layout.uses),
             *[None] * 3,
         )
+
+
+def _read(query: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """What the block's products are of: [b * G, (H / G) * Q, d] and twice [b * G, C, d]."""
+    return _grouped(query, block.queries, key), _grouped(key, block.keys, key), _grouped(value, block.keys, key)
 
 
 def _weights(

@@ -26,10 +26,6 @@ class TokenPair:
     chosen: list[int]
     rejected: list[int]
 
-    @property
-    def tokens(self) -> int:
-        return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
-
 
 @dataclass(frozen=True, slots=True)
 class Tree:

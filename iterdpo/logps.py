@@ -95,17 +95,16 @@ def _cast_once(model: Any) -> None:
     if getattr(model, "_casts_once", False):
         return
     model._casts_once = True
-    last: tuple[Any, bool, Tensor] | None = None
+    last: tuple[Any, int, Tensor] | None = None
 
     def cast(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         nonlocal last
         x, *rest = inputs
         device = x.device.type
-        if x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        if x.dtype != torch.float32 or not torch.is_autocast_enabled(device) or not torch.is_grad_enabled():
             return None
-        recorded = torch.is_grad_enabled()
-        if last is None or last[0]() is not x or last[1] != recorded:
-            last = (weakref.ref(x), recorded, x.to(torch.get_autocast_dtype(device)))
+        if last is None or last[0]() is not x or last[1] != x._version:  # another tensor, or changed in place
+            last = (weakref.ref(x), x._version, x.to(torch.get_autocast_dtype(device)))
         return (last[2], *rest)
 
     for module in model.modules():

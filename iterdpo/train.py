@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from iterdpo.collate import Batch, TokenPair, Tree, collate, grow_trees, micro_batches, plan_steps
+from iterdpo.collate import TokenPair, Tree, grow_trees, micro_batches, plan_steps
 from iterdpo.flops import forward_flops, matmul_peak
 from iterdpo.launch import OPTIMIZER_STATE, TRAIN_LOG, TrainSpec
 from iterdpo.logps import CompletionLogps, Scorer, Way, fastest_way
@@ -115,6 +115,7 @@ class Trainer:
         self.with_reference = self.dpo["loss"] not in WITHOUT_REFERENCE and self.dpo["reference"] != "none"
         self.partners = self._partners() if self.dpo["loss"] == "kto" else None
         self.sentinels = Sentinels(self.dpo["sentinels"])
+        self.reference_logps: Any = None  # [N, 3] once known
         self.way: Any = None
         self.peak: float | None = None
         self.stopping: list[str] = []
@@ -149,7 +150,7 @@ class Trainer:
             carried = torch.load(self.spec.optimizer, weights_only=True)  # the moments; the settings are this round's
             optimizer.load_state_dict({**optimizer.state_dict(), "state": carried["state"]})
         self.policy, self.optimizer = self.accelerator.prepare(scorer, optimizer)
-        if self.with_reference and not hasattr(self, "reference_logps"):
+        if self.reference_logps is None:
             off = model.disable_adapter() if self.spec.reference is not None else nullcontext()
             with off:
                 self.reference_logps = self._reference_logps(self.policy)
@@ -310,13 +311,11 @@ class Trainer:
     def _logps_of(self, model: Any, trees: Sequence[Tree]) -> Iterator[tuple[list[int], Tensor]]:
         """This process's batches of trees, and their branches' log-probabilities, without gradient."""
         for batch in self._micro_batches(trees):
+            collated = self.accelerator.unwrap_model(model).collate([trees[i] for i in batch or [0]])
             with torch.no_grad(), self._autocast():
-                found = model(self._collate([trees[i] for i in batch or [0]])).logps  # processes meet at each batch
+                found = model(collated).logps  # processes meet at each batch
             if batch:
                 yield batch, found.float()
-
-    def _collate(self, trees: Sequence[Tree]) -> Batch:
-        return collate(trees, shared=self.way == "shared").to(self.accelerator.device)
 
     # A step
 
@@ -393,24 +392,25 @@ class Trainer:
         self, indices: np.ndarray, trees: Sequence[Tree], places: Places, batch: Sequence[int], kl: Tensor | None
     ) -> tuple[Tensor, Tensor, float]:
         """Losses [B] of the pairs of some trees, their statistics [B, S] in the order of `STATISTICS`, and the FLOPs."""
-        collated = self._collate([trees[i] for i in batch])
+        scorer = self.accelerator.unwrap_model(self.policy)
+        collated = scorer.collate([trees[i] for i in batch])
         with self._saved_tensors(), self._autocast():
             found: CompletionLogps = self.policy(collated, aligned=self.dpo["wpo"])
         lengths = torch.bincount(collated.branch, minlength=collated.branches)
-        tree_set = set(batch)
-        here = [p for p, (tree, _) in enumerate(places.chosen) if tree in tree_set]
         first = _first_branches(trees, batch)
+        here = [p for p, (tree, _) in enumerate(places.chosen) if tree in first]
+        # The branch of each pair here; behind the last one where it has no such completion.
+        at = [
+            torch.tensor([first[side[p][0]] + side[p][1] if side[p][1] >= 0 else collated.branches for p in here])
+            for side in places
+        ]
 
-        def side(which: list[tuple[int, int]], values: Tensor) -> Tensor:
-            """Of each pair here; NaN where it has no such completion."""
-            where = torch.tensor([first[which[p][0]] + which[p][1] if which[p][1] >= 0 else -1 for p in here])
-            padded = torch.cat(
-                (values, values.new_full((1,), float("nan")) if values.is_floating_point() else values.new_zeros(1))
-            )
-            return padded[where.to(values.device)]
+        def sides(values: Tensor, absent: float) -> list[Tensor]:
+            padded = torch.cat((values, values.new_full((1,), absent)))
+            return [padded[index.to(values.device)] for index in at]
 
-        chosen, rejected = side(places.chosen, found.logps), side(places.rejected, found.logps)
-        chosen_tokens, rejected_tokens = side(places.chosen, lengths), side(places.rejected, lengths)
+        chosen, rejected = sides(found.logps, math.nan)
+        chosen_tokens, rejected_tokens = sides(lengths, 0)
         reference = self.reference_logps[torch.from_numpy(indices[here]).to(chosen.device)]
         logps = PairLogps(chosen, rejected, reference[:, 0], reference[:, 1], chosen_tokens, rejected_tokens)
         if kl is not None:
@@ -425,8 +425,7 @@ class Trainer:
                 dpop_lambda=self.dpo["dpop_lambda"],
             )
         if found.alignment is not None:
-            per_token = found.alignment / lengths
-            losses = losses * wpo_weights(side(places.chosen, per_token), side(places.rejected, per_token))
+            losses = losses * wpo_weights(*sides(found.alignment / lengths, math.nan))
         if self.dpo["nll_coefficient"]:
             nll = nll_term(chosen, chosen_tokens)
             losses = losses + self.dpo["nll_coefficient"] * torch.where(chosen_tokens > 0, nll, torch.zeros_like(nll))
@@ -436,9 +435,8 @@ class Trainer:
         change = chosen - reference[:, 0] if self.with_reference else nothing
         columns = (losses, chosen_rewards, rejected_rewards, chosen, rejected, change)
         statistics = torch.stack([column.detach().float() for column in columns], dim=1)
-        causal = self.accelerator.unwrap_model(self.policy).causal
         passes = 2 if self.dpo["adapter"] is not None else 3  # the weights' own gradient is a third of the work
-        return losses, statistics, passes * forward_flops(causal, collated)
+        return losses, statistics, passes * forward_flops(scorer.causal, collated)
 
     def _kto(self, logps: PairLogps, kl: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each completion is an example of its own; a pair's loss is the mean of its sides."""
@@ -506,6 +504,7 @@ class Trainer:
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     # The disk
+
     def _checkpoint(self, step: int) -> None:
         """The state after `step` steps. The one before it goes only when this one is whole."""
         path = self.output / f"checkpoint-{step:06d}"

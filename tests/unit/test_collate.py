@@ -59,8 +59,7 @@ def test_one_row_is_as_wide_as_the_next_multiple_of_64_and_always_ends_in_paddin
     assert batch.input_ids[0, -1] == 9
 
 
-def test_a_pairs_tokens_count_its_prompt_twice_and_a_trees_once() -> None:
-    assert TokenPair([1, 2, 3], [4, 5], [6]).tokens == 2 * 3 + 2 + 1
+def test_a_trees_tokens_count_its_prompt_once() -> None:
     assert Tree([1, 2, 3], [[4, 5], [6]]).tokens == 3 + 2 + 1
 
 

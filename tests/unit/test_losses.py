@@ -457,3 +457,22 @@ def test_wpo_weighs_a_pair_by_the_product_of_its_completions_weights() -> None:
     weights = wpo_weights(alignment, torch.tensor([other, 0.0], dtype=torch.float64))
     assert weights.tolist() == pytest.approx([0.75 / 0.625 * 0.25 / 0.625, 1.0], rel=1e-12)
     assert not weights.requires_grad
+
+
+def test_the_configuration_offers_the_losses_there_are_and_smooths_those_that_can_be() -> None:
+    from typing import get_args
+
+    from iterdpo.config import DPOConfig
+    from iterdpo.errors import ConfigError
+    from iterdpo.losses import PAIRED, WITH_LABEL_SMOOTHING
+
+    offered = get_args(DPOConfig.model_fields["loss"].annotation)
+    assert set(offered) == {*PAIRED, "kto"}
+    smoothed = set()
+    for loss in offered:
+        try:
+            DPOConfig(loss=loss, label_smoothing=0.1)
+        except (ValueError, ConfigError):
+            continue
+        smoothed.add(loss)
+    assert smoothed == WITH_LABEL_SMOOTHING
