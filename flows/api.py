@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from flows.loop import first_pending, plain_round, run_loop
-from iterdpo.config import Config, JudgeConfig, OfflineConfig
-from iterdpo.errors import JudgeError
+from iterdpo import stages
+from iterdpo.config import Config, JudgeConfig, OfflineConfig, parse_config
+from iterdpo.errors import JudgeError, UserError
 from iterdpo.experiment import Experiment
 from iterdpo.judge import NamedJudge
 from iterdpo.offline import train_round
 from iterdpo.progress import Progress
 from iterdpo.read import Run, read_run
 from iterdpo.report import write_report
-from iterdpo.rundir import digest
+from iterdpo.rundir import RunDir, digest, read_manifest
 from iterdpo.sampling import Sampler
 from judges import load_judge
 from judges.custom import adapt
@@ -114,6 +116,33 @@ def run_experiment(exp: Experiment, *, prefect: bool = True, wait: bool = False)
         return True
 
 
+def retry_judgments(
+    run_dir: str | Path, *, round: int | None = None, progress: Progress | None = None
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Judge again what abstained in a round's finished judgments; by default in those of the last round that has any.
+
+    Returns the round, and the counts before and after. What was made from the old judgments is done again by the next
+    `iterdpo run --redo`.
+
+    Raises:
+        UserError: no run, no such judgments, or nothing that abstained.
+    """
+    run = RunDir(run_dir)
+    exp = open_experiment(parse_config(Config, run.read_config()), progress=progress)
+    with exp.run.lock(), exp:
+        judged = {r: m for r in run.rounds() if (m := read_manifest(run.round_dir(r) / "judgments")) is not None}
+        round = max(judged, default=0) if round is None else round
+        if round not in judged:
+            raise UserError(
+                f"{run.root}: round {round} has no finished judgments; a stage that stopped goes on by itself with the "
+                "command that began it"
+            )
+        if not judged[round].counts["unjudged"]:
+            raise UserError(f"{run.root}: round {round}: nothing abstained, so there is nothing to judge again")
+        before, after = stages.retry_judgments(exp, round)
+    return round, before.counts, after.counts
+
+
 def train_offline(config: OfflineConfig, *, progress: Progress | None = None, redo: bool = False) -> Run:
     """One DPO round on preference pairs that exist already; see `iterdpo.offline.train_round`.
 
@@ -144,14 +173,15 @@ def describe(metrics: dict[str, Any]) -> str:
 
 
 def _named(role: str, section: JudgeConfig | None, own: AnyJudge | None) -> NamedJudge:
+    limits = section.model_dump(exclude={"use", "args"}) if section is not None else {}
     if own is not None:
         version = _source_version(own)
         name = getattr(own, "__name__", type(own).__name__)
-        return NamedJudge(role, name, version, lambda: adapt(own, name=name, version=version, args={}))
+        return NamedJudge(role, name, version, lambda: adapt(own, name=name, version=version, args={}), **limits)
     assert section is not None
     check_judge(section.use, section.args)
     version = judge_version(section.use, section.args)
-    return NamedJudge(role, section.use, version, lambda: load_judge(section.use, section.args))
+    return NamedJudge(role, section.use, version, lambda: load_judge(section.use, section.args), **limits)
 
 
 def _source_version(own: AnyJudge) -> str:

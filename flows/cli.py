@@ -1,4 +1,4 @@
-"""The command line: `iterdpo quickstart | run | train | serve | report | status`.
+"""The command line: `iterdpo quickstart | run | train | serve | judge | report | status`.
 
 Exit status: 0 done, 1 a run failed (what was done stays done), 2 bad input.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 from typing import TYPE_CHECKING
+
+from flows.judge_cli import add_judge_commands
+from flows.review import add_review_command
 
 if TYPE_CHECKING:
     from iterdpo.config import Config, OfflineConfig
@@ -20,14 +23,14 @@ OVERRIDES = "YAML files, merged left to right, then dotted overrides: dpo.beta=0
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, and turn the errors that a user can mend into one line."""
     arguments = parse(argv)
-    from iterdpo.errors import ChildFailed, UserError
+    from iterdpo.errors import RunFailed, UserError
 
     try:
         status = arguments.call(arguments)
     except UserError as error:
         print(f"iterdpo: {error}", file=sys.stderr)
         status = 2
-    except ChildFailed as error:
+    except RunFailed as error:
         print(f"iterdpo: {error}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
@@ -79,6 +82,13 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--add", type=int, default=1, metavar="N", help="rounds that each trigger adds (default: 1)")
     serve.add_argument("--name", help="the deployment's name (default: that of the run directory)")
     serve.set_defaults(call=_serve)
+
+    judge = add_judge_commands(commands)
+    retry = judge.add_parser("retry", help="judge again what a run's judge could not judge")
+    retry.add_argument("run_dir", metavar="RUN_DIR")
+    retry.add_argument("--round", type=int, metavar="N", help="default: the last with finished judgments")
+    retry.set_defaults(call=_retry)
+    add_review_command(judge)
 
     report = commands.add_parser("report", help="write RUN_DIR/report.html again")
     report.add_argument("run_dir", metavar="RUN_DIR")
@@ -173,6 +183,17 @@ def _serve(arguments: argparse.Namespace) -> int:
         rounds=arguments.add,
         progress=_progress(),
     )
+    return 0
+
+
+def _retry(arguments: argparse.Namespace) -> int:
+    from flows.api import retry_judgments
+
+    round, before, after = retry_judgments(arguments.run_dir, round=arguments.round, progress=_progress())
+    print(f"round {round}: {before['unjudged']:,} completions without a score before, {after['unjudged']:,} now")
+    for reason, count in after["abstentions"].items():
+        print(f"  {count:>8,}  {reason}")
+    print("iterdpo run ... --redo does again what was made from the old judgments")
     return 0
 
 

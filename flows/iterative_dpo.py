@@ -7,6 +7,7 @@ They are called, not submitted: one stage at a time has the accelerator.
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.api import describe, open_experiment
-from flows.loop import Stages, dpo_round, first_pending, initial_round, run_loop
+from flows.loop import Stages, dpo_round, first_pending, initial_round, pending_in, plain_round, run_loop
+from flows.review import waiting
 from iterdpo.config import Config, parse_config
 from iterdpo.experiment import Experiment
 from iterdpo.progress import Progress
@@ -79,6 +81,7 @@ def add_rounds(config: dict[str, Any], rounds: int = 1) -> str:
 def iterate(exp: Experiment) -> list[RoundRecord]:
     """The loop, inside a flow run."""
     do = prefect_stages()
+    exp.waiting = functools.partial(waiting, say=exp.progress.say)
 
     @flow(name="round", flow_run_name=f"{exp.run.root.name} round {{round}}", validate_parameters=False)
     def one_round(round: int) -> None:
@@ -86,7 +89,7 @@ def iterate(exp: Experiment) -> list[RoundRecord]:
 
     def subflow(round: int) -> RoundRecord:
         known = exp.run.record(round)
-        if known is not None and _still_done(exp, round):
+        if known is not None and pending_in(exp, lambda: plain_round(exp)(round)) is None:
             return known
         one_round(round)
         record = exp.run.record(round)
@@ -127,21 +130,6 @@ def report(run_dir: Path) -> str:
             description=f"{name} of {run_dir.name}",
         )
     return str(page)
-
-
-def _still_done(exp: Experiment, round: int) -> bool:
-    """Whether a recorded round needs nothing: then it gets no subflow of its own."""
-    from flows.loop import plain_round
-    from iterdpo.experiment import Pending
-
-    exp.looking = True
-    try:
-        plain_round(exp)(round)
-    except Pending:
-        return False
-    finally:
-        exp.looking = False
-    return True
 
 
 def _cell(value: Any) -> Any:

@@ -59,10 +59,14 @@ def first_pending(exp: Experiment) -> str | None:
     Raises:
         StaleStepError: a step on disk was made with other settings.
     """
+    return pending_in(exp, lambda: list(run_loop(exp, plain_round(exp))))
+
+
+def pending_in(exp: Experiment, walk: Callable[[], object]) -> str | None:
+    """The first step of `walk` that is not done, or None. The stages that it calls look, and do nothing."""
     exp.looking = True
     try:
-        for _ in run_loop(exp, plain_round(exp)):
-            pass
+        walk()
     except Pending as step:
         return str(step)
     finally:

@@ -93,9 +93,16 @@ class SamplingConfig(Section):
 
 class JudgeConfig(Section):
     use: str
-    """`reward_model`, or a judge of your own as `path/to/file.py:name` or `package.module:name`."""
+    """A judge of docs/judges.md by its name, or one of your own as `path/to/file.py:name` or `package.module:name`."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the judge; docs/judges.md lists those of `reward_model`."""
+    """Keyword arguments of the judge; docs/judges.md lists those of the judges that come with iterdpo."""
+    max_abstained: float = Field(0.25, ge=0, le=1)
+    """Stop the stage once more than this share of its completions cannot be judged. What is judged is kept, and the
+    same command goes on with what is missing. 1 never stops."""
+    max_abstained_count: int | None = Field(None, ge=0)
+    """The same as a number of completions; whichever is passed first stops the stage."""
+    stream: bool | None = None
+    """Judge each shard while the next is sampled. Default: where the judge says that it needs no accelerator."""
 
 
 class PairingConfig(Section):
@@ -325,7 +332,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _the_heldout_judge_is_another(self) -> Config:
-        if self.evaluation.judge == self.judge:
+        heldout = self.evaluation.judge
+        if heldout is not None and (heldout.use, heldout.args) == (self.judge.use, self.judge.args):
             raise ValueError("evaluation.judge is the training judge; a held-out judge must never have trained")
         return self
 
@@ -503,11 +511,23 @@ def _absolute(config: AnyConfig) -> AnyConfig:
         except (OSError, RuntimeError):  # too long for a path, or the home of a user who is not there
             return path
 
+    def used(use: str) -> str:
+        file, sign, name = use.rpartition(":")
+        return f"{local(file)}{sign}{name}" if file.endswith(".py") else use
+
+    def argument(value: Any) -> Any:
+        """An argument with the paths in it made absolute; a mapping with a `use` is a judge within a judge."""
+        match value:
+            case dict():
+                return {k: used(v) if k == "use" and isinstance(v, str) else argument(v) for k, v in value.items()}
+            case list():
+                return [argument(item) for item in value]
+            case str() if "/" in value:
+                return local(value)
+        return value
+
     def judge(section: JudgeConfig) -> JudgeConfig:
-        file, sign, name = section.use.rpartition(":")
-        use = f"{local(file)}{sign}{name}" if file.endswith(".py") else section.use
-        args = {k: local(v) if isinstance(v, str) and "/" in v else v for k, v in section.args.items()}
-        return section.model_copy(update={"use": use, "args": args})
+        return section.model_copy(update={"use": used(section.use), "args": argument(section.args)})
 
     update: dict[str, Any] = {
         "run_dir": str(Path(config.run_dir).expanduser().absolute()),

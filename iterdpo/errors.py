@@ -41,5 +41,13 @@ class RunLockedError(UserError):
     """Another process is working in the run directory."""
 
 
-class ChildFailed(RuntimeError):
+class RunFailed(RuntimeError):
+    """A run that cannot go on now. What was done stays done; the command line exits with status 1."""
+
+
+class JudgingStopped(RunFailed):
+    """More completions could not be judged than the configuration allows; the message has a table of the reasons."""
+
+
+class ChildFailed(RunFailed):
     """A worker process ended with an error; the message has the end of its log and the log's path."""

@@ -50,6 +50,16 @@ def win_rate(
     return bootstrap_mean(wins, confidence=confidence, samples=samples, seed=seed)
 
 
+def duel_shares(prompts: Sequence[Sequence[Scores]]) -> list[float]:
+    """Of each prompt, the share of its duels that the candidate won; a tie is half a win.
+
+    A duel is the scores of (the candidate's completion, the baseline's), which a judge gave side by side. Duels with
+    an abstention are left out, and prompts that have no other.
+    """
+    judged = [[(a, b) for a, b in duels if a is not None and b is not None] for duels in prompts]
+    return [sum(0.5 if a == b else float(a > b) for a, b in duels) / len(duels) for duels in judged if duels]
+
+
 def sequence_kl(
     policy_logps: Sequence[Sequence[float]],
     initial_logps: Sequence[Sequence[float]],

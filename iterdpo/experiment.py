@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from iterdpo.prompts import PromptSet, check_lengths, next_prompts, split_prompt
 from iterdpo.rendering import load_tokenizer, prompt_token_ids
 from iterdpo.rundir import RunDir, directory_digest, read_jsonl, write_jsonl, write_text
 from iterdpo.sampling import Sampler, VLLMSampler
+from iterdpo.shards import EarlyJudge
 from iterdpo.supervise import reserve
 from iterdpo.types import Prompt
 
@@ -74,6 +76,11 @@ class Experiment:
         self.round_prompts(config.rounds)  # there are enough of them
         self._sampler = sampler
         self._judges: dict[str, Judge] = {}
+        self._used: dict[str, dict[str, float]] = {}
+        self.early: dict[int, EarlyJudge] = {}
+        """By round, who judges while it is sampled."""
+        self.waiting: Callable[[str], AbstractContextManager[Callable[[], None] | None]] = self._say_waiting
+        """Opened, with a message, for as long as a judge waits for a person; Prefect pauses the flow run meanwhile."""
         self.looking = False
         """While true, a step that is not done raises `Pending`."""
 
@@ -183,10 +190,30 @@ class Experiment:
         return prompts if len(prompts) == count else None
 
     def judge(self, named: NamedJudge) -> Judge:
-        """The judge, loaded once. Its own `close`, where it has one, is called by `release_judges`."""
+        """The judge, loaded once. Its own `close`, where it has one, is called by `release_judges`.
+
+        Its `attach`, where it has one, is told the run's directory and what to open while it waits for somebody.
+        """
         if named.role not in self._judges:
-            self._judges[named.role] = named.load()
+            judge = named.load()
+            attach = getattr(judge, "attach", None)
+            if attach is not None:
+                attach(self.run.root, self.waiting)
+            self._judges[named.role] = judge
         return self._judges[named.role]
+
+    def used(self, named: NamedJudge) -> dict[str, float]:
+        """What the judge has used since this was last asked: `{"calls": 512, "tokens_in": 140800, …}`; often nothing."""
+        usage = getattr(self.judge(named), "usage", None)
+        totals = usage() if callable(usage) else {}
+        before = self._used.get(named.role, {})
+        self._used[named.role] = totals
+        return {name: total - before.get(name, 0) for name, total in totals.items()}
+
+    @contextmanager
+    def _say_waiting(self, message: str) -> Iterator[Callable[[], None] | None]:
+        self.progress.say(f"  {'waiting':<9} {message}")
+        yield None
 
     def release_judges(self) -> None:
         """Let judges that hold a device give it back; they load again when they are next asked."""
@@ -199,6 +226,8 @@ class Experiment:
         """End the sampler's process, where one was started."""
         if "sampler" in self.__dict__:
             self.sampler.close()
+        for early in self.early.values():
+            early.cancel()
         self.release_judges()
         for descriptor in self.__dict__.pop("reserved", []):
             os.close(descriptor)

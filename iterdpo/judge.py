@@ -31,6 +31,14 @@ class Judge(Protocol):
         """One `Judgment` for each group, in their order. Raising stops the stage; to skip, abstain."""
         ...
 
+    # A judge may also have:
+    # close()              give back what it holds of the device; called whenever another stage needs that
+    # comparative: bool    its scores mean "against the others of this group": evaluation then puts the candidate's
+    #                      completion and the baseline's into one group
+    # needs_device: bool   False where it may judge beside sampling
+    # usage() -> dict      totals of what it has used so far: calls, tokens_in, tokens_out, cost_usd, …
+    # attach(run_dir, waiting)   told where the run is, and a context to open while it waits for a person
+
 
 def checked_judgments(judge: Judge, groups: Sequence[CompletionGroup]) -> list[Judgment]:
     """`judge.judge(groups)`, held to the contract.
@@ -108,9 +116,14 @@ class NamedJudge:
     """A judge that is loaded when it is first needed; name and version are known before.
 
     `NamedJudge("heldout_judge", use="judges.sentiment:VaderSentiment", version="9c2e…", load=…)`
+
+    The rest are the settings of the same names in its section of the configuration.
     """
 
     role: str
     use: str
     version: str
     load: Callable[[], Judge]
+    max_abstained: float = 1.0
+    max_abstained_count: int | None = None
+    stream: bool | None = None

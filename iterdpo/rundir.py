@@ -129,6 +129,23 @@ class Step:
         fsync_directory(self.path.parent)
         return manifest
 
+    def reopen(self, *, keep: Path) -> Path:
+        """The finished step under way again, all its files in place; what it was is kept in `keep`.
+
+        Raises:
+            StaleStepError: it was made with other inputs.
+        """
+        if differing := self.differences():
+            raise StaleStepError(self.name, differing)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        shutil.copytree(self.path, self.partial)
+        (self.partial / MANIFEST).unlink()
+        write_json(self.partial / "STEP.json", self.inputs)
+        target = keep / self.path.parent.name / self.path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(self.path, target)
+        return self.partial
+
     def differences(self) -> list[tuple[str, Any, Any]]:
         """Inputs that differ from those of what is on disk, finished or not: (dotted key, then, now)."""
         manifest, note = read_manifest(self.path), self.partial / "STEP.json"

@@ -9,16 +9,28 @@ They need no Prefect. They take an `Experiment` and small records, and return th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from iterdpo.config import DPOConfig
 from iterdpo.errors import ChildFailed, DataError, StaleStepError
-from iterdpo.evaluate import Interval, Scores, distinct_n, logp_gap, mean_score, sequence_kl, win_rate
+from iterdpo.evaluate import (
+    Interval,
+    Scores,
+    bootstrap_mean,
+    distinct_n,
+    duel_shares,
+    logp_gap,
+    mean_score,
+    sequence_kl,
+    win_rate,
+)
 from iterdpo.experiment import Experiment, Pending, Policy, named_prompts
 from iterdpo.gate import decide
-from iterdpo.judge import NamedJudge, checked_judgments
+from iterdpo.judge import NamedJudge
+from iterdpo.judging import abstention_counts, judge_metrics
 from iterdpo.launch import OPTIMIZER_STATE, TRAIN_LOG, TrainSpec, launch_training
 from iterdpo.pairing import build_pairs
 from iterdpo.pairs import HELDOUT, TRAIN, write_pairs
@@ -34,9 +46,11 @@ from iterdpo.rundir import (
     read_manifest,
     write_json,
     write_jsonl,
+    write_text,
 )
 from iterdpo.sampling import SamplingParameters
 from iterdpo.seeds import derive_seed
+from iterdpo.shards import RETRY, EarlyJudge, group_shards, judge_key, judge_shards, read_groups, read_judgments
 from iterdpo.types import CompletionGroup, Judgment, Prompt, RoundRecord
 
 # Settings that change how fast or in how much memory a step runs, never what it computes.
@@ -71,7 +85,10 @@ def sample(exp: Experiment, round: int, policy: Policy) -> Manifest:
     exp.pin_prompts(round)
     seeds = [derive_seed(exp.config.seed, round, "sample", p.id) for p in prompts]
     parameters = _parameters(exp, exp.config.sampling.n, exp.config.sampling.temperature)
-    groups = _sample_shards(exp, directory, "sample", policy, prompts, seeds, parameters)
+    early = _early_judge(exp, round)
+    groups = _sample_shards(
+        exp, directory, "sample", policy, prompts, seeds, parameters, on_shard=early.put if early else None
+    )
     return step.finish(
         counts={
             "prompts": len(groups),
@@ -86,14 +103,39 @@ def judge(exp: Experiment, round: int) -> Manifest:
     """The training judge's scores of the round's completions."""
     named = exp.judges[0]
     completions = _finished(exp.run, round, "completions")
-    inputs = {"judge": _judge_key(named), "completions": completions.digest}
+    inputs = {"judge": judge_key(named), "completions": completions.digest}
     step = exp.run.step(round, "judgments", inputs)
     if (done := _done(exp, step)) is not None:
         return done
     directory = step.begin()
-    judgments = _judge_shards(exp, directory, "judge", named, exp.run.round_dir(round) / "completions")
+    streamed = exp.early.pop(round).join() if round in exp.early else 0.0
+    early = _early_directory(exp, round)
+    source = exp.run.round_dir(round) / "completions"
+    judgments = _judge(
+        exp, "judge", named, group_shards(source), directory, total=completions.counts["completions"], early=early
+    )
+    usage = exp.used(named)
     exp.release_judges()
-    return step.finish(counts=_abstentions(judgments))
+    shutil.rmtree(early, ignore_errors=True)
+    metrics = judge_metrics(read_groups(source), judgments)
+    return step.finish(
+        counts={**abstention_counts(judgments), "metrics": metrics, "usage": usage}, seconds={"streamed": streamed}
+    )
+
+
+def retry_judgments(exp: Experiment, round: int) -> tuple[Manifest, Manifest]:
+    """Judge again what abstained in the finished judgments of `round`. Returns the manifests before and after.
+
+    The old judgments are kept in the attic. What was made from them is now outdated, and refused until `--redo`.
+
+    Raises:
+        StaleStepError: they were made by another judge.
+    """
+    before = _finished(exp.run, round, "judgments")
+    inputs = {"judge": judge_key(exp.judges[0]), "completions": before.inputs["completions"]}
+    directory = exp.run.step(round, "judgments", inputs).reopen(keep=exp.run.attic)
+    write_text(directory / RETRY, "")
+    return before, judge(exp, round)
 
 
 def pair(exp: Experiment, round: int) -> Manifest:
@@ -257,7 +299,7 @@ def evaluate(exp: Experiment, round: int, policy: Policy, previous: int | None) 
         "prompts": _prompts_key(exp, prompts),
         "sampling": _sampling_key(exp, n, temperature),
         "evaluation": config.model_dump(exclude={"judge", "max_logp_gap"}),
-        "judges": {named.role: _judge_key(named) for named in exp.judges},
+        "judges": {named.role: judge_key(named) for named in exp.judges},
         "baselines": {name: _finished(exp.run, r, "evaluation").digest for name, r in baselines.items()},
         "seed": exp.config.seed,
     }
@@ -279,9 +321,15 @@ def evaluate(exp: Experiment, round: int, policy: Policy, previous: int | None) 
         _parameters(exp, n, temperature),
     )
     scores: dict[str, list[Scores]] = {}
+    duels: dict[str, dict[str, list[list[Scores]]]] = {}
     for named in exp.judges:
         target = _subdirectory(directory, "judgments", named.role)
-        scores[named.role] = [j.scores for j in _judge_shards(exp, target, "score", named, directory / "completions")]
+        if getattr(exp.judge(named), "comparative", False):
+            duels[named.role] = {name: _duels(exp, named, groups, r, target) for name, r in baselines.items()}
+            continue
+        judged = group_shards(directory / "completions")
+        total = sum(len(g.completions) for g in groups)
+        scores[named.role] = [j.scores for j in _judge(exp, "score", named, judged, target, total=total)]
     exp.release_judges()
     logps = _sequence_logps(exp, directory / "logps.json", policy, groups)
     gap = _checked_gap(groups, logps, limit=config.max_logp_gap)
@@ -289,6 +337,7 @@ def evaluate(exp: Experiment, round: int, policy: Policy, previous: int | None) 
         groups,
         scores,
         {name: _evaluation_scores(exp.run, r) for name, r in baselines.items()},
+        duels,
         logps,
         bootstrap={
             "confidence": config.confidence,
@@ -333,6 +382,7 @@ def evaluation_metrics(
     groups: Sequence[CompletionGroup],
     scores: dict[str, list[Scores]],
     baselines: dict[str, dict[str, list[Scores]]],
+    duels: dict[str, dict[str, list[list[Scores]]]],
     logps: dict[str, list[list[float]]] | None,
     *,
     bootstrap: dict[str, Any],
@@ -340,18 +390,22 @@ def evaluation_metrics(
     """The metrics of docs/metrics.md that the held-out completions decide.
 
     `scores` by role of the judge, prompt by prompt; `baselines` the same for the policies compared with, by name;
+    `duels`, by role and name, are those of a judge that compares: for each prompt the scores of (the candidate's
+    completion, the baseline's), as often as there are completions;
     `logps` has `policy` and `initial`, summed over each completion, None where the policy is the initial one.
     Win rates are by the held-out judge where there is one.
     """
     completions = [c for g in groups for c in g.completions]
-    decider = "heldout_judge" if "heldout_judge" in scores else "train_judge"
+    decider = "heldout_judge" if "heldout_judge" in scores | duels else "train_judge"
     metrics: dict[str, Any] = {"win_rate/judge": decider.removesuffix("_judge")}
     for role in ("train_judge", "heldout_judge"):
         value = mean_score(scores[role], **bootstrap) if role in scores else Interval(None, None, None)
         metrics |= _named(f"score/{role}", value)
     for name in ("initial", "previous"):
         value = Interval(None, None, None)
-        if name in baselines:
+        if name in duels.get(decider, {}):
+            value = bootstrap_mean(duel_shares(duels[decider][name]), **bootstrap)
+        elif name in baselines and decider in scores:
             value = win_rate(scores[decider], baselines[name][decider], **bootstrap)
         metrics |= _named(f"win_rate/vs_{name}", value)
     kl = Interval(0.0, 0.0, 0.0) if logps is None else sequence_kl(logps["policy"], logps["initial"], **bootstrap)
@@ -363,7 +417,11 @@ def evaluation_metrics(
         "distinct/2": distinct_n([c.token_ids for c in completions], 2),
         "evaluation/prompts": len(groups),
         "evaluation/completions": len(completions),
-        "evaluation/unjudged": sum(s is None for group in scores[decider] for s in group),
+        "evaluation/unjudged": (
+            sum(s is None for group in scores[decider] for s in group)
+            if decider in scores
+            else max((sum(None in met for p in prompts for met in p) for prompts in duels[decider].values()), default=0)
+        ),
     }
 
 
@@ -403,6 +461,8 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
     metrics["alarms"] = sum(len(row.get("alarms", [])) for row in log) if log else None
     if (directory / "policy" / "eval_metrics.json").exists():
         metrics |= read_json(directory / "policy" / "eval_metrics.json")
+    for name, value in (counts["judgments"].get("metrics", {}) | counts["judgments"].get("usage", {})).items():
+        metrics[f"judge/{name}"] = value
     stages = {
         "sample": "completions",
         "judge": "judgments",
@@ -412,16 +472,9 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
     }
     for stage, step in stages.items():
         metrics[f"time/{stage}_s"] = seconds[step]
+    metrics["time/judge_streamed_s"] = steps["judgments"].seconds.get("streamed") if steps["judgments"] else None
     metrics["time/round_s"] = sum(s for s in seconds.values() if s is not None)
     return metrics
-
-
-def read_groups(directory: Path) -> list[CompletionGroup]:
-    return [CompletionGroup.from_json(row) for shard in _shards(directory) for row in read_jsonl(shard)]
-
-
-def read_judgments(directory: Path) -> list[Judgment]:
-    return [Judgment.from_json(row) for shard in _shards(directory) for row in read_jsonl(shard)]
 
 
 def _done(exp: Experiment | None, step: Step) -> Manifest | None:
@@ -450,6 +503,8 @@ def _sample_shards(
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
     parameters: SamplingParameters,
+    *,
+    on_shard: Callable[[list[CompletionGroup]], None] | None = None,
 ) -> list[CompletionGroup]:
     """Sample what is missing, shard by shard, each durable before the next begins. Returns all groups."""
     size = exp.config.sampling.shard_size
@@ -458,7 +513,7 @@ def _sample_shards(
         for number, start in enumerate(range(0, len(prompts), size)):
             shard = directory / f"shard-{number:04d}.jsonl"
             if shard.exists():
-                groups += [CompletionGroup.from_json(row) for row in read_jsonl(shard)]
+                fresh = [CompletionGroup.from_json(row) for row in read_jsonl(shard)]
             else:
                 asked = prompts[start : start + size]
                 ids = [exp.prompt_ids(p) for p in asked]
@@ -466,7 +521,9 @@ def _sample_shards(
                 sampled = exp.sampler.sample(ids, seeds[start : start + size], parameters)
                 fresh = [CompletionGroup(*group) for group in zip(asked, ids, sampled, strict=True)]
                 write_jsonl(shard, (g.to_json() for g in fresh))
-                groups += fresh
+            groups += fresh
+            if on_shard is not None:
+                on_shard(fresh)
             stage.to(sum(len(g.completions) for g in groups))
         tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
         stage.remark = f"{tokens / max(1, stage.done):.1f} tokens each"
@@ -475,26 +532,72 @@ def _sample_shards(
     return groups
 
 
-def _judge_shards(exp: Experiment, directory: Path, name: str, named: NamedJudge, completions: Path) -> list[Judgment]:
-    """Judge what is missing, shard by shard. Returns all judgments, in the order of the groups."""
-    judgments: list[Judgment] = []
-    shards = _shards(completions)
-    groups = {shard: [CompletionGroup.from_json(row) for row in read_jsonl(shard)] for shard in shards}
-    with exp.progress.stage(name, sum(len(g.completions) for s in shards for g in groups[s]), "completions") as stage:
-        for shard in shards:
-            target = directory / shard.name
-            if target.exists():
-                fresh = [Judgment.from_json(row) for row in read_jsonl(target)]
-            else:
-                fresh = checked_judgments(exp.judge(named), groups[shard])
-                write_jsonl(target, (j.to_json() for j in fresh))
-            judgments += fresh
-            stage.advance(sum(len(j.scores) for j in fresh))
+def _judge(
+    exp: Experiment,
+    name: str,
+    named: NamedJudge,
+    shards: Iterable[tuple[str, list[CompletionGroup]]],
+    directory: Path,
+    *,
+    total: int,
+    early: Path | None = None,
+) -> list[Judgment]:
+    """`judge_shards`, with its progress shown."""
+    with exp.progress.stage(name, total, "completions") as stage:
+        judgments = judge_shards(
+            named,
+            lambda: exp.judge(named),
+            shards,
+            directory,
+            total=total,
+            early=early,
+            on_shard=lambda fresh: stage.advance(sum(len(j.scores) for j in fresh)),
+        )
         scores = [s for j in judgments for s in j.scores if s is not None]
         unjudged = stage.done - len(scores)
         mean = f"mean score {sum(scores) / len(scores):.3f}" if scores else "nothing judged"
         stage.remark = f"{named.use.rpartition('/')[2]}: {mean}" + (f", {unjudged} abstentions" if unjudged else "")
     return judgments
+
+
+def _duels(
+    exp: Experiment, named: NamedJudge, candidates: Sequence[CompletionGroup], baseline: int, directory: Path
+) -> list[list[Scores]]:
+    """The candidate's completions against those of round `baseline`, each with its opposite number, prompt by prompt.
+
+    Returns for each prompt the scores of (candidate, baseline). Two that are alike tie, and nobody is asked.
+    """
+    opponents = read_groups(exp.run.round_dir(baseline) / "evaluation" / "completions")
+    pairs = [
+        CompletionGroup(ours.prompt, ours.prompt_ids, [a, b])
+        for ours, theirs in zip(candidates, opponents, strict=True)
+        for a, b in zip(ours.completions, theirs.completions, strict=True)
+    ]
+    asked = [p for p in pairs if p.completions[0].text != p.completions[1].text]
+    size = exp.config.sampling.shard_size
+    shards = ((f"shard-{n // size:04d}.jsonl", asked[n : n + size]) for n in range(0, len(asked), size))
+    target = _subdirectory(directory, f"vs-round-{baseline:03d}")  # the same for two baselines that are one
+    judged = iter(_judge(exp, "compare", named, shards, target, total=2 * len(asked)))
+    scores = iter(
+        [[0.5, 0.5] if p.completions[0].text == p.completions[1].text else next(judged).scores for p in pairs]
+    )
+    return [[next(scores) for _ in g.completions] for g in candidates]
+
+
+def _early_directory(exp: Experiment, round: int) -> Path:
+    return exp.run.round_dir(round) / "judgments.early"
+
+
+def _early_judge(exp: Experiment, round: int) -> EarlyJudge | None:
+    """Who judges a shard while the next is sampled; None where the judge may need the sampler's device."""
+    named = exp.judges[0]
+    if named.stream is False:
+        return None
+    judge = exp.judge(named)
+    if named.stream is None and getattr(judge, "needs_device", True):
+        return None
+    exp.early[round] = EarlyJudge(named, judge, _early_directory(exp, round))
+    return exp.early[round]
 
 
 def _sequence_logps(
@@ -549,7 +652,7 @@ def _checked_gap(
 
 def _evaluation_scores(run: RunDir, round: int) -> dict[str, list[Scores]]:
     directory = run.round_dir(round) / "evaluation" / "judgments"
-    return {role.name: [j.scores for j in read_judgments(role)] for role in sorted(directory.iterdir())}
+    return {role.name: [j.scores for j in read_judgments(role)] for role in sorted(directory.glob("*"))}
 
 
 def _prompts_key(exp: Experiment, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -573,26 +676,11 @@ def _sampling_key(exp: Experiment, n: int, temperature: float) -> dict[str, Any]
     }
 
 
-def _judge_key(named: NamedJudge) -> dict[str, str]:
-    return {"use": named.use.rpartition("/")[2], "version": named.version}
-
-
 def _parameters(exp: Experiment, n: int, temperature: float) -> SamplingParameters:
     section = exp.config.sampling
     return SamplingParameters(
         n=n, temperature=temperature, top_p=section.top_p, top_k=section.top_k, max_tokens=section.max_tokens
     )
-
-
-def _abstentions(judgments: Sequence[Judgment]) -> dict[str, Any]:
-    reasons: dict[str, int] = {}
-    for reason in (r for j in judgments for r in j.abstentions if r is not None):
-        reasons[reason] = reasons.get(reason, 0) + 1
-    return {
-        "completions": sum(len(j.scores) for j in judgments),
-        "unjudged": sum(reasons.values()),
-        "abstentions": dict(sorted(reasons.items(), key=lambda item: -item[1])[:20]),
-    }
 
 
 def _named(name: str, interval: Interval) -> dict[str, float | None]:
@@ -603,7 +691,3 @@ def _subdirectory(directory: Path, *parts: str) -> Path:
     path = directory.joinpath(*parts)
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _shards(directory: Path) -> list[Path]:
-    return sorted(directory.glob("shard-*.jsonl"))

@@ -28,6 +28,11 @@ class Prompt:
         return not isinstance(self.content, str)
 
     @property
+    def messages(self) -> list[Message]:
+        """The prompt as chat messages; a plain text is one of the user's."""
+        return [{"role": "user", "content": self.content}] if isinstance(self.content, str) else self.content
+
+    @property
     def text(self) -> str:
         """The prompt as a person reads it: the plain text, or `role: content` blocks."""
         if isinstance(self.content, str):
@@ -78,12 +83,14 @@ class Comparison:
     """One verdict of a comparing judge on completions `first` and `second`, shown in that order.
 
     `Comparison(first=0, second=2, winner="second")`; `winner` is None where the judge abstained, for `reason`.
+    A judge that gives probabilities says in `probability` how likely the first is the better one.
     """
 
     first: int
     second: int
     winner: Literal["first", "second", "tie"] | None
     reason: str | None = None
+    probability: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +106,8 @@ class Judgment:
     scores: list[float | None]  # [K]
     abstentions: list[str | None]  # [K]
     comparisons: list[Comparison] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    """What else the judge has to say, as JSON: the scores of single criteria, how many cycles its comparisons have."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,8 +12,10 @@ A class is made with the `args`, and its method `judge`, `score`, `compare` or `
 is read by the same table; a function receives the `args` as keyword arguments. Any of them may be a coroutine
 function: then up to 16 calls run at once (or as many as its attribute `concurrency` says).
 
-`prompt` is the plain text, or the list of messages; `completion`, `a` and `b` are always texts. Any other
-parameter receives the column of that name from the prompt's row (`gold`, say); `**columns` receives them all.
+`prompt` is the plain text, or the list of messages; `completion`, `a` and `b` are always texts. `messages` is the prompt
+as messages in any case, `prompt_id` its id; of `completion` there are `token_count` and `finish_reason`, of a comparison
+`a_token_count`, `b_token_count`, `a_finish_reason` and `b_finish_reason`. Any other parameter receives the column of that
+name from the prompt's row (`gold`, say); `**columns` receives them all.
 
 A score is a number, higher is better. None, NaN, an infinity, a string, and an exception are abstentions; they
 are never turned into numbers. A comparison that comes out differently in the two orders is a tie.
@@ -35,17 +37,22 @@ from typing import Any, Literal
 
 from iterdpo.errors import JudgeError
 from iterdpo.judge import Judge, judgment_from_scores
-from iterdpo.types import Comparison, CompletionGroup, Judgment
+from iterdpo.types import Comparison, Completion, CompletionGroup, Judgment, Prompt
+from judges.tournament import judgment_from_comparisons
 
 Kind = Literal["groups", "batch", "score", "compare"]
 Bound = functools.partial[Any]
 
 CONCURRENCY = 16
+FACTS = (
+    *("messages", "prompt_id", "token_count", "finish_reason"),
+    *("a_token_count", "b_token_count", "a_finish_reason", "b_finish_reason"),
+)
+"""What a function may ask for beside the texts, where the row has no column of that name."""
 SHAPES = (
     "`prompt, completion` to score one completion, `prompt, a, b` to compare two, `prompts, completions` for a "
     "TRL reward function, `groups` for the whole protocol"
 )
-POINTS = {"first": 1.0, "tie": 0.5, "second": 0.0, None: None}
 VERDICTS: dict[str, Literal["first", "second", "tie"]] = {"a": "first", "b": "second", "tie": "tie"}
 
 
@@ -73,6 +80,14 @@ class CustomJudge:
     function: Bound
     owner: Any
 
+    @property
+    def comparative(self) -> bool:
+        return self.kind == "compare" or bool(getattr(self.owner, "comparative", False))
+
+    @property
+    def needs_device(self) -> bool:
+        return bool(getattr(self.owner, "needs_device", True))
+
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         match self.kind:
             case "groups":
@@ -89,28 +104,6 @@ class CustomJudge:
         """Calls the `close` of the user's object, where it has one."""
         if callable(close := getattr(self.owner, "close", None)):
             close()
-
-
-def judgment_from_comparisons(group: CompletionGroup, comparisons: Sequence[Comparison]) -> Judgment:
-    """Scores from every two completions compared in both orders.
-
-    The score of a completion is its mean over the opponents: 1 for a win in both orders, 0 for a loss in both, 0.5
-    for anything else. Where either order was an abstention the opponent is left out; without opponents it abstains.
-    """
-    points = {(c.first, c.second): POINTS[c.winner] for c in comparisons}
-    count = len(group.completions)
-    scores: list[float | None] = []
-    reasons: list[str | None] = []
-    for k in range(count):
-        met = [(points[k, other], points[other, k]) for other in range(count) if other != k]
-        # The points of `first` in the two orders add up to 1 exactly where the verdicts agree.
-        results = [f if f + b == 1 else 0.5 for f, b in met if f is not None and b is not None]
-        scores.append(sum(results) / len(results) if results else None)
-        why = next(
-            (c.reason for c in comparisons if c.reason and k in (c.first, c.second)), "nothing to compare it with"
-        )
-        reasons.append(None if results else why)
-    return Judgment(group.prompt.id, scores, reasons, list(comparisons))
 
 
 def judgment_from_outcomes(group: CompletionGroup, outcomes: Sequence[object]) -> Judgment:
@@ -190,16 +183,26 @@ def _entry(made: Any, args: dict[str, Any], name: str, *, produced: bool = False
 
 
 def _judge_scores(function: Bound, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+    wants = inspect.signature(function.func).parameters
     calls = [
-        {**g.prompt.columns, "prompt": g.prompt.content, "completion": c.text} for g in groups for c in g.completions
+        {**_facts(wants, g.prompt, c), **g.prompt.columns, "prompt": g.prompt.content, "completion": c.text}
+        for g in groups
+        for c in g.completions
     ]
     return _split(groups, _call_all(function, calls))
 
 
 def _judge_comparisons(function: Bound, groups: Sequence[CompletionGroup]) -> list[Judgment]:
     orders = [list(itertools.permutations(range(len(g.completions)), 2)) for g in groups]
+    wants = inspect.signature(function.func).parameters
     calls = [
-        {**g.prompt.columns, "prompt": g.prompt.content, "a": g.completions[i].text, "b": g.completions[j].text}
+        {
+            **_facts(wants, g.prompt, a_=g.completions[i], b_=g.completions[j]),
+            **g.prompt.columns,
+            "prompt": g.prompt.content,
+            "a": g.completions[i].text,
+            "b": g.completions[j].text,
+        }
         for g, pairs in zip(groups, orders, strict=True)
         for i, j in pairs
     ]
@@ -208,6 +211,16 @@ def _judge_comparisons(function: Bound, groups: Sequence[CompletionGroup]) -> li
         judgment_from_comparisons(g, [_comparison(i, j, next(verdicts)) for i, j in pairs])
         for g, pairs in zip(groups, orders, strict=True)
     ]
+
+
+def _facts(
+    wants: Iterable[str], prompt: Prompt, completion: Completion | None = None, **named: Completion
+) -> dict[str, Any]:
+    """Those of `FACTS` that a function names. `**columns` alone gets none of them."""
+    facts: dict[str, Any] = {"messages": prompt.messages, "prompt_id": prompt.id}
+    for prefix, c in {**({"": completion} if completion else {}), **named}.items():
+        facts |= {f"{prefix}token_count": len(c.token_ids), f"{prefix}finish_reason": c.finish_reason}
+    return {name: value for name, value in facts.items() if name in wants}
 
 
 def _comparison(first: int, second: int, verdict: object) -> Comparison:

@@ -1,4 +1,9 @@
-"""Finds the judge that a configuration names: `reward_model`, `path/to/file.py:name` or `package.module:name`.
+"""Finds the judge that a configuration names: one that comes with iterdpo, `path/to/file.py:name`,
+`package.module:name`, or a name that an installed package declares as an entry point of the group `iterdpo.judges`.
+
+A judge that comes with iterdpo is a class. Of these attributes it has those that it needs: `check(**args)` refuses bad
+arguments, `key(**args)` is what decides its scores where that is more than the arguments, and `SPEED_ONLY` names the
+arguments that decide nothing. An argument that is a mapping with a `use` of its own is a judge within a judge.
 
 `check_judge` and `judge_version` read source code without running it, so that a configuration is validated, and the
 key of its results known, without loading a model or importing torch.
@@ -16,6 +21,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,26 +29,47 @@ from typing import Any, NamedTuple
 from iterdpo.errors import JudgeError
 from iterdpo.judge import Judge
 from iterdpo.rundir import digest, directory_digest, sha256_file
-from judges.custom import adapt, check_signature, kind_of, nearest
-from judges.reward_model import RewardModelJudge, check_reward_model
+from judges.custom import FACTS, adapt, check_signature, kind_of, nearest
 
-REWARD_MODEL = "reward_model"
-SPEED_ONLY = {"batch_size", "device"}
-"""Arguments of the reward model that change no score, and so no version."""
+BUILT_IN = {
+    "pairwise": "judges.llm:PairwiseJudge",
+    "rubric": "judges.llm:RubricJudge",
+    "listwise": "judges.llm:ListwiseJudge",
+    "reward_model": "judges.reward_model:RewardModelJudge",
+    "pair_ranker": "judges.pair_ranker:PairRanker",
+    "implicit_reward": "judges.implicit:ImplicitReward",
+    "exact_match": "judges.verifiers:ExactMatch",
+    "numeric_match": "judges.verifiers:NumericMatch",
+    "math": "judges.verifiers:Math",
+    "json_schema": "judges.verifiers:JSONSchema",
+    "regex": "judges.verifiers:Regex",
+    "code_tests": "judges.verifiers:CodeTests",
+    "instructions": "judges.instructions:Instructions",
+    "ensemble": "judges.combine:Ensemble",
+    "length_penalty": "judges.combine:LengthPenalty",
+    "length_regressed": "judges.combine:LengthRegressed",
+    "clip": "judges.combine:Clip",
+    "tie_band": "judges.combine:TieBand",
+    "z_score": "judges.combine:ZScore",
+    "cached": "judges.combine:Cached",
+    "remote": "judges.remote:Remote",
+    "person": "judges.person:Person",
+}
+ENTRY_POINTS = "iterdpo.judges"
 
 
 def load_judge(use: str, args: dict[str, Any]) -> Judge:
-    """The judge that `use` names, made with `args`. A reward model loads its weights at its first judgment.
+    """The judge that `use` names, made with `args`. What loads a model does so at its first judgment.
 
     Raises:
         JudgeError: what `check_judge` finds, an import that fails, or an object that is no judge.
     """
     check_judge(use, args)
     version = judge_version(use, args)
-    if use == REWARD_MODEL:
-        reward_model = RewardModelJudge(**args)
-        reward_model.version = version
-        return reward_model
+    if use in BUILT_IN:
+        judge = _built_in(use)(**args)
+        judge.version = version
+        return judge
     source = _locate(use)
     module = _import(source, use)
     if not hasattr(module, source.name):
@@ -51,15 +78,19 @@ def load_judge(use: str, args: dict[str, Any]) -> Judge:
 
 
 def check_judge(use: str, args: dict[str, Any]) -> None:
-    """Find what is wrong with a judge's section of a configuration, running none of its code.
+    """Find what is wrong with a judge's section of a configuration, running none of the user's code.
 
     Raises:
         JudgeError: no such file, module, name or checkpoint, a file that does not parse, a function whose parameters
             make it no judge, an argument that is missing or unknown.
     """
-    if use == REWARD_MODEL:
-        check_signature(inspect.signature(RewardModelJudge), args, use, constructor=True)
-        check_reward_model(**args)
+    if use in BUILT_IN:
+        made = _built_in(use)
+        check_signature(inspect.signature(made), args, use, constructor=True)
+        for nested in _nested(args):
+            check_judge(nested["use"], nested.get("args") or {})
+        if hasattr(made, "check"):
+            made.check(**args)
         return
     source = _locate(use)
     if source.file is None:
@@ -83,7 +114,7 @@ def check_columns(use: str, columns: Iterable[str]) -> None:
     Raises:
         JudgeError: naming the column, and the nearest that there is.
     """
-    source = _locate(use) if use != REWARD_MODEL else None
+    source = None if use in BUILT_IN else _locate(use)
     if source is None or source.file is None:
         return
     node = dict(_definitions(ast.parse(source.file.read_bytes()).body)).get(source.name)
@@ -92,7 +123,7 @@ def check_columns(use: str, columns: Iterable[str]) -> None:
     parameters = _signature(node.args).parameters.values()
     if kind_of(p.name for p in parameters) not in ("score", "compare"):
         return
-    given = {"prompt", "completion", "a", "b", *columns}
+    given = {"prompt", "completion", "a", "b", *FACTS, *columns}
     for p in parameters:
         if p.name not in given and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
             raise JudgeError(
@@ -110,11 +141,27 @@ def judge_version(use: str, args: dict[str, Any]) -> str:
     Raises:
         JudgeError: no such file or module.
     """
-    if use == REWARD_MODEL:
-        return digest([use, _content({k: v for k, v in args.items() if k not in SPEED_ONLY})])
+    if use in BUILT_IN:
+        made = _built_in(use)
+        decides = {k: v for k, v in args.items() if k not in getattr(made, "SPEED_ONLY", ())}
+        return digest([use, _content(made.key(**args) if hasattr(made, "key") else decides)])
     source = _locate(use)
     code = use if source.file is None else _content(str(source.file.absolute()))
     return digest([code, source.name, _content(args)])
+
+
+def _built_in(use: str) -> Any:
+    module, _, name = BUILT_IN[use].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _nested(value: Any) -> Iterator[dict[str, Any]]:
+    """The judges within a judge's arguments: `{"use": "exact_match", "args": {"column": "gold"}}`, at any depth."""
+    if isinstance(value, dict) and isinstance(value.get("use"), str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _nested(item)
 
 
 class _Source(NamedTuple):
@@ -129,10 +176,12 @@ class _Source(NamedTuple):
 
 
 def _locate(use: str) -> _Source:
-    place, _, name = use.rpartition(":")
+    declared = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+    place, _, name = declared.get(use, use).rpartition(":")
     if not place or not name.isidentifier():
         raise JudgeError(
-            f"judge {use!r}: a judge is named `{REWARD_MODEL}`, `path/to/file.py:name` or `package.module:name`"
+            f"judge {use!r}: a judge is named `path/to/file.py:name`, `package.module:name`, or by a name that is "
+            f"known; {nearest(use, [*BUILT_IN, *declared], 'these are')}"
         )
     if place.endswith(".py"):
         file = Path(place).expanduser()
@@ -250,6 +299,9 @@ def _label(use: str) -> str:
 def _content(value: Any) -> Any:
     """`value` with every path of an existing file or directory replaced by a hash of what is there."""
     match value:
+        case {"use": str(use)}:
+            rest = {k: v for k, v in value.items() if k not in ("use", "args")}
+            return {"judge": judge_version(use, value.get("args") or {}), **_content(rest)}
         case dict():
             return {str(k): _content(v) for k, v in value.items()}
         case list() | tuple():

@@ -59,6 +59,7 @@ def write_report(run_dir: str | Path) -> Path:
         rounds=_rounds(run),
         figures=[(key, *_caption(key, run), Markup(as_svg(fig))) for key, fig in figures(run).items()],
         left_out=_left_out(run),
+        judge=_judge(run),
         examples=_examples(run),
         metrics=_all_metrics(run),
         config=json.dumps(run.config, indent=2, ensure_ascii=False),
@@ -138,6 +139,23 @@ def _left_out(run: Run) -> dict[str, Any]:
         if (run.dir.round_dir(r) / "judgments").exists():
             reasons.update(run.abstentions(r))
     return {**_table(run.metrics, columns), "reasons": reasons.most_common(5)}
+
+
+def _judge(run: Run) -> dict[str, Any]:
+    """A table of how the training judge behaved; columns without data are left out."""
+    columns = [
+        Column("Abstained", "judge/abstained", percent),
+        Column("Flipped with the order", "judge/flip_rate", percent),
+        Column("First position wins", "judge/first_position", percent),
+        Column("Longer wins", "judge/longer_wins", percent),
+        Column("Length correlation", "judge/length_correlation", number),
+        Column("In circles", "judge/intransitive", percent),
+        Column("Calls", "judge/calls", _count),
+        Column("Tokens read", "judge/tokens_in", _count),
+        Column("Tokens written", "judge/tokens_out", _count),
+        Column("Cost, USD", "judge/cost_usd", "{:.2f}".format),
+    ]
+    return _table(run.metrics[run.metrics.index > 0], columns)
 
 
 def _table(metrics: pd.DataFrame, columns: list[Column]) -> dict[str, Any]:

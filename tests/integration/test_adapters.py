@@ -13,7 +13,7 @@ from iterdpo.config import Config, parse_config
 from iterdpo.models import adapter_base, load_policy, with_new_adapter
 from iterdpo.rundir import read_json, read_jsonl
 from iterdpo.sampling import SamplingParameters, VLLMSampler
-from iterdpo.stages import read_groups
+from iterdpo.shards import read_groups
 from iterdpo.testing import build_tiny_checkpoint
 from iterdpo.types import CompletionGroup
 from tests.integration.harness import Workspace

@@ -109,7 +109,7 @@ def test_a_file_may_import_its_neighbours(tmp_path: Path) -> None:
         ("judges.sentiment:LinearSentimant", {}, "did you mean 'LinearSentiment'"),
         ("judges.sentiment:LinearSentiment", {"pth": "x"}, "missing argument 'path'"),
         ("trl.rewards:accuracy_rewards", {}, "did you mean 'accuracy_reward'"),
-        ("reward-model", {}, "a judge is named `reward_model`, `path/to/file.py:name` or `package.module:name`"),
+        ("reward-model", {}, "did you mean 'reward_model'"),
         ("my_judge.py:", {}, "a judge is named"),
     ],
 )

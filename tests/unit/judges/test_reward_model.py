@@ -224,9 +224,65 @@ def test_a_hub_id_is_left_to_the_loading() -> None:
     check_judge("reward_model", {"model": "some-organisation/some-reward-model", "revision": "main"})
 
 
-def test_more_than_two_labels_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_more_than_two_labels_need_a_head_or_weights(tiny_model: Path, tmp_path: Path) -> None:
     checkpoint = build(tmp_path, tiny_model, 3)
     with pytest.raises(JudgeError, match="has 3 labels"):
         check_judge("reward_model", {"model": str(checkpoint)})
     with pytest.raises(JudgeError, match="has 3 labels"):
         RewardModelJudge(str(checkpoint)).judge([make_group("x", ["a"])])
+
+
+def test_of_several_heads_the_score_is_one_or_their_weighted_sum(tiny_model: Path, tmp_path: Path) -> None:
+    checkpoint = build(tmp_path, tiny_model, 3)
+    group = make_group("x", ["a", "bb"])
+    expected = [logits(checkpoint, tokens(checkpoint, "x" + text)) for text in ("a", "bb")]
+    [judgment] = checked_judgments(RewardModelJudge(str(checkpoint), head=2, dtype="float32"), [group])
+    assert judgment.scores == pytest.approx([row[2] for row in expected], abs=1e-4)
+    weighted = load_judge("reward_model", {"model": str(checkpoint), "weights": [1, 0.5, -2], "dtype": "float32"})
+    [judgment] = checked_judgments(weighted, [group])
+    assert judgment.scores == pytest.approx([a + 0.5 * b - 2 * c for a, b, c in expected], abs=1e-4)
+    assert weighted.version != judge_version("reward_model", {"model": str(checkpoint), "head": 0, "dtype": "float32"})
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        ({"weights": [1, 2]}, "has 3 labels, and there are 2 weights"),
+        ({"weights": [1, 2, "3"]}, "a list with a number for each label"),
+        ({"head": 3}, "numbered from 0, and head is 3"),
+        ({"head": -1}, "head is -1"),
+        ({"head": 0, "weights": [1, 2, 3]}, "both weights and head"),
+        ({"head": 0, "backend": "vLLM"}, "backend is 'vLLM'; it is one of transformers, vllm"),
+        ({"head": 0, "backend": "vllm", "device": "cpu"}, "device is for `backend: transformers`"),
+        ({"head": 0, "engine": {}}, "engine is for `backend: vllm`"),
+    ],
+)
+def test_a_mistake_about_heads_and_backends_is_found_before_loading(
+    tiny_model: Path, tmp_path: Path, args: dict[str, Any], complaint: str
+) -> None:
+    checkpoint = build(tmp_path, tiny_model, 3)
+    with pytest.raises(JudgeError, match=complaint):
+        check_judge("reward_model", {"model": str(checkpoint), **args})
+
+
+@pytest.mark.slow
+def test_vllm_agrees_with_transformers_and_its_process_ends_with_close(tiny_model: Path, tmp_path: Path) -> None:
+    # Weights ten times the usual: logits well outside (0, 1), where a sigmoid could hide.
+    checkpoint = build(tmp_path, tiny_model, 3, initializer_range=0.2)
+    groups = [make_group("My ", TEXTS), chat("yes", "no, never"), make_group("", [""])]
+    args = {"model": str(checkpoint), "weights": [1, 2, -3], "dtype": "bfloat16"}
+    plain = checked_judgments(load_judge("reward_model", args), groups)
+    judge: Any = load_judge("reward_model", {**args, "backend": "vllm"})
+    pooled = checked_judgments(judge, groups)
+    # bf16 has 8 bits: the sum of three logits of size 1 to 5, with weights up to 3, was off by up to 0.08.
+    for one, other in zip(plain, pooled, strict=True):
+        assert one.abstentions == other.abstentions
+        assert [s for s in other.scores if s is not None] == pytest.approx(
+            [s for s in one.scores if s is not None], abs=0.2
+        )
+    known = [s for j in plain for s in j.scores if s is not None]
+    assert max(known) - min(known) > 3
+    process, log = judge._model._child.process, judge._model._child.log
+    judge.close()
+    assert process.poll() is not None
+    assert not log.exists()

@@ -1,0 +1,167 @@
+"""`iterdpo judge review`, and how a run that waits for a person looks in Prefect: paused, until the verdicts are there."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+import webbrowser
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from iterdpo.errors import UserError
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+CHECK_SECONDS = 2.0
+"""How often a wait asks Prefect whether the run was cancelled."""
+
+
+def add_review_command(commands: Any) -> None:
+    """Add `review` to the subparsers of `iterdpo judge`."""
+    review = commands.add_parser("review", help="compare completions yourself, where a run's judge is a person")
+    review.add_argument("run_dir", metavar="RUN_DIR")
+    review.add_argument("--who", metavar="NAME", help="only the pairs for NAME (the argument `who` of the judge)")
+    review.add_argument("--port", type=int, default=0, help="of the page, on 127.0.0.1 (default: a free one)")
+    review.add_argument("--no-open", action="store_true", help="do not open a browser")
+    review.add_argument("--once", action="store_true", help="end when nothing is left to judge")
+    review.set_defaults(call=_review)
+
+
+def serve_review(
+    run_dir: str | Path,
+    *,
+    who: str | None = None,
+    port: int = 0,
+    open_browser: bool = True,
+    once: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve the review page until interrupted, or, with `once`, until nothing is left to judge.
+
+    Raises:
+        UserError: there is no run, or the port is taken.
+    """
+    from judges.review_page import Desk, review_server
+
+    root = Path(run_dir)
+    if not (root / "run.json").exists() and not (root / "review").exists():
+        raise UserError(f"{root}: no run here (no run.json)")
+    desk = Desk(root, who=who)
+    waiting = desk.pending()
+    say(f"{waiting} {'pair' if waiting == 1 else 'pairs'} to judge in {root}")
+    if once and not waiting:
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            url = stack.enter_context(review_server(desk, port=port, title=root.absolute().name))
+        except OSError as error:
+            raise UserError(f"--port {port}: {error.strerror}; leave it out to take a free one") from None
+        say(f"review: {url}")
+        say("  Ctrl-C ends it; what is judged is kept")
+        if open_browser and _has_screen():
+            webbrowser.open(url)
+        while not once or desk.pending():
+            time.sleep(0.5)
+        time.sleep(1.5)  # the page learns that it is done
+
+
+@contextmanager
+def waiting(message: str, *, say: Callable[[str], None] = print) -> Iterator[Callable[[], None] | None]:
+    """Around a wait for a person. Inside a Prefect flow run, it and the runs that it is part of are Paused meanwhile.
+
+    Gives a function to call while waiting. It raises `Cancelled` once one of these runs was cancelled in Prefect.
+    Resuming them there changes what Prefect shows and nothing else.
+    """
+    say(message)
+    # Where nobody has imported Prefect there is no flow run, and importing it would take seconds.
+    if "prefect" not in sys.modules:
+        yield None
+        return
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.context import FlowRunContext
+    from prefect.states import Paused, Running
+
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        yield None
+        return
+    with get_client(sync_client=True) as client:
+        runs = _enclosing(client, context.flow_run.id)
+        for run in runs:
+            client.set_flow_run_state(run, Paused(message=message))
+        asked = time.monotonic()
+
+        def still_wanted() -> None:
+            nonlocal asked
+            if time.monotonic() - asked < CHECK_SECONDS:
+                return
+            asked = time.monotonic()
+            # A server that is away for a while does not end a wait that may take days.
+            with contextlib.suppress(httpx.HTTPError):
+                _check_cancelled(client, runs)
+
+        try:
+            yield still_wanted
+        finally:
+            for run in reversed(runs):
+                state = client.read_flow_run(run).state
+                if state is not None and state.is_paused():
+                    client.set_flow_run_state(run, Running())
+
+
+def _enclosing(client: SyncPrefectClient, run: UUID) -> list[UUID]:
+    """A flow run and those that it is a subflow of, the innermost first."""
+    from prefect.exceptions import ObjectNotFound
+
+    runs = [run]
+    while (parent := client.read_flow_run(runs[-1]).parent_task_run_id) is not None:
+        for attempt in range(20):  # Prefect records task runs some time after they began
+            try:
+                found = client.read_task_run(parent).flow_run_id
+                break
+            except ObjectNotFound:
+                if attempt == 19:
+                    return runs
+                time.sleep(0.25)
+        if found is None:
+            break
+        runs.append(found)
+    return runs
+
+
+def _check_cancelled(client: SyncPrefectClient, runs: list[UUID]) -> None:
+    from prefect.exceptions import Abort
+    from prefect.states import Cancelled as CancelledState
+
+    class Cancelled(Abort, KeyboardInterrupt):
+        """To Prefect, that the run's state is settled; to the command line, what Ctrl-C is."""
+
+    states = [client.read_flow_run(run).state for run in runs]
+    if any(state is not None and (state.is_cancelling() or state.is_cancelled()) for state in states):
+        for run in runs:
+            client.set_flow_run_state(run, CancelledState(message="cancelled while waiting for a person"), force=True)
+        raise Cancelled("cancelled in Prefect")
+
+
+def _has_screen() -> bool:
+    """Whether a browser would come up in a window of its own, rather than in this terminal."""
+    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def _review(arguments: argparse.Namespace) -> int:
+    serve_review(
+        arguments.run_dir,
+        who=arguments.who,
+        port=arguments.port,
+        open_browser=not arguments.no_open,
+        once=arguments.once,
+    )
+    return 0

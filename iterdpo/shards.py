@@ -1,0 +1,173 @@
+"""Completions and judgments shard by shard, on disk: each durable before the next begins, none made twice.
+
+`judge_shards` is a stage's judging, with its budget of abstentions. `EarlyJudge` judges a shard while the next is
+sampled, and leaves what it made where the stage finds it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from iterdpo.errors import JudgingStopped, UserError
+from iterdpo.judge import Judge, NamedJudge, checked_judgments
+from iterdpo.judging import abstention_counts
+from iterdpo.rundir import digest, read_jsonl, write_jsonl, write_text
+from iterdpo.types import CompletionGroup, Judgment
+
+RETRY = ".retry"
+"""In a step under way: judge what abstained again. Written where the budget stopped a stage, and by `judge retry`."""
+
+
+def shard_paths(directory: Path) -> list[Path]:
+    return sorted(directory.glob("shard-*.jsonl"))
+
+
+def read_groups(directory: Path) -> list[CompletionGroup]:
+    return [group for shard in shard_paths(directory) for group in _groups(shard)]
+
+
+def group_shards(directory: Path) -> Iterator[tuple[str, list[CompletionGroup]]]:
+    """(name, groups) of each shard; one is in memory at a time."""
+    for shard in shard_paths(directory):
+        yield shard.name, _groups(shard)
+
+
+def read_judgments(directory: Path) -> list[Judgment]:
+    return [judgment for shard in shard_paths(directory) for judgment in _judgments(shard)]
+
+
+def judge_key(named: NamedJudge) -> dict[str, str]:
+    """What of a judge goes into the key of its results."""
+    return {"use": named.use.rpartition("/")[2], "version": named.version}
+
+
+def judge_shards(
+    named: NamedJudge,
+    load: Callable[[], Judge],
+    shards: Iterable[tuple[str, list[CompletionGroup]]],
+    directory: Path,
+    *,
+    total: int,
+    early: Path | None = None,
+    on_shard: Callable[[Sequence[Judgment]], None] = lambda fresh: None,
+) -> list[Judgment]:
+    """Judge what is missing in `directory`. Returns all judgments, in the order of the groups.
+
+    Args:
+        named: which judge, and how many of the `total` completions it may leave without a score.
+        load: gives the judge; called where something is missing.
+        shards: see `group_shards`.
+        directory: a step under way, or a directory within one.
+        total: completions of all shards.
+        early: where an `EarlyJudge` left what it made.
+        on_shard: called with the judgments of each shard.
+
+    Raises:
+        JudgingStopped: more abstentions than allowed. What was judged stays.
+    """
+    judgments: list[Judgment] = []
+    allowed = min(
+        int(named.max_abstained * total), total if named.max_abstained_count is None else named.max_abstained_count
+    )
+    retry = (directory / RETRY).exists()
+    for name, groups in shards:
+        target = directory / name
+        made = None if early is None else early / _early_name(named, groups)
+        if target.exists():
+            fresh = _judgments(target)
+            if retry:
+                fresh = _judged_again(load(), groups, fresh)
+                write_jsonl(target, (j.to_json() for j in fresh))
+        else:
+            fresh = _judgments(made) if made is not None and made.exists() else checked_judgments(load(), groups)
+            write_jsonl(target, (j.to_json() for j in fresh))
+        judgments += fresh
+        on_shard(fresh)
+        counts = abstention_counts(judgments)
+        if counts["unjudged"] > allowed:
+            write_text(directory / RETRY, "")
+            raise JudgingStopped(_stopped(named, counts, total, allowed, directory))
+    return judgments
+
+
+class EarlyJudge:
+    """Judges shards in a thread of its own, in the order in which they are put, beside whatever else goes on.
+
+    A judge that fails for good ends the thread: the next `put` raises the error where it is the user's to mend, and
+    the stage that comes later meets any other by itself.
+    """
+
+    def __init__(self, named: NamedJudge, judge: Judge, directory: Path) -> None:
+        self.seconds = 0.0
+        self._error: Exception | None = None
+        self._cancelled = False
+        self._named, self._judge, self._directory = named, judge, directory
+        self._shards: queue.SimpleQueue[list[CompletionGroup] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="early-judge", daemon=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+
+    def put(self, groups: list[CompletionGroup]) -> None:
+        if isinstance(self._error, UserError):
+            raise self._error
+        self._shards.put(groups)
+
+    def join(self) -> float:
+        """Wait for what was put. Returns the seconds that judging took."""
+        self._shards.put(None)
+        self._thread.join()
+        return self.seconds
+
+    def cancel(self) -> None:
+        """Begin no further shard, and do not wait."""
+        self._cancelled = True
+        self._shards.put(None)
+
+    def _work(self) -> None:
+        while (groups := self._shards.get()) is not None:
+            target = self._directory / _early_name(self._named, groups)
+            if self._cancelled or self._error is not None or target.exists():
+                continue
+            started = time.perf_counter()
+            try:
+                judged = checked_judgments(self._judge, groups)
+            except Exception as error:
+                self._error = error
+                continue
+            write_jsonl(target, (j.to_json() for j in judged))
+            self.seconds += time.perf_counter() - started
+
+
+def _early_name(named: NamedJudge, groups: Sequence[CompletionGroup]) -> str:
+    """Named by content, so that it is found by whoever judges the same completions by the same judge."""
+    return f"{digest([judge_key(named), [g.to_json() for g in groups]])}.jsonl"
+
+
+def _judged_again(judge: Judge, groups: list[CompletionGroup], known: list[Judgment]) -> list[Judgment]:
+    """`known`, with the groups in which something abstained judged anew."""
+    again = [i for i, judgment in enumerate(known) if None in judgment.scores]
+    fresh = dict(zip(again, checked_judgments(judge, [groups[i] for i in again]) if again else [], strict=True))
+    return [fresh.get(i, judgment) for i, judgment in enumerate(known)]
+
+
+def _stopped(named: NamedJudge, counts: dict[str, Any], total: int, allowed: int, directory: Path) -> str:
+    rows = "\n".join(f"  {count:>8,}  {reason}" for reason, count in counts["abstentions"].items())
+    return (
+        f"{named.role.replace('_', ' ')} {named.use}: {counts['unjudged']:,} of {counts['completions']:,} completions "
+        f"could not be judged, and {allowed:,} of the stage's {total:,} may (max_abstained, max_abstained_count):\n"
+        f"{rows}\nWhat was judged is kept in {directory}. Once the cause is mended, the same command goes on, and asks "
+        "again only for what is missing"
+    )
+
+
+def _groups(shard: Path) -> list[CompletionGroup]:
+    return [CompletionGroup.from_json(row) for row in read_jsonl(shard)]
+
+
+def _judgments(shard: Path) -> list[Judgment]:
+    return [Judgment.from_json(row) for row in read_jsonl(shard)]

@@ -1,0 +1,533 @@
+"""Judges made of other judges: an ensemble of several, and wrappers that change the scores of one.
+
+A judge within these is given as a configuration gives one, `{"use": "reward_model", "args": {"model": "…"}}`. What it
+abstained from stays an abstention, with its reason. Whether the whole compares, needs the device, what it used up, and
+what closing it does, follow from the judges within.
+
+| judge | score |
+| --- | --- |
+| `Ensemble` | the weighted mean of several judges' scores |
+| `LengthPenalty` | less a constant for each token above a length |
+| `LengthRegressed` | less what the completions' lengths explain of it |
+| `Clip` | kept between two numbers |
+| `TieBand` | scores that hardly differ made equal |
+| `ZScore` | in standard deviations from the mean of the prompt's completions |
+| `Cached` | as it is, kept on disk |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean, mean, pstdev
+from typing import Any, ClassVar
+
+from iterdpo.errors import JudgeError
+from iterdpo.judge import Judge, checked_judgments
+from iterdpo.rundir import digest
+from iterdpo.types import CompletionGroup, Judgment
+from judges.custom import Abstention
+from judges.load import load_judge
+
+Scores = list[float | None]  # [K]
+Outcome = float | Abstention | None
+
+STANDARDIZE = ("none", "group")
+
+
+class Ensemble:
+    """The weighted mean of the members' scores: sum_m w_m s_m / sum_m |w_m|.
+
+    A completion abstains where fewer than `min_judges` members scored it. By default all must: a mean over other members
+    than the neighbour's is on another scale, so lower it only where the members' scores are alike, or standardized.
+
+    Members' orders disagree on two completions where one member scores the first higher and another the second; a
+    member that scores the two alike disagrees with nobody. The disagreement of a group is the share of these contrary
+    verdicts among all (pair of members, pair of completions) in which both members see a difference.
+
+    Args:
+        judges: the members, as `{use, args, weight}`. `weight` is 1 where it is not given; a negative one is for a judge
+            whose high scores are bad.
+        standardize: `none`, or `group`: a member's scores are taken in standard deviations from their mean over the
+            prompt's completions, so that the members' scales do not matter. A member that scores all of them alike adds
+            0 to each. With two completions only the order is left, so the sum is a weighted vote. Small differences are
+            blown up to the size of large ones: where the scales are known, weights of 1 / scale are better.
+        max_disagreement: the whole group abstains where its disagreement is larger.
+        min_judges: fewest members that must have scored a completion.
+    """
+
+    def __init__(
+        self,
+        judges: list[dict[str, Any]],
+        standardize: str = "none",
+        max_disagreement: float | None = None,
+        min_judges: int | None = None,
+    ) -> None:
+        self.members: list[Judge] = [load_judge(judge["use"], judge.get("args") or {}) for judge in judges]
+        self.weights = [float(judge.get("weight", 1)) for judge in judges]
+        self.standardize = standardize
+        self.max_disagreement = max_disagreement
+        self.min_judges = len(judges) if min_judges is None else min_judges
+        self.name = f"ensemble({', '.join(member.name for member in self.members)})"
+        self.version = ""
+
+    @staticmethod
+    def check(
+        judges: Any, standardize: str = "none", max_disagreement: float | None = None, min_judges: int | None = None
+    ) -> None:
+        if not isinstance(judges, list) or not judges:
+            raise JudgeError("ensemble: `judges` is a list of {use: ..., args: {...}, weight: 1}; give at least one")
+        for judge in judges:
+            _check_nested("ensemble", judge, {"use", "args", "weight"})
+            weight = judge.get("weight", 1)
+            if not _is_number(weight) or weight == 0:
+                raise JudgeError(f"ensemble: {judge['use']} has weight {weight!r}; give a number other than 0")
+        if standardize not in STANDARDIZE:
+            raise JudgeError(f"ensemble: standardize is {standardize!r}; it is one of {', '.join(STANDARDIZE)}")
+        if max_disagreement is not None and not (_is_number(max_disagreement) and 0 <= max_disagreement <= 1):
+            raise JudgeError(f"ensemble: max_disagreement is {max_disagreement!r}; it is a share between 0 and 1")
+        if min_judges is not None and min_judges not in range(1, len(judges) + 1):
+            raise JudgeError(f"ensemble: min_judges is {min_judges!r}; it is a number from 1 to {len(judges)}")
+
+    @property
+    def comparative(self) -> bool:
+        return self.standardize == "group" or any(getattr(m, "comparative", False) for m in self.members)
+
+    @property
+    def needs_device(self) -> bool:
+        return any(getattr(member, "needs_device", True) for member in self.members)
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        judged = [checked_judgments(member, groups) for member in self.members]
+        return [self._combined(list(judgments)) for judgments in zip(*judged, strict=True)]
+
+    def usage(self) -> dict[str, float]:
+        return _total(map(_usage, self.members))
+
+    @property
+    def attach(self) -> Callable[..., None]:
+        """Raises AttributeError where no member has it: a judge that has it is taken to wait for a person."""
+        attached = [member.attach for member in self.members if hasattr(member, "attach")]
+        if not attached:
+            raise AttributeError("attach")
+
+        def attach(*where: Any) -> None:
+            for each in attached:
+                each(*where)
+
+        return attach
+
+    def close(self) -> None:
+        for member in self.members:
+            _close(member)
+
+    def _combined(self, judgments: list[Judgment]) -> Judgment:
+        """One group's judgment from the members'."""
+        columns = list(zip(*(j.scores for j in judgments), strict=True))  # [K][members]
+        enough = [sum(s is not None for s in column) >= self.min_judges for column in columns]
+        rows = [[s if kept else None for s, kept in zip(j.scores, enough, strict=True)] for j in judgments]
+        contrary = disagreement(
+            [
+                [None if s is None else math.copysign(1, w) * s for s in row]
+                for row, w in zip(rows, self.weights, strict=True)
+            ]
+        )
+        if self.standardize == "group":
+            rows = [z_scores(row) for row in rows]
+        disagree = self.max_disagreement is not None and contrary is not None and contrary > self.max_disagreement
+        scores: Scores = []
+        reasons: list[str | None] = []
+        for k, kept in enumerate(enough):
+            terms = [(w, row[k]) for w, row in zip(self.weights, rows, strict=True)]
+            given = [(w, s) for w, s in terms if s is not None]
+            reason = self._too_few(judgments, k) if not kept else "the judges disagree" if disagree else None
+            scores.append(None if reason else sum(w * s for w, s in given) / sum(abs(w) for w, _ in given))
+            reasons.append(reason)
+        members = [
+            {"judge": m.name, "weight": w, "scores": j.scores}
+            for m, w, j in zip(self.members, self.weights, judgments, strict=True)
+        ]
+        compared = [j.comparisons for j in judgments if j.comparisons]
+        return Judgment(
+            judgments[0].prompt_id,
+            scores,
+            reasons,
+            # One member's verdicts: those of several would pass for one judge that contradicts itself.
+            comparisons=compared[0] if len(compared) == 1 else [],
+            details={"judges": members, "disagreement": contrary},
+        )
+
+    def _too_few(self, judgments: list[Judgment], k: int) -> str:
+        missing = [
+            f"{m.name}: {j.abstentions[k]}" for m, j in zip(self.members, judgments, strict=True) if j.scores[k] is None
+        ]
+        if self.min_judges == len(self.members):
+            return missing[0]
+        return f"fewer than {self.min_judges} judges gave a score; {missing[0]}"
+
+
+def disagreement(rows: Sequence[Sequence[float | None]]) -> float | None:
+    """The share of contrary verdicts among the judges' scores [judges][K]; None where no two see a difference.
+
+    Counted over every pair of judges and pair of completions in which both judges score the two differently.
+    """
+    contrary = both = 0
+    for first, second in combinations(rows, 2):
+        for (a, c), (b, d) in combinations(zip(first, second, strict=True), 2):
+            if a is None or b is None or c is None or d is None or a == b or c == d:
+                continue
+            both += 1
+            contrary += (a > b) != (c > d)
+    return contrary / both if both else None
+
+
+def z_scores(scores: Sequence[float | None]) -> Scores:
+    """(s - mean) / standard deviation over the scores there are, with the population's deviation; 0 without spread."""
+    known = [s for s in scores if s is not None]
+    if not known:
+        return list(scores)
+    center, spread = fmean(known), pstdev(known)
+    if spread <= 1e-12 * max(map(abs, known)):  # what is left of equal scores by rounding is no difference
+        return [None if s is None else 0.0 for s in scores]
+    return [None if s is None else (s - center) / spread for s in scores]
+
+
+class _Wrapper:
+    """A judge around another one. `rescored` is what it does; the rest is the inner judge's.
+
+    The inner judge's scores stay in the judgment's `details`, under `before_<wrapper>`.
+    """
+
+    KIND: ClassVar[str]
+
+    def __init__(self, judge: dict[str, Any]) -> None:
+        self.inner: Judge = load_judge(judge["use"], judge.get("args") or {})
+        self.name = f"{self.KIND}({self.inner.name})"
+        self.version = ""
+
+    @property
+    def comparative(self) -> bool:
+        return bool(getattr(self.inner, "comparative", False))
+
+    @property
+    def needs_device(self) -> bool:
+        return bool(getattr(self.inner, "needs_device", True))
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        judgments = checked_judgments(self.inner, groups)
+        return [
+            _changed(judgment, outcomes, self.KIND)
+            for judgment, outcomes in zip(judgments, self.rescored(groups, judgments), strict=True)
+        ]
+
+    def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
+        """The scores that each group is to have; None where the inner judge abstained."""
+        raise NotImplementedError
+
+    def usage(self) -> dict[str, float]:
+        return _usage(self.inner)
+
+    @property
+    def attach(self) -> Any:
+        """The inner judge's; AttributeError where it has none."""
+        return self.inner.attach  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        _close(self.inner)
+
+
+class LengthPenalty(_Wrapper):
+    """score - per_token * max(0, tokens - above), with the tokens that the policy sampled."""
+
+    KIND = "length_penalty"
+
+    def __init__(self, judge: dict[str, Any], per_token: float, above: int = 0) -> None:
+        super().__init__(judge)
+        self.per_token = per_token
+        self.above = above
+
+    @staticmethod
+    def check(judge: Any, per_token: Any, above: Any = 0) -> None:
+        _check_nested("length_penalty", judge)
+        _check_not_negative("length_penalty", per_token=per_token, above=above)
+
+    def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
+        for group, judgment in zip(groups, judgments, strict=True):
+            yield [
+                None if s is None else s - self.per_token * max(0, n - self.above)
+                for s, n in zip(judgment.scores, _lengths(group), strict=True)
+            ]
+
+
+class LengthRegressed(_Wrapper):
+    """score - slope * (tokens - mean tokens of the prompt's completions): what is left when length is accounted for.
+
+    The slope is that of least squares through the differences of scores and of lengths from their means over each
+    prompt's completions, over all groups judged together (a shard). Only completions of one prompt are compared, so that
+    a prompt that calls for a long completion, and is easy, does not count as length that pays.
+
+    Its limits: only a straight line is removed; where longer completions are better, that goes too; and the slope is the
+    shard's, so that the same group has another score among others (`LengthPenalty` has one slope for all). Where the
+    groups have fewer than `min_completions` scored completions, one in each group not counted, all abstain: through two
+    completions of one prompt there is always a line, and nothing would be left of any score.
+    """
+
+    KIND = "length_regressed"
+    comparative = True
+
+    def __init__(self, judge: dict[str, Any], min_completions: int = 8) -> None:
+        super().__init__(judge)
+        self.min_completions = min_completions
+
+    @staticmethod
+    def check(judge: Any, min_completions: Any = 8) -> None:
+        _check_nested("length_regressed", judge)
+        if not isinstance(min_completions, int) or min_completions < 2:
+            raise JudgeError(f"length_regressed: min_completions is {min_completions!r}; it is a number of at least 2")
+
+    def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
+        tables = [
+            [(n, s) for n, s in zip(_lengths(g), j.scores, strict=True) if s is not None]
+            for g, j in zip(groups, judgments, strict=True)
+        ]
+        centers = [fmean(n for n, _ in table) if table else 0.0 for table in tables]
+        few = sum(len(table) - 1 for table in tables if table) < self.min_completions
+        slope = 0.0 if few else within_slope(tables)
+        for group, judgment, center in zip(groups, judgments, centers, strict=True):
+            judgment.details["length_slope"] = slope
+            yield [
+                None
+                if s is None
+                else Abstention("too few completions judged together to tell what length does")
+                if few
+                else s - slope * (n - center)
+                for s, n in zip(judgment.scores, _lengths(group), strict=True)
+            ]
+
+
+def within_slope(tables: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """The least-squares slope of y over x, each taken from its mean in its table; 0 where no x differs from its mean.
+
+    `within_slope([[(0, 1.0), (2, 2.0)]]) == 0.5`
+    """
+    products = squares = 0.0
+    for table in filter(None, tables):
+        x_mean, y_mean = fmean(x for x, _ in table), fmean(y for _, y in table)
+        products += sum((x - x_mean) * (y - y_mean) for x, y in table)
+        squares += sum((x - x_mean) ** 2 for x, _ in table)
+    return products / squares if squares else 0.0
+
+
+class Clip(_Wrapper):
+    """The score, but at least `low` and at most `high`."""
+
+    KIND = "clip"
+
+    def __init__(self, judge: dict[str, Any], low: float | None = None, high: float | None = None) -> None:
+        super().__init__(judge)
+        self.low = -math.inf if low is None else low
+        self.high = math.inf if high is None else high
+
+    @staticmethod
+    def check(judge: Any, low: Any = None, high: Any = None) -> None:
+        _check_nested("clip", judge)
+        given = [bound for bound in (low, high) if bound is not None]
+        if not given or not all(map(_is_number, given)) or sorted(given) != given:
+            raise JudgeError(f"clip: low is {low!r} and high is {high!r}; give numbers for one or both, low first")
+
+    def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
+        for judgment in judgments:
+            yield [None if s is None else min(max(s, self.low), self.high) for s in judgment.scores]
+
+
+class TieBand(_Wrapper):
+    """Scores of one prompt's completions that are at most `width` apart become equal: their mean.
+
+    "At most `width` apart" is not transitive, and equality is: everything between two such scores joins them, and what
+    is joined to the same score is joined. So no difference as small as `width` is left, no order is turned round, and a
+    long chain of scores, each near the next, becomes one tie.
+
+    `length_ratio`: only where one completion has more than so many times the tokens of the other, for judges that
+    prefer the longer one unless something speaks against it. Scores of completions of similar length stay apart.
+    """
+
+    KIND = "tie_band"
+    comparative = True  # what is a tie depends on the others
+
+    def __init__(self, judge: dict[str, Any], width: float, length_ratio: float | None = None) -> None:
+        super().__init__(judge)
+        self.width = width
+        self.length_ratio = length_ratio
+
+    @staticmethod
+    def check(judge: Any, width: Any, length_ratio: Any = None) -> None:
+        _check_nested("tie_band", judge)
+        _check_not_negative("tie_band", width=width)
+        if length_ratio is not None and not (_is_number(length_ratio) and length_ratio >= 1):
+            raise JudgeError(f"tie_band: length_ratio is {length_ratio!r}; it is a number of at least 1, such as 1.5")
+
+    def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
+        for group, judgment in zip(groups, judgments, strict=True):
+            yield tied(judgment.scores, _lengths(group), width=self.width, length_ratio=self.length_ratio)
+
+
+def tied(scores: Scores, lengths: Sequence[int], *, width: float, length_ratio: float | None) -> Scores:
+    """`scores` with those within the band made equal; see `TieBand`."""
+    known = sorted((s, n, k) for k, (s, n) in enumerate(zip(scores, lengths, strict=True)) if s is not None)
+    joined = [False] * len(known)  # [i]: with the next one
+    for (i, (low, m, _)), (j, (high, n, _)) in combinations(enumerate(known), 2):
+        alike = length_ratio is not None and max(m, n) <= length_ratio * max(1, min(m, n))
+        if high - low <= width and not alike:
+            joined[i:j] = [True] * (j - i)
+    found, run = list(scores), []
+    for (s, _, k), more in zip(known, joined, strict=True):
+        run.append((s, k))
+        if not more:
+            value = mean(s for s, _ in run)
+            for _, index in run:
+                found[index] = value
+            run = []
+    return found
+
+
+class ZScore(_Wrapper):
+    """The score in standard deviations from the mean of the prompt's completions; 0 where all are scored alike.
+
+    The order stays and the distances lose their unit: prompts on which the judge is lavish or mean weigh the same. With
+    two completions it is 1 and -1, however near they were.
+    """
+
+    KIND = "z_score"
+    comparative = True
+
+    @staticmethod
+    def check(judge: Any) -> None:
+        _check_nested("z_score", judge)
+
+    def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
+        return [z_scores(judgment.scores) for judgment in judgments]
+
+
+class Cached(_Wrapper):
+    """The judge's judgments, kept in an SQLite file: it is asked once about the same group, by any run.
+
+    A group is the same where the judge's version, the prompt (id, messages, columns, tokens) and the completions (texts,
+    tokens, how they ended) are; the sampler's log-probabilities do not count. A judgment with an abstention in it is not
+    kept. Several processes may share a file.
+
+    Args:
+        path: the file; it is made where there is none. Delete it to forget everything.
+    """
+
+    KIND = "cached"
+    SPEED_ONLY = frozenset({"path"})
+
+    def __init__(self, judge: dict[str, Any], path: str) -> None:
+        super().__init__(judge)
+        self.path = Path(path).expanduser()
+        self.hits = 0
+
+    @staticmethod
+    def check(judge: Any, path: Any) -> None:
+        _check_nested("cached", judge)
+        if not isinstance(path, str) or not path or Path(path).expanduser().is_dir():
+            raise JudgeError(f"cached: path is {path!r}; it is the file to keep judgments in, such as judgments.sqlite")
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        keys = [digest([self.inner.version, _content(group)]) for group in groups]
+        known = self._known(keys)
+        self.hits += sum(key in known for key in keys)
+        missing = {key: group for key, group in zip(keys, groups, strict=True) if key not in known}
+        if missing:
+            judged = checked_judgments(self.inner, list(missing.values()))
+            fresh = dict(zip(missing, judged, strict=True))
+            self._keep({key: j for key, j in fresh.items() if None not in j.scores})
+            known |= fresh
+        return [known[key] for key in keys]
+
+    def usage(self) -> dict[str, float]:
+        return _total([_usage(self.inner), {"cached": self.hits}])
+
+    def _known(self, keys: Sequence[str]) -> dict[str, Judgment]:
+        with closing(self._open()) as database:
+            rows = (
+                (key, database.execute("SELECT judgment FROM judgments WHERE key = ?", [key]).fetchone())
+                for key in keys
+            )
+            return {key: Judgment.from_json(json.loads(row[0])) for key, row in rows if row is not None}
+
+    def _keep(self, judgments: dict[str, Judgment]) -> None:
+        rows = [(key, json.dumps(judgment.to_json())) for key, judgment in judgments.items()]
+        with closing(self._open()) as database, database:
+            database.executemany("INSERT OR IGNORE INTO judgments VALUES (?, ?)", rows)
+
+    def _open(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            database = sqlite3.connect(self.path, timeout=60)
+            database.execute("CREATE TABLE IF NOT EXISTS judgments (key TEXT PRIMARY KEY, judgment TEXT NOT NULL)")
+        except sqlite3.DatabaseError as error:
+            raise JudgeError(f"cached: {self.path} cannot be used as a cache: {error}; give another path") from error
+        return database
+
+
+def _content(group: CompletionGroup) -> dict[str, Any]:
+    row = group.to_json()
+    for completion in row["completions"]:
+        del completion["logprobs"]  # measured, and of the same completion not the same to the last bit
+    return row
+
+
+def _changed(judgment: Judgment, outcomes: Sequence[Outcome], kind: str) -> Judgment:
+    """The judgment with other scores; an `Abstention` among them is a new one."""
+    refused = [str(o) if isinstance(o, Abstention) else None for o in outcomes]
+    return replace(
+        judgment,
+        scores=[None if o is None or isinstance(o, Abstention) else float(o) for o in outcomes],
+        abstentions=[old or new for old, new in zip(judgment.abstentions, refused, strict=True)],
+        details={**judgment.details, f"before_{kind}": judgment.scores},
+    )
+
+
+def _lengths(group: CompletionGroup) -> list[int]:
+    return [len(completion.token_ids) for completion in group.completions]
+
+
+def _usage(judge: Judge) -> dict[str, float]:
+    return getattr(judge, "usage", dict)()
+
+
+def _total(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)  # it adds floats as well
+    return dict(total)
+
+
+def _close(judge: Judge) -> None:
+    if callable(close := getattr(judge, "close", None)):
+        close()
+
+
+def _check_nested(owner: str, judge: Any, known: Iterable[str] = ("use", "args")) -> None:
+    if not isinstance(judge, dict) or not isinstance(judge.get("use"), str) or judge.keys() - set(known):
+        raise JudgeError(
+            f"{owner}: a judge in it is given as {{{', '.join(sorted(known, reverse=True))}}}, not {judge!r}"
+        )
+
+
+def _check_not_negative(owner: str, **numbers: Any) -> None:
+    for name, value in numbers.items():
+        if not _is_number(value) or value < 0:
+            raise JudgeError(f"{owner}: {name} is {value!r}; it is a number, 0 or more")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,521 @@
+"""Language models as judges, over any OpenAI-compatible endpoint: pairwise, by a rubric, or ranking all at once.
+
+A verdict is constrained by the server's decoder where it can (`structured_outputs` of vLLM, JSON schemas elsewhere),
+parsed otherwise, or soft: read off the probabilities of the verdict's tokens. What gives no verdict abstains, with its
+reason; it never becomes a number. Prompts are files that users copy and edit (judges/prompts).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pydantic
+
+from iterdpo.errors import JudgeError
+from iterdpo.judging import meetings
+from iterdpo.seeds import derive_seed
+from iterdpo.types import Comparison, CompletionGroup, Judgment, Message, Prompt
+from judges.custom import Abstention, judgment_from_outcomes
+from judges.endpoint import CallFailed, Client, Endpoint, Reply, run_all
+from judges.server import Server, ServerSettings
+from judges.templates import Template, load_template, principles
+from judges.tournament import Aggregate, Knockout, all_pairs, judgment_from_comparisons, random_pairs
+from judges.verdicts import Unclear, expected_score, parse_ranking, parse_scores, parse_verdict, verdict_probability
+
+Constrain = Literal["auto", "structured_outputs", "json_schema", "none"]
+REVISION = 1
+"""Of what this module asks and how it reads replies. Part of every version: raise it where scores could change."""
+REASONING_TOKENS = 512
+SCREEN = 20
+"""Candidates a token that are asked for where probabilities are read; the most that OpenAI's API gives."""
+WINNERS = {"first": 1.0, "second": 0.0, "tie": 0.5}
+
+
+class _LLMJudge:
+    """What the three have in common: the endpoint, the prompt, and how a reply is held to its form."""
+
+    kind: Literal["pairwise", "rubric", "listwise"]
+    comparative = False
+
+    def __init__(
+        self,
+        model: str,
+        prompt: str,
+        endpoint: Mapping[str, Any] | None,
+        serve: Mapping[str, Any] | None,
+        constrain: Constrain,
+        temperature: float,
+        max_tokens: int | None,
+        seed: int,
+    ) -> None:
+        self.name = f"{self.kind}:{Path(model).name}"
+        self.version = ""
+        self.model = model
+        self.template = load_template(prompt, self.kind)
+        self.constrain = constrain
+        self.temperature = temperature
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.repeat = 0
+        """Another number is another draw: the same question is asked anew, past the cache."""
+        self.trace: list[dict[str, Any]] | None = None
+        """Where it is a list, every question and reply is added to it."""
+        self.client = Client(_endpoint(endpoint), model=model)
+        self.server = None if serve is None else Server(model, ServerSettings(**serve))
+        self.needs_device = serve is not None
+        self._held: Constrain | None = None if constrain == "auto" else constrain
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        """One judgment for each group. Calls run side by side, as many as `endpoint.concurrency` says.
+
+        Raises:
+            JudgeError: the endpoint refuses every call: no key, no such model.
+        """
+        if self.server is not None:
+            self.client.base_url = self.server.start()
+        if self._held is None:
+            self._held = "structured_outputs" if _is_vllm(str(self.client.base_url)) else "none"
+        return asyncio.run(self._judge_all(groups))
+
+    async def _judge_all(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        def job(group: CompletionGroup) -> Callable[[], Awaitable[Judgment]]:
+            return lambda: self._judge_group(group)
+
+        async with self.client:
+            return await run_all(map(job, groups), concurrency=self.client.endpoint.concurrency)
+
+    async def _judge_group(self, group: CompletionGroup) -> Judgment:
+        raise NotImplementedError
+
+    def usage(self) -> dict[str, float]:
+        return self.client.usage()
+
+    def close(self) -> None:
+        """Give the device back, where this judge has its own server. The next judgment wakes it."""
+        if self.server is not None:
+            self.server.release()
+
+    async def _ask(self, messages: list[Message], **body: Any) -> Reply:
+        salt = f"repeat {self.repeat}" if self.repeat else ""
+        reply = await self.client.chat(messages, salt=salt, temperature=self.temperature, seed=self.seed, **body)
+        if self.trace is not None:
+            self.trace.append({"messages": messages, "reply": reply.text, "body": body})
+        return reply
+
+    def _limits(self, *, choices: Sequence[str] | None, schema: dict[str, Any]) -> dict[str, Any]:
+        """What holds the reply to its form: to one of `choices`, or to a JSON `schema`; and how long it may be."""
+        longest = 16 if choices is not None else 32 * len(schema["properties"])
+        match self._held:
+            case "structured_outputs":
+                held = {"choice": list(choices)} if choices is not None else {"json": schema}
+                return {"structured_outputs": held, "max_tokens": self.max_tokens or longest}
+            case "json_schema":
+                form = {"name": "verdict", "strict": True, "schema": schema}
+                response = {"type": "json_schema", "json_schema": form}
+                return {"response_format": response, "max_tokens": self.max_tokens or longest + 16}
+        return {"max_tokens": self.max_tokens or REASONING_TOKENS}
+
+    def _seed(self, group: CompletionGroup, *what: Any) -> int:
+        return derive_seed(self.seed, self.kind, group.prompt.id, *what)
+
+    def _values(self, prompt: Prompt) -> dict[str, Any]:
+        return {
+            "prompt": prompt.text,
+            "messages": prompt.messages,
+            "columns": prompt.columns,
+            "constrained": self._held != "none",
+        }
+
+
+class PairwiseJudge(_LLMJudge):
+    """Compares two completions at a time, each two in both orders; a verdict that changes with the order is a tie.
+
+    Args:
+        model: the name that the endpoint knows it by, or with `serve` a checkpoint.
+        prompt: `helpfulness`, `harmlessness`, `summarization`, `instruction_following`, or a file of your own.
+        endpoint: where it answers and how it may be asked; see `judges.endpoint.Endpoint`.
+        serve: start a vLLM server for it here in place of an endpoint; see `judges.server.ServerSettings`.
+        schedule: `all_pairs`, `random_pairs` (`comparisons` of them) or `knockout`.
+        comparisons: pairs a prompt of `random_pairs`.
+        aggregate: `win_rate` or `bradley_terry`; a knock-out has scores of its own.
+        soft: read the probability of a win off the verdict's tokens in place of a verdict.
+        ties: whether the judge may say "tie".
+        constitution: a file of principles, one a line, one drawn for each comparison; default: the shipped one.
+        constrain: how replies are held to their form; `auto` takes vLLM's structured outputs where vLLM answers,
+            and lets the judge reason first, parsing its last line, where another server does.
+        temperature, max_tokens, seed: of the judge's own sampling.
+    """
+
+    kind = "pairwise"
+    comparative = True
+
+    def __init__(
+        self,
+        model: str,
+        prompt: str = "helpfulness",
+        endpoint: Mapping[str, Any] | None = None,
+        serve: Mapping[str, Any] | None = None,
+        schedule: Literal["all_pairs", "random_pairs", "knockout"] = "all_pairs",
+        comparisons: int | None = None,
+        aggregate: Aggregate = "win_rate",
+        soft: bool = False,
+        ties: bool = True,
+        constitution: str | None = None,
+        constrain: Constrain = "auto",
+        temperature: float = 0.0,
+        max_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, prompt, endpoint, serve, constrain, temperature, max_tokens, seed)
+        self.schedule = schedule
+        self.comparisons = comparisons
+        self.aggregate: Aggregate = aggregate
+        self.soft = soft
+        self.ties = ties and not soft
+        self.principles = principles(constitution) if "principle" in self.template.needs else []
+
+    @staticmethod
+    def check(**args: Any) -> None:
+        """Refuse bad arguments; nothing is asked of the endpoint."""
+        template = _check(PairwiseJudge, args)
+        _one_of("schedule", args, ("all_pairs", "random_pairs", "knockout"))
+        _one_of("aggregate", args, get_args(Aggregate))
+        count = args.get("comparisons")
+        if (args.get("schedule") == "random_pairs") != (count is not None) or (count is not None and count < 1):
+            raise JudgeError(
+                "judge 'pairwise': `comparisons`, 1 or more, goes with `schedule: random_pairs`, and only with it"
+            )
+        if args.get("constitution") is not None and "principle" not in template.needs:
+            raise JudgeError("judge 'pairwise': this prompt has no {{ principle }}, so `constitution` would do nothing")
+        principles(args.get("constitution"))
+
+    @staticmethod
+    def key(**args: Any) -> Any:
+        return _key("pairwise", "helpfulness", args, principles(args.get("constitution")))
+
+    async def _judge_group(self, group: CompletionGroup) -> Judgment:
+        count = len(group.completions)
+        if self.schedule == "knockout":
+            knockout, comparisons = Knockout(count, seed=self._seed(group, "knockout")), []
+            while matches := knockout.matches():
+                fresh = await self._compare_all(group, matches)
+                comparisons += fresh
+                met = {(m.i, m.j): m for m in meetings(fresh)}
+                knockout.record([met[min(pair), max(pair)] for pair in matches])
+            return knockout.judgment(group, comparisons)
+        pairs = all_pairs(count)
+        if self.schedule == "random_pairs":
+            pairs = random_pairs(count, self.comparisons or 0, seed=self._seed(group, "pairs"))
+        return judgment_from_comparisons(group, await self._compare_all(group, pairs), aggregate=self.aggregate)
+
+    async def _compare_all(self, group: CompletionGroup, pairs: Sequence[tuple[int, int]]) -> list[Comparison]:
+        orders = [order for i, j in pairs for order in ((i, j), (j, i))]
+        return list(await asyncio.gather(*(self._compare(group, i, j) for i, j in orders)))
+
+    async def _compare(self, group: CompletionGroup, first: int, second: int) -> Comparison:
+        a, b = group.completions[first].text, group.completions[second].text
+        if a == b:
+            return Comparison(first, second, "tie", None, 0.5 if self.soft else None)
+        values = {**self._values(group.prompt), "a": a, "b": b, "ties": self.ties}
+        if self.principles:
+            drawn = random.Random(self._seed(group, "principle", min(first, second), max(first, second)))
+            values["principle"] = drawn.choice(self.principles)
+        labels = ["A", "B", "tie"] if self.ties else ["A", "B"]
+        if self.soft:  # one token, whose probabilities are all there is to read
+            values["constrained"] = True
+            form: dict[str, Any] = {"logprobs": True, "top_logprobs": SCREEN, "max_tokens": 1}
+        else:
+            form = self._limits(choices=labels, schema=_object({"verdict": {"enum": labels}}))
+        try:
+            reply = await self._ask(self.template.render(**values), **form)
+        except CallFailed as failure:
+            return Comparison(first, second, None, str(failure))
+        if self.soft:
+            top = reply.top_logprobs[0] if reply.top_logprobs else {}
+            likely = verdict_probability(top) if top else Unclear("the endpoint gave no probabilities")
+            if isinstance(likely, Unclear):
+                return Comparison(first, second, None, str(likely))
+            winner: Any = "tie" if likely == 0.5 else "first" if likely > 0.5 else "second"
+            return Comparison(first, second, winner, None, likely)
+        verdict = Unclear("cut off at max_tokens") if _cut(reply, self._held) else parse_verdict(reply.text)
+        if isinstance(verdict, Unclear):
+            return Comparison(first, second, None, str(verdict))
+        return Comparison(first, second, verdict)
+
+
+class RubricJudge(_LLMJudge):
+    """Scores each completion alone, on a scale, by one criterion or several.
+
+    Args:
+        model, prompt, endpoint, serve, constrain, temperature, max_tokens, seed: see `PairwiseJudge`; the shipped
+            prompt is `rubric`.
+        rubric: what the points mean; a text, or the file that it is in. `columns` may be used in a prompt of your own.
+        criteria: names with their weights, `{helpfulness: 2, brevity: 1}`; default: one score. The score is the
+            weighted mean.
+        scale: the lowest and the highest score.
+        expected: the mean of the scale under the probabilities of the score's token, in place of the score said.
+            Of one criterion on a scale of single digits.
+    """
+
+    kind = "rubric"
+
+    def __init__(
+        self,
+        model: str,
+        prompt: str = "rubric",
+        endpoint: Mapping[str, Any] | None = None,
+        serve: Mapping[str, Any] | None = None,
+        rubric: str | None = None,
+        criteria: Mapping[str, float] | None = None,
+        scale: Sequence[int] = (1, 10),
+        expected: bool = False,
+        constrain: Constrain = "auto",
+        temperature: float = 0.0,
+        max_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, prompt, endpoint, serve, constrain, temperature, max_tokens, seed)
+        self.rubric = _text(rubric)
+        self.criteria = dict(criteria or {"score": 1.0})
+        self.low, self.high = scale
+        self.expected = expected
+
+    @staticmethod
+    def check(**args: Any) -> None:
+        """Refuse bad arguments; nothing is asked of the endpoint."""
+        _check(RubricJudge, args)
+        _text(args.get("rubric"))
+        scale, criteria = args.get("scale", (1, 10)), args.get("criteria")
+        if len(scale) != 2 or not all(isinstance(s, int) for s in scale) or scale[0] >= scale[1]:
+            raise JudgeError(
+                f"judge 'rubric': scale is {scale!r}; give the lowest and the highest score, as in [1, 10]"
+            )
+        if criteria is not None and not (
+            isinstance(criteria, Mapping)
+            and criteria
+            and all(isinstance(w, int | float) and w > 0 for w in criteria.values())
+        ):
+            raise JudgeError(
+                "judge 'rubric': criteria are names with weights above 0, as in {helpfulness: 2, brevity: 1}"
+            )
+        if args.get("expected") and ((criteria is not None and len(criteria) > 1) or scale[0] < 0 or scale[1] > 9):
+            raise JudgeError("judge 'rubric': `expected` reads one token: one criterion, and a scale within 0 to 9")
+
+    @staticmethod
+    def key(**args: Any) -> Any:
+        return _key("rubric", "rubric", args, _text(args.get("rubric")))
+
+    async def _judge_group(self, group: CompletionGroup) -> Judgment:
+        asked = await asyncio.gather(*(self._score(group.prompt, c.text) for c in group.completions))
+        judgment = judgment_from_outcomes(group, [score for score, _ in asked])
+        if len(self.criteria) > 1:
+            judgment.details["criteria"] = [said for _, said in asked]
+        return judgment
+
+    async def _score(self, prompt: Prompt, completion: str) -> tuple[object, dict[str, float] | None]:
+        values = {
+            **self._values(prompt),
+            "completion": completion,
+            "rubric": self.rubric,
+            "criteria": list(self.criteria),
+            "low": self.low,
+            "high": self.high,
+        }
+        if self.expected:
+            values["constrained"] = True
+            form: dict[str, Any] = {"logprobs": True, "top_logprobs": SCREEN, "max_tokens": 1}
+        else:
+            points = [str(n) for n in range(self.low, self.high + 1)]
+            number = {"type": "integer", "minimum": self.low, "maximum": self.high}
+            single = len(self.criteria) == 1 and self._held == "structured_outputs"
+            form = self._limits(
+                choices=points if single else None, schema=_object(dict.fromkeys(self.criteria, number))
+            )
+        try:
+            reply = await self._ask(self.template.render(**values), **form)
+        except CallFailed as failure:
+            return Abstention(failure), None
+        if self.expected:
+            top = reply.top_logprobs[0] if reply.top_logprobs else {}
+            mean = expected_score(top, self.low, self.high) if top else Unclear("the endpoint gave no probabilities")
+            return (Abstention(mean) if isinstance(mean, Unclear) else mean), None
+        if _cut(reply, self._held):
+            return Abstention("cut off at max_tokens"), None
+        said = parse_scores(reply.text, list(self.criteria), low=self.low, high=self.high)
+        if isinstance(said, Unclear):
+            return Abstention(said), None
+        total = sum(self.criteria.values())
+        return sum(weight * said[name] for name, weight in self.criteria.items()) / total, said
+
+
+class ListwiseJudge(_LLMJudge):
+    """Ranks all completions of a prompt in one call, in a shuffled order; then again in the reverse of it.
+
+    A ranking is kept as the comparisons that follow from it, in the order shown, so that position bias and flips are
+    measured as of a pairwise judge. A score is the share of the others that a completion is ranked above, 0.5 for
+    each on which the two calls disagree.
+
+    Args:
+        model, prompt, endpoint, serve, constrain, temperature, max_tokens, seed: see `PairwiseJudge`; the shipped
+            prompt is `listwise`.
+        orders: 2, or 1 to ask once and not know.
+    """
+
+    kind = "listwise"
+    comparative = True
+
+    def __init__(
+        self,
+        model: str,
+        prompt: str = "listwise",
+        endpoint: Mapping[str, Any] | None = None,
+        serve: Mapping[str, Any] | None = None,
+        orders: int = 2,
+        constrain: Constrain = "auto",
+        temperature: float = 0.0,
+        max_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, prompt, endpoint, serve, constrain, temperature, max_tokens, seed)
+        self.orders = orders
+
+    @staticmethod
+    def check(**args: Any) -> None:
+        """Refuse bad arguments; nothing is asked of the endpoint."""
+        _check(ListwiseJudge, args)
+        _one_of("orders", args, (1, 2))
+
+    @staticmethod
+    def key(**args: Any) -> Any:
+        return _key("listwise", "listwise", args)
+
+    async def _judge_group(self, group: CompletionGroup) -> Judgment:
+        texts = [c.text for c in group.completions]
+        distinct = [k for k, text in enumerate(texts) if text not in texts[:k]]
+        if len(distinct) < 2:
+            same = [Comparison(i, j, "tie") for i, j in all_pairs(len(texts))]
+            return judgment_from_comparisons(group, same)
+        shown = random.Random(self._seed(group, "order")).sample(distinct, len(distinct))
+        asked = await asyncio.gather(*(self._rank(group, order) for order in (shown, shown[::-1])[: self.orders]))
+        judged = [c for comparisons in asked for c in comparisons]
+        return judgment_from_comparisons(group, [*judged, *_of_twins(texts, judged)])
+
+    async def _rank(self, group: CompletionGroup, shown: list[int]) -> list[Comparison]:
+        count = len(shown)
+        values = {**self._values(group.prompt), "completions": [group.completions[k].text for k in shown]}
+        choices = None
+        if count <= 4:  # 24 orders; of more, the decoder holds the reply to the form alone
+            choices = [" > ".join(map(str, order)) for order in itertools.permutations(range(1, count + 1))]
+        items = {"type": "array", "items": {"enum": list(range(1, count + 1))}, "minItems": count, "maxItems": count}
+        form = self._limits(choices=choices, schema=_object({"ranking": items}))
+        if self._held == "structured_outputs" and choices is None:
+            number = "|".join(map(str, range(count, 0, -1)))
+            form |= {"structured_outputs": {"regex": f"({number})( > ({number})){{{count - 1}}}"}}
+        try:
+            reply = await self._ask(self.template.render(**values), **form)
+        except CallFailed as failure:
+            ranking: list[int] | Unclear = Unclear(failure)
+        else:
+            cut = _cut(reply, self._held)
+            ranking = Unclear("cut off at max_tokens") if cut else parse_ranking(reply.text, count)
+        if isinstance(ranking, Unclear):
+            return [Comparison(i, j, None, str(ranking)) for i, j in itertools.combinations(shown, 2)]
+        place = {shown[position]: rank for rank, position in enumerate(ranking)}
+        return [
+            Comparison(i, j, "first" if place[i] < place[j] else "second") for i, j in itertools.combinations(shown, 2)
+        ]
+
+
+def _of_twins(texts: Sequence[str], judged: Sequence[Comparison]) -> Iterator[Comparison]:
+    """What follows for completions whose text stands there twice: they tie, and fare alike."""
+    first = {text: k for k, text in reversed(list(enumerate(texts)))}
+    alike: dict[int, list[int]] = {}
+    for k, text in enumerate(texts):
+        alike.setdefault(first[text], []).append(k)
+    for twins in alike.values():
+        yield from (Comparison(i, j, "tie") for i, j in itertools.combinations(twins, 2))
+    for c in judged:
+        for i, j in itertools.product(alike[c.first], alike[c.second]):
+            if (i, j) != (c.first, c.second):
+                yield Comparison(i, j, c.winner, c.reason)
+
+
+def _cut(reply: Reply, held: Constrain | None) -> bool:
+    """Whether a free reply ended before it had said what it had to."""
+    return reply.finish_reason == "length" and held == "none"
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _endpoint(settings: Mapping[str, Any] | None) -> Endpoint:
+    try:
+        return Endpoint(**(settings or {}))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["endpoint", *map(str, first["loc"])])
+        raise JudgeError(f"judge: {where} = {first['input']!r}: {first['msg']}") from None
+
+
+def _check(judge: type[_LLMJudge], args: Mapping[str, Any]) -> Template:
+    """What all three refuse. Returns the prompt."""
+    kind, serve = judge.kind, args.get("serve")
+    endpoint = _endpoint(args.get("endpoint"))
+    if (serve is None) == (endpoint.base_url is None):
+        raise JudgeError(
+            f"judge {kind!r}: give either `endpoint: {{base_url: http://…/v1}}`, where a server answers, or `serve: {{}}`, "
+            "to start one here"
+        )
+    if serve is not None:
+        Server.check(str(args["model"]), serve)
+    _one_of("constrain", args, get_args(Constrain))
+    return load_template(args.get("prompt", "helpfulness" if kind == "pairwise" else kind), kind)
+
+
+def _one_of(name: str, args: Mapping[str, Any], allowed: Sequence[Any]) -> None:
+    if name in args and args[name] not in allowed:
+        raise JudgeError(f"judge: {name} is {args[name]!r}; it is one of {', '.join(map(str, allowed))}")
+
+
+def _key(kind: Literal["pairwise", "rubric", "listwise"], prompt: str, args: Mapping[str, Any], *texts: Any) -> Any:
+    """What decides the scores: not where the model answers, nor how fast it may be asked."""
+    rest = {k: v for k, v in args.items() if k not in ("endpoint", "serve", "prompt", "constitution", "rubric")}
+    extra = _endpoint(args.get("endpoint")).extra
+    return [REVISION, rest, extra, load_template(args.get("prompt", prompt), kind).source, *texts]
+
+
+def _text(rubric: str | None) -> str | None:
+    """The rubric itself, or what is in the file that it names."""
+    if rubric is not None and "\n" not in rubric and rubric.endswith((".txt", ".md")):
+        try:
+            return Path(rubric).expanduser().read_text(encoding="utf-8")
+        except OSError as error:
+            raise JudgeError(
+                f"judge 'rubric': rubric {rubric}: {error.strerror}; give a text, or a file that is there"
+            ) from None
+    return rubric
+
+
+def _is_vllm(base_url: str) -> bool:
+    """Whether vLLM answers there: other servers have no /version beside /v1, or no vLLM's."""
+    root = re.sub(r"/v1/?$", "", base_url)
+    try:
+        with urllib.request.urlopen(f"{root}/version", timeout=10) as reply:
+            return "version" in json.load(reply)
+    except (urllib.error.URLError, OSError, ValueError):
+        return False

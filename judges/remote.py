@@ -1,0 +1,235 @@
+"""A judge behind an HTTP address: `use: remote`, `args: {url: "http://localhost:8001/judge"}`.
+
+It is sent, by POST, some groups at a time:
+
+    {"groups": [{"prompt": {"id": "p-1f0c…", "text": "2+2?", "columns": {"gold": "4"}},
+                 "completions": [{"text": "It is 4", "tokens": 5, "finish_reason": "stop"},
+                                 {"text": "5", "tokens": 1, "finish_reason": "stop"}]}]}
+
+and answers with a judgment for each group, with a score for each completion, both in their order:
+
+    {"judgments": [{"scores": [1.0, null], "reasons": [null, "no number in it"]}]}
+
+A prompt of chat messages has `messages`, `[{"role": "user", "content": "2+2?"}]`, in the place of `text`. `tokens` is a
+number, and `finish_reason` is "stop", or "length" for a completion that was cut off. A score of null abstains; `reasons`
+may be left out. A whole server (`uvicorn my_server:app --port 8001`):
+
+    # my_server.py
+    from fastapi import FastAPI
+
+    app = FastAPI()
+
+    @app.post("/judge")
+    def judge(body: dict) -> dict:
+        return {"judgments": [{"scores": scores(group)} for group in body["groups"]]}
+
+    def scores(group: dict) -> list[float | None]:
+        return [float(group["prompt"]["columns"]["gold"] in c["text"]) for c in group["completions"]]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from iterdpo.errors import JudgeError
+from iterdpo.types import CompletionGroup, Judgment
+from judges.custom import Abstention, judgment_from_outcomes
+from judges.endpoint import REFUSED, RETRIED, _connection_reason, _seconds, run_all
+
+if TYPE_CHECKING:
+    import aiohttp
+
+LONGEST_WAIT = 60.0
+"""Seconds between two attempts, at most, whatever a server asks for."""
+
+
+class Remote:
+    """Asks a server of yours; see the module for what goes to and fro.
+
+    HTTP 408, 409, 425, 429 and 5xx, time-outs, connections that break and replies that are no JSON are tried again, and
+    abstain in the end; a request that is refused with 400, 413 or 422 abstains. What cannot be a passing fault stops the
+    run: any other status, and a reply of another shape than the one above. A score that is no finite number abstains.
+
+    Args:
+        url: the address that the groups are sent to.
+        api_key_env: the NAME of the environment variable with the key, sent as `Authorization: Bearer KEY`.
+        revision: part of this judge's version; change it when what the server does has changed.
+        comparative: the scores mean "against the others of this group".
+        timeout: seconds for one attempt.
+        attempts: of one request.
+        concurrency: requests at once.
+        batch_size: groups in one request.
+    """
+
+    SPEED_ONLY = frozenset({"api_key_env", "timeout", "attempts", "concurrency", "batch_size"})
+    needs_device = False
+
+    def __init__(
+        self,
+        url: str,
+        api_key_env: str | None = None,
+        revision: str | int | None = None,
+        comparative: bool = False,
+        timeout: float = 60,
+        attempts: int = 5,
+        concurrency: int = 8,
+        batch_size: int = 8,
+    ) -> None:
+        self.name = f"remote:{urlsplit(url).netloc}"
+        self.version = ""
+        self.url = url
+        self.api_key_env = api_key_env
+        self.comparative = comparative
+        self.timeout = timeout
+        self.attempts = attempts
+        self.concurrency = concurrency
+        self.batch_size = batch_size
+        self._usage: dict[str, float] = {"calls": 0, "retries": 0, "failed": 0}
+
+    @staticmethod
+    def check(
+        url: Any,
+        api_key_env: Any = None,
+        timeout: Any = 60,
+        attempts: Any = 5,
+        concurrency: Any = 8,
+        batch_size: Any = 8,
+        **_: Any,
+    ) -> None:
+        parts = urlsplit(url) if isinstance(url, str) else urlsplit("")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise JudgeError("remote: url is no address; it reads http://host:port/path")
+        if parts.username is not None:  # not repeated: it may be a key
+            raise JudgeError("remote: url has a user or a password; name the key's environment variable in api_key_env")
+        if api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", str(api_key_env)):
+            raise JudgeError(
+                "remote: api_key_env is the name of an environment variable, in capitals: MY_JUDGE_KEY. The key itself "
+                "belongs into the environment, never into a configuration"
+            )
+        if not isinstance(timeout, int | float) or timeout <= 0:
+            raise JudgeError(f"remote: timeout is {timeout!r}; it is a number of seconds above 0")
+        for name, value in {"attempts": attempts, "concurrency": concurrency, "batch_size": batch_size}.items():
+            if not isinstance(value, int) or value < 1:
+                raise JudgeError(f"remote: {name} is {value!r}; it is a number of at least 1")
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        """One judgment for each group.
+
+        Raises:
+            JudgeError: the key is missing or refused, nothing answers such requests at the address, or the reply has
+                another shape.
+        """
+        headers = {"Content-Type": "application/json", **self._authorization()}
+        batches = [groups[start : start + self.batch_size] for start in range(0, len(groups), self.batch_size)]
+        return list(chain.from_iterable(asyncio.run(self._ask_all(batches, headers))))
+
+    def usage(self) -> dict[str, float]:
+        return dict(self._usage)
+
+    def _authorization(self) -> dict[str, str]:
+        """Made for each stage's requests, because the key is kept nowhere."""
+        if self.api_key_env is None:
+            return {}
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key or not (key.isascii() and key.isprintable()):
+            raise JudgeError(f"remote: the environment variable {self.api_key_env} (api_key_env) has no key; set it")
+        return {"Authorization": f"Bearer {key}"}
+
+    async def _ask_all(
+        self, batches: Sequence[Sequence[CompletionGroup]], headers: dict[str, str]
+    ) -> list[list[Judgment]]:
+        import aiohttp
+
+        limit = aiohttp.ClientTimeout(total=self.timeout)
+        local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+        async with aiohttp.ClientSession(headers=headers, timeout=limit, trust_env=not local) as session:
+            jobs = (partial(self._ask, session, batch) for batch in batches)
+            return await run_all(jobs, concurrency=self.concurrency)
+
+    async def _ask(self, session: aiohttp.ClientSession, batch: Sequence[CompletionGroup]) -> list[Judgment]:
+        import aiohttp
+
+        payload = json.dumps({"groups": [_request(group) for group in batch]}, default=str).encode()
+        reason, wait = "", 0.0
+        for attempt in range(self.attempts):
+            if attempt:
+                self._usage["retries"] += 1
+                # Full jitter; it changes no score, and so has no seed.
+                await asyncio.sleep(min(LONGEST_WAIT, max(wait, random.uniform(0, 0.5 * 2**attempt))))
+            self._usage["calls"] += 1
+            wait = 0.0
+            try:
+                async with session.post(self.url, data=payload, allow_redirects=False) as response:
+                    data = await response.read()
+            except TimeoutError:
+                reason = f"timed out after {self.timeout:g} s"
+                continue
+            except (aiohttp.ClientError, OSError) as error:
+                reason = _connection_reason(error)
+                continue
+            status = response.status
+            if 200 <= status < 300:
+                try:
+                    reply = json.loads(data, parse_int=float)  # an integer too long for a float becomes infinite
+                except (ValueError, RecursionError):
+                    reason = "the reply was cut off, or no JSON"
+                    continue
+                return _judgments(batch, reply, self.url)
+            reason = f"HTTP {status}"
+            if status in RETRIED or status >= 500:
+                wait = _seconds(response.headers.get("Retry-After"))
+                continue
+            if status in REFUSED:
+                break
+            raise JudgeError(f"remote: {self.url} answers HTTP {status}; check its address, and its key (api_key_env)")
+        self._usage["failed"] += 1
+        return [judgment_from_outcomes(g, [Abstention(reason)] * len(g.completions)) for g in batch]
+
+
+def _request(group: CompletionGroup) -> dict[str, Any]:
+    prompt = group.prompt
+    content = {"messages" if prompt.conversational else "text": prompt.content}
+    return {
+        "prompt": {"id": prompt.id, **content, "columns": prompt.columns},
+        "completions": [
+            {"text": c.text, "tokens": len(c.token_ids), "finish_reason": c.finish_reason} for c in group.completions
+        ],
+    }
+
+
+def _judgments(batch: Sequence[CompletionGroup], reply: Any, url: str) -> list[Judgment]:
+    """A parsed reply as judgments.
+
+    Raises:
+        JudgeError: it has another shape.
+    """
+
+    def listed(found: Any, key: str, count: int, what: str) -> list[Any]:
+        values = found.get(key) if isinstance(found, dict) else None
+        if not isinstance(values, list) or len(values) != count:
+            got = f"{len(values)} of them" if isinstance(values, list) else type(found if values is None else values)
+            raise JudgeError(
+                f"remote: {url} must answer with a list `{key}`, one for each of {count} {what}; it has {got}"
+            )
+        return values
+
+    judged = []
+    for group, row in zip(batch, listed(reply, "judgments", len(batch), "groups"), strict=True):
+        count = len(group.completions)
+        scores = listed(row, "scores", count, "completions")
+        reasons = [None] * count if row.get("reasons") is None else listed(row, "reasons", count, "completions")
+        outcomes = [
+            Abstention(str(reason)[:200]) if score is None and reason else score
+            for score, reason in zip(scores, reasons, strict=True)
+        ]
+        judged.append(judgment_from_outcomes(group, outcomes))
+    return judged

@@ -1,0 +1,261 @@
+"""Runs Python programs that nobody has read, so that whatever they do, this machine and this process go on unharmed.
+
+`run_python(code)` runs a program as `python program.py` would, with the standard library alone, and returns what it
+printed and how it ended. Around each program stand, on Linux:
+
+- files: it sees the Python installation, /usr and /lib, read-only, and a scratch folder (its working directory, HOME
+  and TMPDIR) that is deleted afterwards. There is no other file: no home directory, no /tmp, no /proc.
+- network: none, not even loopback.
+- processes: it neither sees nor can signal any but its own. When it ends, or its time does, or this process does,
+  everything that it started is killed.
+- environment: empty. No descriptor but stdin, stdout, stderr, and REPORT is open.
+- limits: wall time, CPU time, memory of each process, number of processes, size of files, and what it may print.
+
+Namespaces do this, made with user namespaces where this process is not root. Where a container forbids them, Landlock
+(Linux 6.2) and a system call filter do: there a program cannot start processes, nor change modes of files, its files
+are limited in size one by one only, and it may know that other processes exist. Where neither works, `run_python`
+refuses, unless `allow_unsandboxed`.
+
+It is a wall of the kernel's, not a virtual machine: a program that exploits a bug of the kernel gets through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import marshal
+import math
+import os
+import selectors
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from iterdpo.errors import JudgeError
+
+Mode = Literal["namespaces", "landlock", "none"]
+
+REPORT = 3
+"""The descriptor that a program's test harness may write `Outcome.report` to."""
+
+TIMED_OUT = "timed out"
+START_SECONDS = 60.0  # for the launcher, on a machine with much else to do; the program's own time starts after it
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a program ended: `Outcome(ok=False, exit=-9, stdout="", stderr="", report="", reason="timed out")`.
+
+    `exit` is its status, or -N where signal N ended it. `ok` is an exit with status 0 within the limits; `reason` says
+    what else happened. What it printed is cut at `max_output` bytes.
+    """
+
+    ok: bool
+    exit: int
+    stdout: str
+    stderr: str
+    report: str
+    reason: str | None
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself failed: nothing is known of the program."""
+
+
+def run_python(
+    code: str,
+    *,
+    stdin: str = "",
+    timeout: float = 10.0,
+    memory_mb: int = 512,
+    max_output: int = 64 * 1024,
+    max_processes: int = 16,
+    allow_unsandboxed: bool = False,
+) -> Outcome:
+    """Run `code` in the sandbox. Blocks; call it from several threads to run several at once.
+
+    Args:
+        code: the program.
+        stdin: what it reads from its standard input.
+        timeout: seconds of wall time, from the moment it starts.
+        memory_mb: address space of each of its processes, and so of its threads' stacks too.
+        max_output: bytes of stdout, of stderr and of the report each; it is killed where it writes more.
+        max_processes: processes and threads at once, its own included.
+        allow_unsandboxed: run it where there is no sandbox, too, as a child process of this user with limits alone.
+
+    Raises:
+        JudgeError: this machine offers no sandbox.
+        SandboxError: the sandbox could not be set up, this once.
+    """
+    mode = sandbox_mode()[0]
+    if mode is None and not allow_unsandboxed:
+        require_sandbox()
+    return _run(code, mode or "none", stdin, timeout, memory_mb, max_output, max_processes)
+
+
+def require_sandbox() -> None:
+    """Refuse a machine without a sandbox.
+
+    Raises:
+        JudgeError: naming what it lacks, and what to change.
+    """
+    if problems := sandbox_problems():
+        raise JudgeError(
+            f"this machine cannot confine a program that nobody has read ({'; '.join(problems)}). Allow user "
+            "namespaces (in a container: --cap-add SYS_ADMIN with --security-opt seccomp=unconfined), or run on Linux "
+            "6.2 or newer with Landlock. Or accept by name that completions run as this user, with all of its rights: "
+            "allow_unsandboxed: true"
+        )
+
+
+def sandbox_problems() -> list[str]:
+    """Why there is no sandbox on this machine, layer by layer; empty where there is one."""
+    mode, problems = sandbox_mode()
+    return [] if mode else problems
+
+
+@functools.cache
+def sandbox_mode() -> tuple[Mode | None, list[str]]:
+    """The strongest sandbox that runs a program here, found by running one, and why each stronger one does not."""
+    if sys.platform != "linux":
+        return None, ["the sandbox needs Linux"]
+    problems = []
+    modes: tuple[Mode, ...] = ("namespaces", "landlock")
+    for mode in modes:
+        try:
+            outcome = _run("print(6 * 7)", mode, "", START_SECONDS, 512, 1024, 16)
+        except SandboxError as error:
+            problems.append(f"{mode}: {error}")
+            continue
+        if outcome.stdout == "42\n":
+            return mode, problems
+        problems.append(f"{mode}: {outcome.reason}: {outcome.stderr[-300:]}")
+    return None, problems
+
+
+def _run(
+    code: str, mode: Mode, stdin: str, timeout: float, memory_mb: int, max_output: int, max_processes: int
+) -> Outcome:
+    installation = (sys.base_prefix, sys.base_exec_prefix, str(Path(os.__file__).parent))
+    request: dict[str, Any] = {
+        "code": code,
+        "mode": mode,
+        "stdin": stdin.encode(errors="replace"),
+        "timeout": math.ceil(timeout),
+        "memory": memory_mb << 20,
+        "processes": max_processes,
+        "readable": sorted({os.path.realpath(path) for path in installation}, key=len),
+        "scratch": None if mode == "namespaces" else tempfile.mkdtemp(prefix="iterdpo-sandbox-"),
+    }
+    # The real interpreter, not a virtual environment's link to it, which the program could not see. Its hashes are
+    # seeded so that a program has the same sets, and a completion the same score, each time.
+    interpreter = [os.path.realpath(sys.executable), "-s", "-P", "-S", "-X", "utf8"]
+    (status, status_end), (report, report_end) = os.pipe(), os.pipe()
+    try:
+        launcher = subprocess.Popen(
+            [*interpreter, str(Path(__file__).with_name("jail.py")), str(status_end), str(report_end)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=(status_end, report_end),
+            env={"PYTHONHASHSEED": "0"},
+            cwd="/",
+            start_new_session=True,
+            bufsize=0,
+        )
+    except BaseException:
+        os.close(status)
+        os.close(report)
+        raise
+    finally:
+        os.close(status_end)
+        os.close(report_end)
+    assert launcher.stdin is not None
+    assert launcher.stdout is not None
+    assert launcher.stderr is not None
+    with launcher.stdin as lifeline, launcher.stdout as out, launcher.stderr as err:
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it ended at once; its stderr says why
+                message = marshal.dumps(request)
+                lifeline.write(len(message).to_bytes(8, "little"))
+                rest = memoryview(message)
+                while rest:
+                    rest = rest[lifeline.write(rest) :]
+            names = {status: "status", report: "report", out.fileno(): "stdout", err.fileno(): "stderr"}
+            streams, reason = _follow(names, timeout, max_output)
+        finally:
+            os.close(status)
+            os.close(report)
+            lifeline.close()  # the launcher kills what still runs, and ends
+            try:
+                launcher.wait(START_SECONDS)
+            except subprocess.TimeoutExpired:
+                launcher.kill()
+                launcher.wait()
+            if request["scratch"]:  # where the launcher never came to do it
+                shutil.rmtree(request["scratch"], ignore_errors=True)
+    return _outcome(streams, reason, max_output)
+
+
+def _follow(names: dict[int, str], timeout: float, max_output: int) -> tuple[dict[str, bytearray], str | None]:
+    """Read what the descriptors bring until the status ends; and why that was not waited for, if so."""
+    streams = {name: bytearray() for name in names.values()}
+    deadline, started = time.monotonic() + START_SECONDS, False
+    with selectors.DefaultSelector() as selector:
+        for descriptor in names:
+            os.set_blocking(descriptor, False)
+            selector.register(descriptor, selectors.EVENT_READ)
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return streams, TIMED_OUT if started else "the sandbox did not start in time"
+            ended = False
+            for key, _ in selector.select(left):
+                stream = streams[names[key.fd]]
+                data = _read(key.fd)
+                if data == b"":
+                    selector.unregister(key.fd)
+                    ended = ended or names[key.fd] == "status"
+                stream += data or b""
+                if len(stream) > max_output and names[key.fd] != "status":
+                    return streams, f"more than {max_output} bytes of {names[key.fd]}"
+            if not started and streams["status"].startswith(b"started"):
+                deadline, started = time.monotonic() + timeout, True
+            if ended:
+                break
+    for descriptor, name in names.items():  # what was written before the end, and has not been read
+        while (name == "status" or len(streams[name]) <= max_output) and (data := _read(descriptor)):
+            streams[name] += data
+        if len(streams[name]) > max_output and name != "status":
+            return streams, f"more than {max_output} bytes of {name}"
+    return streams, None
+
+
+def _read(descriptor: int) -> bytes | None:
+    try:
+        return os.read(descriptor, 1 << 16)
+    except BlockingIOError:
+        return None
+
+
+def _outcome(streams: dict[str, bytearray], reason: str | None, max_output: int) -> Outcome:
+    stdout, stderr, report = (
+        bytes(streams[name][:max_output]).decode(errors="replace") for name in ("stdout", "stderr", "report")
+    )
+    first, *rest = streams["status"].decode(errors="replace").splitlines() or [""]
+    if first.startswith("problem "):
+        raise SandboxError(first.removeprefix("problem "))
+    if first != "started":
+        raise SandboxError(reason or f"the launcher ended at once: {stderr[-300:].strip() or 'it said nothing'}")
+    if reason:
+        return Outcome(False, -9, stdout, stderr, report, reason)
+    if not rest:
+        raise SandboxError("the sandbox was killed from outside")
+    code = int(rest[0].removeprefix("exit "))
+    reason = None if code == 0 else f"exit status {code}" if code > 0 else f"signal {-code}"
+    return Outcome(code == 0, code, stdout, stderr, report, reason)
