@@ -104,7 +104,7 @@ def _as_score(item: object) -> tuple[float | None, str | None]:
         if isinstance(item, str):
             raise TypeError  # "7" may be a score, a rank or a label; reading it as a number would be a guess
         score = float(item)  # type: ignore[arg-type]  # numpy and torch scalars have __float__
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # an integer may be too long for a float
         return None, f"the judge returned {type(item).__name__} {str(item)[:80]!r}, not a number"
     if not math.isfinite(score):
         return None, f"the judge returned {score}"

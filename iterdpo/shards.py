@@ -77,14 +77,14 @@ def judge_shards(
     retry = (directory / RETRY).exists()
     for name, groups in shards:
         target = directory / name
-        made = None if early is None else early / _early_name(named, groups)
-        if target.exists():
-            fresh = _judgments(target)
-            if retry:
-                fresh = _judged_again(load(), groups, fresh)
-                write_jsonl(target, (j.to_json() for j in fresh))
+        made = target if target.exists() or early is None else early / _early_name(named, groups)
+        if not made.exists():
+            fresh = checked_judgments(load(), groups)
+        elif retry:
+            fresh = _judged_again(load(), groups, _judgments(made))
         else:
-            fresh = _judgments(made) if made is not None and made.exists() else checked_judgments(load(), groups)
+            fresh = _judgments(made)
+        if retry or made != target or not target.exists():
             write_jsonl(target, (j.to_json() for j in fresh))
         judgments += fresh
         on_shard(fresh)

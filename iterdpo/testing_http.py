@@ -225,7 +225,13 @@ class FakeEndpoint:
             "total_tokens": tokens_in + tokens_out,
             **given.get("usage", {}),
         }
-        return {"id": "fake", "object": "chat.completion", "model": body["model"], "choices": [choice], "usage": usage}
+        return {
+            "id": "fake",
+            "object": "chat.completion",
+            "model": body.get("model"),
+            "choices": [choice],
+            "usage": usage,
+        }
 
     async def _fail(self, request: web.Request, kind: str, raw: bytes) -> web.StreamResponse:
         self.faults_given[kind] += 1

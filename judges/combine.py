@@ -384,7 +384,7 @@ def tied(scores: Scores, lengths: Sequence[int], *, width: float, length_ratio: 
     joined = [False] * len(known)  # [i]: with the next one
     for (i, (low, m, _)), (j, (high, n, _)) in combinations(enumerate(known), 2):
         alike = length_ratio is not None and max(m, n) <= length_ratio * max(1, min(m, n))
-        if high - low <= width and not alike:
+        if high == low or (high - low <= width and not alike):  # what was equal stays so
             joined[i:j] = [True] * (j - i)
     found, run = list(scores), []
     for (s, _, k), more in zip(known, joined, strict=True):

@@ -88,6 +88,10 @@ class CustomJudge:
     def needs_device(self) -> bool:
         return bool(getattr(self.owner, "needs_device", True))
 
+    def usage(self) -> dict[str, float]:
+        """The `usage` of the user's object, where it has one."""
+        return self.owner.usage() if callable(getattr(self.owner, "usage", None)) else {}
+
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         match self.kind:
             case "groups":

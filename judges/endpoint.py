@@ -256,6 +256,7 @@ class Client:
             proxy=_proxy(self.base_url),  # and not trust_env, which would look for keys in ~/.netrc at each request
         )
         self._slots = asyncio.Semaphore(self.endpoint.concurrency)
+        self._turn = asyncio.Lock()
         self._halted = asyncio.Event()
         self._settled = asyncio.Event()
         self._in_flight = 0
@@ -366,6 +367,12 @@ class Client:
         import aiohttp
 
         assert self._session is not None, "open the Client first: async with client"
+        # Requests are written one at a time, two rounds of the loop apart. Before Python 3.12 aiohttp leaves the writing
+        # to a task: calls that are ready together would wait until all of them are made, be answered together, and stay
+        # a herd, while which is served the endpoint has nothing to do. At 32 calls of 50 ms that costs 5 % and more.
+        await self._turn.acquire()
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, self._turn.release)
         try:
             async with self._session.post(
                 f"{self.base_url}/chat/completions",

@@ -251,7 +251,7 @@ def _plain(line: str) -> str:
         line = _LATEX.sub(r"\1", line)
     line = _NOISE.sub("", line).replace("_", " ")
     line = "".join(c for c in line if unicodedata.category(c) != "So" or c in _DISAPPROVING)
-    line = line.strip().lstrip("#").strip().strip("|").strip()
+    line = line.strip().lstrip("#").strip().strip("|=").strip()
     if len(line) > 2 and line[0] + line[-1] in ('""', "''", "“”", "‘’", "«»", "「」") and line[0] not in line[1:-1]:
         line = line[1:-1].strip()
     return line
@@ -505,16 +505,11 @@ def _framed_verdict(line: str) -> Verdict | Unclear | None:
         bracketed = re.search(r"\[\[\s*(\w+)\s*\]\][\s.!]*$", line)
         return _verdict_value(bracketed[1]) if bracketed and _stated(line[: bracketed.start()]) else None
     ends = [frame.start() for frame in frames[1:]] + [len(line)]
-    values = [_verdict_value(line[frame.end() : end]) for frame, end in zip(frames, ends, strict=True)]
-    if len(frames) > 1 and any(value != values[0] for value in values):
+    *before, value = [_verdict_value(line[frame.end() : end]) for frame, end in zip(frames, ends, strict=True)]
+    if any(other not in (value, CUT_OFF) for other in before):  # "Verdict: the winner is A" says one thing
         return BOTH
-    if (
-        isinstance(values[0], Unclear)
-        and frames[0]["word"].lower() not in _STRONG
-        and values[0] not in (BOTH, LOOK_ALIKE)
-    ):
-        return None
-    return values[0]
+    readable = not isinstance(value, Unclear) or value in (BOTH, LOOK_ALIKE)
+    return value if readable or any(frame["word"].lower() in _STRONG for frame in frames) else None
 
 
 def _verdict_value(text: str) -> Verdict | Unclear:

@@ -79,7 +79,7 @@ def test_a_random_reward_model_is_at_chance_on_hh_rlhf_pairs_that_a_coin_labelle
     by_coin, by_people = check("tossed.jsonl"), check(str(hh_rlhf))
     accuracy, coverage = by_coin["figures"]["accuracy"], by_coin["figures"]["coverage"]
     assert accuracy["low"] <= 0.5 <= accuracy["high"]
-    assert accuracy["high"] - accuracy["low"] < 0.12
+    assert accuracy["high"] - accuracy["low"] < 0.15  # some 250 pairs: 2 · 1.96 · 0.5 / sqrt(250) = 0.124
     # What does not fit into max_length abstains, with its reason.
     assert 0.3 < coverage["value"] < 1
     assert accuracy["n"] == by_coin["counts"]["judged"] == round(coverage["value"] * 598)

@@ -33,8 +33,7 @@ HOSTILE = (
 )
 RUN = """
 import sys
-from flows.api import open_experiment, run_experiment
-from flows.review import waiting
+from flows import run_rounds
 from iterdpo.config import load_config
 from iterdpo.progress import Progress
 from iterdpo.testing import FakeSampler
@@ -42,9 +41,7 @@ from iterdpo.testing import FakeSampler
 texts = ("bad tale", "good tale", "bad <script>window.pwned=1</script>", "<img src=x onerror='window.pwned=1'> good")
 sampler = FakeSampler(lambda ids, k: texts[k + 2 * (sum(ids) % 2)])
 progress = Progress(sys.stdout)
-exp = open_experiment(load_config(sys.argv[1]), sampler=sampler, progress=progress)
-exp.waiting = lambda message: waiting(message, say=progress.say)
-run_experiment(exp)
+run_rounds(load_config(sys.argv[1]), sampler=sampler, progress=progress)
 """
 FLOW = """
 import sys
@@ -75,15 +72,6 @@ def outer():
     return one_round()
 
 print("judged", outer(), flush=True)
-"""
-
-REVIEW = """
-import argparse
-from flows.review import add_review_command
-parser = argparse.ArgumentParser()
-add_review_command(parser.add_subparsers())
-arguments = parser.parse_args()
-arguments.call(arguments)
 """
 
 
@@ -144,7 +132,7 @@ def browser() -> Iterator[Any]:
 @contextmanager
 def review_command(run_dir: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`iterdpo judge review` in a process of its own, and its page's URL."""
-    command = [sys.executable, "-c", REVIEW, "review", str(run_dir), "--no-open", *options]
+    command = [sys.executable, "-m", "flows.cli", "judge", "review", str(run_dir), "--no-open", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     try:
         assert process.stdout is not None

@@ -94,6 +94,21 @@ def test_what_was_judged_early_is_taken_over(tmp_path: Path) -> None:
     assert rest.asked == ["3", "4"]
 
 
+def test_what_abstained_early_is_asked_again_once_the_stage_had_stopped(tmp_path: Path) -> None:
+    broken = Fickle("a", "x", "c", "e")
+    early = EarlyJudge(named(broken), broken, tmp_path / "early")
+    for _, groups in SHARDS:
+        early.put(groups)
+    early.join()
+    step = _made(tmp_path / "step")
+    with pytest.raises(JudgingStopped):
+        judged(broken, step, early=tmp_path / "early", max_abstained=0.1)
+    mended = Fickle()
+    again = judged(mended, step, early=tmp_path / "early", max_abstained=0.1)
+    assert [j.scores for j in again] == [[1.0, 2.0]] * 4
+    assert mended.asked == ["1", "2", "3", "4"]
+
+
 def test_what_another_judge_judged_early_is_not(tmp_path: Path) -> None:
     judge = Fickle()
     other = NamedJudge("train_judge", "fickle", "2", lambda: judge)

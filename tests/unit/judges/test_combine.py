@@ -248,6 +248,10 @@ class TestTieBand:
         # Joining 10 and 100 tokens alone would put their mean, 1.05, below the 1.07 that lies between.
         assert tied([1.0, 1.07, 1.1], [10, 30, 100], width=0.2, length_ratio=5) == [pytest.approx(3.17 / 3)] * 3
 
+    def test_equal_scores_stay_equal_where_one_of_them_ties_with_a_third(self) -> None:
+        # 3 tokens and none are unlike at a ratio of 2, 2 tokens and none are not.
+        assert tied([0.0, 0.0, 1.0], [2, 3, 0], width=1, length_ratio=2) == [pytest.approx(1 / 3)] * 3
+
     @given(
         st.lists(st.tuples(st.none() | st.floats(-3, 3), st.integers(0, 40)), max_size=7),
         st.floats(0, 2),

@@ -613,15 +613,16 @@ def test_garbage_with_status_200_passes_through_to_the_parser() -> None:
 
 
 def test_a_client_can_be_opened_again_in_another_loop_and_thread() -> None:
-    with FakeEndpoint(echo) as server:
-        client = client_of(server)
-        call(client, "1")
+    with FakeEndpoint(echo, latency=0.01, faults=1.0, kinds=["500"], max_faults=1) as server:
+        client = client_of(server, concurrency=1)  # calls wait: for slots, and for another attempt
+        assert texts_of(call(client, "1", "2", "3")) == ["you said 1", "you said 2", "you said 3"]
         replies: list[Reply | str] = []
-        thread = threading.Thread(target=lambda: replies.extend(call(client, "2")))
+        thread = threading.Thread(target=lambda: replies.extend(call(client, "4", "5")))
         thread.start()
         thread.join()
-        assert texts_of(replies) == ["you said 2"]
-    assert client.usage()["calls"] == 2
+        client.begin_stage()
+        assert texts_of([*replies, *call(client, "6")]) == ["you said 4", "you said 5", "you said 6"]
+    assert (client.usage()["calls"], client.usage()["retries"]) == (6, 6)
 
 
 # run_all
