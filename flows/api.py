@@ -22,7 +22,7 @@ from iterdpo.rundir import RunDir, digest, read_manifest
 from iterdpo.sampling import Sampler
 from judges import load_judge
 from judges.custom import adapt
-from judges.load import check_columns, check_judge, judge_version
+from judges.load import by_design, check_columns, check_judge, judge_version
 
 AnyJudge = Callable[..., Any] | object
 """What `judges/custom.py` turns into a judge: a function, a class or an object."""
@@ -181,6 +181,7 @@ def _named(role: str, section: JudgeConfig | None, own: AnyJudge | None) -> Name
     assert section is not None
     check_judge(section.use, section.args)
     version = judge_version(section.use, section.args)
+    limits["by_design"] = by_design(section.use)
     return NamedJudge(role, section.use, version, lambda: load_judge(section.use, section.args), **limits)
 
 

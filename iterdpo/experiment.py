@@ -202,6 +202,12 @@ class Experiment:
             self._judges[named.role] = judge
         return self._judges[named.role]
 
+    def begin_stage(self, named: NamedJudge) -> None:
+        """Tell a judge that has budgets of its own that another stage begins."""
+        begin = getattr(self.judge(named), "begin_stage", None)
+        if callable(begin):
+            begin()
+
     def used(self, named: NamedJudge) -> dict[str, float]:
         """What the judge has used since this was last asked: `{"calls": 512, "tokens_in": 140800, …}`; often nothing."""
         usage = getattr(self.judge(named), "usage", None)

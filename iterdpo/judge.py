@@ -36,6 +36,7 @@ class Judge(Protocol):
     # comparative: bool    its scores mean "against the others of this group": evaluation then puts the candidate's
     #                      completion and the baseline's into one group
     # needs_device: bool   False where it may judge beside sampling
+    # begin_stage()        told when a stage begins; budgets and deadlines of its own begin anew
     # usage() -> dict      totals of what it has used so far: calls, tokens_in, tokens_out, cost_usd, …
     # attach(run_dir, waiting)   told where the run is, and a context to open while it waits for a person
 
@@ -127,3 +128,5 @@ class NamedJudge:
     max_abstained: float = 1.0
     max_abstained_count: int | None = None
     stream: bool | None = None
+    by_design: tuple[str, ...] = ()
+    """Reasons of abstentions that no budget counts, since the judge means to give them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,9 +132,10 @@ def _share(values: Sequence[bool]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def abstention_counts(judgments: Sequence[Judgment]) -> dict[str, Any]:
+def abstention_counts(judgments: Sequence[Judgment], *, leave_out: Collection[str] = ()) -> dict[str, Any]:
     """The counts of a manifest: completions, those without a score, and the commonest reasons."""
-    reasons = Counter(reason for j in judgments for reason in j.abstentions if reason is not None)
+    given = (reason for j in judgments for reason in j.abstentions if reason is not None)
+    reasons = Counter(reason for reason in given if reason not in leave_out)
     return {
         "completions": sum(len(j.scores) for j in judgments),
         "unjudged": reasons.total(),

@@ -88,7 +88,7 @@ def judge_shards(
             write_jsonl(target, (j.to_json() for j in fresh))
         judgments += fresh
         on_shard(fresh)
-        counts = abstention_counts(judgments)
+        counts = abstention_counts(judgments, leave_out=named.by_design)
         if counts["unjudged"] > allowed:
             write_text(directory / RETRY, "")
             raise JudgingStopped(_stopped(named, counts, total, allowed, directory))

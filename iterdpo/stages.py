@@ -108,7 +108,11 @@ def judge(exp: Experiment, round: int) -> Manifest:
     if (done := _done(exp, step)) is not None:
         return done
     directory = step.begin()
-    streamed = exp.early.pop(round).join() if round in exp.early else 0.0
+    streamed = 0.0
+    if round in exp.early:
+        streamed = exp.early.pop(round).join()
+    else:
+        exp.begin_stage(named)
     early = _early_directory(exp, round)
     source = exp.run.round_dir(round) / "completions"
     judgments = _judge(
@@ -324,6 +328,7 @@ def evaluate(exp: Experiment, round: int, policy: Policy, previous: int | None) 
     duels: dict[str, dict[str, list[list[Scores]]]] = {}
     for named in exp.judges:
         target = _subdirectory(directory, "judgments", named.role)
+        exp.begin_stage(named)
         if getattr(exp.judge(named), "comparative", False):
             duels[named.role] = {name: _duels(exp, named, groups, r, target) for name, r in baselines.items()}
             continue
@@ -596,6 +601,7 @@ def _early_judge(exp: Experiment, round: int) -> EarlyJudge | None:
     judge = exp.judge(named)
     if named.stream is None and getattr(judge, "needs_device", True):
         return None
+    exp.begin_stage(named)
     exp.early[round] = EarlyJudge(named, judge, _early_directory(exp, round))
     return exp.early[round]
 

@@ -18,8 +18,6 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import pydantic
-
 from iterdpo.errors import JudgeError
 from iterdpo.judging import meetings
 from iterdpo.seeds import derive_seed
@@ -28,7 +26,7 @@ from judges.custom import Abstention, judgment_from_outcomes
 from judges.endpoint import CallFailed, Client, Endpoint, Reply, run_all
 from judges.server import Server, ServerSettings
 from judges.templates import Template, load_template, principles
-from judges.tournament import Aggregate, Knockout, all_pairs, judgment_from_comparisons, random_pairs
+from judges.tournament import BY_LOT, NOT_MET, Aggregate, Knockout, all_pairs, judgment_from_comparisons, random_pairs
 from judges.verdicts import Unclear, expected_score, parse_ranking, parse_scores, parse_verdict, verdict_probability
 
 Constrain = Literal["auto", "structured_outputs", "json_schema", "none"]
@@ -96,6 +94,10 @@ class _LLMJudge:
     async def _judge_group(self, group: CompletionGroup) -> Judgment:
         raise NotImplementedError
 
+    def begin_stage(self) -> None:
+        """Budgets and the deadline of the stage begin anew."""
+        self.client.begin_stage()
+
     def usage(self) -> dict[str, float]:
         return self.client.usage()
 
@@ -157,6 +159,7 @@ class PairwiseJudge(_LLMJudge):
 
     kind = "pairwise"
     comparative = True
+    BY_DESIGN = (BY_LOT, NOT_MET)
 
     def __init__(
         self,
@@ -464,12 +467,7 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def _endpoint(settings: Mapping[str, Any] | None) -> Endpoint:
-    try:
-        return Endpoint(**(settings or {}))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(["endpoint", *map(str, first["loc"])])
-        raise JudgeError(f"judge: {where} = {first['input']!r}: {first['msg']}") from None
+    return Endpoint(**(settings or {}))
 
 
 def _check(judge: type[_LLMJudge], args: Mapping[str, Any]) -> Template:

@@ -108,6 +108,11 @@ def check_judge(use: str, args: dict[str, Any]) -> None:
         raise JudgeError(f"judge {use!r}: {source.file} defines no {source.name!r}; {hint}")
 
 
+def by_design(use: str) -> tuple[str, ...]:
+    """Reasons of abstentions that this judge means to give: of a person, that not every completion was shown."""
+    return tuple(getattr(_built_in(use), "BY_DESIGN", ())) if use in BUILT_IN else ()
+
+
 def check_columns(use: str, columns: Iterable[str]) -> None:
     """Refuse a judge that is a function whose parameters ask for a column that the prompts do not have.
 

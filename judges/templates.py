@@ -136,7 +136,8 @@ class Template:
             except Exception as error:  # whatever an expression of the user's file raises
                 raise JudgeError(f"{self.name}, line {_line(error)}: {error}") from error
             marks = [mark[0] for mark in MARK.finditer(content) if mark[2] == nonce]
-            if marks != [f"<text-{nonce}>", f"</text-{nonce}>"] * (len(marks) // 2):
+            pairs = [f"<text-{nonce}>", f"</text-{nonce}>"] * (len(marks) // 2)
+            if marks != pairs or content.lower().count(nonce) != len(marks):
                 raise JudgeError(
                     f"{self.name}: it cuts or changes a fenced text, so that its end cannot be told; show it whole"
                 )
@@ -193,7 +194,7 @@ def _nonce(texts: list[str]) -> str:
         data = text.encode("utf-8", "surrogatepass")
         whole.update(len(data).to_bytes(8, "big") + data)
     seed = whole.digest()
-    while any((nonce := seed.hex()[:8]) in text for text in texts):
+    while any((nonce := seed.hex()[:8]) in text.lower() for text in texts):
         seed = hashlib.sha256(seed).digest()
     return nonce if texts else seed.hex()[:8]
 

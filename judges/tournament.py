@@ -11,6 +11,8 @@ from typing import Literal
 from iterdpo.judging import Met, meetings
 from iterdpo.types import Comparison, CompletionGroup, Judgment
 
+BY_LOT = "left the knock-out by a tie"
+NOT_MET = "nothing to compare it with"
 Aggregate = Literal["win_rate", "bradley_terry"]
 
 
@@ -59,7 +61,7 @@ def judgment_from_comparisons(
     scores: list[float | None] = []
     reasons: list[str | None] = []
     for k in range(count):
-        reason = failed.get(k) or (None if rivals[k] else "nothing to compare it with")
+        reason = failed.get(k) or (None if rivals[k] else NOT_MET)
         reasons.append(reason)
         scores.append(None if reason else strengths[k] if strengths else sum(rivals[k]) / len(rivals[k]))
     return Judgment(group.prompt.id, scores, reasons, list(comparisons))
@@ -119,7 +121,7 @@ class Knockout:
                 return
             if met.points == 0.5:
                 loser = self._generator.choice([met.i, met.j])
-                self.reasons[loser] = "left the knock-out by a tie"
+                self.reasons[loser] = BY_LOT
             else:
                 loser = met.j if met.points > 0.5 else met.i
                 self.won[met.i + met.j - loser] += 1
@@ -131,7 +133,7 @@ class Knockout:
         count = len(group.completions)
         reasons = self.reasons if self.failure is None else [self.failure] * count
         if count == 1:
-            reasons = ["nothing to compare it with"]
+            reasons = [NOT_MET]
         scores = [None if reason else float(won) for reason, won in zip(reasons, self.won, strict=True)]
         return Judgment(group.prompt.id, scores, list(reasons), list(comparisons))
 

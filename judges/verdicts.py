@@ -37,6 +37,7 @@ class Unclear(str):
 
 EMPTY = Unclear("an empty reply")
 ENDLESS = Unclear("reasoning that never ended")
+ALL_QUOTED = Unclear("a quotation that never ended")
 NOTHING = Unclear("no verdict")
 BOTH = Unclear("both verdicts")
 CUT_OFF = Unclear("cut off")
@@ -201,10 +202,11 @@ def _read(reply: str, parse: Callable[[str], T | Unclear], *, contradiction: Unc
     if not reply.strip():
         return EMPTY
     text = _without_thoughts(reply.replace("\r\n", "\n").replace("\r", "\n"))
+    text = text if isinstance(text, Unclear) else _without_quotations(text)
     if isinstance(text, Unclear):
         return text
     # Letters are mapped after this: `＜think＞` is no token.
-    parts = [part.translate(_CHARACTERS) for part in SPECIAL_TOKEN.split(_without_quotations(text)) if part.strip()]
+    parts = [part.translate(_CHARACTERS) for part in SPECIAL_TOKEN.split(text) if part.strip()]
     if not parts:
         return EMPTY
     *before, last = [parse(part) for part in parts]
@@ -223,13 +225,15 @@ def _without_thoughts(text: str) -> str | Unclear:
     return ENDLESS if _THOUGHT_BEGINS.search(text) else text
 
 
-def _without_quotations(text: str) -> str:
-    """`text` without what stands between the marks of a fence; a fence that is never closed goes to the end."""
+def _without_quotations(text: str) -> str | Unclear:
+    """`text` without what stands between the marks of a fence. One that never ends may hold all that follows it."""
     kept, position = [], 0
     while opening := MARK.search(text, position):
-        kept += [text[position : opening.start()], f"\n{_QUOTED}\n"]
         closing = opening if opening[1] else re.compile(f"</text-{opening[2]}>").search(text, opening.end())
-        position = closing.end() if closing else len(text)
+        if closing is None:
+            return ALL_QUOTED
+        kept += [text[position : opening.start()], f"\n{_QUOTED}\n"]
+        position = closing.end()
     return "".join(kept) + text[position:]
 
 
