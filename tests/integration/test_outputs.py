@@ -135,7 +135,7 @@ def test_the_screen_has_a_line_a_stage_and_the_noise_is_in_the_logs(tmp_path: Pa
         "        raise RuntimeError('no verdict on ' + repr(completion[:3]))\n"
         "    return float('nan') if len(completion) % 4 == 1 else len(completion)\n"
     )
-    judge = {"use": f"{workspace.root / 'judge.py'}:picky"}
+    judge = {"use": f"{workspace.root / 'judge.py'}:picky", "max_abstained": 0.9}
     result = workspace.iterdpo("run", str(workspace.write(judge=judge, evaluation={})))
     assert result.returncode == 0, result.stdout + result.stderr
 
