@@ -21,11 +21,7 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, share or cores)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:  # a file's tests share their fixtures, and the finished run is made once
-        shared = "finished" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("finished" if shared else item.path.stem))
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
 
