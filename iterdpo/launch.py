@@ -22,7 +22,7 @@ from iterdpo.rundir import read_json, write_json
 
 TRAIN_LOG = "train_log.jsonl"
 OPTIMIZER_STATE = "optimizer.pt"
-MALLOC = {"hugetlb": 1, "trim_threshold": 16 << 30, "mmap_threshold": 4 << 20, "top_pad": 64 << 20}
+MALLOC = {"hugetlb": 1, "trim_threshold": 16 << 30, "mmap_threshold": 32 << 20, "top_pad": 64 << 20}
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def environment(*, processes: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         # A step frees and takes hundreds of MB. By default glibc hands them back to the kernel and faults them in again,
-        # page by page. Small blocks are kept; large ones are mapped, in huge pages, so that the heap does not fragment.
+        # page by page. Blocks below glibc's largest threshold, 32 MiB, are kept; larger ones are mapped, in huge pages,
+        # so that the heap does not fragment.
         "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items()),
         # A thread that waits for the others spins. Where anything else runs on its core, that costs many times what it
         # saves: let it sleep soon.
