@@ -181,7 +181,7 @@ def _named(role: str, section: JudgeConfig | None, own: AnyJudge | None) -> Name
     assert section is not None
     check_judge(section.use, section.args)
     version = judge_version(section.use, section.args)
-    limits["by_design"] = by_design(section.use)
+    limits["by_design"] = by_design(section.use, section.args)
     return NamedJudge(role, section.use, version, lambda: load_judge(section.use, section.args), **limits)
 
 

@@ -254,26 +254,26 @@ def _described(found: dict[str, Any], completions: list[str]) -> Iterator[str]:
     """A verdict for a reader: what was asked and replied, then what came of it."""
     import json
 
-    from iterdpo.report import _visible
+    from iterdpo.report import visible
 
     for number, call in enumerate(found["trace"], 1):
         for message in call["messages"]:
             yield f"--- call {number}: {message['role']}"
-            yield _visible(str(message["content"]))
+            yield visible(str(message["content"]))
         yield f"--- call {number}: reply"
-        yield _visible(str(call["reply"]))
+        yield visible(str(call["reply"]))
     if found["trace"]:
         yield "---"
     yield f"judge: {found['judge']['name']} (version {found['judge']['version']})"
     if found["columns"]:
         yield f"columns: {json.dumps(found['columns'])}"
     for k, (text, score, reason) in enumerate(zip(completions, found["scores"], found["abstentions"], strict=True)):
-        first = _visible(text).strip().partition("\n")[0]
-        verdict = f"score {score:.6g}" if score is not None else f"abstained: {_visible(reason)}"
+        first = visible(text).strip().partition("\n")[0]
+        verdict = f"score {score:.6g}" if score is not None else f"abstained: {visible(reason)}"
         yield f"completion {k}: {verdict}   {first[:60]}{' …' if len(first) > 60 else ''}"
     for c in found["comparisons"]:
         sure = "" if c["probability"] is None else f" (first wins with probability {c['probability']:.3f})"
-        said = f"abstained: {_visible(str(c['reason']))}" if c["winner"] is None else c["winner"] + sure
+        said = f"abstained: {visible(str(c['reason']))}" if c["winner"] is None else c["winner"] + sure
         yield f"completion {c['first']} before completion {c['second']}: {said}"
     if found["details"]:
         yield f"details: {json.dumps(found['details'])}"
@@ -286,8 +286,9 @@ def _described(found: dict[str, Any], completions: list[str]) -> Iterator[str]:
 
 def _named(which: str, overrides: list[str], role: str) -> tuple[str, dict[str, Any]]:
     """`use` and `args` of a judge, from a configuration or as given, with the overrides laid over the args."""
-    from iterdpo.config import _assign, load_config
-    from iterdpo.errors import ConfigError
+    from iterdpo.config import assign, load_config
+    from iterdpo.errors import ConfigError, JudgeError
+    from judges.load import asks_a_person
 
     use, args = which, {}
     if _is_config(which):
@@ -299,16 +300,21 @@ def _named(which: str, overrides: list[str], role: str) -> tuple[str, dict[str, 
     elif role != "train":
         raise ConfigError(f"--role {role} chooses a judge of a configuration, and {which!r} is none (.yaml)")
     for override in overrides:
-        args = _assign(args, override)
+        args = assign(args, override)
+    if asks_a_person(use, args):
+        raise JudgeError(
+            f"{which}: a person is asked within a run alone: name the judge `person` in a configuration, `iterdpo run` "
+            "it, and answer with `iterdpo judge review RUN_DIR`"
+        )
     return use, args
 
 
 def _values(overrides: list[str]) -> dict[str, Any]:
-    from iterdpo.config import _assign
+    from iterdpo.config import assign
 
     values: dict[str, Any] = {}
     for override in overrides:
-        values = _assign(values, override)
+        values = assign(values, override)
     return values
 
 

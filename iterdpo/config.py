@@ -400,7 +400,7 @@ def parse_config(schema: type[AnyConfig], values: dict[str, Any], *, source: str
     try:
         return _absolute(schema.model_validate(values))
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(schema, e) for e in error.errors())) from None
+        raise ConfigError(f"{source}: " + "; ".join(explain(schema, e) for e in error.errors())) from None
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -418,7 +418,7 @@ def _load(schema: type[AnyConfig], paths: tuple[str | Path, ...], overrides: lis
     for path in paths:
         values = merge(values, _read_yaml(Path(path)))
     for override in overrides:
-        values = _assign(values, override)
+        values = assign(values, override)
     other = OfflineConfig if schema is Config else Config
     wants = {"data"} if schema is Config else {"prompts", "judge"}
     if wants & values.keys() - schema.model_fields.keys():
@@ -458,7 +458,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _assign(values: dict[str, Any], override: str) -> dict[str, Any]:
+def assign(values: dict[str, Any], override: str) -> dict[str, Any]:
+    """`values` with an override laid on them: `assign({}, "dpo.beta=0.2") == {"dpo": {"beta": 0.2}}`."""
     key, sign, text = override.partition("=")
     if not sign or not key.strip():
         raise ConfigError(f"{override!r}: an override reads key=value, with dots between the levels: dpo.beta=0.2")
@@ -476,7 +477,8 @@ def _assign(values: dict[str, Any], override: str) -> dict[str, Any]:
     return values
 
 
-def _explain(schema: type[BaseModel], error: Any) -> str:
+def explain(schema: type[BaseModel], error: Any) -> str:
+    """An error of pydantic's `ValidationError.errors()` in our words, with the nearest key where one is unknown."""
     where = ".".join(str(part) for part in error["loc"])
     match error["type"]:
         case "extra_forbidden":

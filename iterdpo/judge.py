@@ -37,6 +37,7 @@ class Judge(Protocol):
     #                      completion and the baseline's into one group
     # needs_device: bool   False where it may judge beside sampling
     # begin_stage()        told when a stage begins; budgets and deadlines of its own begin anew
+    # repeat: int          another number asks for another draw: a cache or a fixed seed does not answer in its place
     # usage() -> dict      totals of what it has used so far: calls, tokens_in, tokens_out, cost_usd, …
     # attach(run_dir, waiting)   told where the run is, and a context to open while it waits for a person
 

@@ -266,7 +266,7 @@ def completion_logps(model: Any, prompts: Sequence[list[int]], completions: Sequ
 
 
 def score_completions(
-    policy: str | Path,
+    policy: str | Path | torch.nn.Module,
     prompts: Sequence[list[int]],
     completions: Sequence[list[int]],
     *,
@@ -275,12 +275,14 @@ def score_completions(
     trust_remote_code: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """Log pi(y|x) in nats of each completion under the checkpoint `policy`, in the order given.
+    """Log pi(y|x) in nats of each completion under `policy`, in the order given. Rows of similar length share a batch.
 
-    Loads the model, on a GPU where there is one, and frees it. Rows of similar length share a batch.
+    A checkpoint is loaded, on a GPU where there is one, and freed. A model is moved there, and left.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_policy(policy, trust_remote_code=trust_remote_code).to(device).eval()
+    if not isinstance(policy, torch.nn.Module):
+        policy = load_policy(policy, trust_remote_code=trust_remote_code)
+    model = policy.to(device).eval()
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]) + len(completions[i]), i))
     scores = [0.0] * len(prompts)
     for start in range(0, len(order), rows_per_batch):
@@ -291,7 +293,7 @@ def score_completions(
             scores[i] = logp
         if on_progress is not None:
             on_progress(start + len(rows))
-    del model
+    del policy, model
     if device == "cuda":
         torch.cuda.empty_cache()
     return scores

@@ -231,7 +231,7 @@ def _read_prompts(path: str, split: str, column: str, id_column: str | None) -> 
                     "be unique, or leave prompts.id_column out"
                 )
             seen_in[prompt_id] = number
-        columns = {k: _json_value(v) for k, v in row.items() if k not in (column, id_column)}
+        columns = {k: json_value(v) for k, v in row.items() if k not in (column, id_column)}
         found[prompt_id] = Prompt(prompt_id, content, columns)
     return list(found.values()), repeated
 
@@ -240,7 +240,8 @@ def _ordered(prompts: list[Prompt], seed: int, *purpose: int | str) -> list[Prom
     return sorted(prompts, key=lambda p: (derive_seed(seed, *purpose, p.id), p.id))
 
 
-def _json_value(value: Any) -> Any:
+def json_value(value: Any) -> Any:
+    """`value` where JSON can have it, else its text."""
     try:
         canonical(value).encode()
     except (TypeError, ValueError):

@@ -6,10 +6,11 @@ sampled, and leaves what it made where the stage finds it.
 
 from __future__ import annotations
 
+import contextvars
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,10 @@ def judge_shards(
         if not made.exists():
             fresh = checked_judgments(load(), groups)
         elif retry:
-            fresh = _judged_again(load(), groups, _judgments(made))
+            fresh = _judged_again(load(), groups, _judgments(made), by_design=named.by_design)
         else:
             fresh = _judgments(made)
-        if retry or made != target or not target.exists():
+        if retry or not target.exists():
             write_jsonl(target, (j.to_json() for j in fresh))
         judgments += fresh
         on_shard(fresh)
@@ -98,22 +99,24 @@ def judge_shards(
 class EarlyJudge:
     """Judges shards in a thread of its own, in the order in which they are put, beside whatever else goes on.
 
-    A judge that fails for good ends the thread: the next `put` raises the error where it is the user's to mend, and
-    the stage that comes later meets any other by itself.
+    The thread has the context variables of whoever made it: a judge that waits for a person finds its Prefect run.
+    After a failure nothing more is judged. The next `put` raises it where it is the user's to mend, or no failure but
+    an interruption (the run was cancelled in Prefect); the stage that comes later meets any other by itself.
     """
 
     def __init__(self, named: NamedJudge, judge: Judge, directory: Path) -> None:
         self.seconds = 0.0
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._cancelled = False
         self._named, self._judge, self._directory = named, judge, directory
         self._shards: queue.SimpleQueue[list[CompletionGroup] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="early-judge", daemon=True)
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(target=run, args=[self._work], name="early-judge", daemon=True)
         directory.mkdir(parents=True, exist_ok=True)
         self._thread.start()
 
     def put(self, groups: list[CompletionGroup]) -> None:
-        if isinstance(self._error, UserError):
+        if isinstance(self._error, UserError) or not isinstance(self._error, Exception | None):
             raise self._error
         self._shards.put(groups)
 
@@ -136,7 +139,7 @@ class EarlyJudge:
             started = time.perf_counter()
             try:
                 judged = checked_judgments(self._judge, groups)
-            except Exception as error:
+            except BaseException as error:
                 self._error = error
                 continue
             write_jsonl(target, (j.to_json() for j in judged))
@@ -148,9 +151,11 @@ def _early_name(named: NamedJudge, groups: Sequence[CompletionGroup]) -> str:
     return f"{digest([judge_key(named), [g.to_json() for g in groups]])}.jsonl"
 
 
-def _judged_again(judge: Judge, groups: list[CompletionGroup], known: list[Judgment]) -> list[Judgment]:
-    """`known`, with the groups in which something abstained judged anew."""
-    again = [i for i, judgment in enumerate(known) if None in judgment.scores]
+def _judged_again(
+    judge: Judge, groups: list[CompletionGroup], known: list[Judgment], *, by_design: Collection[str]
+) -> list[Judgment]:
+    """`known`, with the groups in which something abstained, other than by design, judged anew."""
+    again = [i for i, judgment in enumerate(known) if not {None, *by_design}.issuperset(judgment.abstentions)]
     fresh = dict(zip(again, checked_judgments(judge, [groups[i] for i in again]) if again else [], strict=True))
     return [fresh.get(i, judgment) for i, judgment in enumerate(known)]
 

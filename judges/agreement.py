@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from iterdpo.errors import DataError, UserError
 from iterdpo.judge import Judge, checked_judgments
-from iterdpo.prompts import _json_value, column_value, content_of, load_rows
+from iterdpo.prompts import column_value, content_of, json_value, load_rows
 from iterdpo.rundir import RunDir, digest, read_jsonl
 from iterdpo.seeds import derive_seed
 from iterdpo.types import CompletionGroup, Judgment, Prompt
@@ -286,7 +286,7 @@ def _group(row: dict[str, Any], where: str, tokenizer: Any) -> CompletionGroup:
     texts = row.get("completions")
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise DataError(f"{where}, column 'completions' must be a list of texts")
-    columns = {k: _json_value(v) for k, v in row.items() if k not in NOT_COLUMNS}
+    columns = {k: json_value(v) for k, v in row.items() if k not in NOT_COLUMNS}
     prompt = Prompt(f"p-{digest(content)}", content, columns)
     completions = [completion_of(content, text, tokenizer, where) for text in texts]
     return CompletionGroup(prompt, prompt_ids_of(prompt, tokenizer, where), completions)

@@ -124,9 +124,13 @@ class Ensemble:
 
         return attach
 
+    def begin_stage(self) -> None:
+        for member in self.members:
+            _tell(member, "begin_stage")
+
     def close(self) -> None:
         for member in self.members:
-            _close(member)
+            _tell(member, "close")
 
     def _combined(self, judgments: list[Judgment]) -> Judgment:
         """One group's judgment from the members'."""
@@ -239,8 +243,11 @@ class _Wrapper:
         """The inner judge's; AttributeError where it has none."""
         return self.inner.attach  # type: ignore[attr-defined]
 
+    def begin_stage(self) -> None:
+        _tell(self.inner, "begin_stage")
+
     def close(self) -> None:
-        _close(self.inner)
+        _tell(self.inner, "close")
 
 
 class LengthPenalty(_Wrapper):
@@ -433,6 +440,8 @@ class Cached(_Wrapper):
         super().__init__(judge)
         self.path = Path(path).expanduser()
         self.hits = 0
+        self.repeat = 0
+        """Another number is another draw, kept beside the first."""
 
     @staticmethod
     def check(judge: Any, path: Any) -> None:
@@ -441,7 +450,8 @@ class Cached(_Wrapper):
             raise JudgeError(f"cached: path is {path!r}; it is the file to keep judgments in, such as judgments.sqlite")
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
-        keys = [digest([self.inner.version, _content(group)]) for group in groups]
+        draw = [self.repeat] if self.repeat else []
+        keys = [digest([self.inner.version, _content(group), *draw]) for group in groups]
         known = self._known(keys)
         self.hits += sum(key in known for key in keys)
         missing = {key: group for key, group in zip(keys, groups, strict=True) if key not in known}
@@ -511,9 +521,9 @@ def _total(parts: Iterable[dict[str, float]]) -> dict[str, float]:
     return dict(total)
 
 
-def _close(judge: Judge) -> None:
-    if callable(close := getattr(judge, "close", None)):
-        close()
+def _tell(judge: Judge, what: str) -> None:
+    if callable(told := getattr(judge, what, None)):
+        told()
 
 
 def _check_nested(owner: str, judge: Any, known: Iterable[str] = ("use", "args")) -> None:

@@ -104,8 +104,12 @@ class CustomJudge:
             case "compare":
                 return _judge_comparisons(self.function, groups)
 
+    def begin_stage(self) -> None:
+        """Calls the `begin_stage` of the user's object, where it has one; `close` does likewise."""
+        if callable(begin := getattr(self.owner, "begin_stage", None)):
+            begin()
+
     def close(self) -> None:
-        """Calls the `close` of the user's object, where it has one."""
         if callable(close := getattr(self.owner, "close", None)):
             close()
 

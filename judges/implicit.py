@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from iterdpo.errors import DataError, JudgeError
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
 from judges.custom import Abstention, judgment_from_outcomes
-from judges.reward_model import check_choice, checkpoint_config
+from judges.reward_model import check_choice, checkpoint_config, free_memory
 
 PRECISIONS = ("bf16", "fp32")
 
@@ -26,8 +26,8 @@ class ImplicitReward:
     continued, and reads the sampled ids as the completion's text. Otherwise prompt and completion are tokenized anew,
     with an end token unless the completion was cut off.
 
-    One model is in memory at a time, and none between two calls: each call loads both, so that large shards
-    (`sampling.shard_size`) are cheaper than small ones.
+    The first judgment loads both models, in float32 and side by side: 8 bytes for each parameter of one. `close` frees
+    them.
 
     Args:
         policy, reference: checkpoint directories, adapters, or hub ids, with the same tokenizer.
@@ -61,6 +61,7 @@ class ImplicitReward:
         self.precision = precision
         self.batch_size = batch_size
         self.trust_remote_code = trust_remote_code
+        self._models: list[Any] = []  # of policy and reference, while they are loaded
         self._tokenizer: Any = None
         self._limit = 0
 
@@ -90,7 +91,9 @@ class ImplicitReward:
         return [judgment_from_outcomes(g, [next(outcomes) for _ in g.completions]) for g in groups]
 
     def close(self) -> None:
-        """Nothing is left to free: the models are gone when `judge` returns."""
+        """Free the models' memory. The next judgment loads them again."""
+        self._models = []
+        free_memory()
 
     def _load_tokenizer(self) -> None:
         from transformers import AutoConfig
@@ -153,7 +156,12 @@ class ImplicitReward:
 
     def _rewards(self, rows: Sequence[_Row]) -> list[float]:
         from iterdpo.logps import score_completions
+        from iterdpo.models import load_policy
 
+        if not self._models:
+            self._models = [
+                load_policy(path, trust_remote_code=self.trust_remote_code) for path in (self.policy, self.reference)
+            ]
         policy, reference = (
             score_completions(
                 model,
@@ -161,9 +169,8 @@ class ImplicitReward:
                 [row.completion for row in rows],
                 precision=self.precision,
                 rows_per_batch=self.batch_size,
-                trust_remote_code=self.trust_remote_code,
             )
-            for model in (self.policy, self.reference)
+            for model in self._models
         )
         return [
             self.beta * (p - r) / (len(row.completion) if self.length_normalized else 1)

@@ -108,9 +108,16 @@ def check_judge(use: str, args: dict[str, Any]) -> None:
         raise JudgeError(f"judge {use!r}: {source.file} defines no {source.name!r}; {hint}")
 
 
-def by_design(use: str) -> tuple[str, ...]:
-    """Reasons of abstentions that this judge means to give: of a person, that not every completion was shown."""
-    return tuple(getattr(_built_in(use), "BY_DESIGN", ())) if use in BUILT_IN else ()
+def by_design(use: str, args: dict[str, Any]) -> tuple[str, ...]:
+    """Reasons of abstentions that this judge, or one within it, means to give: not every completion was compared."""
+    own = getattr(_built_in(use), "BY_DESIGN", ()) if use in BUILT_IN else ()
+    inner = (by_design(judge["use"], judge.get("args") or {}) for judge in _nested(args))
+    return (*own, *(reason for reasons in inner for reason in reasons))
+
+
+def asks_a_person(use: str, args: dict[str, Any]) -> bool:
+    """Whether a person is this judge, or one within it: such a judge has somebody to ask within a run alone."""
+    return use == "person" or any(asks_a_person(inner["use"], inner.get("args") or {}) for inner in _nested(args))
 
 
 def check_columns(use: str, columns: Iterable[str]) -> None:

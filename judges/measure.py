@@ -22,7 +22,7 @@ import numpy as np
 from iterdpo.errors import DataError
 from iterdpo.judge import Judge, checked_judgments
 from iterdpo.preferences import Account, Content, Format, PreferenceData, RawPair, parse_rows
-from iterdpo.prompts import _json_value, column_value, load_rows
+from iterdpo.prompts import column_value, json_value, load_rows
 from iterdpo.rendering import completion_token_ids, prompt_token_ids
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
@@ -101,7 +101,7 @@ def read_labelled(
 
 
 def _labelled(raw: RawPair, row: dict[str, Any], where: str, subset_column: str | None, tokenizer: Any) -> LabelledPair:
-    columns = {k: _json_value(v) for k, v in row.items() if k not in NOT_COLUMNS}
+    columns = {k: json_value(v) for k, v in row.items() if k not in NOT_COLUMNS}
     subset = None
     if subset_column is not None:
         subset = str(column_value(row, subset_column, where, "set --subset-column"))
@@ -215,8 +215,8 @@ def check_judge_on(
 ) -> Check:
     """Judge the pairs in blocks. A judge that reads a prompt's completions together is shown each pair in both orders.
 
-    With `repeats` above 1 each pair is judged so often; a judge that has an attribute `repeat` finds its number there,
-    so that a cache or a fixed seed does not answer in its place.
+    With `repeats` above 1 each pair is judged so often; a judge that has an attribute `repeat`, and each within it that
+    has one, finds its number there, so that a cache or a fixed seed does not answer in its place.
 
     Ctrl-C, and whatever the data or the judge raise, end it early with the pairs of the finished blocks; `stopped` has
     the reason. Before a first block is finished, errors are raised.
@@ -241,7 +241,7 @@ def check_judge_on(
                     j.chosen_first = not j.chosen_first
             for number in range(1, repeats):
                 set_hook(judge, "repeat", number)
-                for pair, j, judgment in zip(block, judged, _judge(_uncached(judge), block, judged), strict=True):
+                for pair, j, judgment in zip(block, judged, _judge(judge, block, judged), strict=True):
                     j.repeats.append(look_at(pair, judgment, chosen_first=j.chosen_first).verdict)
             set_hook(judge, "repeat", 0)
             check.seconds += time.perf_counter() - started
@@ -338,15 +338,6 @@ def _parts(judge: Any) -> Iterator[Any]:
     for part in (getattr(judge, "inner", None), *getattr(judge, "members", ())):
         if isinstance(part, Judge):
             yield from _parts(part)
-
-
-def _uncached(judge: Any) -> Judge:
-    """The judge without the wrapper that would answer a repeated question from memory."""
-    from judges.combine import Cached
-
-    while isinstance(judge, Cached):
-        judge = judge.inner
-    return judge
 
 
 def _compares(judge: Any) -> bool:

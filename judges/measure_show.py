@@ -6,7 +6,8 @@ are made visible, on the terminal too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ from judges.estimates import Estimate
 from judges.measure import Check, Mistake
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SHOWN = 10  # differences on the terminal, and lines of a table of reasons
@@ -276,12 +278,12 @@ def print_report(
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    from iterdpo.report import _visible
+    from iterdpo.report import visible
 
     console = Console(file=stream, highlight=False, width=None if stream.isatty() else 120)
 
     def say(text: str, style: str = "") -> None:
-        console.print(Text(_visible(text), style=style))
+        console.print(Text(visible(text), style=style))
 
     for line in lines:
         say(line, "dim")
@@ -295,7 +297,7 @@ def print_report(
                 justify="left" if place == 0 else "right" if len(table.headings) > 2 else "left",
             )
         for row in table.rows:
-            drawn.add_row(*(Text(_visible(cell)) for cell in row))
+            drawn.add_row(*(Text(visible(cell)) for cell in row))
         say("")
         say(table.title, "bold")
         console.print(drawn)
@@ -344,22 +346,12 @@ def write_page(
     examples_title: str,
 ) -> None:
     """One HTML file, written atomically. `figures` are (title, caption, plot)."""
-    import jinja2
     from markupsafe import Markup
 
-    from iterdpo.report import _clip, _visible
+    from iterdpo.report import page_template
     from iterdpo.report.plots import as_svg
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("judges", "."),
-        autoescape=True,
-        finalize=_visible,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["clip"] = _clip
-    page = environment.get_template("measure_page.html.j2").render(
+    page = page_template("judges", "measure_page.html.j2").render(
         title=title,
         sentence=sentence,
         settings=settings,
@@ -383,23 +375,15 @@ def check_plots(report: dict[str, Any], check: Check) -> list[tuple[str, str, Fi
 
 
 def _reliability(bins: Sequence[dict[str, Any]]) -> Figure:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    from iterdpo.report.plots import BLUE, FAINT, STYLE
+    from iterdpo.report.plots import BLUE, FAINT
 
     most = max(b["pairs"] for b in bins)
-    with rc_context(STYLE):
-        fig = Figure(figsize=(4.4, 3.9), layout=ConstrainedLayoutEngine(h_pad=0.07), label="reliability")
-        ax = fig.subplots()
+    with _plot("reliability", title="Accuracy", x="confidence") as (fig, ax):
         ax.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1, linestyle=(0, (2, 2)))
         x = [b["confidence"] for b in bins]
         y = [b["accuracy"].value for b in bins]
         ax.vlines(x, [b["accuracy"].low for b in bins], [b["accuracy"].high for b in bins], color=BLUE, linewidth=1.4)
         ax.scatter(x, y, s=[12 + 140 * b["pairs"] / most for b in bins], color=BLUE, alpha=0.75, linewidths=0, zorder=3)
-        ax.set_title("Accuracy")
-        ax.set_xlabel("confidence")
         ax.set_xlim(0.48, 1.02)
         ax.set_ylim(-0.02, 1.02)
     return fig
@@ -407,25 +391,33 @@ def _reliability(bins: Sequence[dict[str, Any]]) -> Figure:
 
 def _by_subset(subsets: dict[str, dict[str, Any]]) -> Figure:
     """By numbers: names come from the data, and are in the table."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    from iterdpo.report.plots import BLUE, FAINT, STYLE
+    from iterdpo.report.plots import BLUE, FAINT
 
     found = [(place, some["accuracy"]) for place, some in enumerate(subsets.values(), 1)]
     judged = [(place, e) for place, e in found if e.value is not None]
-    with rc_context(STYLE):
-        fig = Figure(figsize=(4.4, 3.9), layout=ConstrainedLayoutEngine(h_pad=0.07), label="subsets")
-        ax = fig.subplots()
+    with _plot("subsets", title="Subset, in the order of the table", x="accuracy") as (fig, ax):
         ax.axvline(0.5, color=FAINT, linewidth=1, linestyle=(0, (2, 2)))
         ax.hlines(
             [p for p, _ in judged], [e.low for _, e in judged], [e.high for _, e in judged], color=BLUE, linewidth=1.4
         )
         ax.scatter([e.value for _, e in judged], [p for p, _ in judged], s=30, color=BLUE, zorder=3)
-        ax.set_title("Subset, in the order of the table")
-        ax.set_xlabel("accuracy")
         ax.set_xlim(-0.02, 1.02)
         ax.set_ylim(len(found) + 0.6, 0.4)
         ax.locator_params(axis="y", nbins=12, integer=True)
     return fig
+
+
+@contextmanager
+def _plot(label: str, *, title: str, x: str) -> Iterator[tuple[Figure, Axes]]:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    from iterdpo.report.plots import STYLE
+
+    with rc_context(STYLE):
+        fig = Figure(figsize=(4.4, 3.9), layout=ConstrainedLayoutEngine(h_pad=0.07), label=label)
+        ax = fig.subplots()
+        ax.set_title(title)
+        ax.set_xlabel(x)
+        yield fig, ax

@@ -8,7 +8,6 @@ A model that writes which one is better is a language model: `use: pairwise`, wi
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 import re
@@ -18,7 +17,7 @@ from typing import Any
 
 from iterdpo.errors import JudgeError
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
-from judges.reward_model import DTYPES, check_choice, checkpoint_config
+from judges.reward_model import DTYPES, check_choice, checkpoint_config, free_memory
 from judges.tournament import judgment_from_comparisons
 
 PAIRRM_TOKENS = 2048
@@ -133,11 +132,7 @@ class PairRanker:
     def close(self) -> None:
         """Free the model's memory. The next judgment loads it again."""
         self._model = self._tokenizer = None
-        gc.collect()
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def _load(self) -> None:
         import torch

@@ -44,13 +44,12 @@ class Person:
         seed: decides the pairs drawn, and which of the two is shown on the left.
 
     Raises:
-        JudgeError: see `check`.
+        JudgeError: naming the argument that is none of these.
     """
 
+    BY_DESIGN = (NOT_SHOWN,)
     comparative = True
-    needs_device = (
-        True  # not so, but a person is better asked for a whole batch than shard by shard while it is sampled
-    )
+    needs_device = True  # not of its own: a person is better asked once for all than shard by shard beside sampling
 
     def __init__(
         self,
@@ -61,31 +60,6 @@ class Person:
         aggregate: Aggregate = "win_rate",
         seed: int = 0,
     ) -> None:
-        self.check(comparisons=comparisons, question=question, who=who, aggregate=aggregate, seed=seed)
-        self.name = f"person:{who}" if who else "person"
-        self.version = ""
-        self.comparisons = comparisons
-        self.question = question
-        self.who = who
-        self.aggregate = aggregate
-        self.seed = seed
-        self._run_dir: Path | None = None
-        self._waiting: Waiting | None = None
-
-    @staticmethod
-    def check(
-        *,
-        comparisons: Any = 1,
-        question: Any = "Which completion is better?",
-        who: Any = "",
-        aggregate: Any = "win_rate",
-        seed: Any = 0,
-    ) -> None:
-        """Refuse bad arguments.
-
-        Raises:
-            JudgeError: naming the argument.
-        """
         number = isinstance(comparisons, int) and not isinstance(comparisons, bool) and comparisons >= 1
         if not number and comparisons not in ("all", "chain"):
             raise JudgeError(
@@ -99,6 +73,20 @@ class Person:
             raise JudgeError(f"judge 'person': aggregate = {aggregate!r}; win_rate or bradley_terry")
         if not isinstance(seed, int):
             raise JudgeError(f"judge 'person': seed = {seed!r}; a whole number")
+        self.name = f"person:{who}" if who else "person"
+        self.version = ""
+        self.comparisons = comparisons
+        self.question = question
+        self.who = who
+        self.aggregate = aggregate
+        self.seed = seed
+        self._run_dir: Path | None = None
+        self._waiting: Waiting | None = None
+
+    @classmethod
+    def check(cls, **args: Any) -> None:
+        """Refuse bad arguments, as the constructor does."""
+        cls(**args)
 
     def attach(self, run_dir: Path, waiting: Waiting) -> None:
         """The run that this judge works for, and what to put around its waits."""

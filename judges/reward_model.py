@@ -92,9 +92,8 @@ class RewardModelJudge:
             self._load()
         limit = self._limit()
         rows = [self._token_ids(g.prompt, c.text) for g in groups for c in g.completions]
-        outcomes: list[Any] = [
-            Abstention(f"{len(row)} tokens, and the reward model reads 1 to {limit}") for row in rows
-        ]
+        long = Abstention(f"more than the {limit} tokens that the reward model reads")
+        outcomes: list[Any] = [long if row else Abstention("neither prompt nor completion has a token") for row in rows]
         readable = sorted((i for i, row in enumerate(rows) if 0 < len(row) <= limit), key=lambda i: len(rows[i]))
         if isinstance(self._model, Pooler):
             logits = self._model.logits([rows[i] for i in readable]) if readable else []
@@ -111,11 +110,7 @@ class RewardModelJudge:
         if isinstance(self._model, Pooler):
             self._model.close()
         self._model = self._tokenizer = None
-        gc.collect()
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def _load(self) -> None:
         from transformers import AutoConfig, AutoTokenizer
@@ -235,6 +230,15 @@ def check_reward_model(
     if config is not None:
         _check_architecture(model, config.get("architectures"))
         _check_labels(model, len(config.get("id2label", ())) or config.get("num_labels", 2), weights, head)
+
+
+def free_memory() -> None:
+    """Give back, to the device too, what models that nobody holds any more took."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def checkpoint_config(model: str, what: str) -> dict[str, Any] | None:

@@ -48,6 +48,11 @@ class _Verifier:
     column: str | None = "gold"
     concurrency: int = 1
 
+    @classmethod
+    def check(cls, **args: Any) -> None:
+        """Refuse bad arguments: the constructor does, and loads nothing."""
+        cls(**args)
+
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         work = [(c.text, group) for group in groups for c in group.completions]
         if self.concurrency == 1:
@@ -110,15 +115,11 @@ class NumericMatch(_Verifier):
     """
 
     def __init__(self, *, column: str = "gold", tolerance: float = 1e-6, relative: float = 0.0) -> None:
-        self.check(column=column, tolerance=tolerance, relative=relative)
-        self.name, self.column = "numeric_match", column
-        self.tolerance, self.relative = Fraction(tolerance), Fraction(relative)
-
-    @staticmethod
-    def check(*, column: str = "gold", tolerance: float = 1e-6, relative: float = 0.0) -> None:
         for key, value in (("tolerance", tolerance), ("relative", relative)):
             if not 0 <= value < float("inf"):
                 raise JudgeError(f"judge 'numeric_match': {key} is {value}; it must be 0 or more")
+        self.name, self.column = "numeric_match", column
+        self.tolerance, self.relative = Fraction(tolerance), Fraction(relative)
 
     def score(self, completion: str, gold: Any) -> Score:
         wanted = [last_number(text) for text in _texts(gold)]
@@ -203,16 +204,12 @@ class Math(_Verifier):
     SPEED_ONLY: ClassVar[frozenset[str]] = frozenset({"concurrency"})
 
     def __init__(self, *, column: str = "gold", timeout: float = 10.0, concurrency: int = 2) -> None:
-        self.check(column=column, timeout=timeout, concurrency=concurrency)
+        _check_positive("math", timeout=timeout, concurrency=concurrency)
+        _need("math", "math_verify", "math-verify")
         self.name, self.column, self.timeout, self.concurrency = "math", column, timeout, concurrency
         self._workers: queue.LifoQueue[_MathWorker] = queue.LifoQueue()
         for _ in range(concurrency):
             self._workers.put(_MathWorker())
-
-    @staticmethod
-    def check(*, column: str = "gold", timeout: float = 10.0, concurrency: int = 2) -> None:
-        _check_positive("math", timeout=timeout, concurrency=concurrency)
-        _need("math", "math_verify", "math-verify")
 
     def score(self, completion: str, gold: Any) -> Score:
         worker = self._workers.get()
@@ -286,12 +283,6 @@ class JSONSchema(_Verifier):
     def __init__(
         self, *, schema: dict[str, Any] | None = None, path: str | None = None, column: str | None = None
     ) -> None:
-        self.check(schema=schema, path=path, column=column)
-        self.name, self.column = "json_schema", column
-        self._schema = json.loads(Path(path).read_text()) if path is not None else schema
-
-    @staticmethod
-    def check(*, schema: dict[str, Any] | None = None, path: str | None = None, column: str | None = None) -> None:
         if sum(given is not None for given in (schema, path, column)) != 1:
             raise JudgeError("judge 'json_schema': give one of `schema`, `path` and `column`")
         if path is not None:
@@ -301,6 +292,7 @@ class JSONSchema(_Verifier):
                 raise JudgeError(f"judge 'json_schema': path {path}: {error}") from None
         if column is None and (problem := _schema_problem(schema)):
             raise JudgeError(f"judge 'json_schema': {problem}")
+        self.name, self.column, self._schema = "json_schema", column, schema
 
     def score(self, completion: str, gold: Any) -> Score:
         from jsonschema_specifications import REGISTRY  # no more schemas than the drafts' own, and none fetched
@@ -367,11 +359,6 @@ class Regex(_Verifier):
     SECONDS = 2.0
 
     def __init__(self, *, pattern: str | None = None, column: str | None = None, full: bool = False) -> None:
-        self.check(pattern=pattern, column=column, full=full)
-        self.name, self.pattern, self.column, self.full = "regex", pattern, column, full
-
-    @staticmethod
-    def check(*, pattern: str | None = None, column: str | None = None, full: bool = False) -> None:
         import regex
 
         if (pattern is None) == (column is None):
@@ -380,6 +367,7 @@ class Regex(_Verifier):
             regex.compile(pattern or "")
         except regex.error as error:
             raise JudgeError(f"judge 'regex': the pattern {pattern!r} is not valid: {error}") from None
+        self.name, self.pattern, self.column, self.full = "regex", pattern, column, full
 
     def score(self, completion: str, gold: Any) -> Score:
         import regex
@@ -438,38 +426,17 @@ class CodeTests(_Verifier):
         concurrency: int = 4,
         allow_unsandboxed: bool = False,
     ) -> None:
-        self.check(
-            column=column,
-            language=language,
-            timeout=timeout,
-            memory_mb=memory_mb,
-            partial=partial,
-            concurrency=concurrency,
-            allow_unsandboxed=allow_unsandboxed,
-        )
+        if language != "python":
+            raise JudgeError(f"judge 'code_tests': language {language!r} is not supported; only 'python' is")
+        _check_positive("code_tests", timeout=timeout, memory_mb=memory_mb, concurrency=concurrency)
+        if not allow_unsandboxed:
+            require_sandbox()
         self.name, self.column, self.concurrency, self.partial = "code_tests", column, concurrency, partial
         self._limits: dict[str, Any] = {
             "timeout": timeout,
             "memory_mb": memory_mb,
             "allow_unsandboxed": allow_unsandboxed,
         }
-
-    @staticmethod
-    def check(
-        *,
-        column: str = "tests",
-        language: str = "python",
-        timeout: float = 10.0,
-        memory_mb: int = 512,
-        partial: bool = True,
-        concurrency: int = 4,
-        allow_unsandboxed: bool = False,
-    ) -> None:
-        if language != "python":
-            raise JudgeError(f"judge 'code_tests': language {language!r} is not supported; only 'python' is")
-        _check_positive("code_tests", timeout=timeout, memory_mb=memory_mb, concurrency=concurrency)
-        if not allow_unsandboxed:
-            require_sandbox()
 
     def score(self, completion: str, gold: Any) -> Score:
         program = program_of(completion)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +19,10 @@ from markupsafe import Markup
 
 from iterdpo.read import Run, read_run
 from iterdpo.report.plots import as_svg, figures
-from iterdpo.report.verdict import number, percent, value, verdict
+from iterdpo.report.verdict import count, duration, number, percent, value, verdict
 from iterdpo.rundir import write_text
 
-__all__ = ["write_report"]
+__all__ = ["clip", "page_template", "visible", "write_report"]
 
 EXAMPLES = 8  # held-out prompts shown
 MAX_CHARACTERS = 4_000  # of a completion or prompt shown
@@ -36,6 +36,45 @@ class Column(NamedTuple):
     show: Callable[[float], str]
 
 
+ROUNDS = (
+    Column("Held-out judge", "score/heldout_judge", number),
+    Column("Training judge", "score/train_judge", number),
+    Column("Wins vs initial", "win_rate/vs_initial", percent),
+    Column("Wins vs previous", "win_rate/vs_previous", percent),
+    Column("KL, nats", "kl/to_initial", "{:.1f}".format),
+    Column("Tokens", "length/mean_tokens", number),
+    Column("Truncated", "length/truncated", percent),
+    Column("Pairs", "pairs/kept", count),
+    Column("Training accuracy", "rewards/accuracies", percent),
+    Column("Held-out accuracy", "eval_rewards/accuracies", percent),
+    Column("Held-out margin", "eval_rewards/margins", number),
+    Column("Time", "time/round_s", duration),
+)
+LEFT_OUT = (  # not trained on, or not judged
+    Column("Prompts", "prompts/sampled", count),
+    Column("Completions", "completions/sampled", count),
+    Column("Pairs kept", "pairs/kept", count),
+    Column("Tied", "pairs/tied", count),
+    Column("Unjudged", "pairs/unjudged", count),
+    Column("Identical", "pairs/identical", count),
+    Column("Truncated", "pairs/truncated", count),
+    Column("Held-out completions", "evaluation/completions", count),
+    Column("Held-out unjudged", "evaluation/unjudged", count),
+)
+JUDGE = (  # how the training judge behaved
+    Column("Abstained", "judge/abstained", percent),
+    Column("Flipped with the order", "judge/flip_rate", percent),
+    Column("First position wins", "judge/first_position", percent),
+    Column("Longer wins", "judge/longer_wins", percent),
+    Column("Length correlation", "judge/length_correlation", number),
+    Column("In circles", "judge/intransitive", percent),
+    Column("Calls", "judge/calls", count),
+    Column("Tokens read", "judge/tokens_in", count),
+    Column("Tokens written", "judge/tokens_out", count),
+    Column("Cost, USD", "judge/cost_usd", "{:.2f}".format),
+)
+
+
 def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` into the run directory, atomically. A run that is unfinished or offline has a shorter page.
 
@@ -43,23 +82,16 @@ def write_report(run_dir: str | Path) -> Path:
         UserError: no run is there.
     """
     run = read_run(run_dir)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("iterdpo.report", "."),
-        autoescape=True,
-        finalize=_visible,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("template.html.j2").render(
+    page = page_template("iterdpo.report", "template.html.j2").render(
         name=run.root.absolute().name,
         verdict=verdict(run),
         settings=_settings(run.config),
         versions=run.versions,
-        rounds=_rounds(run),
+        rounds=_table(run.metrics, ROUNDS),
         figures=[(key, *_caption(key, run), Markup(as_svg(fig))) for key, fig in figures(run).items()],
-        left_out=_left_out(run),
-        judge=_judge(run),
+        left_out=_table(run.metrics, LEFT_OUT),
+        reasons=_reasons(run),
+        judge=_table(run.metrics[run.metrics.index > 0], JUDGE),
         examples=_examples(run),
         metrics=_all_metrics(run),
         config=json.dumps(run.config, indent=2, ensure_ascii=False),
@@ -67,6 +99,20 @@ def write_report(run_dir: str | Path) -> Path:
     path = run.root / "report.html"
     write_text(path, page)
     return path
+
+
+def page_template(package: str, name: str) -> jinja2.Template:
+    """A template of `package`. Whatever it prints is escaped and made visible; `clip` is its filter."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(package, "."),
+        autoescape=True,
+        finalize=visible,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["clip"] = clip
+    return environment.get_template(name)
 
 
 def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
@@ -103,62 +149,16 @@ def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
     return [(what, setting) for what, setting in settings.items() if setting is not None]
 
 
-def _rounds(run: Run) -> dict[str, Any]:
-    columns = [
-        Column("Held-out judge", "score/heldout_judge", number),
-        Column("Training judge", "score/train_judge", number),
-        Column("Wins vs initial", "win_rate/vs_initial", percent),
-        Column("Wins vs previous", "win_rate/vs_previous", percent),
-        Column("KL, nats", "kl/to_initial", "{:.1f}".format),
-        Column("Tokens", "length/mean_tokens", number),
-        Column("Truncated", "length/truncated", percent),
-        Column("Pairs", "pairs/kept", _count),
-        Column("Training accuracy", "rewards/accuracies", percent),
-        Column("Held-out accuracy", "eval_rewards/accuracies", percent),
-        Column("Held-out margin", "eval_rewards/margins", number),
-        Column("Time", "time/round_s", _duration),
-    ]
-    return _table(run.metrics, columns)
-
-
-def _left_out(run: Run) -> dict[str, Any]:
-    """A table of what was not trained on or could not be judged, and `reasons`, the judge's commonest."""
-    columns = [
-        Column("Prompts", "prompts/sampled", _count),
-        Column("Completions", "completions/sampled", _count),
-        Column("Pairs kept", "pairs/kept", _count),
-        Column("Tied", "pairs/tied", _count),
-        Column("Unjudged", "pairs/unjudged", _count),
-        Column("Identical", "pairs/identical", _count),
-        Column("Truncated", "pairs/truncated", _count),
-        Column("Held-out completions", "evaluation/completions", _count),
-        Column("Held-out unjudged", "evaluation/unjudged", _count),
-    ]
+def _reasons(run: Run) -> list[tuple[str, int]]:
+    """The training judge's commonest reasons to abstain."""
     reasons: Counter[str] = Counter()
     for r in run.dir.rounds():
         if (run.dir.round_dir(r) / "judgments").exists():
             reasons.update(run.abstentions(r))
-    return {**_table(run.metrics, columns), "reasons": reasons.most_common(5)}
+    return reasons.most_common(5)
 
 
-def _judge(run: Run) -> dict[str, Any]:
-    """A table of how the training judge behaved; columns without data are left out."""
-    columns = [
-        Column("Abstained", "judge/abstained", percent),
-        Column("Flipped with the order", "judge/flip_rate", percent),
-        Column("First position wins", "judge/first_position", percent),
-        Column("Longer wins", "judge/longer_wins", percent),
-        Column("Length correlation", "judge/length_correlation", number),
-        Column("In circles", "judge/intransitive", percent),
-        Column("Calls", "judge/calls", _count),
-        Column("Tokens read", "judge/tokens_in", _count),
-        Column("Tokens written", "judge/tokens_out", _count),
-        Column("Cost, USD", "judge/cost_usd", "{:.2f}".format),
-    ]
-    return _table(run.metrics[run.metrics.index > 0], columns)
-
-
-def _table(metrics: pd.DataFrame, columns: list[Column]) -> dict[str, Any]:
+def _table(metrics: pd.DataFrame, columns: Sequence[Column]) -> dict[str, Any]:
     """`headings`, and `rows` of {round, decision, reason, cells: [(text, interval), …]}; columns without data are left out."""
     columns = [c for c in columns if c.key in metrics and metrics[c.key].notna().any()]
 
@@ -221,12 +221,12 @@ def _examples(run: Run) -> dict[str, Any]:
             if score is not None or reason:
                 scores.append((judge, "" if score is None else number(score), reason))
         cut = row["finish_reason"] == "length"
-        return {"text": _clip(row["text"]), "scores": scores, "tokens": int(row["tokens"]), "cut": cut}
+        return {"text": clip(row["text"]), "scores": scores, "tokens": int(row["tokens"]), "cut": cut}
 
     prompts = [
         {
             "id": id,
-            "text": _clip(str(next(iter(firsts.values())).at[id, "prompt"])),
+            "text": clip(str(next(iter(firsts.values())).at[id, "prompt"])),
             "completions": [completion(table.loc[id]) for table in firsts.values()],
         }
         for id in shared
@@ -250,7 +250,7 @@ def _all_metrics(run: Run) -> dict[str, Any]:
     return {"rounds": list(table.index), "rows": [(key, [show(x) for x in table[key]]) for key in table]}
 
 
-def _visible(shown: Any) -> Any:
+def visible(shown: Any) -> Any:
     """Text that a browser can show whole: control characters become their pictures, half a surrogate pair a mark.
 
     Jinja passes everything that the template prints through here, before it is escaped.
@@ -261,7 +261,8 @@ def _visible(shown: Any) -> Any:
     return re.sub(r"[\x7f-\x9f\ud800-\udfff]", "\ufffd", shown)
 
 
-def _clip(text: str) -> str:
+def clip(text: str) -> str:
+    """The beginning of a long text, with how much more there is."""
     more = len(text) - MAX_CHARACTERS
     return text if more <= 0 else f"{text[:MAX_CHARACTERS]} … ({more:,} more characters)"
 
@@ -269,13 +270,3 @@ def _clip(text: str) -> str:
 def _text(row: pd.Series, key: str) -> str:
     found = row.get(key)
     return found if isinstance(found, str) else ""
-
-
-def _count(x: float) -> str:
-    return f"{x:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

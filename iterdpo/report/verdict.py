@@ -92,6 +92,16 @@ def percent(x: float) -> str:
     return f"{100 * x:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
+def count(x: float) -> str:
+    return f"{x:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
 def nats(x: float) -> str:
     """Two digits: 14, 4.1, 0.034; more than an estimate of KL deserves would mislead."""
     return f"{x:,.0f}" if abs(x) >= 10 else f"{x:.2g}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -29,3 +32,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Work
             assert result.returncode == 0, result.stdout + result.stderr
             (workspace.root / "done").touch()
     return workspace
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless browser. Of a module's scope: while it is there, `asyncio.run` fails in this thread."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("needs a system Chromium or Chrome (apt-get install chromium)")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=found, args=flags)
+        yield browser
+        browser.close()

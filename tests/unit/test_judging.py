@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from iterdpo.judging import abstention_counts, judge_metrics
+from iterdpo.judging import Met, abstention_counts, count_cycles, judge_metrics, meetings
 from iterdpo.testing import make_group
 from iterdpo.types import Comparison, Judgment
 
@@ -21,6 +23,62 @@ def test_flips_and_first_position_are_counted_over_single_comparisons() -> None:
     assert metrics["flip_rate"] == 0.5  # the first prompt's pair of two
     assert metrics["first_position"] == 0.75  # first, first, first, second
     assert metrics["abstained"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("orders", "flipped"),
+    [
+        (("first", "second"), 0.0),  # the same completion won both times
+        (("first", "first"), 1.0),
+        (("tie", "tie"), 0.0),
+        (("first", "tie"), 1.0),
+        (("first", None), None),
+    ],
+)
+def test_a_verdict_flips_where_the_other_order_says_another_thing(
+    orders: tuple[Any, Any], flipped: float | None
+) -> None:
+    there, back = (
+        Comparison(*pair, w, None if w else "late") for pair, w in zip(((0, 1), (1, 0)), orders, strict=True)
+    )
+    group = make_group("?", ["a", "bb"])
+    metrics = judge_metrics([group], [Judgment(group.prompt.id, [0.5, 0.5], [None, None], [there, back])])
+    assert metrics["flip_rate"] == flipped
+    decided = [w for w in orders if w in ("first", "second")]
+    assert metrics["first_position"] == (decided.count("first") / len(decided) if decided else None)
+
+
+def test_a_meeting_is_a_tie_where_the_orders_disagree_and_the_mean_of_probabilities() -> None:
+    assert meetings([Comparison(0, 1, "first"), Comparison(1, 0, "second")]) == [Met(0, 1, 1.0)]
+    assert meetings([Comparison(0, 1, "first"), Comparison(1, 0, "first")]) == [Met(0, 1, 0.5)]
+    # Of i = 0: 0.75 where it was first, 1 - 0.5 where it was second.
+    soft = [Comparison(0, 1, "first", probability=0.75), Comparison(1, 0, "tie", probability=0.5)]
+    assert meetings(soft) == [Met(0, 1, 0.625)]
+    assert meetings([Comparison(0, 1, "first"), Comparison(1, 0, None, "late")]) == [Met(0, 1, 0.5, "late")]
+
+
+def test_a_circle_is_three_that_beat_each_other() -> None:
+    circle = [Comparison(0, 1, "first"), Comparison(1, 2, "first"), Comparison(2, 0, "first")]
+    ladder = [Comparison(0, 1, "first"), Comparison(1, 2, "first"), Comparison(0, 2, "first")]
+    assert count_cycles(circle) == (1, 1)
+    assert count_cycles(ladder) == (0, 1)
+    assert count_cycles([*circle[:2], Comparison(2, 0, "tie")]) == (0, 0)  # not decisive
+    assert count_cycles(circle[:2]) == (0, 0)  # not all met
+
+
+def test_only_scored_completions_of_different_score_and_length_tell_whether_the_longer_wins() -> None:
+    # "bb" beats "a"; "a" and "c" are alike in length, "bb" and "ddd" in score; the one with most tokens has no score.
+    group = make_group("?", ["a", "bb", "c", "ddd", "eeeeee"])
+    judgment = Judgment(group.prompt.id, [1.0, 2.0, 3.0, 2.0, None], [None] * 4 + ["late"])
+    # a < bb, a < ddd: the longer wins. c > bb, c > ddd: the shorter.
+    assert judge_metrics([group], [judgment])["longer_wins"] == 0.5
+    # Lengths 1, 2, 1, 3 and scores 1, 2, 3, 2 less their means 1.75 and 2: their products sum to 0.75+0+-0.75+0 = 0.
+    assert judge_metrics([group], [judgment])["length_correlation"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_scores_that_are_all_alike_correlate_with_nothing() -> None:
+    group = make_group("?", ["a", "bb"])
+    assert judge_metrics([group], [Judgment(group.prompt.id, [1.0, 1.0], [None, None])])["length_correlation"] is None
 
 
 def test_the_judge_that_rewards_length_is_seen() -> None:
@@ -57,9 +115,16 @@ def test_what_cannot_be_told_is_none() -> None:
 
 
 def test_abstentions_are_counted_by_reason_the_commonest_first() -> None:
-    judgments = [Judgment("p", [None, None, 1.0], ["late", "late", None]), Judgment("q", [None], ["no key"])]
-    assert abstention_counts(judgments) == {
-        "completions": 4,
-        "unjudged": 3,
-        "abstentions": {"late": 2, "no key": 1},
-    }
+    judgments = [
+        Judgment("q", [None], ["no key"]),
+        Judgment("p", [None, None, None, 1.0], ["late", "late", "odd", None]),
+    ]
+    counts = abstention_counts(judgments)
+    assert list(counts.pop("abstentions").items()) == [("late", 2), ("no key", 1), ("odd", 1)]
+    assert counts == {"completions": 5, "unjudged": 4}
+
+
+def test_abstentions_by_design_are_left_out() -> None:
+    judgments = [Judgment("q", [None, None, 1.0], ["by lot", "late", None])]
+    counts = abstention_counts(judgments, leave_out=["by lot"])
+    assert counts == {"completions": 3, "unjudged": 1, "abstentions": {"late": 1}}

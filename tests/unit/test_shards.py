@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from iterdpo.errors import JudgeError, JudgingStopped
-from iterdpo.judge import NamedJudge
-from iterdpo.shards import RETRY, EarlyJudge, judge_shards, read_judgments
+from iterdpo.judge import Judge, NamedJudge
+from iterdpo.shards import RETRY, EarlyJudge, judge_key, judge_shards, read_judgments
 from iterdpo.testing import make_group
 from iterdpo.types import CompletionGroup, Judgment
 
@@ -41,11 +44,11 @@ SHARDS = [
 ]
 
 
-def named(judge: Fickle, **limits: float | None) -> NamedJudge:
-    return NamedJudge("train_judge", "fickle", "1", lambda: judge, **limits)  # type: ignore[arg-type]
+def named(judge: Judge, **limits: Any) -> NamedJudge:
+    return NamedJudge("train_judge", "fickle", "1", lambda: judge, **limits)
 
 
-def judged(judge: Fickle, directory: Path, *, early: Path | None = None, **limits: float | None) -> list[Judgment]:
+def judged(judge: Judge, directory: Path, *, early: Path | None = None, **limits: Any) -> list[Judgment]:
     return judge_shards(named(judge, **limits), lambda: judge, SHARDS, directory, total=8, early=early)
 
 
@@ -65,7 +68,7 @@ def test_an_abstention_within_the_budget_stays_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limits", [{"max_abstained": 0.2}, {"max_abstained_count": 1}])
 def test_past_the_budget_the_stage_stops_with_the_reasons_and_goes_on_where_it_stopped(
-    tmp_path: Path, limits: dict[str, float | None]
+    tmp_path: Path, limits: dict[str, Any]
 ) -> None:
     broken = Fickle("a", "x")
     with pytest.raises(JudgingStopped, match=r"2 of 4 completions(?s:.*)2  down"):
@@ -82,6 +85,16 @@ def test_only_the_groups_that_abstained_are_asked_again(tmp_path: Path) -> None:
     mended = Fickle()
     assert [j.scores for j in judged(mended, tmp_path)] == [[1.0, 2.0]] * 4
     assert mended.asked == ["2", "4"]
+    assert [j.scores for j in read_judgments(tmp_path)] == [[1.0, 2.0]] * 4
+
+
+def test_abstentions_by_design_use_up_no_budget_and_are_not_asked_again(tmp_path: Path) -> None:
+    limits: dict[str, Any] = {"max_abstained": 0.0, "by_design": ("down",)}
+    judged(Fickle("a", "c"), tmp_path, **limits)
+    (tmp_path / RETRY).touch()
+    mended = Fickle()
+    assert [j.scores for j in judged(mended, tmp_path, **limits)][:2] == [[None, 2.0], [1.0, 2.0]]
+    assert mended.asked == []
 
 
 def test_what_was_judged_early_is_taken_over(tmp_path: Path) -> None:
@@ -107,6 +120,9 @@ def test_what_abstained_early_is_asked_again_once_the_stage_had_stopped(tmp_path
     again = judged(mended, step, early=tmp_path / "early", max_abstained=0.1)
     assert [j.scores for j in again] == [[1.0, 2.0]] * 4
     assert mended.asked == ["1", "2", "3", "4"]
+    once_more = Fickle()  # the run was killed before the stage was done
+    assert judged(once_more, step, early=tmp_path / "early", max_abstained=0.1) == again
+    assert once_more.asked == []
 
 
 def test_what_another_judge_judged_early_is_not(tmp_path: Path) -> None:
@@ -120,6 +136,32 @@ def test_what_another_judge_judged_early_is_not(tmp_path: Path) -> None:
     assert rest.asked == ["1", "2", "3", "4"]
 
 
+def test_what_was_judged_early_of_other_completions_is_not_taken_over(tmp_path: Path) -> None:
+    judge = Fickle()
+    early = EarlyJudge(named(judge), judge, tmp_path / "early")
+    early.put([make_group("1", ["another", "bb"]), make_group("2", ["x", "yy"])])
+    early.join()
+    rest = Fickle()
+    assert judged(rest, _made(tmp_path / "step"), early=tmp_path / "early")[0].scores == [1.0, 2.0]
+    assert rest.asked == ["1", "2", "3", "4"]
+
+
+def test_a_judge_is_the_same_wherever_its_file_lies() -> None:
+    keys = [judge_key(NamedJudge("train_judge", f"{place}my.py:f", "1", Fickle)) for place in ("", "here/", "../")]
+    assert keys == [{"use": "my.py:f", "version": "1"}] * 3
+
+
+def test_progress_hears_of_every_shard_judged_now_or_before(tmp_path: Path) -> None:
+    judged(Fickle(), tmp_path)
+    (tmp_path / SHARDS[0][0]).unlink()
+    heard: list[int] = []
+    judge = Fickle()
+    judge_shards(
+        named(judge), lambda: judge, SHARDS, tmp_path, total=8, on_shard=lambda fresh: heard.append(len(fresh))
+    )
+    assert (heard, judge.asked) == ([2, 2], ["1", "2"])
+
+
 def test_an_early_error_that_is_the_users_to_mend_comes_with_the_next_shard(tmp_path: Path) -> None:
     class Refused(Fickle):
         def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
@@ -131,6 +173,90 @@ def test_an_early_error_that_is_the_users_to_mend_comes_with_the_next_shard(tmp_
     early.join()
     with pytest.raises(JudgeError, match="no such model"):
         early.put(SHARDS[1][1])
+
+
+class Failing(Fickle):
+    """Raises `error` the first time that it is asked."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error: BaseException | None = error
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return super().judge(groups)
+
+
+def test_an_interruption_of_the_early_judge_comes_with_the_next_shard(tmp_path: Path) -> None:
+    judge = Failing(KeyboardInterrupt("cancelled"))
+    early = EarlyJudge(named(judge), judge, tmp_path / "early")
+    early.put(SHARDS[0][1])
+    early.join()
+    with pytest.raises(KeyboardInterrupt, match="cancelled"):
+        early.put(SHARDS[1][1])
+
+
+def test_any_other_early_error_is_left_to_the_stage(tmp_path: Path) -> None:
+    judge = Failing(OSError("no route"))
+    early = EarlyJudge(named(judge), judge, tmp_path / "early")
+    for _, groups in SHARDS:
+        early.put(groups)
+    early.join()
+    early.put(SHARDS[0][1])  # raises nothing
+    assert judge.asked == []  # after the error, nothing more
+    rest = Fickle()
+    judged(rest, _made(tmp_path / "step"), early=tmp_path / "early")
+    assert rest.asked == ["1", "2", "3", "4"]
+
+
+def test_what_was_judged_early_is_not_judged_early_again(tmp_path: Path) -> None:
+    judge = Fickle()
+    for _ in range(2):  # the run was killed between the two
+        early = EarlyJudge(named(judge), judge, tmp_path / "early")
+        early.put(SHARDS[0][1])
+        early.join()
+    assert judge.asked == ["1", "2"]
+
+
+def test_a_cancelled_early_judge_begins_no_further_shard(tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Fickle):
+        def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+            begun.set()
+            assert go_on.wait(10)
+            return super().judge(groups)
+
+    judge = Slow()
+    early = EarlyJudge(named(judge), judge, tmp_path / "early")
+    for _, groups in SHARDS:
+        early.put(groups)
+    assert begun.wait(10)
+    early.cancel()
+    go_on.set()
+    early.join()
+    assert judge.asked == ["1", "2"]
+
+
+WHERE = ContextVar("where", default="nowhere")
+
+
+def test_the_early_judge_has_the_context_of_the_caller(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class Looking(Fickle):
+        def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+            seen.append(WHERE.get())
+            return super().judge(groups)
+
+    WHERE.set("in a flow run")
+    judge = Looking()
+    early = EarlyJudge(named(judge), judge, tmp_path / "early")
+    early.put(SHARDS[0][1])
+    early.join()
+    assert seen == ["in a flow run"]
 
 
 def _made(path: Path) -> Path:

@@ -201,11 +201,20 @@ def test_a_configurations_judge_is_checked_with_overrides_laid_over_its_args(
         (("try", "my.py:first", "2+2?", "4"), r"compares completions with each other; give it two or more"),
         (("try", "my.py:exact", "2+2?", "4"), r"asks for a column 'gold'"),
         (("compare", "my.py:says", "my.py:none", "--data", "pairs.jsonl"), r"defines no 'none'"),
+        (("check", "person", "--data", "pairs.jsonl"), r"person: .* `iterdpo judge review RUN_DIR`"),
+        (("try", "clip", "2+2?", "4", "5", "--args", "judge.use=person", "low=0"), r"clip: a person is asked within"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(here: Path, arguments: tuple[str, ...], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         judge(*arguments)
+
+
+def test_a_person_is_refused_before_the_other_judge_is_asked(here: Path) -> None:
+    (here / "dear.py").write_text("def dear(completion):\n    open('asked', 'w')\n    return 1.0\n")
+    with pytest.raises(UserError, match="person: a person is asked within a run alone"):
+        judge("compare", "dear.py:dear", "person", "--data", "pairs.jsonl")
+    assert not (here / "asked").exists()
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -16,6 +16,7 @@ from iterdpo.testing import make_group
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
 from judges import check_judge, judge_version, load_judge
 from judges.combine import disagreement, tied, within_slope, z_scores
+from judges.measure import set_hook
 
 MEMBER = '''
 class Field:
@@ -29,17 +30,21 @@ class Field:
 
     def score(self, completion):
         field = completion.split(";")[self.index].strip()
-        if self.log:
-            with open(self.log, "a") as file:
-                file.write(completion + "\\n")
+        self.write(completion)
         if field == "?":
             raise ValueError("no number")
         return float(field)
 
+    def begin_stage(self):
+        self.write("begun")
+
     def close(self):
+        self.write("closed")
+
+    def write(self, line):
         if self.log:
             with open(self.log, "a") as file:
-                file.write("closed\\n")
+                file.write(line + "\\n")
 
 
 class Groups(Field):
@@ -151,10 +156,12 @@ class TestEnsemble:
         [judgment] = judged("ensemble", make_group("x", ["1", "0"]), judges=members)
         assert judgment.comparisons == []
 
-    def test_closing_closes_the_members(self, field: Any, tmp_path: Path) -> None:
-        log = tmp_path / "member.py.log"
-        load_judge("ensemble", {"judges": [field(0, log=True), field(1, log=True)]}).close()  # type: ignore[attr-defined]
-        assert log.read_text() == "closed\n" * 2
+    def test_members_are_told_when_a_stage_begins_and_when_to_close(self, field: Any, tmp_path: Path) -> None:
+        wrapped = {"use": "z_score", "args": {"judge": field(1, log=True)}}
+        judge: Any = load_judge("ensemble", {"judges": [field(0, log=True), wrapped]})
+        judge.begin_stage()
+        judge.close()
+        assert (tmp_path / "member.py.log").read_text() == "begun\n" * 2 + "closed\n" * 2
 
     @pytest.mark.parametrize(
         ("args", "complaint"),
@@ -308,6 +315,14 @@ class TestCached:
         judge: Any = load_judge("cached", {"judge": field(0), "path": path})
         judge.judge([make_group("x", ["1;5"], gold="b"), make_group("x", ["2;5"], gold="a")])
         assert judge.usage() == {"cached": 0}
+
+    def test_another_repeat_is_another_draw_within_an_ensemble_too(self, field: Any, tmp_path: Path) -> None:
+        cached = {"use": "cached", "args": {"judge": field(log=True), "path": str(tmp_path / "cache.sqlite")}}
+        judge: Any = load_judge("ensemble", {"judges": [cached]})
+        for repeat in (0, 1, 1, 0):
+            set_hook(judge, "repeat", repeat)
+            judge.judge([make_group("x", ["1", "2"])])
+        assert (tmp_path / "member.py.log").read_text() == "1\n2\n" * 2
 
     def test_where_it_keeps_them_is_not_part_of_the_version(self, field: Any, tmp_path: Path) -> None:
         versions = {judge_version("cached", {"judge": field(), "path": str(tmp_path / name)}) for name in "ab"}

@@ -9,6 +9,7 @@ import pytest
 
 from iterdpo.errors import JudgeError
 from iterdpo.judge import checked_judgments
+from iterdpo.models import load_policy
 from iterdpo.testing import build_tiny_checkpoint, make_group
 from iterdpo.types import Completion, CompletionGroup, Prompt
 from judges import check_judge, judge_version, load_judge
@@ -59,6 +60,25 @@ def test_a_policy_that_is_its_reference_rewards_nothing(tiny_model: Path) -> Non
     group = sampled(tiny_model, "What", (ids(tiny_model, "ever"), "ever", "length"))
     judge = ImplicitReward(str(tiny_model), str(tiny_model))
     assert checked_judgments(judge, [group])[0].scores == [0.0]
+
+
+def test_the_models_stay_loaded_from_shard_to_shard_until_they_are_closed(
+    tiny_model: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def load(path: str, **options: Any) -> Any:
+        loaded.append(path)
+        return load_policy(path, **options)
+
+    monkeypatch.setattr("iterdpo.models.load_policy", load)
+    judge = ImplicitReward(str(tiny_model), str(other))
+    group = sampled(tiny_model, "What", (ids(tiny_model, "ever"), "ever", "length"))
+    first = [judge.judge([group])[0].scores for _ in range(2)]
+    assert loaded == [str(tiny_model), str(other)]
+    judge.close()
+    assert [judge.judge([group])[0].scores] * 2 == first
+    assert loaded == [str(tiny_model), str(other)] * 2
 
 
 def test_tokens_of_another_tokenizer_are_made_anew(tiny_model: Path, other: Path) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
-from iterdpo.errors import JudgeError
-from iterdpo.judge import checked_judgments
+from iterdpo.errors import JudgeError, JudgingStopped
+from iterdpo.judge import NamedJudge, checked_judgments
+from iterdpo.shards import judge_shards
 from iterdpo.testing import make_group
 from iterdpo.types import CompletionGroup, Judgment
 from judges import load_judge
-from judges.person import Person, plan
+from judges.load import by_design
+from judges.person import Person, Waiting, plan
 from judges.review import Reviews, Task
 from judges.review_page import Desk, review_server, visible
 
@@ -34,17 +36,22 @@ def judged(
 ) -> tuple[list[Judgment], list[str]]:
     """The judgments, and the ids of what was asked, in the order of the answers."""
     asked: list[str] = []
+    judge.attach(run_dir, answering(run_dir, choose, asked))
+    return checked_judgments(judge, groups), asked
+
+
+def answering(run_dir: Path, choose: Callable[[Task], str], asked: list[str]) -> Waiting:
+    """A person who answers at once what a judge waits for."""
 
     @contextmanager
-    def answering(message: str) -> Iterator[None]:
+    def answered(message: str) -> Iterator[None]:
         for batch in Reviews(run_dir).pending():
             for task in batch.unanswered():
                 asked.append(task.id)
                 assert batch.submit(task.id, choose(task))  # type: ignore[arg-type]
         yield
 
-    judge.attach(run_dir, answering)
-    return checked_judgments(judge, groups), asked
+    return answered
 
 
 def groups_of_two(count: int = 8) -> list[CompletionGroup]:
@@ -73,6 +80,23 @@ def test_one_pair_of_a_larger_group_leaves_the_others_without_a_score(tmp_path: 
     assert len(asked) == 1
     assert judgment.abstentions.count("not shown to a person") == 2
     assert judgment.scores.count(None) == 2
+
+
+def test_what_was_not_shown_does_not_stop_the_stage_and_what_was_skipped_does(tmp_path: Path) -> None:
+    groups = [make_group(f"Question {i}?", ["a", "b good", "c", "d"]) for i in range(4)]
+
+    def stage(name: str, choose: Callable[[Task], str]) -> list[Judgment]:
+        (directory := tmp_path / name).mkdir()
+        judge = load_judge("person", {})
+        judge.attach(directory, answering(directory, choose, []))  # type: ignore[attr-defined]
+        named = NamedJudge(
+            "train_judge", "person", "1", lambda: judge, max_abstained=0.1, by_design=by_design("clip", {"judge": {"use": "person"}})
+        )
+        return judge_shards(named, named.load, [("shard-0000.jsonl", groups)], directory, total=16)
+
+    assert sum(s is None for j in stage("judged", good) for s in j.scores) == 8  # two of four were shown
+    with pytest.raises(JudgingStopped, match=r"8 of 16 completions(?s:.*)8  skipped by the reviewer"):
+        stage("skipped", lambda task: "skip")
 
 
 @pytest.mark.parametrize(("comparisons", "pairs"), [(1, 1), (2, 2), ("chain", 3), ("all", 6), (99, 6)])

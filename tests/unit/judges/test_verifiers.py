@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import threading
 import time
 from fractions import Fraction
@@ -309,8 +311,6 @@ class TestCodeTests:
             "import sys\nwhile True: sys.stdout.write('x' * 1_000_000)",
             "f = open('big', 'w')\nwhile True: f.write('x' * 1_000_000)",
             "x = []\nwhile True: x.append(bytearray(1 << 20))",
-            "open('/tmp/iterdpo-escape', 'w').write('x')",
-            "import pathlib\n(pathlib.Path('/root') / 'iterdpo-escape').write_text('x')",
             "import os\nos.kill(os.getppid(), 9)",
             "import os\nos.kill(-1, 9)",
             "import socket\nsocket.create_connection(('127.0.0.1', 22), 1)",
@@ -329,8 +329,12 @@ class TestCodeTests:
         begin = time.monotonic()
         assert self.score(f"{ADD}\n{program}\n") == 0
         assert time.monotonic() - begin < 6
-        assert not Path("/tmp/iterdpo-escape").exists()
-        assert not Path("/root/iterdpo-escape").exists()
+
+    def test_a_program_writes_nothing_outside_the_sandbox(self, tmp_path: Path) -> None:
+        name = f"iterdpo-escape-{os.getpid()}"
+        for target in (tmp_path / name, Path.home() / name, Path(tempfile.gettempdir()) / name):
+            assert self.score(f"{ADD}\nopen({str(target)!r}, 'w').write('x')\n") == 0
+            assert not target.exists()
 
     @pytest.mark.parametrize(
         "trick",
