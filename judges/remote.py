@@ -12,19 +12,7 @@ and answers with a judgment for each group, with a score for each completion, bo
 
 A prompt of chat messages has `messages`, `[{"role": "user", "content": "2+2?"}]`, in the place of `text`. `tokens` is a
 number, and `finish_reason` is "stop", or "length" for a completion that was cut off. A score of null abstains; `reasons`
-may be left out. A whole server (`uvicorn my_server:app --port 8001`):
-
-    # my_server.py
-    from fastapi import FastAPI
-
-    app = FastAPI()
-
-    @app.post("/judge")
-    def judge(body: dict) -> dict:
-        return {"judgments": [{"scores": scores(group)} for group in body["groups"]]}
-
-    def scores(group: dict) -> list[float | None]:
-        return [float(group["prompt"]["columns"]["gold"] in c["text"]) for c in group["completions"]]
+may be left out. docs/judges.md has a whole server in ten lines.
 """
 
 from __future__ import annotations
@@ -43,7 +31,7 @@ from urllib.parse import urlsplit
 from iterdpo.errors import JudgeError
 from iterdpo.types import CompletionGroup, Judgment
 from judges.custom import Abstention, judgment_from_outcomes
-from judges.endpoint import REFUSED, RETRIED, _connection_reason, _seconds, run_all
+from judges.endpoint import REFUSED, RETRIED, connection_reason, retry_after_seconds, run_all
 
 if TYPE_CHECKING:
     import aiohttp
@@ -174,7 +162,7 @@ class Remote:
                 reason = f"timed out after {self.timeout:g} s"
                 continue
             except (aiohttp.ClientError, OSError) as error:
-                reason = _connection_reason(error)
+                reason = connection_reason(error)
                 continue
             status = response.status
             if 200 <= status < 300:
@@ -186,7 +174,7 @@ class Remote:
                 return _judgments(batch, reply, self.url)
             reason = f"HTTP {status}"
             if status in RETRIED or status >= 500:
-                wait = _seconds(response.headers.get("Retry-After"))
+                wait = retry_after_seconds(response.headers.get("Retry-After"))
                 continue
             if status in REFUSED:
                 break

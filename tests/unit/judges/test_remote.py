@@ -7,7 +7,6 @@ import re
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 import urllib.request
@@ -18,7 +17,6 @@ from typing import Any
 
 import pytest
 
-import judges.remote
 from iterdpo.errors import JudgeError
 from iterdpo.judge import checked_judgments
 from iterdpo.testing import make_group
@@ -98,9 +96,9 @@ GROUP = make_group("2+2?", ["It is 4", "5"], gold="4")
 
 
 def test_the_example_of_the_documentation_is_a_judge(tmp_path: Path) -> None:
-    assert judges.remote.__doc__
-    lines = judges.remote.__doc__.partition("    # my_server.py\n")[2]
-    (tmp_path / "my_server.py").write_text(textwrap.dedent(lines))
+    page = (Path(__file__).parents[3] / "docs" / "judges.md").read_text(encoding="utf-8")
+    lines = page.partition("```python\nfrom fastapi")[2].partition("```")[0]
+    (tmp_path / "my_server.py").write_text(f"from fastapi{lines}")
     assert sum(bool(line.strip()) for line in lines.splitlines()) <= 10
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
