@@ -1,4 +1,4 @@
-"""How much of an endpoint's rate the client of the LLM judges reaches, and whether its memory grows: one JSON line.
+"""How much of an endpoint's rate the LLM judges reach, and whether their memory grows: one JSON line.
 
 python -m benchmarks.judge_throughput                      10,000 calls, 32 at once, an endpoint that answers in 50 ms
 python -m benchmarks.judge_throughput --concurrency 64     or --calls, --latency
@@ -6,7 +6,9 @@ python -m benchmarks.judge_throughput --concurrency 64     or --calls, --latency
 The endpoint (iterdpo.testing_http) and each measured client are processes of their own. `limit` is the rate that the
 concurrency allows, calls a second: concurrency / seconds that the endpoint slept for a call, as it measured them.
 `share` is rate / limit. `rss_1000_mib` and `rss_end_mib` are the client's peak resident memory after 1,000 calls and
-after all. `cached` writes every reply to a new cache file, `uncached` has none.
+after all. `cached` writes every reply to a new cache file, `uncached` has none. These two are the client alone. `judged`
+is a stage of the judge `pairwise`, with a cache: prompts are rendered, replies parsed, every two of four completions
+compared in both orders, and judgments written shard by shard (64 prompts).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ WORDS = [
     "question",
     "clear",
 ]
+CALLS_PER_PROMPT = 12
+"""Of four completions, each two in both orders."""
 TEXT = " ".join(random.Random(0).choices(WORDS, k=1200))
 
 
@@ -50,20 +54,26 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # what this script starts itself as
     parser.add_argument("--client", metavar="URL", help=argparse.SUPPRESS)
     parser.add_argument("--cache", default="off", help=argparse.SUPPRESS)
+    parser.add_argument("--judge", metavar="DIRECTORY", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         serve(arguments.latency)
+    elif arguments.judge:
+        judge_all(arguments.client, arguments.cache, arguments.calls, arguments.concurrency, Path(arguments.judge))
     elif arguments.client:
         call_all(arguments.client, arguments.cache, arguments.calls, arguments.concurrency)
     else:
         line: dict[str, Any] = {"calls": arguments.calls, "concurrency": arguments.concurrency}
         with tempfile.TemporaryDirectory(prefix="judge-throughput-") as directory:
             for name, cache in (("cached", str(Path(directory) / "calls.sqlite")), ("uncached", "off")):
-                line[name] = measure(arguments, cache)
+                line[name] = measure(arguments, "--cache", cache)
+            line["judged"] = measure(
+                arguments, "--cache", str(Path(directory) / "judged.sqlite"), "--judge", str(Path(directory) / "judged")
+            )
         print(json.dumps(line))
 
 
-def measure(arguments: argparse.Namespace, cache: str) -> dict[str, float]:
+def measure(arguments: argparse.Namespace, *options: str) -> dict[str, float]:
     """The figures of one client against an endpoint of its own."""
     this = [sys.executable, "-m", "benchmarks.judge_throughput"]
     server = subprocess.Popen(
@@ -75,21 +85,19 @@ def measure(arguments: argparse.Namespace, cache: str) -> dict[str, float]:
     assert server.stdout is not None
     url = server.stdout.readline().strip()
     size = ["--calls", str(arguments.calls), "--concurrency", str(arguments.concurrency)]
-    client = subprocess.run(
-        [*this, "--client", url, "--cache", cache, *size], check=True, stdout=subprocess.PIPE, text=True
-    )
+    client = subprocess.run([*this, "--client", url, *options, *size], check=True, stdout=subprocess.PIPE, text=True)
     slept = json.loads(server.communicate()[0])  # closes its stdin, which ends it
     figures = json.loads(client.stdout)
-    assert slept["requests"] == arguments.calls
+    assert slept["requests"] == figures.pop("calls")
     limit = arguments.concurrency / (slept["slept"] / slept["requests"])
-    rate = arguments.calls / figures.pop("seconds")
+    rate = slept["requests"] / figures.pop("seconds")
     return {"rate": round(rate, 1), "limit": round(limit, 1), "share": round(rate / limit, 3), **figures}
 
 
 def serve(latency: float) -> None:
     from iterdpo.testing_http import FakeEndpoint
 
-    with FakeEndpoint(lambda body: "[[A]]", latency=latency) as server:
+    with FakeEndpoint(lambda body: "Verdict: A", latency=latency) as server:
         print(server.base_url, flush=True)
         sys.stdin.read()
         print(json.dumps({"requests": server.requests, "slept": server.slept}))
@@ -106,7 +114,7 @@ def call_all(url: str, cache: str, calls: int, concurrency: int) -> None:
     async def call(number: int) -> None:
         await client.chat(messages(number), max_tokens=8, temperature=0.0)
         if number + 1 in (1000, calls):
-            peaks.append(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1))
+            peaks.append(peak())
 
     def jobs() -> Iterator[Callable[[], Awaitable[None]]]:
         for number in range(calls):
@@ -116,12 +124,55 @@ def call_all(url: str, cache: str, calls: int, concurrency: int) -> None:
         async with client:
             await run_all(jobs(), concurrency=concurrency)
 
+    timed(lambda: asyncio.run(run()), calls, peaks)
+
+
+def judge_all(url: str, cache: str, calls: int, concurrency: int, directory: Path) -> None:
+    import aiohttp  # noqa: F401
+
+    from iterdpo.judge import NamedJudge
+    from iterdpo.shards import judge_shards
+    from iterdpo.testing import make_group
+    from iterdpo.types import CompletionGroup, Judgment
+    from judges import load_judge
+
+    endpoint = {"base_url": url, "concurrency": concurrency, "cache": cache}
+    judge = load_judge("pairwise", {"model": "fake", "endpoint": endpoint, "constrain": "none"})
+    prompts, size, peaks, done = -(-calls // CALLS_PER_PROMPT), 64, [], 0
+    directory.mkdir()
+
+    def group(number: int) -> CompletionGroup:
+        starts = (number % 5000, 5000 - number % 5000, (number * 7) % 5000, (number * 11) % 5000)
+        return make_group(f"Tale {number}.", [f"{k} {TEXT[start : start + 650]}" for k, start in enumerate(starts)])
+
+    def shards() -> Iterator[tuple[str, list[CompletionGroup]]]:
+        for start in range(0, prompts, size):
+            yield f"shard-{start:06d}.jsonl", [group(n) for n in range(start, min(start + size, prompts))]
+
+    def note(fresh: Sequence[Judgment]) -> None:
+        nonlocal done
+        done += CALLS_PER_PROMPT * len(fresh)
+        if done >= 1000:
+            peaks.append(peak())
+
+    named = NamedJudge("train_judge", "pairwise", "1", lambda: judge, max_abstained=0.0)
+    total = 4 * prompts
+    timed(
+        lambda: judge_shards(named, named.load, shards(), directory, total=total, on_shard=note),
+        CALLS_PER_PROMPT * prompts,
+        peaks,
+    )
+
+
+def timed(run: Callable[[], object], calls: int, peaks: list[float]) -> None:
+    """Run it, and print its figures. `peaks` has the resident memory then, from 1,000 calls to the end."""
     began, busy = time.perf_counter(), time.process_time()
-    asyncio.run(run())
+    run()
     seconds, busy = time.perf_counter() - began, time.process_time() - busy
     print(
         json.dumps(
             {
+                "calls": calls,
                 "seconds": seconds,
                 "cpu_ms_per_call": round(1000 * busy / calls, 3),
                 "rss_1000_mib": peaks[0],
@@ -129,6 +180,11 @@ def call_all(url: str, cache: str, calls: int, concurrency: int) -> None:
             }
         )
     )
+
+
+def peak() -> float:
+    """Resident memory at its highest so far, in MiB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
 def messages(number: int) -> list[dict[str, str]]:

@@ -50,8 +50,10 @@ GARBAGE: tuple[str | None, ...] = (
     "Verdict: A\nVerdict: B",
     "[[A]] is better. No: [[B]] is better.",
     "Verdict: \u0410",  # a Cyrillic A
-    "\uff36\uff45\uff52\uff44\uff49\uff43\uff54: \uff22",  # full-width
-    "Ver\u200bdict: \u202eA\u202c",  # a zero-width space, and a reversal
+    "V\u0435rdict: A",  # a Cyrillic e
+    "Verdict: \u0392",  # a Greek B
+    "Verdict: \U0001d400",  # a mathematical A
+    "Ver\u200bdict: \u202eA\u202c\nVerdict: \uff22",  # both, behind marks that are not seen and in full width
 )
 """Replies with status 200 and a content that says nothing, or both; only a parser can tell."""
 
@@ -107,6 +109,8 @@ class FakeEndpoint:
         """How often each request was answered in full: what an API would have charged for. Garbage counts."""
         self.faults_given: Counter[str] = Counter()
         """How often each of `kinds` was given."""
+        self.spans: dict[str, tuple[float, float]] = {}
+        """When each request first came, and when it last ended, in seconds of the server's clock."""
         self.in_flight = 0
         self.max_in_flight = 0
         self.slept = 0.0
@@ -172,6 +176,7 @@ class FakeEndpoint:
         raw = await request.read()
         name = hashlib.sha256(raw).hexdigest()
         before = self.attempts[name]
+        first, _ = self.spans.setdefault(name, (self._loop.time(), 0.0))
         self.attempts[name] += 1
         self.requests += 1
         self.in_flight += 1
@@ -196,6 +201,7 @@ class FakeEndpoint:
             return web.Response(body=json.dumps(answer).encode(), content_type="application/json")
         finally:
             self.in_flight -= 1
+            self.spans[name] = (first, self._loop.time())
 
     def _answer(self, body: Body, name: str) -> Body:
         """What is sent; a mapping with `status` is `reply`'s own."""

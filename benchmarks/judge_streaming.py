@@ -1,0 +1,108 @@
+"""What judging beside sampling saves: the stages `sample` and `judge` of a round, one JSON line.
+
+python -m benchmarks.judge_streaming                           8 shards that take 1 s each to sample, 0.15 s a call
+python -m benchmarks.judge_streaming --sample 4 --latency 0.5  or --shards, --runs
+
+A sampler that sleeps and an endpoint that answers after a fixed time stand in for the engines, so that the figures are
+those of the loop. Each shard has 16 prompts with four completions: 192 calls of the judge `pairwise`, 32 at once.
+`seconds` are of both stages, the medians of `--runs` alternating runs. `streamed` and `total` are the manifest's: seconds
+of judging beside sampling, and of the stage after it. `ratio` is `seconds` with `judge.stream: false` over those with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from flows.api import open_experiment
+from iterdpo import stages
+from iterdpo.config import Config, parse_config
+from iterdpo.rundir import write_jsonl
+from iterdpo.sampling import SamplingParameters
+from iterdpo.testing import FakeSampler, build_tiny_checkpoint
+from iterdpo.testing_http import FakeEndpoint
+from iterdpo.types import Completion
+
+PROMPTS, K = 16, 4
+
+
+class Sleeper(FakeSampler):
+    """Takes `seconds` for a shard."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(lambda ids, k: f"completion {k} of {bytes(ids[-8:])!r}")
+        self.seconds = seconds
+
+    def sample(
+        self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
+    ) -> list[list[Completion]]:
+        time.sleep(self.seconds)
+        return super().sample(prompt_ids, seeds, parameters)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, default=8)
+    parser.add_argument("--sample", type=float, default=1.0, metavar="SECONDS", help="of a shard")
+    parser.add_argument("--latency", type=float, default=0.15, metavar="SECONDS", help="of a call")
+    parser.add_argument("--runs", type=int, default=3)
+    arguments = parser.parse_args()
+    runs: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+    with (
+        tempfile.TemporaryDirectory(prefix="judge-streaming-") as directory,
+        FakeEndpoint(lambda body: "Verdict: A", latency=arguments.latency) as server,
+    ):
+        root = Path(directory)
+        build_tiny_checkpoint(root / "model")
+        write_jsonl(root / "prompts.jsonl", ({"prompt": f"Tale {i}"} for i in range(arguments.shards * PROMPTS + 1)))
+        for number in range(arguments.runs):
+            for stream in (True, False):
+                run_dir = root / f"run-{number}-{stream}"
+                runs[stream].append(one_round(root, run_dir, server, arguments.shards, arguments.sample, stream))
+    medians = {
+        stream: {name: round(statistics.median(run[name] for run in made), 2) for name in made[0]}
+        for stream, made in runs.items()
+    }
+    line = {
+        "shards": arguments.shards,
+        "sample_s": arguments.sample,
+        "latency_s": arguments.latency,
+        "stream": medians[True],
+        "no_stream": medians[False],
+        "ratio": round(medians[False]["seconds"] / medians[True]["seconds"], 3),
+    }
+    print(json.dumps(line))
+
+
+def one_round(
+    root: Path, run_dir: Path, server: FakeEndpoint, shards: int, seconds: float, stream: bool
+) -> dict[str, float]:
+    endpoint = {"base_url": server.base_url, "concurrency": 32, "cache": "off"}
+    args = {"model": "fake", "endpoint": endpoint, "constrain": "none"}
+    values = {
+        "run_dir": str(run_dir),
+        "rounds": 1,
+        "model": {"path": str(root / "model")},
+        "prompts": {"path": str(root / "prompts.jsonl"), "per_round": shards * PROMPTS, "heldout": 1},
+        "sampling": {"n": K, "max_tokens": 64, "shard_size": PROMPTS},
+        "judge": {"use": "pairwise", "args": args, "stream": stream},
+    }
+    with open_experiment(parse_config(Config, values), sampler=Sleeper(seconds)) as exp, exp.run.lock():
+        exp.prompt_ids(exp.round_prompts(1)[0])  # the tokenizer's imports are not measured
+        policy = exp.initial
+        began = time.perf_counter()
+        stages.sample(exp, 1, policy)
+        judged = stages.judge(exp, 1)
+        return {
+            "seconds": time.perf_counter() - began,
+            **{name: judged.seconds[name] for name in ("streamed", "total")},
+        }
+
+
+if __name__ == "__main__":
+    main()
