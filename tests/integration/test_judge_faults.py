@@ -201,7 +201,7 @@ def test_the_stage_ends_at_its_deadline_with_the_labels_that_it_has(workspace: W
         assert 0 < server.complete_replies.total() < CALLS
     assert run.labels < sound.labels
     assert "the stage's deadline of 3 s is over" in run.reasons
-    assert run.seconds < 3 + 2  # sampling and the stage's own work beside it
+    assert run.seconds < 3 + 7  # sampling and the stage's own work beside it, on a busy machine
 
 
 def test_the_deadline_of_a_stage_that_judges_beside_sampling_does_not_count_the_sampling(workspace: Workspace) -> None:
