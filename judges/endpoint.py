@@ -33,7 +33,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from iterdpo.config import Section, _explain
+from iterdpo.config import Section, explain
 from iterdpo.errors import JudgeError
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ class Endpoint(Section):
     deadline: float = Field(600, gt=0)
     """Seconds for one call with all its attempts, from when the first is sent."""
     stage_deadline: float | None = Field(None, gt=0)
-    """Seconds for all calls of a stage. When they are over, the calls that remain fail at once."""
+    """Seconds for all calls of a stage; those in which it waits for the next shard to be sampled do not count. When they
+    are over, the calls that remain fail at once."""
     attempts: int = Field(6, ge=1)
     """Attempts of one call, where the error deserves another: HTTP 408, 409, 425, 429 and 5xx, time-outs, connections
     that break, replies that are cut off."""
@@ -106,7 +107,7 @@ class Endpoint(Section):
             super().__init__(**values)
             return
         except ValidationError as error:
-            wrong = "; ".join(_explain(Endpoint, e) for e in error.errors())
+            wrong = "; ".join(explain(Endpoint, e) for e in error.errors())
         raise JudgeError(f"endpoint: {wrong}")  # outside `except`, so that no input hangs on it
 
     @field_validator("base_url")
@@ -232,7 +233,8 @@ class Client:
     def begin_stage(self) -> None:
         """Start the deadline, the budgets and the count of failures anew. Not while calls are under way."""
         assert not self._flights, "a stage begins when the calls of the one before are done"
-        self._stage_began: float | None = None  # at the first request
+        self._stage_began: float | None = None  # at the first request since it was opened
+        self._stage_used = 0.0  # seconds, until it was closed
         self._stopped: str | None = None
         self._halted = asyncio.Event()
         self._failed_in_a_row = 0
@@ -271,6 +273,8 @@ class Client:
         if self._cache is not None:
             self._cache.close()
         self._session = self._cache = None
+        self._stage_used += time.monotonic() - self._stage_began if self._stage_began else 0
+        self._stage_began = None
 
     async def chat(self, messages: list[dict[str, Any]], *, salt: str = "", **body: Any) -> Reply:
         """POST base_url/chat/completions with `messages` and the fields of `body`.
@@ -297,7 +301,7 @@ class Client:
             flight = self._flights[key] = asyncio.get_running_loop().create_future()
             try:
                 reply = await self._pay(payload, request)
-                if self._cache is not None and reply.text:
+                if self._cache is not None and (reply.text.strip() or reply.top_logprobs):
                     self._cache.put(key, reply)
                 flight.set_result(reply)
             except BaseException as error:
@@ -385,10 +389,10 @@ class Client:
         except TimeoutError:
             return _Failure(f"timed out after {min(self.endpoint.timeout, self.endpoint.deadline):g} s")
         except (aiohttp.ClientError, OSError) as error:
-            return _Failure(_connection_reason(error))
+            return _Failure(connection_reason(error))
         status = response.status
         if status in RETRIED or status >= 500:
-            return _Failure(f"HTTP {status}", _seconds(response.headers.get("Retry-After")))
+            return _Failure(f"HTTP {status}", retry_after_seconds(response.headers.get("Retry-After")))
         if 200 <= status < 300:
             return _read_reply(data, estimate)
         said, slug = _error_of(data)
@@ -471,7 +475,7 @@ class Client:
     def _stage_left(self) -> float:
         if self.endpoint.stage_deadline is None or self._stage_began is None:
             return math.inf
-        return self._stage_began + self.endpoint.stage_deadline - time.monotonic()
+        return self._stage_began - self._stage_used + self.endpoint.stage_deadline - time.monotonic()
 
     def _check_stage(self) -> None:
         if self._stopped is not None:
@@ -604,7 +608,7 @@ def _proxy(url: str) -> str | None:
     return None if host in ("localhost", "127.0.0.1", "::1") or proxy_bypass(host) else getproxies().get(parts.scheme)
 
 
-def _connection_reason(error: Exception) -> str:
+def connection_reason(error: Exception) -> str:
     import aiohttp
 
     match error:
@@ -707,12 +711,12 @@ def _escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _seconds(retry_after: str | None) -> float:
+def retry_after_seconds(header: str | None) -> float:
     """A Retry-After header, seconds or a date, as seconds from now; 0 where there is none that can be read."""
-    if retry_after is None:
+    if header is None:
         return 0.0
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", retry_after.strip()):
-        return float(retry_after)
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", header.strip()):
+        return float(header)
     with suppress(ValueError, TypeError, OverflowError):
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
     return 0.0

