@@ -203,7 +203,8 @@ class Experiment:
         return self._judges[named.role]
 
     def begin_stage(self, named: NamedJudge) -> None:
-        """Tell a judge that has budgets of its own that another stage begins."""
+        """Tell a judge that has budgets of its own that another stage begins; what it has used so far was another's."""
+        self.used(named)
         begin = getattr(self.judge(named), "begin_stage", None)
         if callable(begin):
             begin()

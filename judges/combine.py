@@ -113,7 +113,7 @@ class Ensemble:
 
     @property
     def attach(self) -> Callable[..., None]:
-        """Raises AttributeError where no member has it: a judge that has it is taken to wait for a person."""
+        """The members'; AttributeError where none has it."""
         attached = [member.attach for member in self.members if hasattr(member, "attach")]
         if not attached:
             raise AttributeError("attach")

@@ -178,6 +178,11 @@ class CallFailed(Exception):
     """A call that failed for good. Its text is a short, stable reason, without keys or messages."""
 
 
+def refused(reason: str) -> bool:
+    """Whether a `CallFailed` with this text was refused for what it asks, and would be again."""
+    return reason.startswith(tuple(f"HTTP {status}" for status in REFUSED))
+
+
 async def run_all(jobs: Iterable[Callable[[], Awaitable[T]]], *, concurrency: int) -> list[T]:
     """What the jobs return, in order. At most `concurrency` run at once, and no more than that are taken from `jobs`.
 

@@ -26,7 +26,7 @@ from iterdpo.rundir import RunDir
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Message, Prompt
 from judges.custom import Abstention, judgment_from_outcomes
-from judges.endpoint import CallFailed, Client, Endpoint, Reply, run_all
+from judges.endpoint import CallFailed, Client, Endpoint, Reply, refused, run_all
 from judges.server import Server
 from judges.templates import Kind, load_template, principles
 from judges.tournament import BY_LOT, NOT_MET, Aggregate, Knockout, all_pairs, judgment_from_comparisons, random_pairs
@@ -232,7 +232,8 @@ class PairwiseJudge(_LLMJudge):
         pairs = all_pairs(count)
         if self.schedule == "random_pairs":
             pairs = random_pairs(count, self.comparisons or 0, seed=self._seed(group, "pairs"))
-        return judgment_from_comparisons(group, await self._compare_all(group, pairs), aggregate=self.aggregate)
+        compared = await self._compare_all(group, pairs)
+        return judgment_from_comparisons(group, compared, aggregate=self.aggregate, lasting=refused)
 
     async def _compare_all(self, group: CompletionGroup, pairs: Sequence[tuple[int, int]]) -> list[Comparison]:
         orders = [order for i, j in pairs for order in ((i, j), (j, i))]
@@ -385,7 +386,7 @@ class ListwiseJudge(_LLMJudge):
         shown = random.Random(self._seed(group, "order")).sample(distinct, len(distinct))
         asked = await asyncio.gather(*(self._rank(group, order) for order in (shown, shown[::-1])[: self.orders]))
         judged = [c for comparisons in asked for c in comparisons]
-        return judgment_from_comparisons(group, [*judged, *_of_twins(texts, judged)])
+        return judgment_from_comparisons(group, [*judged, *_of_twins(texts, judged)], lasting=refused)
 
     async def _rank(self, group: CompletionGroup, shown: list[int]) -> list[Comparison]:
         count = len(shown)

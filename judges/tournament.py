@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from iterdpo.judging import Met, meetings
@@ -34,7 +34,11 @@ def random_pairs(count: int, number: int, *, seed: int) -> list[tuple[int, int]]
 
 
 def judgment_from_comparisons(
-    group: CompletionGroup, comparisons: Sequence[Comparison], *, aggregate: Aggregate = "win_rate"
+    group: CompletionGroup,
+    comparisons: Sequence[Comparison],
+    *,
+    aggregate: Aggregate = "win_rate",
+    lasting: Callable[[str], bool] = lambda reason: True,
 ) -> Judgment:
     """Scores from comparisons, each two completions in one order or in both.
 
@@ -42,14 +46,15 @@ def judgment_from_comparisons(
     anything else; of soft verdicts the mean probability. `win_rate` is a completion's mean over those it met.
     `bradley_terry` is its log-strength, see there.
 
-    A completion that was judged against nobody abstains, and is nobody's opponent. Where any other comparison was not
-    judged, a mean over the rest would not be comparable: both of its completions abstain. Of `bradley_terry`, where
-    every score depends on every comparison, the whole group does.
+    A completion that was judged against nobody abstains, and is nobody's opponent, if the reasons for it are `lasting`:
+    another time they would be the same. Where any other comparison was not judged, a mean over the rest would not be
+    comparable: both of its completions abstain. Of `bradley_terry`, where every score depends on every comparison, the
+    whole group does.
     """
     count = len(group.completions)
     met = meetings(comparisons)
-    judged = {k for m in met if m.reason is None for k in (m.i, m.j)}
-    alone = {k: m.reason for m in met for k in (m.i, m.j) if k not in judged}
+    involved = {k for m in met if m.reason is None or not lasting(m.reason) for k in (m.i, m.j)}
+    alone = {k: m.reason for m in met for k in (m.i, m.j) if k not in involved}
     met = [m for m in met if not {m.i, m.j} & alone.keys()]
     broken = {k: m.reason for m in met if m.reason is not None for k in (m.i, m.j)}
     if broken and aggregate == "bradley_terry":

@@ -65,6 +65,18 @@ def test_every_two_are_asked_in_both_orders_and_a_consistent_judge_is_believed(e
     assert server.requests == 2
 
 
+@pytest.mark.parametrize(("status", "scores"), [(400, [1.0, 0.0, None]), (500, [None] * 3)])
+def test_the_others_are_scored_without_one_that_is_always_refused_but_not_without_one_that_was_unlucky(
+    endpoint: Any, status: int, scores: list[float | None]
+) -> None:
+    verdict = better("GOOD", "BAD")
+    server = endpoint(lambda body: {"status": status} if "LONG" in asked(body) else verdict(body))
+    settings = {"base_url": server.base_url, "attempts": 1}
+    group = make_group("Say something.", ["a GOOD one", "a BAD one", "a LONG one"])
+    [judgment] = checked_judgments(make("pairwise", server, endpoint=settings), [group])
+    assert judgment.scores == scores
+
+
 def test_a_judge_that_always_takes_the_first_says_tie_and_the_metrics_say_so(endpoint: Any) -> None:
     server = endpoint(lambda body: "Verdict: A")
     groups = [make_group("One?", ["x", "y", "z"]), make_group("Two?", ["u", "v", "w"])]

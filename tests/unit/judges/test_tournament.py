@@ -60,6 +60,8 @@ def test_one_that_could_not_be_judged_against_anybody_is_nobodys_opponent() -> N
     group = make_group("?", ["x", "y", "empty"])
     comparisons = [*both(0, 1, 1), *both(0, 2, None, reason="too long"), *both(1, 2, None, reason="too long")]
     assert judgment_from_comparisons(group, comparisons).scores == [0.0, 1.0, None]
+    passing = judgment_from_comparisons(group, comparisons, lasting=lambda reason: reason != "too long")
+    assert passing.scores == [None] * 3  # judged against it, these two might have fared otherwise
 
 
 def test_bradley_terry_abstains_as_a_whole_since_every_score_depends_on_every_comparison() -> None:
