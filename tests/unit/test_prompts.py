@@ -110,7 +110,11 @@ def test_a_directory_whose_names_tell_no_split_is_read_whole(tmp_path: Path) -> 
         ("a.csv", b'prompt\n"x\n', r"a\.csv:2: not valid CSV: unexpected end of data"),
         ("a.jsonl", b'{"prompt": "\xff"}\n', r"a\.jsonl: cannot be read \(.*utf-8"),
         ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz: cannot be read \(Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 99, mtime=0)[:-9], r"a\.jsonl\.gz: cannot be read \(Compressed"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"prompt": "x"}\n' * 99, mtime=0)[:-9],
+            r"a\.jsonl\.gz: cannot be read \(Compressed",
+        ),
         ("a.parquet", b"PAR1 not", r"a\.parquet: cannot be read as Parquet"),
         ("a.txt", b"hello", r"a\.txt: unknown kind of file; give \.json, \.jsonl, \.csv"),
     ],

@@ -90,7 +90,12 @@ def test_what_was_not_shown_does_not_stop_the_stage_and_what_was_skipped_does(tm
         judge = load_judge("person", {})
         judge.attach(directory, answering(directory, choose, []))  # type: ignore[attr-defined]
         named = NamedJudge(
-            "train_judge", "person", "1", lambda: judge, max_abstained=0.1, by_design=by_design("clip", {"judge": {"use": "person"}})
+            "train_judge",
+            "person",
+            "1",
+            lambda: judge,
+            max_abstained=0.1,
+            by_design=by_design("clip", {"judge": {"use": "person"}}),
         )
         return judge_shards(named, named.load, [("shard-0000.jsonl", groups)], directory, total=16)
 
