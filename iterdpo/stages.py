@@ -160,9 +160,11 @@ def pair(exp: Experiment, round: int) -> Manifest:
         stage.to(len(pairs))
         stage.remark = counts.summary()
         if not pairs:
+            flips = judgments.counts["metrics"].get("flip_rate")
+            order = f", whose verdict changed with the order in {flips:.0%} of the comparisons," if flips else ""
             raise DataError(
-                f"round {round}: {counts.summary()}: nothing to train on. Where completions tie, check the judge or "
-                "pairing.min_margin; where none was judged, see the abstentions in "
+                f"round {round}: {counts.summary()}: nothing to train on. Where completions tie, check the judge"
+                f"{order} or pairing.min_margin; where none was judged, see the abstentions in "
                 f"{exp.run.round_dir(round) / 'judgments'}"
             )
         write_pairs(directory, pairs, summary=counts.summary())

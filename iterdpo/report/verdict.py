@@ -70,6 +70,12 @@ def verdict(run: Run) -> str:
         sentences.append(
             f"{unjudged:,.0f} of {completions:,.0f} held-out completions could not be judged and do not count."
         )
+    flips = value(last, "judge/flip_rate")
+    if flips is not None and flips >= 0.5:
+        sentences.append(
+            f"The training judge's verdict changed with the order in {percent(flips)} of its comparisons, and a coin's "
+            "would in half of them: it goes by the place of a completion."
+        )
     return " ".join(sentences)
 
 

@@ -94,6 +94,12 @@ def test_many_abstentions_are_mentioned_and_few_are_not(say: Judge) -> None:
     assert "could not be judged" not in few
 
 
+def test_a_judge_that_goes_by_the_place_is_told_of(say: Judge) -> None:
+    row = {"round": 1, "gate/decision": "promote"}
+    assert "by the place of a completion" in say(INITIAL, row | {"judge/flip_rate": 0.5})
+    assert "by the place of a completion" not in say(INITIAL, row | {"judge/flip_rate": 0.4})
+
+
 # Wilson's interval of 63 % in 200, by hand: centre (0.63 + 3.8416/400) / 1.019208 = 0.62755, half-width
 # 1.96 sqrt(0.2331/200 + 0.0049²) / 1.019208 = 0.06633.
 def test_an_offline_round_reports_accuracy_on_heldout_pairs_with_its_interval(say: Judge) -> None:
