@@ -10,7 +10,8 @@
 
 A class is made with the `args`, and its method `judge`, `score`, `compare` or `__call__` (the first that it has)
 is read by the same table; a function receives the `args` as keyword arguments. Any of them may be a coroutine
-function: then up to 16 calls run at once (or as many as its attribute `concurrency` says).
+function: then up to 16 calls run at once (or as many as its attribute `concurrency` says), all in one event loop that
+lives as long as the judge, so that an HTTP client may be made in the constructor.
 
 `prompt` is the plain text, or the list of messages; `completion`, `a` and `b` are always texts. `messages` is the prompt
 as messages in any case, `prompt_id` its id; of `completion` there are `token_count` and `finish_reason`, of a comparison
@@ -21,16 +22,19 @@ A score is a number, higher is better. None, NaN, an infinity, a string, and an 
 are never turned into numbers. A comparison that comes out differently in the two orders is a tie.
 
 An object's `close`, where it has one, is called whenever another stage needs the device; it may be asked again later.
+Its `begin_stage` is called when a stage begins. Both may be coroutine functions.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import difflib
 import functools
 import inspect
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -42,6 +46,7 @@ from judges.tournament import judgment_from_comparisons
 
 Kind = Literal["groups", "batch", "score", "compare"]
 Bound = functools.partial[Any]
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 CONCURRENCY = 16
 FACTS = (
@@ -80,6 +85,13 @@ class CustomJudge:
     function: Bound
     owner: Any
 
+    def __post_init__(self) -> None:
+        self._runner = asyncio.Runner()
+        weakref.finalize(self, self._runner.close)
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return self._runner.run(coroutine, context=contextvars.copy_context())
+
     @property
     def comparative(self) -> bool:
         return self.kind == "compare" or bool(getattr(self.owner, "comparative", False))
@@ -96,22 +108,24 @@ class CustomJudge:
         match self.kind:
             case "groups":
                 judged = self.function(groups=groups)
-                return asyncio.run(judged) if inspect.iscoroutine(judged) else judged
+                return self._run(judged) if inspect.iscoroutine(judged) else judged
             case "batch":
-                return _judge_batch(self.function, groups, self.name)
+                return _judge_batch(self.function, groups, self._run, self.name)
             case "score":
-                return _judge_scores(self.function, groups)
+                return _judge_scores(self.function, groups, self._run)
             case "compare":
-                return _judge_comparisons(self.function, groups)
+                return _judge_comparisons(self.function, groups, self._run)
 
     def begin_stage(self) -> None:
-        """Calls the `begin_stage` of the user's object, where it has one; `close` does likewise."""
-        if callable(begin := getattr(self.owner, "begin_stage", None)):
-            begin()
+        self._tell("begin_stage")
 
     def close(self) -> None:
-        if callable(close := getattr(self.owner, "close", None)):
-            close()
+        self._tell("close")
+
+    def _tell(self, what: str) -> None:
+        """Call the method `what` of the user's object, where it has one."""
+        if callable(told := getattr(self.owner, what, None)) and inspect.iscoroutine(said := told()):
+            self._run(said)
 
 
 def judgment_from_outcomes(group: CompletionGroup, outcomes: Sequence[object]) -> Judgment:
@@ -190,17 +204,17 @@ def _entry(made: Any, args: dict[str, Any], name: str, *, produced: bool = False
     return _entry(function(**args), {}, name, produced=True)
 
 
-def _judge_scores(function: Bound, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+def _judge_scores(function: Bound, groups: Sequence[CompletionGroup], run: Run) -> list[Judgment]:
     wants = inspect.signature(function.func).parameters
     calls = [
         {**_facts(wants, g.prompt, c), **g.prompt.columns, "prompt": g.prompt.content, "completion": c.text}
         for g in groups
         for c in g.completions
     ]
-    return _split(groups, _call_all(function, calls))
+    return _split(groups, _call_all(function, calls, run))
 
 
-def _judge_comparisons(function: Bound, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+def _judge_comparisons(function: Bound, groups: Sequence[CompletionGroup], run: Run) -> list[Judgment]:
     orders = [list(itertools.permutations(range(len(g.completions)), 2)) for g in groups]
     wants = inspect.signature(function.func).parameters
     calls = [
@@ -214,7 +228,7 @@ def _judge_comparisons(function: Bound, groups: Sequence[CompletionGroup]) -> li
         for g, pairs in zip(groups, orders, strict=True)
         for i, j in pairs
     ]
-    verdicts = iter(_call_all(function, calls))
+    verdicts = iter(_call_all(function, calls, run))
     return [
         judgment_from_comparisons(g, [_comparison(i, j, next(verdicts)) for i, j in pairs])
         for g, pairs in zip(groups, orders, strict=True)
@@ -240,7 +254,7 @@ def _comparison(first: int, second: int, verdict: object) -> Comparison:
     return Comparison(first, second, None, f"the judge returned {said}")
 
 
-def _judge_batch(function: Bound, groups: Sequence[CompletionGroup], name: str) -> list[Judgment]:
+def _judge_batch(function: Bound, groups: Sequence[CompletionGroup], run: Run, name: str) -> list[Judgment]:
     """One call for all completions, with the keyword arguments that GRPOTrainer of TRL 1.16 passes."""
     rows = [(g.prompt, c) for g in groups for c in g.completions]
     if not rows:
@@ -255,7 +269,7 @@ def _judge_batch(function: Bound, groups: Sequence[CompletionGroup], name: str) 
         "log_extra": lambda column, values: None,
         "log_metric": lambda metric, value: None,
     }
-    [returned] = _call_all(function, [call])
+    [returned] = _call_all(function, [call], run)
     if isinstance(returned, Abstention):
         return _split(groups, [returned] * len(rows))
     try:
@@ -278,7 +292,7 @@ def _split(groups: Sequence[CompletionGroup], outcomes: Iterable[object]) -> lis
     return [judgment_from_outcomes(g, list(itertools.islice(rest, len(g.completions)))) for g in groups]
 
 
-def _call_all(function: Bound, calls: Sequence[dict[str, Any]]) -> list[Any]:
+def _call_all(function: Bound, calls: Sequence[dict[str, Any]], run: Run) -> list[Any]:
     """What each call returned, in order; an `Abstention` for one that raised. Coroutines run `concurrency` at once."""
     target = function.func
     parameters = inspect.signature(target).parameters
@@ -306,7 +320,7 @@ def _call_all(function: Bound, calls: Sequence[dict[str, Any]]) -> list[Any]:
         slots = asyncio.Semaphore(getattr(getattr(target, "__self__", target), "concurrency", CONCURRENCY))
         return await asyncio.gather(*(await_one(call, slots) for call in calls))
 
-    return asyncio.run(await_all())
+    return run(await_all())
 
 
 def _raised(error: Exception) -> Abstention:

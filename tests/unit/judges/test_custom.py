@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 
 from iterdpo.errors import JudgeError
 from iterdpo.judge import Judge, checked_judgments
 from iterdpo.testing import make_group
+from iterdpo.testing_http import FakeEndpoint
 from iterdpo.types import Comparison, Completion, CompletionGroup, Judgment, Prompt
 from judges.custom import adapt, judgment_from_comparisons
 
@@ -284,6 +287,29 @@ class TestCoroutines:
 
         group = make_group("x", ["a", "b"])
         assert judged(reward, group) == judged(judge, group)
+
+    def test_a_client_made_in_the_constructor_lasts_over_shards_threads_and_stages(self) -> None:
+        class Remote:
+            def __init__(self, url: str) -> None:
+                self.url, self.client, self.closed = url, httpx.AsyncClient(), 0
+
+            async def score(self, completion: str) -> float:
+                body = {"messages": [{"role": "user", "content": completion}]}
+                reply = await self.client.post(f"{self.url}/chat/completions", json=body)
+                return float(reply.json()["choices"][0]["message"]["content"])
+
+            async def close(self) -> None:
+                self.closed += 1
+
+        with FakeEndpoint(lambda body: str(len(body["messages"][0]["content"]))) as server:
+            judge = adapt(Remote, name="mine", args={"url": server.base_url})
+            group = make_group("x", ["a", "bb"])
+            with ThreadPoolExecutor() as threads:  # as beside sampling
+                early = threads.submit(checked_judgments, judge, [group]).result()
+            judge.close()  # type: ignore[attr-defined]
+            later = [checked_judgments(judge, [group]) for _ in range(2)]
+        assert [[j.scores for j in judgments] for judgments in (early, *later)] == [[[1.0, 2.0]]] * 3
+        assert judge.owner.closed == 1  # type: ignore[attr-defined]
 
     def test_a_plain_function_may_run_a_loop_of_its_own(self) -> None:
         async def ask() -> float:
