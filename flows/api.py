@@ -50,7 +50,8 @@ def open_experiment(
         heldout = _named("heldout_judge", config.evaluation.judge, heldout_judge)
     exp = Experiment(config, train_judge=train, heldout_judge=heldout, sampler=sampler, progress=progress, redo=redo)
 
-    columns = {name for prompt in exp.prompts.heldout for name in prompt.columns}
+    evaluated, trained = ({c for p in part for c in p.columns} for part in (exp.prompts.heldout, exp.prompts.train))
+    columns = evaluated & trained
     for section, given in ((config.judge, judge), (config.evaluation.judge, heldout_judge)):
         if section is not None and given is None:
             check_columns(section.use, columns | section.args.keys())
@@ -100,9 +101,8 @@ def run_experiment(exp: Experiment, *, prefect: bool = True, wait: bool = False)
             return False
         max_tokens = exp.max_model_len  # a prompt that is too long is found here
         exp.run.write_config(exp.config.model_dump())
-        exp.progress.say(
-            f"run {exp.run.root}: from {pending} on, {exp.config.rounds} rounds, context {max_tokens:,} tokens"
-        )
+        rounds = f"{exp.config.rounds} round{'s'[: exp.config.rounds > 1]}"
+        exp.progress.say(f"run {exp.run.root}: from {pending} on, {rounds}, context {max_tokens:,} tokens")
         exp.warm_up()
         if prefect:
             from flows.iterative_dpo import run_under_prefect

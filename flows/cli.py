@@ -137,7 +137,8 @@ def _run_config(config: Config, arguments: argparse.Namespace) -> int:
     if records[-1].decision == "stop":
         progress.say(f"stopped by the gate in round {records[-1].round}: {records[-1].reason}")
     progress.say(f"report: {exp.run.root / 'report.html'}")
-    progress.say(f"policy: {exp.run.root / 'policy'}")
+    initial = " (the initial one: no round was promoted)" if records[-1].policy_round == 0 else ""
+    progress.say(f"policy: {exp.run.root / 'policy'}{initial}")
     return 0
 
 

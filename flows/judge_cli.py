@@ -19,7 +19,7 @@ TOKENIZER = "checkpoint that tokens are counted with (default: that of a configu
 
 def add_judge_commands(commands: Any) -> Any:
     """Add `judge` with its commands to the command line's `commands`; returns those of `judge`, to add more to."""
-    judge = commands.add_parser("judge", help="how good a judge is: check, compare, try")
+    judge = commands.add_parser("judge", help="how good a judge is: check, compare, try; of a run: retry, review")
     kinds = judge.add_subparsers(required=True, metavar="COMMAND")
 
     check = kinds.add_parser("check", help="measure a judge on labelled preference pairs")
@@ -46,7 +46,12 @@ def add_judge_commands(commands: Any) -> Any:
     attempt.add_argument("prompt", metavar="PROMPT", help="as plain text")
     attempt.add_argument("completions", nargs="+", metavar="COMPLETION", help="one to score, more to compare")
     attempt.add_argument(
-        "--columns", nargs="+", action="extend", default=[], metavar="key=value", help="of the prompt's row: gold=4"
+        "--columns",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="key=value",
+        help="of the prompt's row: gold=4; a value is text, or JSON where it begins with [, { or a quote; put these last",
     )
     attempt.add_argument("--chat", action="store_true", help="give the prompt as a message of a user")
     attempt.add_argument("--tokenizer", metavar="MODEL", help=TOKENIZER)
@@ -218,8 +223,11 @@ def _try(arguments: argparse.Namespace) -> int:
     judge = _load(use, args)
     if getattr(judge, "comparative", False) and len(arguments.completions) < 2:
         raise JudgeError(f"judge {judge.name!r} compares completions with each other; give it two or more")
-    columns = _values(arguments.columns)
-    check_columns(use, columns)
+    columns = dict(map(_column, arguments.columns))
+    try:
+        check_columns(use, columns)
+    except JudgeError as error:
+        raise JudgeError(f"{error}; give it at the end: --columns NAME=VALUE") from None
     tokenizer = _tokenizer(arguments.tokenizer, arguments.judge)
     content = [{"role": "user", "content": arguments.prompt}] if arguments.chat else arguments.prompt
     prompt = Prompt(f"p-{digest(content)}", content, columns)
@@ -307,6 +315,20 @@ def _named(which: str, overrides: list[str], role: str) -> tuple[str, dict[str, 
             "it, and answer with `iterdpo judge review RUN_DIR`"
         )
     return use, args
+
+
+def _column(given: str) -> tuple[str, Any]:
+    import json
+
+    from iterdpo.errors import ConfigError
+
+    name, sign, value = given.partition("=")
+    if not sign:
+        raise ConfigError(f"{given!r}: a column reads NAME=VALUE, such as gold=4")
+    try:
+        return name, json.loads(value) if value[:1] in ("[", "{", '"') else value
+    except ValueError as error:
+        raise ConfigError(f"{given!r}: no JSON: {error}") from None
 
 
 def _values(overrides: list[str]) -> dict[str, Any]:

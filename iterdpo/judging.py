@@ -132,6 +132,11 @@ def _share(values: Sequence[bool]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def printable(reason: str) -> str:
+    """A reason for a terminal: it may quote a completion, and that may hold control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in reason)
+
+
 def abstention_counts(judgments: Sequence[Judgment], *, leave_out: Collection[str] = ()) -> dict[str, Any]:
     """The counts of a manifest: completions, those without a score, and the commonest reasons."""
     given = (reason for j in judgments for reason in j.abstentions if reason is not None)

@@ -53,6 +53,12 @@ def split_prompts(config: PromptsConfig, seed: int, *, pinned: list[Prompt] | No
     if config.heldout_path is not None:
         pool, _ = _read_prompts(config.heldout_path, config.split, config.column, config.id_column)
     heldout = pinned or _ordered(pool, seed, "heldout")[: config.heldout]
+    if pinned and not {digest(p.content) for p in pinned} & {digest(p.content) for p in pool}:
+        raise DataError(
+            f"{config.heldout_path or config.path}: none of the {len(pinned):,} prompts that this run holds out is in it. "
+            "Other prompts are another run: choose another run_dir, or name the file that has them in "
+            "prompts.heldout_path"
+        )
 
     apart = heldout if pool is prompts else [*heldout, *pool]  # all of heldout_path, also what `heldout` leaves unused
     ids, contents = {p.id for p in apart}, {digest(p.content) for p in apart}

@@ -16,7 +16,7 @@ from typing import Any
 
 from iterdpo.errors import JudgingStopped, UserError
 from iterdpo.judge import Judge, NamedJudge, checked_judgments
-from iterdpo.judging import abstention_counts
+from iterdpo.judging import abstention_counts, printable
 from iterdpo.rundir import digest, read_jsonl, write_jsonl, write_text
 from iterdpo.types import CompletionGroup, Judgment
 
@@ -161,7 +161,7 @@ def _judged_again(
 
 
 def _stopped(named: NamedJudge, counts: dict[str, Any], total: int, allowed: int, directory: Path) -> str:
-    rows = "\n".join(f"  {count:>8,}  {reason}" for reason, count in counts["abstentions"].items())
+    rows = "\n".join(f"  {count:>8,}  {printable(reason)}" for reason, count in counts["abstentions"].items())
     return (
         f"{named.role.replace('_', ' ')} {named.use}: {counts['unjudged']:,} of {counts['completions']:,} completions "
         f"could not be judged, and {allowed:,} of the stage's {total:,} may (max_abstained, max_abstained_count):\n"

@@ -30,7 +30,7 @@ from iterdpo.evaluate import (
 from iterdpo.experiment import Experiment, Pending, Policy, named_prompts
 from iterdpo.gate import decide
 from iterdpo.judge import NamedJudge
-from iterdpo.judging import abstention_counts, judge_metrics
+from iterdpo.judging import abstention_counts, judge_metrics, printable
 from iterdpo.launch import OPTIMIZER_STATE, TRAIN_LOG, TrainSpec, launch_training
 from iterdpo.pairing import build_pairs
 from iterdpo.pairs import HELDOUT, TRAIN, write_pairs
@@ -164,7 +164,8 @@ def pair(exp: Experiment, round: int) -> Manifest:
             order = f", whose verdict changed with the order in {flips:.0%} of the comparisons," if flips else ""
             raise DataError(
                 f"round {round}: {counts.summary()}: nothing to train on. Where completions tie, check the judge"
-                f"{order} or pairing.min_margin; where none was judged, see the abstentions in "
+                f"{order} or pairing.min_margin, or sample more "
+                "completions a prompt (sampling.n, with --redo); where none was judged, see the abstentions in "
                 f"{exp.run.round_dir(round) / 'judgments'}"
             )
         write_pairs(directory, pairs, summary=counts.summary())
@@ -562,8 +563,11 @@ def _judge(
         )
         scores = [s for j in judgments for s in j.scores if s is not None]
         unjudged = stage.done - len(scores)
-        mean = f"mean score {sum(scores) / len(scores):.3f}" if scores else "nothing judged"
-        stage.remark = f"{named.use.rpartition('/')[2]}: {mean}" + (f", {unjudged} abstentions" if unjudged else "")
+        stage.remark = f"{named.use.rpartition('/')[2]}: "
+        stage.remark += f"mean score {sum(scores) / len(scores):.3f}" if scores else "nothing judged"
+        if unjudged:
+            reason = next(iter(abstention_counts(judgments)["abstentions"]))
+            stage.remark += f", {unjudged} abstentions ({printable(reason)[:80]})"
     return judgments
 
 

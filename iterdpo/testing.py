@@ -8,7 +8,7 @@ from typing import Any
 
 from iterdpo.rundir import digest
 from iterdpo.sampling.base import SamplingParameters
-from iterdpo.types import Completion, CompletionGroup, Prompt
+from iterdpo.types import Completion, CompletionGroup, Message, Prompt
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -93,7 +93,7 @@ def make_completion(text: str, *, max_tokens: int = 1 << 30) -> Completion:
     return Completion(text, kept, [-1.0] * len(kept), "length" if len(ids) > max_tokens else "stop")
 
 
-def make_group(prompt: str, completions: Sequence[str], **columns: Any) -> CompletionGroup:
-    """A group of plain texts, for testing a judge: `make_group("2+2?", ["4", "5"], gold="4")`."""
+def make_group(prompt: str | list[Message], completions: Sequence[str], **columns: Any) -> CompletionGroup:
+    """A group of texts, for testing a judge: `make_group("2+2?", ["4", "5"], gold="4")`. A prompt may be messages."""
     content = Prompt(f"p-{digest(prompt)}", prompt, columns)
-    return CompletionGroup(content, list(prompt.encode()), [make_completion(text) for text in completions])
+    return CompletionGroup(content, list(content.text.encode()), [make_completion(text) for text in completions])

@@ -49,6 +49,8 @@ Bound = functools.partial[Any]
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 CONCURRENCY = 16
+METHODS = ("judge", "score", "compare")
+"""Of an object: the first that it has judges, and otherwise the object itself."""
 FACTS = (
     *("messages", "prompt_id", "token_count", "finish_reason"),
     *("a_token_count", "b_token_count", "a_finish_reason", "b_finish_reason"),
@@ -185,7 +187,7 @@ def _entry(made: Any, args: dict[str, Any], name: str, *, produced: bool = False
     if inspect.isclass(made):
         check_signature(inspect.signature(made), args, name, constructor=True)
         made, args, produced = made(**args), {}, True
-    methods = (getattr(made, method, None) for method in ("judge", "score", "compare"))
+    methods = (getattr(made, method, None) for method in METHODS)
     function = next((m for m in methods if callable(m)), made)
     if not callable(function):
         raise JudgeError(

@@ -35,6 +35,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 
 from iterdpo.config import Section, explain
 from iterdpo.errors import JudgeError
+from iterdpo.judging import printable
 
 if TYPE_CHECKING:
     import aiohttp
@@ -406,7 +407,7 @@ class Client:
             reason = _stable(said, json.dumps(request["messages"], ensure_ascii=False)) or slug
             return _Failure(f"HTTP {status}: {reason}" if reason else f"HTTP {status}", retry=False)
         raise JudgeError(
-            f"endpoint {self.base_url}: HTTP {status}{f' ({_escaped(said)[:200]})' if said else ''}; "
+            f"endpoint {self.base_url}: HTTP {status}{f' ({printable(said)[:200]})' if said else ''}; "
             + self._remedy(status)
         )
 
@@ -706,14 +707,10 @@ def _without_key(text: str, key: str) -> str:
 
 def _stable(said: str, messages: str) -> str:
     """The first sentence of an error with N for its numbers, so that it can be counted; empty if it quotes a message."""
-    sentence = _escaped(re.split(r"(?<=[a-z])\. |\n", said, maxsplit=1)[0])[:120].rstrip(". ")
+    sentence = printable(re.split(r"(?<=[a-z])\. |\n", said, maxsplit=1)[0])[:120].rstrip(". ")
     if any(sentence[i : i + 16] in messages for i in range(max(0, len(sentence) - 15))):
         return ""
     return re.sub(r"\d+", "N", sentence)
-
-
-def _escaped(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def retry_after_seconds(header: str | None) -> float:

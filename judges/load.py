@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from iterdpo.errors import JudgeError
 from iterdpo.judge import Judge
 from iterdpo.rundir import digest, directory_digest, sha256_file
-from judges.custom import FACTS, adapt, check_signature, kind_of, nearest
+from judges.custom import FACTS, METHODS, adapt, check_signature, kind_of, nearest
 
 BUILT_IN = {
     "pairwise": "judges.llm:PairwiseJudge",
@@ -73,7 +73,9 @@ def load_judge(use: str, args: dict[str, Any]) -> Judge:
     source = _locate(use)
     module = _import(source, use)
     if not hasattr(module, source.name):
-        raise JudgeError(f"judge {use!r}: no {source.name!r} there; {nearest(source.name, vars(module), 'it defines')}")
+        raise JudgeError(
+            f"judge {use!r}: no {source.name!r} there; {nearest(source.name, [n for n, v in vars(module).items() if callable(v)], 'it defines')}"
+        )
     return adapt(getattr(module, source.name), name=_label(use), version=version, args=args)
 
 
@@ -121,7 +123,7 @@ def asks_a_person(use: str, args: dict[str, Any]) -> bool:
 
 
 def check_columns(use: str, columns: Iterable[str]) -> None:
-    """Refuse a judge that is a function whose parameters ask for a column that the prompts do not have.
+    """Refuse a judge whose function or method asks, by a parameter, for a column that the prompts do not have.
 
     Raises:
         JudgeError: naming the column, and the nearest that there is.
@@ -130,9 +132,13 @@ def check_columns(use: str, columns: Iterable[str]) -> None:
     if source is None or source.file is None:
         return
     node = dict(_definitions(ast.parse(source.file.read_bytes()).body)).get(source.name)
+    itself = isinstance(node, ast.ClassDef)
+    if isinstance(node, ast.ClassDef):
+        methods = dict(_definitions(node.body))
+        node = next((methods[name] for name in (*METHODS, "__call__") if name in methods), None)
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.decorator_list:
         return
-    parameters = _signature(node.args).parameters.values()
+    parameters = list(_signature(node.args).parameters.values())[itself:]
     if kind_of(p.name for p in parameters) not in ("score", "compare"):
         return
     given = {"prompt", "completion", "a", "b", *FACTS, *columns}

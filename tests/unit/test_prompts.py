@@ -298,6 +298,14 @@ def test_a_pinned_heldout_set_stays_when_the_file_grows(tmp_path: Path) -> None:
     assert len(after.train) == 280
 
 
+def test_prompts_of_another_file_are_not_mixed_with_those_that_a_run_holds_out(tmp_path: Path) -> None:
+    before = split(write_rows(tmp_path / "a.jsonl", numbered(100)))
+    other = write_rows(tmp_path / "b.jsonl", [{"prompt": f"another {i}"} for i in range(100)])
+    config = PromptsConfig(path=other, per_round=10, heldout=20)
+    with pytest.raises(DataError, match=r"b\.jsonl: none of the 20 prompts that this run holds out is in it"):
+        split_prompts(config, 0, pinned=before.heldout)
+
+
 # Rounds
 
 

@@ -21,7 +21,7 @@ def longer(prompt, completion):
     return len(completion)
 
 def exact(completion, gold):
-    return float(completion == str(gold))
+    return float(completion == gold)
 
 def first(prompt, a, b):
     return "a"
@@ -130,14 +130,14 @@ def test_compare_shows_the_confusion_and_the_pairs_on_which_they_differ(
     assert page.count('<article class="card example">') == 12
 
 
-def test_try_shows_scores_and_reads_columns_and_arguments_as_yaml(
+def test_try_shows_scores_and_reads_columns_as_text_and_arguments_as_yaml(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert judge("try", "my.py:exact", "2+2?", "4", "5", "--columns", "gold=4") == 0
     said = capsys.readouterr().out
     assert "completion 0: score 1   4" in said
     assert "completion 1: score 0   5" in said
-    assert 'columns: {"gold": 4}' in said
+    assert 'columns: {"gold": "4"}' in said
     assert judge("try", "my.py:says", "2+2?", "four", "--args", "word=four", "--json") == 0
     assert json.loads(capsys.readouterr().out)["scores"] == [1.0]
     assert judge("try", "my.py:first", "2+2?", "4", "5") == 0
@@ -199,7 +199,9 @@ def test_a_configurations_judge_is_checked_with_overrides_laid_over_its_args(
         (("check", "none.yaml", "--data", "pairs.jsonl"), r"none\.yaml: no such configuration file"),
         (("check", "my.py:says", "--data", "pairs.jsonl", "--subset-column", "king"), r"row 1: no column 'king'"),
         (("try", "my.py:first", "2+2?", "4"), r"compares completions with each other; give it two or more"),
-        (("try", "my.py:exact", "2+2?", "4"), r"asks for a column 'gold'"),
+        (("try", "my.py:exact", "2+2?", "4"), r"asks for a column 'gold'.* --columns NAME=VALUE"),
+        (("try", "my.py:exact", "2+2?", "4", "--columns", "gold"), r"'gold': a column reads NAME=VALUE"),
+        (("try", "my.py:exact", "2+2?", "4", "--columns", "gold=[4"), r"'gold=\[4': no JSON"),
         (("compare", "my.py:says", "my.py:none", "--data", "pairs.jsonl"), r"defines no 'none'"),
         (("check", "person", "--data", "pairs.jsonl"), r"person: .* `iterdpo judge review RUN_DIR`"),
         (("try", "clip", "2+2?", "4", "5", "--args", "judge.use=person", "low=0"), r"clip: a person is asked within"),

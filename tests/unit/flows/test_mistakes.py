@@ -112,8 +112,12 @@ def test_a_judge_path_with_a_typo(config: dict[str, Any], tmp_path: Path, capsys
 def test_a_column_that_the_judge_asks_for_and_the_prompts_lack(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "judge.py").write_text("def score(prompt, completion, gold):\n    return gold in completion\n")
-    assert "asks for a column 'gold' that the prompts do not have" in message(config, tmp_path, capsys)
+    function = "def score(prompt, completion, gold):\n    return gold in completion\n"
+    in_a_class = "class Gold:\n    def score(self, completion, gold):\n        return gold in completion\nscore = Gold\n"
+    for source, name in ((function, "score"), (in_a_class, "Gold")):
+        (tmp_path / "judge.py").write_text(source)
+        error = message(config, tmp_path, capsys, f"judge.use={tmp_path / 'judge.py'}:{name}")
+        assert "asks for a column 'gold' that the prompts do not have" in error
 
 
 def test_a_run_directory_that_cannot_be_written(
