@@ -51,10 +51,10 @@ def open_experiment(
     exp = Experiment(config, train_judge=train, heldout_judge=heldout, sampler=sampler, progress=progress, redo=redo)
 
     evaluated, trained = ({c for p in part for c in p.columns} for part in (exp.prompts.heldout, exp.prompts.train))
-    columns = evaluated & trained
     for section, given in ((config.judge, judge), (config.evaluation.judge, heldout_judge)):
         if section is not None and given is None:
-            check_columns(section.use, columns | section.args.keys())
+            columns = evaluated if section is config.evaluation.judge else evaluated & trained
+            check_columns(section.use, columns, section.args)
     return exp
 
 

@@ -50,7 +50,7 @@ def add_judge_commands(commands: Any) -> Any:
         nargs="+",
         action="extend",
         default=[],
-        metavar="key=value",
+        metavar="NAME=VALUE",
         help="of the prompt's row: gold=4; a value is text, or JSON where it begins with [, { or a quote; put these last",
     )
     attempt.add_argument("--chat", action="store_true", help="give the prompt as a message of a user")
@@ -105,7 +105,7 @@ def _check(arguments: argparse.Namespace) -> int:
     def known_columns() -> Iterator[Any]:
         for place, pair in enumerate(pairs):
             if place == 0:
-                check_columns(use, pair.prompt.columns)
+                check_columns(use, pair.prompt.columns, args)
             yield pair
 
     try:
@@ -225,7 +225,7 @@ def _try(arguments: argparse.Namespace) -> int:
         raise JudgeError(f"judge {judge.name!r} compares completions with each other; give it two or more")
     columns = dict(map(_column, arguments.columns))
     try:
-        check_columns(use, columns)
+        check_columns(use, columns, args)
     except JudgeError as error:
         raise JudgeError(f"{error}; give it at the end: --columns NAME=VALUE") from None
     tokenizer = _tokenizer(arguments.tokenizer, arguments.judge)
@@ -323,7 +323,7 @@ def _column(given: str) -> tuple[str, Any]:
     from iterdpo.errors import ConfigError
 
     name, sign, value = given.partition("=")
-    if not sign:
+    if not sign or not name:
         raise ConfigError(f"{given!r}: a column reads NAME=VALUE, such as gold=4")
     try:
         return name, json.loads(value) if value[:1] in ("[", "{", '"') else value

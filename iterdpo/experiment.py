@@ -235,9 +235,11 @@ class Experiment:
             self.sampler.close()
         for early in self.early.values():
             early.cancel()
-        self.release_judges()
-        for descriptor in self.__dict__.pop("reserved", []):
-            os.close(descriptor)
+        try:
+            self.release_judges()
+        finally:
+            for descriptor in self.__dict__.pop("reserved", []):
+                os.close(descriptor)
 
     def __enter__(self) -> Experiment:
         return self

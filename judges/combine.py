@@ -169,12 +169,12 @@ class Ensemble:
         )
 
     def _too_few(self, judgments: list[Judgment], k: int) -> str:
-        missing = [
-            f"{m.name}: {j.abstentions[k]}" for m, j in zip(self.members, judgments, strict=True) if j.scores[k] is None
-        ]
-        if self.min_judges == len(self.members):
-            return missing[0]
-        return f"fewer than {self.min_judges} judges gave a score; {missing[0]}"
+        missing = [(m, j.abstentions[k]) for m, j in zip(self.members, judgments, strict=True) if j.scores[k] is None]
+        failed = [f"{m.name}: {reason}" for m, reason in missing if reason not in getattr(m, "BY_DESIGN", ())]
+        if not failed:
+            return str(missing[0][1])
+        few = "" if self.min_judges == len(self.members) else f"fewer than {self.min_judges} judges gave a score; "
+        return few + failed[0]
 
 
 def disagreement(rows: Sequence[Sequence[float | None]]) -> float | None:

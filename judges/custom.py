@@ -11,7 +11,8 @@
 A class is made with the `args`, and its method `judge`, `score`, `compare` or `__call__` (the first that it has)
 is read by the same table; a function receives the `args` as keyword arguments. Any of them may be a coroutine
 function: then up to 16 calls run at once (or as many as its attribute `concurrency` says), all in one event loop that
-lives as long as the judge, so that an HTTP client may be made in the constructor.
+lives as long as the judge, so that a client of httpx may be made in the constructor, and one of aiohttp at the first
+call.
 
 `prompt` is the plain text, or the list of messages; `completion`, `a` and `b` are always texts. `messages` is the prompt
 as messages in any case, `prompt_id` its id; of `completion` there are `token_count` and `finish_reason`, of a comparison
@@ -89,7 +90,7 @@ class CustomJudge:
 
     def __post_init__(self) -> None:
         self._runner = asyncio.Runner()
-        weakref.finalize(self, self._runner.close)
+        weakref.finalize(self, self._runner.close).atexit = False  # a thread may still be judging then
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return self._runner.run(coroutine, context=contextvars.copy_context())
@@ -125,9 +126,12 @@ class CustomJudge:
         self._tell("close")
 
     def _tell(self, what: str) -> None:
-        """Call the method `what` of the user's object, where it has one."""
+        """Call the method `what` of the user's object, where it has one; no coroutine while a thread still judges."""
         if callable(told := getattr(self.owner, what, None)) and inspect.iscoroutine(said := told()):
-            self._run(said)
+            if self._runner.get_loop().is_running():
+                said.close()
+            else:
+                self._run(said)
 
 
 def judgment_from_outcomes(group: CompletionGroup, outcomes: Sequence[object]) -> Judgment:

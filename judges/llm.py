@@ -24,7 +24,7 @@ from iterdpo.errors import JudgeError
 from iterdpo.judging import meetings
 from iterdpo.rundir import RunDir
 from iterdpo.seeds import derive_seed
-from iterdpo.types import Comparison, CompletionGroup, Judgment, Message, Prompt
+from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
 from judges.custom import Abstention, judgment_from_outcomes
 from judges.endpoint import CallFailed, Client, Endpoint, Reply, refused, run_all
 from judges.server import Server
@@ -101,6 +101,8 @@ class _LLMJudge:
         judge = cls(**args)
         rest = {k: v for k, v in args.items() if k not in ("endpoint", "serve", "prompt", "constitution", "rubric")}
         rest["model"] = os.path.expanduser(judge.model)  # a checkpoint counts with its content, if it is found
+        if judge.server is not None:
+            rest["served"] = judge.server.settings.model_dump(include={"dtype", "max_model_len", "extra"})
         return [REVISION, rest, judge.client.endpoint.extra, judge.template.source, *judge._texts]
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
@@ -119,8 +121,12 @@ class _LLMJudge:
         def job(group: CompletionGroup) -> Callable[[], Awaitable[Judgment]]:
             return lambda: self._judge_group(group)
 
+        concurrency = self.client.endpoint.concurrency
+        # So that the first calls are under way before the last question is written. Those that wait to be tried again
+        # count, so there are some more than the endpoint may be asked at once.
+        self._outstanding = asyncio.Semaphore(4 * concurrency)
         async with self.client:
-            return await run_all(map(job, groups), concurrency=self.client.endpoint.concurrency)
+            return await run_all(map(job, groups), concurrency=concurrency)
 
     async def _judge_group(self, group: CompletionGroup) -> Judgment:
         raise NotImplementedError
@@ -142,10 +148,12 @@ class _LLMJudge:
         if self.server is not None:
             self.server.release()
 
-    async def _ask(self, messages: list[Message], **body: Any) -> Reply:
+    async def _ask(self, values: Mapping[str, Any], **body: Any) -> Reply:
         # Another checkpoint may have come to lie at the same path; the version knows its content.
         salt = f"{self.version if self.server else ''} {self.repeat or ''}".strip()
-        reply = await self.client.chat(messages, salt=salt, temperature=self.temperature, seed=self.seed, **body)
+        async with self._outstanding:
+            messages = self.template.render(**values)
+            reply = await self.client.chat(messages, salt=salt, temperature=self.temperature, seed=self.seed, **body)
         if self.trace is not None:
             self.trace.append({"messages": messages, "reply": reply.text, "body": body})
         return reply
@@ -253,7 +261,7 @@ class PairwiseJudge(_LLMJudge):
         else:
             form = self._limits(choices=self.labels, schema=_object({"verdict": {"enum": self.labels}}))
         try:
-            reply = await self._ask(self.template.render(**values), **form)
+            reply = await self._ask(values, **form)
         except CallFailed as failure:
             return Comparison(first, second, None, str(failure))
         if self.soft:
@@ -341,7 +349,7 @@ class RubricJudge(_LLMJudge):
             schema = _object(dict.fromkeys(self.weights, number))
             form = self._limits(choices=points if single else None, schema=schema, longest=32 * len(self.weights))
         try:
-            reply = await self._ask(self.template.render(**values), **form)
+            reply = await self._ask(values, **form)
         except CallFailed as failure:
             return Abstention(failure), None
         if self.expected:
@@ -400,7 +408,7 @@ class ListwiseJudge(_LLMJudge):
             number = "|".join(map(str, range(count, 0, -1)))
             form |= {"structured_outputs": {"regex": f"({number})( > ({number})){{{count - 1}}}"}}
         try:
-            reply = await self._ask(self.template.render(**values), **form)
+            reply = await self._ask(values, **form)
         except CallFailed as failure:
             ranking: list[int] | Unclear = Unclear(failure)
         else:

@@ -122,8 +122,10 @@ def asks_a_person(use: str, args: dict[str, Any]) -> bool:
     return use == "person" or any(asks_a_person(inner["use"], inner.get("args") or {}) for inner in _nested(args))
 
 
-def check_columns(use: str, columns: Iterable[str]) -> None:
+def check_columns(use: str, columns: Iterable[str], args: Iterable[str] = ()) -> None:
     """Refuse a judge whose function or method asks, by a parameter, for a column that the prompts do not have.
+
+    `args` go to a function, and not to the method of a class. Nothing is said where the source does not show it.
 
     Raises:
         JudgeError: naming the column, and the nearest that there is.
@@ -134,6 +136,8 @@ def check_columns(use: str, columns: Iterable[str]) -> None:
     node = dict(_definitions(ast.parse(source.file.read_bytes()).body)).get(source.name)
     itself = isinstance(node, ast.ClassDef)
     if isinstance(node, ast.ClassDef):
+        if node.bases:  # which may have the method that judges
+            return
         methods = dict(_definitions(node.body))
         node = next((methods[name] for name in (*METHODS, "__call__") if name in methods), None)
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.decorator_list:
@@ -141,7 +145,7 @@ def check_columns(use: str, columns: Iterable[str]) -> None:
     parameters = list(_signature(node.args).parameters.values())[itself:]
     if kind_of(p.name for p in parameters) not in ("score", "compare"):
         return
-    given = {"prompt", "completion", "a", "b", *FACTS, *columns}
+    given = {"prompt", "completion", "a", "b", *FACTS, *columns, *(() if itself else args)}
     for p in parameters:
         if p.name not in given and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
             raise JudgeError(

@@ -26,6 +26,9 @@ def exact(completion, gold):
 def first(prompt, a, b):
     return "a"
 
+def needs(completion, word):
+    return float(word in completion)
+
 def says(completion, word="yes"):
     return float(word in completion)
 
@@ -138,6 +141,8 @@ def test_try_shows_scores_and_reads_columns_as_text_and_arguments_as_yaml(
     assert "completion 0: score 1   4" in said
     assert "completion 1: score 0   5" in said
     assert 'columns: {"gold": "4"}' in said
+    assert judge("try", "my.py:needs", "2+2?", "four", "--args", "word=four") == 0
+    assert "completion 0: score 1" in capsys.readouterr().out
     assert judge("try", "my.py:says", "2+2?", "four", "--args", "word=four", "--json") == 0
     assert json.loads(capsys.readouterr().out)["scores"] == [1.0]
     assert judge("try", "my.py:first", "2+2?", "4", "5") == 0

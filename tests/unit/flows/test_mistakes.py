@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
+from flows.api import open_experiment
 from flows.cli import main
+from iterdpo.config import Config, parse_config
+from iterdpo.errors import JudgeError
 from iterdpo.rundir import RunDir
 
 
@@ -113,11 +116,26 @@ def test_a_column_that_the_judge_asks_for_and_the_prompts_lack(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     function = "def score(prompt, completion, gold):\n    return gold in completion\n"
-    in_a_class = "class Gold:\n    def score(self, completion, gold):\n        return gold in completion\nscore = Gold\n"
+    in_a_class = (
+        "class Gold:\n    def score(self, completion, gold):\n        return gold in completion\nscore = Gold\n"
+    )
     for source, name in ((function, "score"), (in_a_class, "Gold")):
         (tmp_path / "judge.py").write_text(source)
         error = message(config, tmp_path, capsys, f"judge.use={tmp_path / 'judge.py'}:{name}")
         assert "asks for a column 'gold' that the prompts do not have" in error
+
+
+def test_a_heldout_judge_may_read_a_column_that_only_the_heldout_prompts_have(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Song {i}", "gold": "x"} for i in range(4)]
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "gold.py").write_text("def score(completion, gold):\n    return gold in completion\n")
+    config["prompts"]["heldout_path"] = str(tmp_path / "heldout.jsonl")
+    reads_gold = {"use": f"{tmp_path / 'gold.py'}:score"}
+    open_experiment(parse_config(Config, {**config, "evaluation": {"judge": reads_gold}}))
+    with pytest.raises(JudgeError, match="asks for a column 'gold'"):
+        open_experiment(parse_config(Config, {**config, "judge": reads_gold}))
 
 
 def test_a_run_directory_that_cannot_be_written(

@@ -230,6 +230,13 @@ class TestLength:
         assert judgment.abstentions == [reason, reason, "ValueError: no number"]
 
 
+def test_what_a_member_leaves_out_by_design_is_no_failure_of_the_ensemble(field: Any) -> None:
+    ensemble = load_judge("ensemble", {"judges": [field(0), field(1)]})
+    ensemble.members[1].BY_DESIGN = ("ValueError: no number",)  # type: ignore[attr-defined]
+    [judgment] = checked_judgments(ensemble, [make_group("x", ["1;?", "?;?", "2;3"])])
+    assert judgment.abstentions == ["ValueError: no number", "member.py:Field: ValueError: no number", None]
+
+
 def test_clip_keeps_scores_between_its_bounds(field: Any) -> None:
     group = make_group("x", ["-5", "0.5", "9", "?"])
     assert judged("clip", group, judge=field(), low=0, high=1)[0].scores == [0.0, 0.5, 1.0, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -310,6 +311,28 @@ class TestCoroutines:
             later = [checked_judgments(judge, [group]) for _ in range(2)]
         assert [[j.scores for j in judgments] for judgments in (early, *later)] == [[[1.0, 2.0]]] * 3
         assert judge.owner.closed == 1  # type: ignore[attr-defined]
+
+    def test_closing_while_a_thread_still_judges_raises_nothing(self) -> None:
+        started, closed = threading.Event(), []
+
+        class Slow:
+            async def score(self, completion: str) -> float:
+                started.set()
+                await asyncio.sleep(0.2)
+                return 1.0
+
+            async def close(self) -> None:
+                closed.append(True)
+
+        judge = adapt(Slow, name="mine")
+        with ThreadPoolExecutor() as threads:
+            early = threads.submit(checked_judgments, judge, [make_group("x", ["a"])])
+            started.wait()
+            judge.close()  # type: ignore[attr-defined]
+            assert early.result()[0].scores == [1.0]
+        assert closed == []
+        judge.close()  # type: ignore[attr-defined]
+        assert closed == [True]
 
     def test_a_plain_function_may_run_a_loop_of_its_own(self) -> None:
         async def ask() -> float:
