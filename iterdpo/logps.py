@@ -16,7 +16,7 @@ from iterdpo import attention
 from iterdpo.collate import Batch, Tree, collate
 from iterdpo.models import load_policy
 
-CHUNK_ELEMENTS = 1 << 24  # logits in memory at once: 64 MiB in float32
+CHUNK_ELEMENTS = 1 << 23  # logits in memory at once: 32 MiB in float32
 
 Way = Literal["shared", "rows", "plain"]
 
