@@ -29,9 +29,9 @@ class StaleStepError(UserError):
     def __init__(self, step: str, differing: list[tuple[str, Any, Any]]) -> None:
         key, then, now = differing[0]
         more = ", ".join(name for name, _, _ in differing[1:4])
-        what = "its judge's source, arguments or checkpoint have changed: " if key.endswith("judge.version") else ""
+        what = ": the judge's source, arguments or checkpoint have changed" if key.endswith("judge.version") else ""
         super().__init__(
-            f"{step}: {what}it was made with {key} = {json.dumps(then)}, and {key} = {json.dumps(now)} is asked for now"
+            f"{step} was made with {key} = {json.dumps(then)}, and {key} = {json.dumps(now)} is asked for now{what}"
             + (f" (also different: {more})" if more else "")
             + "; what is on disk would be wrong. Set it back, choose another run_dir, or pass --redo to do again what "
             "changed and what follows from it (the old is kept in attic/)"
