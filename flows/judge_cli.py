@@ -331,15 +331,6 @@ def _column(given: str) -> tuple[str, Any]:
         raise ConfigError(f"{given!r}: no JSON: {error}") from None
 
 
-def _values(overrides: list[str]) -> dict[str, Any]:
-    from iterdpo.config import assign
-
-    values: dict[str, Any] = {}
-    for override in overrides:
-        values = assign(values, override)
-    return values
-
-
 def _is_config(which: str) -> bool:
     return which.endswith((".yaml", ".yml"))
 

@@ -72,27 +72,6 @@ class Remote:
         concurrency: int = 8,
         batch_size: int = 8,
     ) -> None:
-        self.name = f"remote:{urlsplit(url).netloc}"
-        self.version = ""
-        self.url = url
-        self.api_key_env = api_key_env
-        self.comparative = comparative
-        self.timeout = timeout
-        self.attempts = attempts
-        self.concurrency = concurrency
-        self.batch_size = batch_size
-        self._usage: dict[str, float] = {"calls": 0, "retries": 0, "failed": 0}
-
-    @staticmethod
-    def check(
-        url: Any,
-        api_key_env: Any = None,
-        timeout: Any = 60,
-        attempts: Any = 5,
-        concurrency: Any = 8,
-        batch_size: Any = 8,
-        **_: Any,
-    ) -> None:
         parts = urlsplit(url) if isinstance(url, str) else urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise JudgeError("remote: url is no address; it reads http://host:port/path")
@@ -108,6 +87,25 @@ class Remote:
         for name, value in {"attempts": attempts, "concurrency": concurrency, "batch_size": batch_size}.items():
             if not isinstance(value, int) or value < 1:
                 raise JudgeError(f"remote: {name} is {value!r}; it is a number of at least 1")
+        self.name = f"remote:{urlsplit(url).netloc}"
+        self.version = ""
+        self.url = url
+        self.api_key_env = api_key_env
+        self.comparative = comparative
+        self.timeout = timeout
+        self.attempts = attempts
+        self.concurrency = concurrency
+        self.batch_size = batch_size
+        self._usage: dict[str, float] = {"calls": 0, "retries": 0, "failed": 0}
+
+    @classmethod
+    def check(cls, **args: Any) -> None:
+        """Refuse bad arguments: the constructor does, and asks nobody.
+
+        Raises:
+            JudgeError: naming the argument.
+        """
+        cls(**args)
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         """One judgment for each group.

@@ -149,6 +149,15 @@ def test_changed_inputs_are_refused_naming_the_key_and_both_values(tmp_path: Pat
     assert changed.differences() == [("sampling.n", 4, 8), ("policy", "abc", "xyz")]
 
 
+def test_the_refusal_of_another_judge_says_what_may_have_changed(tmp_path: Path) -> None:
+    do(Step(tmp_path / "judgments", {"judge": {"version": "a"}}))
+    changed = Step(tmp_path / "judgments", {"judge": {"version": "b"}})
+    with pytest.raises(
+        StaleStepError, match=r'judge\.version = "b" is .*: the judge.s source, arguments or checkpoint'
+    ):
+        changed.manifest()
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_with_an_attic_changed_inputs_move_the_old_aside_and_the_step_is_done_again(
     tmp_path: Path, finished: bool
