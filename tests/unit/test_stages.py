@@ -1,4 +1,4 @@
-"""Which policy a round's loss is regularised towards."""
+"""Which policy a round's loss is regularised towards; what a stage's judge has used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from iterdpo.config import DPOConfig
-from iterdpo.experiment import Policy
+from iterdpo.experiment import Experiment, Policy
+from iterdpo.judge import NamedJudge
 from iterdpo.progress import Progress
 from iterdpo.rundir import RunDir, directory_digest
 from iterdpo.stages import reference_policy
@@ -30,6 +31,22 @@ def experiment(**dpo: Any) -> Any:
 def reference(round: int, **dpo: Any) -> int:
     exp = experiment(**dpo)
     return reference_policy(exp, round, exp.policy_after(round - 1)).round
+
+
+def test_what_a_judge_used_before_a_stage_is_not_counted_in_it() -> None:
+    class Judge:
+        calls = 0
+
+        def usage(self) -> dict[str, float]:
+            return {"calls": self.calls}
+
+    judge, named = Judge(), NamedJudge("train_judge", "mine", "1", lambda: judge)  # type: ignore[arg-type, return-value]
+    exp = object.__new__(Experiment)
+    exp._judges, exp._used = {"train_judge": judge}, {}  # type: ignore[dict-item]
+    judge.calls = 24
+    exp.begin_stage(named)
+    judge.calls = 72
+    assert exp.used(named) == {"calls": 48}
 
 
 def test_previous_is_the_policy_that_the_round_starts_from() -> None:

@@ -294,6 +294,15 @@ def test_the_version_knows_the_prompt_and_not_the_place(tmp_path: Path) -> None:
     assert version(prompt=str(own)) != before
 
 
+def test_the_version_knows_how_a_model_is_served_and_not_on_how_much(tmp_path: Path) -> None:
+    def version(**serve: Any) -> str:
+        return judge_version("pairwise", {"model": "m", "serve": serve})
+
+    assert version() != version(dtype="float32")
+    assert version() != version(extra=["--quantization", "fp8"])
+    assert version() == version(tensor_parallel_size=2, start_timeout=60.0)
+
+
 def test_the_version_of_a_served_judge_is_its_checkpoints_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

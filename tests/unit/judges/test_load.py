@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from iterdpo.errors import JudgeError
 from iterdpo.testing import make_group
 from judges import check_judge, judge_version, load_judge
+from judges.load import check_columns
 
 SOURCE = """
 import math
@@ -211,3 +213,11 @@ class TestVersion:
             env={**os.environ, "PYTHONHASHSEED": "1"},
         )
         assert process.stdout.split() == [judge_version(f"{file}:longer", {"factor": 2}), "False"]
+
+
+def test_a_column_is_not_looked_for_in_a_method_that_a_base_class_may_answer_before(tmp_path: Path) -> None:
+    source = "class Mine({}):\n    def score(self, completion, gold):\n        return gold in completion\n"
+    for bases, refused in (("", True), ("Base", False)):
+        (tmp_path / "mine.py").write_text(source.format(bases))
+        with pytest.raises(JudgeError, match="asks for a column 'gold'") if refused else nullcontext():
+            check_columns(f"{tmp_path / 'mine.py'}:Mine", ["topic"], ["gold"])  # args go to the constructor
