@@ -10,8 +10,11 @@ function; `judges.load_judge` turns any of them into a `Judge`.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -39,6 +42,8 @@ class Judge(Protocol):
     # begin_stage()        told when a stage begins; budgets and deadlines of its own begin anew
     # repeat: int          another number asks for another draw: a cache or a fixed seed does not answer in its place
     # usage() -> dict      totals of what it has used so far: calls, tokens_in, tokens_out, cost_usd, …
+    # judge_each(groups)   a generator of the same judgments from any iterable, asked in the place of `judge` for all
+    #                      of a stage: it may take groups of the next shard while the last of this one are under way
     # attach(run_dir, waiting)   told where the run is, and a context to open while it waits for a person
 
 
@@ -54,28 +59,66 @@ def checked_judgments(judge: Judge, groups: Sequence[CompletionGroup]) -> list[J
         got = "nothing" if judgments is None else f"{len(judgments)} judgments"
         raise JudgeError(f"judge {judge.name!r} returned {got} for {len(groups)} groups; it must return one for each")
     for group, judgment in zip(groups, judgments, strict=True):
-        count = len(group.completions)
-        if judgment.prompt_id != group.prompt.id:
-            raise JudgeError(
-                f"judge {judge.name!r} answered for prompt {judgment.prompt_id!r} where {group.prompt.id!r} was "
-                "asked; judgments must keep the order of the groups"
-            )
-        if len(judgment.scores) != count or len(judgment.abstentions) != count:
-            raise JudgeError(
-                f"judge {judge.name!r} returned {len(judgment.scores)} scores and {len(judgment.abstentions)} "
-                f"abstentions for {count} completions of prompt {group.prompt.id!r}; each needs one of either"
-            )
-        for score, reason in zip(judgment.scores, judgment.abstentions, strict=True):
-            if score is None and not reason:
-                raise JudgeError(
-                    f"judge {judge.name!r} gave neither score nor reason for a completion of {group.prompt.id!r}; "
-                    "an abstention needs its reason"
-                )
-            if score is not None and not math.isfinite(score):
-                raise JudgeError(
-                    f"judge {judge.name!r} scored {score} for prompt {group.prompt.id!r}; scores are finite"
-                )
+        _check_judgment(judge, group, judgment)
     return judgments
+
+
+def judgments_in_turn(load: Callable[[], Judge], shards: Iterable[Sequence[CompletionGroup]]) -> Generator[Judgment]:
+    """The judgments of all groups of `shards`, in order, held to the contract of `checked_judgments`.
+
+    `load` gives the judge; it is called if there is anything to judge. A shard is read when the judge is done with the
+    one before, or earlier where it has a `judge_each`.
+
+    Raises:
+        JudgeError: as `checked_judgments`.
+    """
+    shards = filter(None, shards)
+    first = next(shards, None)
+    if first is None:
+        return
+    judge, shards = load(), itertools.chain([first], shards)
+    each = getattr(judge, "judge_each", None)
+    if each is None:
+        for groups in shards:
+            yield from checked_judgments(judge, groups)
+        return
+    taken: deque[CompletionGroup] = deque()
+
+    def noted() -> Iterator[CompletionGroup]:
+        for group in itertools.chain.from_iterable(shards):
+            taken.append(group)
+            yield group
+
+    with closing(each(noted())) as judgments:
+        for judgment in judgments:
+            if not taken:
+                raise JudgeError(f"judge {judge.name!r} returned more judgments than it has taken groups")
+            _check_judgment(judge, taken.popleft(), judgment)
+            yield judgment
+    if taken:
+        raise JudgeError(f"judge {judge.name!r} returned no judgments for the last {len(taken)} groups that it took")
+
+
+def _check_judgment(judge: Judge, group: CompletionGroup, judgment: Judgment) -> None:
+    count = len(group.completions)
+    if judgment.prompt_id != group.prompt.id:
+        raise JudgeError(
+            f"judge {judge.name!r} answered for prompt {judgment.prompt_id!r} where {group.prompt.id!r} was "
+            "asked; judgments must keep the order of the groups"
+        )
+    if len(judgment.scores) != count or len(judgment.abstentions) != count:
+        raise JudgeError(
+            f"judge {judge.name!r} returned {len(judgment.scores)} scores and {len(judgment.abstentions)} "
+            f"abstentions for {count} completions of prompt {group.prompt.id!r}; each needs one of either"
+        )
+    for score, reason in zip(judgment.scores, judgment.abstentions, strict=True):
+        if score is None and not reason:
+            raise JudgeError(
+                f"judge {judge.name!r} gave neither score nor reason for a completion of {group.prompt.id!r}; "
+                "an abstention needs its reason"
+            )
+        if score is not None and not math.isfinite(score):
+            raise JudgeError(f"judge {judge.name!r} scored {score} for prompt {group.prompt.id!r}; scores are finite")
 
 
 def judgment_from_scores(group: CompletionGroup, scores: Iterable[object]) -> Judgment:

@@ -9,16 +9,23 @@ from typing import IO
 
 
 class Stage:
-    """Work under way: say how far it is with `to` or `advance`, and set `remark` for its last line."""
+    """Work under way: say how far it is with `to` or `advance`, and set `remark` for its last line.
 
-    def __init__(self, draw: Callable[[int], None]) -> None:
-        self.done = 0
+    The rate in that line is of what follows `begin`: neither a start-up nor what an earlier start left counts.
+    """
+
+    def __init__(self) -> None:
+        self.started = self.begun = time.perf_counter()
+        self.done = self.before = 0
         self.remark = ""
-        self._draw = draw
+        self.draw: Callable[[int], None] = lambda done: None
+
+    def begin(self) -> None:
+        self.begun, self.before = time.perf_counter(), self.done
 
     def to(self, done: int) -> None:
         self.done = done
-        self._draw(done)
+        self.draw(done)
 
     def advance(self, count: int) -> None:
         self.to(self.done + count)
@@ -38,23 +45,26 @@ class Progress:
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Stage]:
         """Around a stage's work; prints its line when it ends, also when it fails. A total of 0 is not known."""
-        started = time.perf_counter()
+        stage = Stage()
         if self.stream is None:
-            yield Stage(lambda done: None)
+            yield stage
             return
-        outcome, stage = " (stopped)", Stage(lambda done: None)
+        outcome = " (stopped)"
         try:
-            with self._drawing(name, total, unit, started) as draw:
-                stage = Stage(draw)
+            with self._drawing(name, total, unit, stage.started) as stage.draw:
                 yield stage
             outcome = ""
         finally:  # when the bar is gone from the screen
-            self._close(stage, name, unit, time.perf_counter() - started, outcome)
+            self._close(stage, name, unit, outcome)
 
-    def _close(self, stage: Stage, name: str, unit: str, seconds: float, outcome: str) -> None:
-        rate = f", {stage.done / seconds:,.1f} {unit}/s" if stage.done and seconds > 0 else ""
+    def _close(self, stage: Stage, name: str, unit: str, outcome: str) -> None:
+        now = time.perf_counter()
+        start_up = f", {stage.begun - stage.started:.1f} s to start" if stage.begun - stage.started >= 1 else ""
+        count = stage.done - stage.before
+        rate = f", {count / (now - stage.begun):,.1f} {unit}/s" if count and now > stage.begun else ""
         remark = f" · {stage.remark}" if stage.remark else ""
-        self.say(f"  {name:<9} {stage.done:>6,} {unit:<12} {seconds:6.1f} s{rate}{remark}{outcome}")
+        seconds = now - stage.started
+        self.say(f"  {name:<9} {stage.done:>6,} {unit:<12} {seconds:6.1f} s{start_up}{rate}{remark}{outcome}")
 
     @contextmanager
     def _drawing(self, name: str, total: int, unit: str, started: float) -> Iterator[Callable[[int], None]]:

@@ -10,12 +10,15 @@ import contextvars
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import JudgingStopped, UserError
-from iterdpo.judge import Judge, NamedJudge, checked_judgments
+from iterdpo.judge import Judge, NamedJudge, judgments_in_turn
 from iterdpo.judging import abstention_counts, printable
 from iterdpo.rundir import digest, read_jsonl, write_jsonl, write_text
 from iterdpo.types import CompletionGroup, Judgment
@@ -33,7 +36,7 @@ def read_groups(directory: Path) -> list[CompletionGroup]:
 
 
 def group_shards(directory: Path) -> Iterator[tuple[str, list[CompletionGroup]]]:
-    """(name, groups) of each shard; one is in memory at a time."""
+    """(name, groups) of each shard, read when it is asked for."""
     for shard in shard_paths(directory):
         yield shard.name, _groups(shard)
 
@@ -76,17 +79,18 @@ def judge_shards(
         int(named.max_abstained * total), total if named.max_abstained_count is None else named.max_abstained_count
     )
     retry = (directory / RETRY).exists()
-    for name, groups in shards:
-        target = directory / name
-        made = target if target.exists() or early is None else early / _early_name(named, groups)
-        if not made.exists():
-            fresh = checked_judgments(load(), groups)
-        elif retry:
-            fresh = _judged_again(load(), groups, _judgments(made), by_design=named.by_design)
-        else:
-            fresh = _judgments(made)
-        if retry or not target.exists():
-            write_jsonl(target, (j.to_json() for j in fresh))
+
+    def tasks() -> Iterator[_Task]:
+        for name, groups in shards:
+            target = directory / name
+            made = target if target.exists() or early is None else early / _early_name(named, groups)
+            known = _judgments(made) if made.exists() else None
+            missing = range(len(groups)) if known is None else _unjudged(known, named.by_design) if retry else ()
+            yield _Task(target, groups, known or [], missing, write=retry or not target.exists())
+
+    for task, fresh in _work_off(load, tasks()):
+        if task.write:
+            write_jsonl(task.target, (j.to_json() for j in fresh))
         judgments += fresh
         on_shard(fresh)
         counts = abstention_counts(judgments, leave_out=named.by_design)
@@ -94,6 +98,40 @@ def judge_shards(
             write_text(directory / RETRY, "")
             raise JudgingStopped(_stopped(named, counts, total, allowed, directory))
     return judgments
+
+
+@dataclass
+class _Task:
+    """A shard of which `known` has the judgments, but for the groups at the indices `missing`."""
+
+    target: Path
+    groups: Sequence[CompletionGroup]
+    known: Sequence[Judgment]
+    missing: Sequence[int]
+    write: bool = True
+
+
+def _work_off(load: Callable[[], Judge], tasks: Iterable[_Task]) -> Generator[tuple[_Task, list[Judgment]]]:
+    """Each task in order with all of its judgments, as soon as they are there. The judge may be some tasks ahead."""
+    begun: deque[tuple[_Task, dict[int, Judgment]]] = deque()
+
+    def missing() -> Iterator[list[CompletionGroup]]:
+        for task in tasks:
+            begun.append((task, {}))
+            yield [task.groups[i] for i in task.missing]
+
+    def done() -> Iterator[tuple[_Task, list[Judgment]]]:
+        while begun and len(begun[0][1]) == len(begun[0][0].missing):
+            task, fresh = begun.popleft()
+            yield task, [fresh[i] if i in fresh else task.known[i] for i in range(len(task.groups))]
+
+    with closing(judgments_in_turn(load, missing())) as judgments:
+        for judgment in judgments:
+            yield from done()  # those before it in which nothing was missing
+            task, fresh = begun[0]
+            fresh[task.missing[len(fresh)]] = judgment
+            yield from done()
+    yield from done()
 
 
 class EarlyJudge:
@@ -133,17 +171,25 @@ class EarlyJudge:
 
     def _work(self) -> None:
         while (groups := self._shards.get()) is not None:
-            target = self._directory / _early_name(self._named, groups)
-            if self._cancelled or self._error is not None or target.exists():
-                continue
             started = time.perf_counter()
             try:
-                judged = checked_judgments(self._judge, groups)
+                with closing(_work_off(lambda: self._judge, self._tasks(groups))) as judged:
+                    for task, fresh in judged:
+                        write_jsonl(task.target, (j.to_json() for j in fresh))
             except BaseException as error:
                 self._error = error
-                continue
-            write_jsonl(target, (j.to_json() for j in judged))
             self.seconds += time.perf_counter() - started
+
+    def _tasks(self, groups: list[CompletionGroup] | None) -> Iterator[_Task]:
+        """What `groups` and the shards that wait behind them lack."""
+        while groups is not None:
+            target = self._directory / _early_name(self._named, groups)
+            if not (self._cancelled or self._error is not None or target.exists()):
+                yield _Task(target, groups, [], range(len(groups)))
+            if self._shards.empty():
+                return
+            groups = self._shards.get()
+        self._shards.put(None)  # which ends the thread
 
 
 def _early_name(named: NamedJudge, groups: Sequence[CompletionGroup]) -> str:
@@ -151,13 +197,9 @@ def _early_name(named: NamedJudge, groups: Sequence[CompletionGroup]) -> str:
     return f"{digest([judge_key(named), [g.to_json() for g in groups]])}.jsonl"
 
 
-def _judged_again(
-    judge: Judge, groups: list[CompletionGroup], known: list[Judgment], *, by_design: Collection[str]
-) -> list[Judgment]:
-    """`known`, with the groups in which something abstained, other than by design, judged anew."""
-    again = [i for i, judgment in enumerate(known) if not {None, *by_design}.issuperset(judgment.abstentions)]
-    fresh = dict(zip(again, checked_judgments(judge, [groups[i] for i in again]) if again else [], strict=True))
-    return [fresh.get(i, judgment) for i, judgment in enumerate(known)]
+def _unjudged(judgments: Sequence[Judgment], by_design: Collection[str]) -> list[int]:
+    """Those in which something abstained, other than by design."""
+    return [i for i, judgment in enumerate(judgments) if not {None, *by_design}.issuperset(judgment.abstentions)]
 
 
 def _stopped(named: NamedJudge, counts: dict[str, Any], total: int, allowed: int, directory: Path) -> str:

@@ -283,6 +283,8 @@ def train_on_pairs(
 
         def on_step(row: dict[str, Any]) -> None:
             stage.to(min(total, row["step"] * dpo.pairs_per_step))
+            if not stage.before:
+                stage.begin()
             margin = f", margin {row['rewards/margins']:.3f}" if "rewards/margins" in row else ""
             stage.remark = f"loss {row['loss']:.3f}{margin}" if "loss" in row else "a step that was not finite: skipped"
             for alarm in row.get("alarms", []):
@@ -517,6 +519,7 @@ def _sample_shards(
     """Sample what is missing, shard by shard, each durable before the next begins. Returns all groups."""
     size = exp.config.sampling.shard_size
     groups: list[CompletionGroup] = []
+    begun = False
     with exp.progress.stage(name, len(prompts) * parameters.n, "completions") as stage:
         for number, start in enumerate(range(0, len(prompts), size)):
             shard = directory / f"shard-{number:04d}.jsonl"
@@ -526,6 +529,9 @@ def _sample_shards(
                 asked = prompts[start : start + size]
                 ids = [exp.prompt_ids(p) for p in asked]
                 exp.sampler.load(policy.path, policy.digest)
+                if not begun:
+                    begun = True
+                    stage.begin()
                 sampled = exp.sampler.sample(ids, seeds[start : start + size], parameters)
                 fresh = [CompletionGroup(*group) for group in zip(asked, ids, sampled, strict=True)]
                 write_jsonl(shard, (g.to_json() for g in fresh))

@@ -23,11 +23,13 @@ import random
 import re
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -46,6 +48,8 @@ RETRIED = {408, 409, 425, 429}
 """HTTP statuses that are tried again, beside 500 and above."""
 REFUSED = {400, 413, 422}
 """HTTP statuses that refuse this one call. All others are mistakes in the configuration."""
+LEAD = 4
+"""Jobs under way or done for each that may run, so that what is slow does not stop what comes after it at once."""
 DOWN = "the endpoint is down"
 OWN_FIELDS = {"model", "messages", "stream", "n"}
 SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie", re.I)
@@ -184,27 +188,64 @@ def refused(reason: str) -> bool:
     return reason.startswith(tuple(f"HTTP {status}" for status in REFUSED))
 
 
-async def run_all(jobs: Iterable[Callable[[], Awaitable[T]]], *, concurrency: int) -> list[T]:
-    """What the jobs return, in order. At most `concurrency` run at once, and no more than that are taken from `jobs`.
+async def run_each(jobs: Iterable[Callable[[], Awaitable[T]]], *, concurrency: int) -> AsyncGenerator[T]:
+    """What the jobs return, in order, as soon as it is there. At most `concurrency` run at once.
 
-    An exception cancels the others and rises.
+    `LEAD` times as many are taken from `jobs`, so that one that takes long holds the others up later. An exception
+    cancels the others and rises, and so does it end them to close this generator.
     """
-    results: dict[int, T] = {}
-    numbered = enumerate(jobs)
+    slots = asyncio.Semaphore(concurrency)
+    failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+    ahead: deque[asyncio.Task[T]] = deque()
 
-    async def work() -> None:
-        for index, job in numbered:  # shared by the workers
-            results[index] = await job()
+    async def run(job: Callable[[], Awaitable[T]]) -> T:
+        async with slots:
+            if failed.done():
+                raise asyncio.CancelledError
+            try:
+                return await job()
+            except Exception as error:
+                if not failed.done():
+                    failed.set_result(error)
+                raise
 
+    rest = iter(jobs)
     try:
-        async with asyncio.TaskGroup() as workers:
-            for _ in range(concurrency):
-                workers.create_task(work())
-    except BaseExceptionGroup as group:
-        error = group.exceptions[0]
-    else:
-        return [results[index] for index in range(len(results))]
-    raise error
+        while True:
+            ahead.extend(asyncio.create_task(run(job)) for job in islice(rest, LEAD * concurrency - len(ahead)))
+            if not ahead:
+                return
+            await asyncio.wait((ahead[0], failed), return_when=asyncio.FIRST_COMPLETED)
+            if failed.done():
+                raise failed.result()
+            yield ahead.popleft().result()
+    finally:
+        for task in ahead:
+            task.cancel()
+        await asyncio.gather(*ahead, return_exceptions=True)
+
+
+async def run_all(jobs: Iterable[Callable[[], Awaitable[T]]], *, concurrency: int) -> list[T]:
+    """All that `run_each` gives."""
+    return [result async for result in run_each(jobs, concurrency=concurrency)]
+
+
+def in_own_loop(results: AsyncGenerator[T]) -> Generator[T]:
+    """`results` for code that is not asynchronous. They are worked on while the next one is asked for.
+
+    Closing it ends them.
+    """
+    nothing_more = object()
+
+    async def step() -> T | object:
+        return await anext(results, nothing_more)
+
+    with asyncio.Runner() as runner:
+        try:
+            while (result := runner.run(step())) is not nothing_more:
+                yield cast(T, result)
+        finally:
+            runner.run(results.aclose())
 
 
 class Client:
@@ -282,11 +323,19 @@ class Client:
         self._stage_used += time.monotonic() - self._stage_began if self._stage_began else 0
         self._stage_began = None
 
-    async def chat(self, messages: list[dict[str, Any]], *, salt: str = "", **body: Any) -> Reply:
+    async def chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        salt: str = "",
+        keep: Callable[[Reply], bool] = lambda reply: True,
+        **body: Any,
+    ) -> Reply:
         """POST base_url/chat/completions with `messages` and the fields of `body`.
 
         A reply is looked up and kept under a hash of the whole request and `salt`; another salt asks again. Identical
-        calls at once are made once. An empty reply is returned, but not kept, so that it can be asked for again.
+        calls at once are made once. A reply that is empty, or that `keep` does not want, is returned, but not kept, so
+        that it can be asked for again.
 
         Raises:
             CallFailed: no reply, for a reason that an abstention can give.
@@ -302,12 +351,12 @@ class Client:
                 await asyncio.wait((flight,))  # unlike `await flight`, does not cancel it for the others
                 if not flight.cancelled():
                     return self._free(flight.result())
-            if self._cache is not None and (kept := self._cache.get(key)) is not None:
+            if self._cache is not None and (kept := self._cache.get(key)) is not None and keep(kept):
                 return self._free(kept)
             flight = self._flights[key] = asyncio.get_running_loop().create_future()
             try:
                 reply = await self._pay(payload, request)
-                if self._cache is not None and (reply.text.strip() or reply.top_logprobs):
+                if self._cache is not None and (reply.text.strip() or reply.top_logprobs) and keep(reply):
                     self._cache.put(key, reply)
                 flight.set_result(reply)
             except BaseException as error:
@@ -548,7 +597,7 @@ class _Cache:
 
     def put(self, key: str, reply: Reply) -> None:
         with self._named_errors():
-            self.database.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, json.dumps(reply[:-1])))
+            self.database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, json.dumps(reply[:-1])))
 
     def close(self) -> None:
         self.database.close()

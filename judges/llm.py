@@ -8,6 +8,7 @@ reason; it never becomes a number. Prompts are files that users copy and edit (j
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
 import os
@@ -15,10 +16,11 @@ import random
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from iterdpo.errors import JudgeError
 from iterdpo.judging import meetings
@@ -26,19 +28,29 @@ from iterdpo.rundir import RunDir
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
 from judges.custom import Abstention, judgment_from_outcomes
-from judges.endpoint import CallFailed, Client, Endpoint, Reply, refused, run_all
+from judges.endpoint import CallFailed, Client, Endpoint, Reply, in_own_loop, refused, run_each
 from judges.server import Server
 from judges.templates import Kind, load_template, principles
 from judges.tournament import BY_LOT, NOT_MET, Aggregate, Knockout, all_pairs, judgment_from_comparisons, random_pairs
-from judges.verdicts import Unclear, expected_score, parse_ranking, parse_scores, parse_verdict, verdict_probability
+from judges.verdicts import (
+    Unclear,
+    Verdict,
+    expected_score,
+    parse_ranking,
+    parse_scores,
+    parse_verdict,
+    verdict_probability,
+)
 
 Constrain = Literal["auto", "structured_outputs", "json_schema", "none"]
 REVISION = 1
 """Of what this module asks and how it reads replies. Part of every version: raise it where scores could change."""
 REASONING_TOKENS = 512
 CUT = "cut off at max_tokens"
-SCREEN = 20
-"""Candidates a token that are asked for where probabilities are read; the most that OpenAI's API gives."""
+FIRST_TOKEN: dict[str, Any] = {"logprobs": True, "top_logprobs": 20, "max_tokens": 1}
+"""What is asked for where probabilities are read. 20 candidates are the most that OpenAI's API gives."""
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -111,22 +123,25 @@ class _LLMJudge:
         Raises:
             JudgeError: the endpoint refuses every call: no key, no such model.
         """
+        return list(self.judge_each(groups))
+
+    def judge_each(self, groups: Iterable[CompletionGroup]) -> Generator[Judgment]:
+        """The same one after the other, while those of further groups are under way."""
         if self.server is not None:
             self.client.base_url = self.server.start()
         if self._held is None:
             self._held = "structured_outputs" if _is_vllm(str(self.client.base_url)) else "none"
-        return asyncio.run(self._judge_all(groups))
+        return in_own_loop(self._judge_each(groups))
 
-    async def _judge_all(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
-        def job(group: CompletionGroup) -> Callable[[], Awaitable[Judgment]]:
-            return lambda: self._judge_group(group)
-
+    async def _judge_each(self, groups: Iterable[CompletionGroup]) -> AsyncGenerator[Judgment]:
         concurrency = self.client.endpoint.concurrency
         # So that the first calls are under way before the last question is written. Those that wait to be tried again
         # count, so there are some more than the endpoint may be asked at once.
         self._outstanding = asyncio.Semaphore(4 * concurrency)
-        async with self.client:
-            return await run_all(map(job, groups), concurrency=concurrency)
+        jobs = (functools.partial(self._judge_group, group) for group in groups)
+        async with self.client, aclosing(run_each(jobs, concurrency=concurrency)) as judgments:
+            async for judgment in judgments:
+                yield judgment
 
     async def _judge_group(self, group: CompletionGroup) -> Judgment:
         raise NotImplementedError
@@ -148,15 +163,22 @@ class _LLMJudge:
         if self.server is not None:
             self.server.release()
 
-    async def _ask(self, values: Mapping[str, Any], **body: Any) -> Reply:
+    async def _ask(self, read: Callable[[Reply], T | Unclear], values: Mapping[str, Any], **body: Any) -> T | Unclear:
+        """What `read` makes of the reply, or why there is none. One that says nothing is not kept to answer again."""
         # Another checkpoint may have come to lie at the same path; the version knows its content.
         salt = f"{self.version if self.server else ''} {self.repeat or ''}".strip()
+        body = {"temperature": self.temperature, "seed": self.seed, **body}
         async with self._outstanding:
             messages = self.template.render(**values)
-            reply = await self.client.chat(messages, salt=salt, temperature=self.temperature, seed=self.seed, **body)
+            try:
+                reply = await self.client.chat(
+                    messages, salt=salt, keep=lambda reply: not isinstance(read(reply), Unclear), **body
+                )
+            except CallFailed as failure:
+                return Unclear(failure)
         if self.trace is not None:
             self.trace.append({"messages": messages, "reply": reply.text, "body": body})
-        return reply
+        return read(reply)
 
     def _limits(self, *, choices: Sequence[str] | None, schema: dict[str, Any], longest: int = 16) -> dict[str, Any]:
         """What holds the reply to its form: to one of `choices`, or to a JSON `schema`; and how long it may be."""
@@ -255,28 +277,22 @@ class PairwiseJudge(_LLMJudge):
         if self.principles:
             drawn = random.Random(self._seed(group, "principle", min(first, second), max(first, second)))
             values["principle"] = drawn.choice(self.principles)
-        if self.soft:  # one token, whose probabilities are all there is to read
-            values["constrained"] = True
-            form: dict[str, Any] = {"logprobs": True, "top_logprobs": SCREEN, "max_tokens": 1}
-        else:
-            form = self._limits(choices=self.labels, schema=_object({"verdict": {"enum": self.labels}}))
-        try:
-            reply = await self._ask(values, **form)
-        except CallFailed as failure:
-            return Comparison(first, second, None, str(failure))
         if self.soft:
-            top = reply.top_logprobs[0] if reply.top_logprobs else {}
-            likely = verdict_probability(top) if top else Unclear("the endpoint gave no probabilities")
+            values["constrained"] = True
+            likely = await self._ask(_first_token(verdict_probability), values, **FIRST_TOKEN)
             if isinstance(likely, Unclear):
                 return Comparison(first, second, None, str(likely))
             winner: Any = "tie" if likely == 0.5 else "first" if likely > 0.5 else "second"
             return Comparison(first, second, winner, None, likely)
-        verdict = Unclear(CUT) if reply.finish_reason == "length" else parse_verdict(reply.text)
-        if verdict == "tie" and "tie" not in self.labels:
-            verdict = Unclear("a tie, which was not offered")
+        form = self._limits(choices=self.labels, schema=_object({"verdict": {"enum": self.labels}}))
+        verdict: Verdict | Unclear = await self._ask(_whole(self._read), values, **form)
         if isinstance(verdict, Unclear):
             return Comparison(first, second, None, str(verdict))
         return Comparison(first, second, verdict)
+
+    def _read(self, text: str) -> Verdict | Unclear:
+        verdict = parse_verdict(text)
+        return Unclear("a tie, which was not offered") if verdict == "tie" and not self.ties else verdict
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -341,24 +357,17 @@ class RubricJudge(_LLMJudge):
         }
         if self.expected:
             values["constrained"] = True
-            form: dict[str, Any] = {"logprobs": True, "top_logprobs": SCREEN, "max_tokens": 1}
-        else:
-            points = [str(n) for n in range(self.low, self.high + 1)]
-            number = {"type": "integer", "minimum": self.low, "maximum": self.high}
-            single = len(self.weights) == 1 and self._held == "structured_outputs"
-            schema = _object(dict.fromkeys(self.weights, number))
-            form = self._limits(choices=points if single else None, schema=schema, longest=32 * len(self.weights))
-        try:
-            reply = await self._ask(values, **form)
-        except CallFailed as failure:
-            return Abstention(failure), None
-        if self.expected:
-            top = reply.top_logprobs[0] if reply.top_logprobs else {}
-            mean = expected_score(top, self.low, self.high) if top else Unclear("the endpoint gave no probabilities")
+            read = _first_token(lambda top: expected_score(top, self.low, self.high))
+            mean = await self._ask(read, values, **FIRST_TOKEN)
             return (Abstention(mean) if isinstance(mean, Unclear) else mean), None
-        if reply.finish_reason == "length":  # "1" may have been to be 10
-            return Abstention(CUT), None
-        said = parse_scores(reply.text, list(self.weights), low=self.low, high=self.high)
+        points = [str(n) for n in range(self.low, self.high + 1)]
+        number = {"type": "integer", "minimum": self.low, "maximum": self.high}
+        single = len(self.weights) == 1 and self._held == "structured_outputs"
+        schema = _object(dict.fromkeys(self.weights, number))
+        form = self._limits(choices=points if single else None, schema=schema, longest=32 * len(self.weights))
+        said = await self._ask(
+            _whole(lambda text: parse_scores(text, list(self.weights), low=self.low, high=self.high)), values, **form
+        )
         if isinstance(said, Unclear):
             return Abstention(said), None
         total = sum(self.weights.values())
@@ -407,18 +416,28 @@ class ListwiseJudge(_LLMJudge):
         if self._held == "structured_outputs" and choices is None:
             number = "|".join(map(str, range(count, 0, -1)))
             form |= {"structured_outputs": {"regex": f"({number})( > ({number})){{{count - 1}}}"}}
-        try:
-            reply = await self._ask(values, **form)
-        except CallFailed as failure:
-            ranking: list[int] | Unclear = Unclear(failure)
-        else:
-            ranking = Unclear(CUT) if reply.finish_reason == "length" else parse_ranking(reply.text, count)
+        ranking = await self._ask(_whole(lambda text: parse_ranking(text, count)), values, **form)
         if isinstance(ranking, Unclear):
             return [Comparison(i, j, None, str(ranking)) for i, j in itertools.combinations(shown, 2)]
         place = {shown[position]: rank for rank, position in enumerate(ranking)}
         return [
             Comparison(i, j, "first" if place[i] < place[j] else "second") for i, j in itertools.combinations(shown, 2)
         ]
+
+
+def _whole(parse: Callable[[str], T | Unclear]) -> Callable[[Reply], T | Unclear]:
+    """Of a reply that was cut off nothing is read: "1" may have been to be 10."""
+    return lambda reply: Unclear(CUT) if reply.finish_reason == "length" else parse(reply.text)
+
+
+def _first_token(parse: Callable[[Mapping[str, float]], float | Unclear]) -> Callable[[Reply], float | Unclear]:
+    """Reads the probabilities of a reply's first token, all that there is of it."""
+
+    def read(reply: Reply) -> float | Unclear:
+        top = reply.top_logprobs[0] if reply.top_logprobs else {}
+        return parse(top) if top else Unclear("the endpoint gave no probabilities")
+
+    return read
 
 
 def _of_twins(texts: Sequence[str], judged: Sequence[Comparison]) -> Iterator[Comparison]:

@@ -22,16 +22,17 @@ import json
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from contextlib import aclosing, closing
 from functools import partial
-from itertools import chain
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from iterdpo.errors import JudgeError
 from iterdpo.types import CompletionGroup, Judgment
 from judges.custom import Abstention, judgment_from_outcomes
-from judges.endpoint import REFUSED, RETRIED, connection_reason, retry_after_seconds, run_all
+from judges.endpoint import REFUSED, RETRIED, connection_reason, in_own_loop, retry_after_seconds, run_each
 
 if TYPE_CHECKING:
     import aiohttp
@@ -114,9 +115,14 @@ class Remote:
             JudgeError: the key is missing or refused, nothing answers such requests at the address, or the reply has
                 another shape.
         """
+        return list(self.judge_each(groups))
+
+    def judge_each(self, groups: Iterable[CompletionGroup]) -> Generator[Judgment]:
+        """The same one after the other, while requests with further groups are under way."""
         headers = {"Content-Type": "application/json", **self._authorization()}
-        batches = [groups[start : start + self.batch_size] for start in range(0, len(groups), self.batch_size)]
-        return list(chain.from_iterable(asyncio.run(self._ask_all(batches, headers))))
+        with closing(in_own_loop(self._ask_each(groups, headers))) as answers:
+            for judgments in answers:
+                yield from judgments
 
     def usage(self) -> dict[str, float]:
         return dict(self._usage)
@@ -130,16 +136,20 @@ class Remote:
             raise JudgeError(f"remote: the environment variable {self.api_key_env} (api_key_env) has no key; set it")
         return {"Authorization": f"Bearer {key}"}
 
-    async def _ask_all(
-        self, batches: Sequence[Sequence[CompletionGroup]], headers: dict[str, str]
-    ) -> list[list[Judgment]]:
+    async def _ask_each(
+        self, groups: Iterable[CompletionGroup], headers: dict[str, str]
+    ) -> AsyncGenerator[list[Judgment]]:
         import aiohttp
 
         limit = aiohttp.ClientTimeout(total=self.timeout)
         local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+        rest = iter(groups)
         async with aiohttp.ClientSession(headers=headers, timeout=limit, trust_env=not local) as session:
+            batches = iter(lambda: list(islice(rest, self.batch_size)), [])
             jobs = (partial(self._ask, session, batch) for batch in batches)
-            return await run_all(jobs, concurrency=self.concurrency)
+            async with aclosing(run_each(jobs, concurrency=self.concurrency)) as judged:
+                async for judgments in judged:
+                    yield judgments
 
     async def _ask(self, session: aiohttp.ClientSession, batch: Sequence[CompletionGroup]) -> list[Judgment]:
         import aiohttp

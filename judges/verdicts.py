@@ -25,6 +25,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 Verdict = Literal["first", "second", "tie"]
@@ -59,6 +60,7 @@ TIED_RANKING = Unclear("a tie in the ranking")
 NOT_ALL_RANKED = Unclear("not every completion ranked once")
 
 
+@lru_cache(maxsize=1024)  # most replies of a judge that is held to its form are one of three
 def parse_verdict(reply: str) -> Verdict | Unclear:
     r"""Which of the completions A (the first) and B (the second) a reply prefers.
 

@@ -182,8 +182,8 @@ def test_with_three_in_ten_requests_failing_a_label_is_the_fault_free_one_or_abs
     assert bool(failed) == (patience == "hurried")
     assert run.seconds < limits["stage_deadline"]
 
-    # Again, by the same cache: asked is only what had no reply, or an empty one.
-    missing = sum(c.reason is not None and (c.reason in failed | {"an empty reply"}) for c in run.comparisons)
+    # Again, by the same cache: asked is only what had no reply, or none that could be read.
+    missing = sum(c.reason is not None and (c.reason in failed | UNREADABLE) for c in run.comparisons)
     with FakeEndpoint(Model()) as server:
         again = judged(workspace, server, "again")
         assert server.requests == missing

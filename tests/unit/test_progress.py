@@ -36,6 +36,19 @@ def test_a_stage_ends_with_one_line_of_counts_time_and_remark() -> None:
     assert re.fullmatch(r"  pair           3 pairs +\d+\.\d s, [\d,.]+ pairs/s · kept 3 of 4", line)
 
 
+def test_neither_a_start_up_nor_what_was_there_before_counts_in_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("iterdpo.progress.time", SimpleNamespace(perf_counter=lambda: now))
+    stream = io.StringIO()
+    with Progress(stream).stage("sample", 64, "completions") as stage:
+        stage.to(32)
+        now += 60
+        stage.begin()
+        now += 4
+        stage.to(64)
+    assert lines(stream) == ["  sample        64 completions    64.0 s, 60.0 s to start, 8.0 completions/s"]
+
+
 def test_a_stage_that_fails_says_how_far_it_came_and_that_it_stopped() -> None:
     stream = io.StringIO()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,107 @@ def test_abstentions_by_design_use_up_no_budget_and_are_not_asked_again(tmp_path
     mended = Fickle()
     assert [j.scores for j in judged(mended, tmp_path, **limits)][:2] == [[None, 2.0], [1.0, 2.0]]
     assert mended.asked == []
+
+
+class Ahead(Fickle):
+    """Answers for a group when it has taken the one `lead` behind it. `events` lists what it took and answered."""
+
+    def __init__(self, *broken: str, lead: int = 3) -> None:
+        super().__init__(*broken)
+        self.lead = lead
+        self.events: list[str] = []
+
+    def judge_each(self, groups: Iterable[CompletionGroup]) -> Iterator[Judgment]:
+        taken: list[CompletionGroup] = []
+        try:
+            for group in groups:
+                self.events.append(f"took {group.prompt.content}")
+                taken.append(group)
+                if len(taken) == self.lead:
+                    yield self.judge([taken.pop(0)])[0]
+            for group in taken:
+                yield self.judge([group])[0]
+        finally:
+            self.events.append("closed")
+
+
+def test_a_judge_that_may_be_ahead_takes_groups_of_the_next_shard_before_it_has_answered_for_this_one(
+    tmp_path: Path,
+) -> None:
+    judge = Ahead()
+    seen: list[int] = []
+    judge_shards(
+        named(judge),
+        lambda: judge,
+        SHARDS,
+        tmp_path,
+        total=8,
+        on_shard=lambda fresh: seen.append(len(judge.events)),
+    )
+    assert [j.scores for j in read_judgments(tmp_path)] == [[1.0, 2.0]] * 4
+    assert judge.events == ["took 1", "took 2", "took 3", "took 4", "closed"]
+    assert seen == [4, 4]  # the first shard was written as soon as it was whole
+
+
+@pytest.mark.parametrize("there", [[0], [1], [0, 1], []])
+def test_a_judge_that_may_be_ahead_is_asked_for_what_is_missing_alone(tmp_path: Path, there: list[int]) -> None:
+    judged(Fickle(), tmp_path)
+    for number in {0, 1} - set(there):
+        (tmp_path / SHARDS[number][0]).unlink()
+    judge = Ahead()
+    assert [j.prompt_id for j in judged(judge, tmp_path)] == [g.prompt.id for _, groups in SHARDS for g in groups]
+    assert judge.asked == [str(g.prompt.content) for n in {0, 1} - set(there) for g in SHARDS[n][1]]
+
+
+def test_a_judge_that_may_be_ahead_is_ended_where_the_budget_stops_the_stage_and_asked_again_for_what_abstained(
+    tmp_path: Path,
+) -> None:
+    broken = Ahead("a", "e", lead=1)
+    with pytest.raises(JudgingStopped):
+        judged(broken, tmp_path, max_abstained=0.1)
+    assert broken.events == ["took 1", "took 2", "closed"]
+    judged(Ahead("e"), tmp_path, max_abstained=0.2)
+    (tmp_path / RETRY).touch()
+    mended = Ahead()
+    assert [j.scores for j in judged(mended, tmp_path)] == [[1.0, 2.0]] * 4
+    assert mended.asked == ["4"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda answers: answers[:-1], "no judgments for the last 1 groups"),
+        (lambda answers: [*answers, answers[0]], "more judgments than it has taken groups"),
+        (lambda answers: answers[::-1], "must keep the order of the groups"),
+    ],
+)
+def test_a_judge_that_may_be_ahead_is_held_to_the_contract(tmp_path: Path, wrong: Any, message: str) -> None:
+    class Wrong(Fickle):
+        def judge_each(self, groups: Iterable[CompletionGroup]) -> Iterator[Judgment]:
+            yield from wrong(self.judge(list(groups)))
+
+    with pytest.raises(JudgeError, match=message):
+        judged(Wrong(), tmp_path)
+
+
+def test_shards_that_wait_are_judged_early_in_one_go(tmp_path: Path) -> None:
+    begin = threading.Event()
+
+    class Waits(Ahead):
+        def judge_each(self, groups: Iterable[CompletionGroup]) -> Iterator[Judgment]:
+            begin.wait()
+            yield from super().judge_each(groups)
+
+    judge = Waits()
+    early = EarlyJudge(named(judge), judge, tmp_path / "early")
+    for _, groups in SHARDS:
+        early.put(groups)
+    begin.set()
+    early.join()
+    assert judge.events == ["took 1", "took 2", "took 3", "took 4", "closed"]
+    assert [j.scores for j in judged(Fickle("a"), _made(tmp_path / "step"), early=tmp_path / "early")] == [
+        [1.0, 2.0]
+    ] * 4
 
 
 def test_what_was_judged_early_is_taken_over(tmp_path: Path) -> None:

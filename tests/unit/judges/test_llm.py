@@ -240,6 +240,30 @@ def test_the_same_question_is_never_paid_twice(endpoint: Any) -> None:
     assert server.requests == 2
 
 
+def test_a_reply_that_could_not_be_read_is_asked_for_again_and_one_that_could_is_not(endpoint: Any) -> None:
+    replies = iter(["Verdict: A", "I would rather not say.", "Verdict: B"])
+    server = endpoint(lambda body: next(replies))
+    group = make_group("?", ["GOOD", "BAD"])
+    judge = make("pairwise", server, endpoint={"base_url": server.base_url, "concurrency": 1})
+    assert checked_judgments(judge, [group])[0].abstentions == ["no verdict"] * 2
+    assert checked_judgments(judge, [group])[0].scores == [1.0, 0.0]
+    assert checked_judgments(judge, [group])[0].scores == [1.0, 0.0]
+    assert server.requests == 3
+
+
+def test_judgments_come_in_order_while_others_are_under_way(endpoint: Any) -> None:
+    server = endpoint(better("GOOD", "BAD"), latency=0.02)
+    judge = make("pairwise", server, endpoint={"base_url": server.base_url, "concurrency": 4})
+    groups = [make_group(f"Tale {n}.", ["GOOD", f"BAD {n}"]) for n in range(12)]
+    taken: list[int] = []
+    judged = judge.judge_each(taken.append(n) or group for n, group in enumerate(groups))
+    first = next(judged)
+    assert (first.prompt_id, first.scores) == (groups[0].prompt.id, [1.0, 0.0])
+    assert len(taken) > 4
+    judged.close()  # ends what is under way
+    assert [j.prompt_id for j in judge.judge_each(iter(groups))] == [g.prompt.id for g in groups]
+
+
 def test_the_trace_has_what_was_sent_and_what_came_back(endpoint: Any) -> None:
     server = endpoint(better("GOOD", "BAD"))
     judge = make("pairwise", server)
