@@ -106,7 +106,7 @@ def serve(latency: float) -> None:
 def call_all(url: str, cache: str, calls: int, concurrency: int) -> None:
     import aiohttp  # noqa: F401  (half a second that a stage pays once)
 
-    from judges.endpoint import Client, Endpoint, run_all
+    from judges.endpoint import Client, Endpoint, run_each
 
     client = Client(Endpoint(base_url=url, concurrency=concurrency, cache=cache), model="fake")
     peaks: list[float] = []
@@ -122,7 +122,8 @@ def call_all(url: str, cache: str, calls: int, concurrency: int) -> None:
 
     async def run() -> None:
         async with client:
-            await run_all(jobs(), concurrency=concurrency)
+            async for _ in run_each(jobs(), concurrency=concurrency):
+                pass
 
     timed(lambda: asyncio.run(run()), calls, peaks)
 

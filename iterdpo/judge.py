@@ -84,19 +84,20 @@ def judgments_in_turn(load: Callable[[], Judge], shards: Iterable[Sequence[Compl
         return
     taken: deque[CompletionGroup] = deque()
 
-    def noted() -> Iterator[CompletionGroup]:
+    def note_each() -> Iterator[CompletionGroup]:
         for group in itertools.chain.from_iterable(shards):
             taken.append(group)
             yield group
 
-    with closing(each(noted())) as judgments:
+    noted = note_each()
+    with closing(each(noted)) as judgments:
         for judgment in judgments:
             if not taken:
                 raise JudgeError(f"judge {judge.name!r} returned more judgments than it has taken groups")
             _check_judgment(judge, taken.popleft(), judgment)
             yield judgment
-    if taken:
-        raise JudgeError(f"judge {judge.name!r} returned no judgments for the last {len(taken)} groups that it took")
+    if taken or next(noted, None) is not None:
+        raise JudgeError(f"judge {judge.name!r} returned no judgments for the last groups")
 
 
 def _check_judgment(judge: Judge, group: CompletionGroup, judgment: Judgment) -> None:

@@ -94,7 +94,8 @@ def launch_training(
 ) -> None:
     """Run the round in a process of its own, and return when its policy is written. It dies with this process.
 
-    `reserved` are descriptors of `supervise.reserve`. `on_step` gets each line of the training log soon after it is written; those of an earlier start come first.
+    `reserved` are descriptors of `supervise.reserve`. `on_step` gets each line of the training log soon after it is
+    written; those of an earlier start come first.
 
     Raises:
         ChildFailed: with the end of its log.

@@ -1,4 +1,4 @@
-"""Completions and judgments shard by shard, on disk: each durable before the next begins, none made twice.
+"""Completions and judgments shard by shard, on disk, in order: each durable as soon as it is whole, none made twice.
 
 `judge_shards` is a stage's judging, with its budget of abstentions. `EarlyJudge` judges a shard while the next is
 sampled, and leaves what it made where the stage finds it.
@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,16 @@ def judge_shards(
             missing = range(len(groups)) if known is None else _unjudged(known, named.by_design) if retry else ()
             yield _Task(target, groups, known or [], missing, write=retry or not target.exists())
 
-    for task, fresh in _work_off(load, tasks()):
-        if task.write:
-            write_jsonl(task.target, (j.to_json() for j in fresh))
-        judgments += fresh
-        on_shard(fresh)
-        counts = abstention_counts(judgments, leave_out=named.by_design)
-        if counts["unjudged"] > allowed:
-            write_text(directory / RETRY, "")
-            raise JudgingStopped(_stopped(named, counts, total, allowed, directory))
+    with closing(_work_off(load, tasks())) as done:
+        for task, fresh in done:
+            if task.write:
+                write_jsonl(task.target, (j.to_json() for j in fresh))
+            judgments += fresh
+            on_shard(fresh)
+            counts = abstention_counts(judgments, leave_out=named.by_design)
+            if counts["unjudged"] > allowed:
+                write_text(directory / RETRY, "")
+                raise JudgingStopped(_stopped(named, counts, total, allowed, directory))
     return judgments
 
 
@@ -113,24 +115,29 @@ class _Task:
 
 def _work_off(load: Callable[[], Judge], tasks: Iterable[_Task]) -> Generator[tuple[_Task, list[Judgment]]]:
     """Each task in order with all of its judgments, as soon as they are there. The judge may be some tasks ahead."""
-    begun: deque[tuple[_Task, dict[int, Judgment]]] = deque()
+    tasks = iter(tasks)
+    begun: deque[tuple[_Task, list[Judgment]]] = deque()
 
-    def missing() -> Iterator[list[CompletionGroup]]:
-        for task in tasks:
-            begun.append((task, {}))
+    def missing(first: _Task) -> Iterator[list[CompletionGroup]]:
+        for task in chain([first], tasks):
+            begun.append((task, []))
             yield [task.groups[i] for i in task.missing]
 
     def done() -> Iterator[tuple[_Task, list[Judgment]]]:
         while begun and len(begun[0][1]) == len(begun[0][0].missing):
             task, fresh = begun.popleft()
-            yield task, [fresh[i] if i in fresh else task.known[i] for i in range(len(task.groups))]
+            judged = {**dict(enumerate(task.known)), **dict(zip(task.missing, fresh, strict=True))}
+            yield task, [judged[i] for i in range(len(task.groups))]
 
-    with closing(judgments_in_turn(load, missing())) as judgments:
-        for judgment in judgments:
-            yield from done()  # those before it in which nothing was missing
-            task, fresh = begun[0]
-            fresh[task.missing[len(fresh)]] = judgment
-            yield from done()
+    for task in tasks:
+        if not task.missing:  # needs no judge yet
+            yield task, list(task.known)
+            continue
+        with closing(judgments_in_turn(load, missing(task))) as judgments:
+            for judgment in judgments:
+                yield from done()  # those before it in which nothing was missing
+                begun[0][1].append(judgment)
+                yield from done()
     yield from done()
 
 
@@ -176,6 +183,8 @@ class EarlyJudge:
                 with closing(_work_off(lambda: self._judge, self._tasks(groups))) as judged:
                     for task, fresh in judged:
                         write_jsonl(task.target, (j.to_json() for j in fresh))
+                        if self._cancelled:
+                            break
             except BaseException as error:
                 self._error = error
             self.seconds += time.perf_counter() - started

@@ -9,6 +9,7 @@ They need no Prefect. They take an `Experiment` and small records, and return th
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from iterdpo.evaluate import (
 )
 from iterdpo.experiment import Experiment, Pending, Policy, named_prompts
 from iterdpo.gate import decide
-from iterdpo.judge import NamedJudge
+from iterdpo.judge import Judge, NamedJudge
 from iterdpo.judging import abstention_counts, judge_metrics, printable
 from iterdpo.launch import OPTIMIZER_STATE, TRAIN_LOG, TrainSpec, launch_training
 from iterdpo.pairing import build_pairs
@@ -279,11 +280,13 @@ def train_on_pairs(
         optimizer=str(carried) if dpo.optimizer_state == "carry" and carried.exists() else None,
     )
     total = pairs.counts["kept"] * dpo.epochs
+    log = directory / TRAIN_LOG
+    rows, earlier = itertools.count(), log.read_text().count("\n") if log.exists() else 0
     with progress.stage("train", total, "pairs") as stage:
 
         def on_step(row: dict[str, Any]) -> None:
             stage.to(min(total, row["step"] * dpo.pairs_per_step))
-            if not stage.before:
+            if next(rows) == earlier:
                 stage.begin()
             margin = f", margin {row['rewards/margins']:.3f}" if "rewards/margins" in row else ""
             stage.remark = f"loss {row['loss']:.3f}{margin}" if "loss" in row else "a step that was not finite: skipped"
@@ -539,6 +542,8 @@ def _sample_shards(
             if on_shard is not None:
                 on_shard(fresh)
             stage.to(sum(len(g.completions) for g in groups))
+            if not begun:
+                stage.begin()
         tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
         stage.remark = f"{tokens / max(1, stage.done):.1f} tokens each"
     if "sampler" in exp.__dict__:
@@ -558,9 +563,15 @@ def _judge(
 ) -> list[Judgment]:
     """`judge_shards`, with its progress shown."""
     with exp.progress.stage(name, total, "completions") as stage:
+
+        def load() -> Judge:
+            judge = exp.judge(named)
+            stage.begin()
+            return judge
+
         judgments = judge_shards(
             named,
-            lambda: exp.judge(named),
+            load,
             shards,
             directory,
             total=total,

@@ -2,10 +2,11 @@
 
 In go chat messages and request fields; out comes a `Reply`, or a `CallFailed` with a short, stable reason that a judge
 records as an abstention. What only the user can mend (a refused key, an unknown model, a damaged cache) is a
-`JudgeError` at once. Calls are kept on disk by their content, so that none is paid twice.
+`JudgeError` at once. Replies are kept on disk by the content of their calls, so that none is paid twice.
 
     async with Client(Endpoint(base_url="http://localhost:8000/v1"), model="my-judge") as client:
-        replies = await run_all((partial(client.chat, m, max_tokens=8) for m in prompts), concurrency=32)
+        async for reply in run_each((partial(client.chat, m, max_tokens=8) for m in prompts), concurrency=32):
+            print(reply.text)
 
 The retry loop and the limiter are written out: tenacity would need a wait and a stop of our own (Retry-After, two
 deadlines, the breaker) and save no line; aiolimiter is bound to one event loop and takes no correction of an estimate.
@@ -29,7 +30,7 @@ from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -90,7 +91,7 @@ class Endpoint(Section):
     max_backoff: float = Field(30, gt=0)
     """The longest such wait, in seconds. A server's Retry-After may ask for more, up to `deadline`."""
     give_up_after: int = Field(20, ge=1)
-    """When so many calls in a row have failed for good, the endpoint is taken as down: the others fail at once."""
+    """When so many calls in a row have failed for good, the endpoint is taken as down: those under way fail too."""
     max_tokens_spent: int | None = Field(None, gt=0)
     """Tokens, read and written, that a stage may use. A hard stop."""
     max_cost_usd: float | None = Field(None, gt=0)
@@ -100,8 +101,8 @@ class Endpoint(Section):
     price_out: float = Field(0, ge=0)
     """US dollars for a million tokens written."""
     cache: str | None = None
-    """The SQLite file that keeps all replies, by the content of the request; several runs may share it. `off` keeps
-    none. Default: iterdpo/judge-calls.sqlite in $XDG_CACHE_HOME or ~/.cache."""
+    """The SQLite file that keeps the replies that could be read, by the content of the request; several runs may share
+    it. `off` keeps none. Default: iterdpo/judge-calls.sqlite in $XDG_CACHE_HOME or ~/.cache."""
     headers: dict[str, str] = Field(default_factory=dict)
     """Further HTTP headers, none of them secret."""
     extra: dict[str, Any] = Field(default_factory=dict)
@@ -191,12 +192,14 @@ def refused(reason: str) -> bool:
 async def run_each(jobs: Iterable[Callable[[], Awaitable[T]]], *, concurrency: int) -> AsyncGenerator[T]:
     """What the jobs return, in order, as soon as it is there. At most `concurrency` run at once.
 
-    `LEAD` times as many are taken from `jobs`, so that one that takes long holds the others up later. An exception
-    cancels the others and rises, and so does it end them to close this generator.
+    `LEAD` times as many are taken from `jobs`, so that one that takes long holds the others up later. Where a job raises,
+    those before it that are done count, and the others are cancelled; where `jobs` raises, those taken before are
+    worked off. Closing the generator cancels all that is under way.
     """
     slots = asyncio.Semaphore(concurrency)
-    failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+    failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
     ahead: deque[asyncio.Task[T]] = deque()
+    broken: Exception | None = None
 
     async def run(job: Callable[[], Awaitable[T]]) -> T:
         async with slots:
@@ -204,7 +207,7 @@ async def run_each(jobs: Iterable[Callable[[], Awaitable[T]]], *, concurrency: i
                 raise asyncio.CancelledError
             try:
                 return await job()
-            except Exception as error:
+            except BaseException as error:
                 if not failed.done():
                     failed.set_result(error)
                 raise
@@ -212,40 +215,35 @@ async def run_each(jobs: Iterable[Callable[[], Awaitable[T]]], *, concurrency: i
     rest = iter(jobs)
     try:
         while True:
-            ahead.extend(asyncio.create_task(run(job)) for job in islice(rest, LEAD * concurrency - len(ahead)))
+            try:
+                ahead.extend(asyncio.create_task(run(job)) for job in islice(rest, LEAD * concurrency - len(ahead)))
+            except Exception as error:
+                broken, rest = error, iter(())
             if not ahead:
-                return
+                break
             await asyncio.wait((ahead[0], failed), return_when=asyncio.FIRST_COMPLETED)
-            if failed.done():
+            if not ahead[0].done() or ahead[0].cancelled() or ahead[0].exception():
                 raise failed.result()
             yield ahead.popleft().result()
+        if broken is not None:
+            raise broken
     finally:
         for task in ahead:
             task.cancel()
         await asyncio.gather(*ahead, return_exceptions=True)
 
 
-async def run_all(jobs: Iterable[Callable[[], Awaitable[T]]], *, concurrency: int) -> list[T]:
-    """All that `run_each` gives."""
-    return [result async for result in run_each(jobs, concurrency=concurrency)]
-
-
 def in_own_loop(results: AsyncGenerator[T]) -> Generator[T]:
-    """`results` for code that is not asynchronous. They are worked on while the next one is asked for.
-
-    Closing it ends them.
-    """
-    nothing_more = object()
-
-    async def step() -> T | object:
-        return await anext(results, nothing_more)
-
+    """`results` for code that is not asynchronous. They are worked on while the next one is asked for."""
     with asyncio.Runner() as runner:
         try:
-            while (result := runner.run(step())) is not nothing_more:
-                yield cast(T, result)
-        finally:
+            while True:
+                yield runner.run(anext(results))
+        except StopAsyncIteration:
+            return
+        except GeneratorExit:  # only then is it not in the middle of something, which the runner would cancel
             runner.run(results.aclose())
+            raise
 
 
 class Client:
@@ -310,7 +308,7 @@ class Client:
         self._settled = asyncio.Event()
         self._in_flight = 0
         self._reserved = (0, 0)  # tokens in and out
-        if self._stopped == DOWN:
+        if self.down:
             self._stopped, self._failed_in_a_row = None, self.endpoint.give_up_after - 1
         return self
 
@@ -372,6 +370,11 @@ class Client:
         except CallFailed:
             self._totals["failed"] += 1
             raise
+
+    @property
+    def down(self) -> bool:
+        """Whether the endpoint is taken as down."""
+        return self._stopped == DOWN
 
     def usage(self) -> dict[str, float]:
         """Totals since the client was made. Tokens, dollars and seconds are those of the calls that were not cached."""
@@ -597,7 +600,7 @@ class _Cache:
 
     def put(self, key: str, reply: Reply) -> None:
         with self._named_errors():
-            self.database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, json.dumps(reply[:-1])))
+            self.database.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, json.dumps(reply[:-1])))
 
     def close(self) -> None:
         self.database.close()

@@ -17,7 +17,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
@@ -126,12 +126,24 @@ class _LLMJudge:
         return list(self.judge_each(groups))
 
     def judge_each(self, groups: Iterable[CompletionGroup]) -> Generator[Judgment]:
-        """The same one after the other, while those of further groups are under way."""
-        if self.server is not None:
-            self.client.base_url = self.server.start()
-        if self._held is None:
-            self._held = "structured_outputs" if _is_vllm(str(self.client.base_url)) else "none"
-        return in_own_loop(self._judge_each(groups))
+        """The same one after the other, while those of further groups are under way.
+
+        Where the endpoint is down, what was taken abstains; then it gets another chance, a server of ours another start.
+        """
+        rest = iter(groups)
+
+        def until_down(first: CompletionGroup) -> Iterator[CompletionGroup]:
+            yield first
+            while not self.client.down and (group := next(rest, None)) is not None:
+                yield group
+
+        while (first := next(rest, None)) is not None:
+            if self.server is not None:
+                self.client.base_url = self.server.start()
+            if self._held is None:
+                self._held = "structured_outputs" if _is_vllm(str(self.client.base_url)) else "none"
+            with closing(in_own_loop(self._judge_each(until_down(first)))) as judgments:
+                yield from judgments
 
     async def _judge_each(self, groups: Iterable[CompletionGroup]) -> AsyncGenerator[Judgment]:
         concurrency = self.client.endpoint.concurrency

@@ -60,7 +60,7 @@ TIED_RANKING = Unclear("a tie in the ranking")
 NOT_ALL_RANKED = Unclear("not every completion ranked once")
 
 
-@lru_cache(maxsize=1024)  # most replies of a judge that is held to its form are one of three
+@lru_cache(maxsize=64)  # a reply is read twice, and those of a judge that is held to its form are one of three
 def parse_verdict(reply: str) -> Verdict | Unclear:
     r"""Which of the completions A (the first) and B (the second) a reply prefers.
 

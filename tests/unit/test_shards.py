@@ -164,7 +164,7 @@ def test_a_judge_that_may_be_ahead_is_ended_where_the_budget_stops_the_stage_and
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda answers: answers[:-1], "no judgments for the last 1 groups"),
+        (lambda answers: answers[:-1], "no judgments for the last groups"),
         (lambda answers: [*answers, answers[0]], "more judgments than it has taken groups"),
         (lambda answers: answers[::-1], "must keep the order of the groups"),
     ],
@@ -176,6 +176,35 @@ def test_a_judge_that_may_be_ahead_is_held_to_the_contract(tmp_path: Path, wrong
 
     with pytest.raises(JudgeError, match=message):
         judged(Wrong(), tmp_path)
+
+
+def test_a_judge_that_stops_taking_groups_is_an_error(tmp_path: Path) -> None:
+    class Lazy(Fickle):
+        def judge_each(self, groups: Iterable[CompletionGroup]) -> Iterator[Judgment]:
+            yield from (self.judge([group])[0] for _, group in zip(range(2), groups, strict=False))
+
+    with pytest.raises(JudgeError, match="no judgments for the last groups"):
+        judged(Lazy(), tmp_path)
+
+
+def test_a_budget_that_known_judgments_exceed_stops_before_the_judge_is_loaded(tmp_path: Path) -> None:
+    judged(Fickle("a", "x"), tmp_path)
+    (tmp_path / SHARDS[1][0]).unlink()
+    judge = Ahead()
+    with pytest.raises(JudgingStopped):
+        judged(judge, tmp_path, max_abstained=0.1)
+    assert judge.events == []
+
+
+def test_a_shard_that_cannot_be_read_costs_nothing_of_those_before_it(tmp_path: Path) -> None:
+    def shards() -> Iterator[tuple[str, list[CompletionGroup]]]:
+        yield SHARDS[0]
+        raise ValueError("shard-0001.jsonl, line 3")
+
+    judge = Fickle()
+    with pytest.raises(ValueError, match="line 3"):
+        judge_shards(named(judge), lambda: judge, shards(), tmp_path, total=8)
+    assert len(read_judgments(tmp_path)) == 2
 
 
 def test_shards_that_wait_are_judged_early_in_one_go(tmp_path: Path) -> None:

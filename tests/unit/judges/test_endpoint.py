@@ -24,7 +24,7 @@ import pytest
 
 from iterdpo.errors import JudgeError
 from iterdpo.testing_http import FAULTS, GARBAGE, FakeEndpoint
-from judges.endpoint import DOWN, LEAD, CallFailed, Client, Endpoint, Reply, run_all
+from judges.endpoint import DOWN, LEAD, CallFailed, Client, Endpoint, Reply, in_own_loop, run_each
 
 ROOT = Path(__file__).parents[3]
 KEY = "sk-proj-4mQz81TvXy"
@@ -54,7 +54,7 @@ def call(client: Client, *texts: str, concurrency: int = 32, **body: Any) -> lis
 
     async def run() -> list[Reply | str]:
         async with client:
-            return await run_all((functools.partial(one, t) for t in texts), concurrency=concurrency)
+            return [r async for r in run_each((functools.partial(one, t) for t in texts), concurrency=concurrency)]
 
     return asyncio.run(run())
 
@@ -427,7 +427,7 @@ def test_failures_and_empty_replies_are_not_kept(tmp_path: Path) -> None:
 
 PAYING = """
 import asyncio, sys
-from judges.endpoint import Client, Endpoint, run_all
+from judges.endpoint import Client, Endpoint, run_each
 client = Client(Endpoint(base_url=sys.argv[1], cache=sys.argv[2], concurrency=4), model="fake")
 
 async def one(n):
@@ -436,7 +436,8 @@ async def one(n):
 
 async def main():
     async with client:
-        await run_all(((lambda n=n: one(n)) for n in range(int(sys.argv[3]))), concurrency=4)
+        async for _ in run_each(((lambda n=n: one(n)) for n in range(int(sys.argv[3]))), concurrency=4):
+            pass
 asyncio.run(main())
 """
 
@@ -625,7 +626,7 @@ def test_a_client_can_be_opened_again_in_another_loop_and_thread() -> None:
     assert (client.usage()["calls"], client.usage()["retries"]) == (6, 6)
 
 
-# run_all
+# run_each, in_own_loop
 
 
 def test_jobs_are_taken_one_by_one_and_their_results_are_in_order() -> None:
@@ -647,9 +648,9 @@ def test_jobs_are_taken_one_by_one_and_their_results_are_in_order() -> None:
             taken += 1
             yield functools.partial(job, n)
 
-    assert asyncio.run(run_all(jobs(), concurrency=7)) == [n * n for n in range(500)]
+    assert list(in_own_loop(run_each(jobs(), concurrency=7))) == [n * n for n in range(500)]
     assert most == 7
-    assert asyncio.run(run_all([], concurrency=7)) == []
+    assert list(in_own_loop(run_each([], concurrency=7))) == []
 
 
 def test_an_exception_cancels_the_other_jobs_and_rises_as_it_is() -> None:
@@ -667,9 +668,80 @@ def test_an_exception_cancels_the_other_jobs_and_rises_as_it_is() -> None:
             raise
 
     with pytest.raises(JudgeError, match=r"^stop$"):
-        asyncio.run(run_all((functools.partial(job, n) for n in range(100)), concurrency=4))
+        next(in_own_loop(run_each((functools.partial(job, n) for n in range(100)), concurrency=4)))
     assert set(started) <= {0, 1, 2, 3}
     assert sorted(cancelled) == [n for n in sorted(started) if n != 2]
+
+
+async def later(n: int) -> int:
+    await asyncio.sleep(0.001 * n)
+    return n
+
+
+def test_what_was_done_before_a_job_that_raises_counts() -> None:
+    async def job(n: int) -> int:
+        if n == 2:
+            await asyncio.sleep(0.01)  # until those before it are done
+            raise JudgeError("stop")
+        return n
+
+    results = in_own_loop(run_each((functools.partial(job, n) for n in range(9)), concurrency=3))
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(JudgeError, match=r"^stop$"):
+        next(results)
+
+
+def test_the_jobs_before_one_that_cannot_be_read_are_worked_off() -> None:
+    def jobs() -> Iterator[Any]:
+        yield from (functools.partial(later, n) for n in range(5))
+        raise ValueError("shard-0001.jsonl, line 3")
+
+    results = in_own_loop(run_each(jobs(), concurrency=2))
+    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="line 3"):
+        next(results)
+
+
+class Interruption(BaseException):
+    """As Prefect's handler of SIGTERM raises one, in the middle of whatever the main thread does."""
+
+
+def test_an_interruption_rises_as_it_is_and_ends_what_is_under_way() -> None:
+    ended: list[int] = []
+
+    async def job(n: int) -> None:
+        try:
+            await asyncio.sleep(10)
+        finally:
+            ended.append(n)
+
+    def interrupt(*_: object) -> None:
+        raise Interruption
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(Interruption):
+            list(in_own_loop(run_each((functools.partial(job, n) for n in range(9)), concurrency=3)))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert sorted(ended) == [0, 1, 2]
+
+
+def test_closing_the_results_early_ends_what_is_under_way() -> None:
+    ended: list[int] = []
+
+    async def job(n: int) -> int:
+        try:
+            return await later(50 * n)
+        finally:
+            ended.append(n)
+
+    results = in_own_loop(run_each((functools.partial(job, n) for n in range(9)), concurrency=3))
+    assert next(results) == 0
+    results.close()
+    assert sorted(ended) == [0, 1, 2, 3]
 
 
 # Configuration

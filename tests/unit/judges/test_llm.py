@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -262,6 +263,21 @@ def test_judgments_come_in_order_while_others_are_under_way(endpoint: Any) -> No
     assert len(taken) > 4
     judged.close()  # ends what is under way
     assert [j.prompt_id for j in judge.judge_each(iter(groups))] == [g.prompt.id for g in groups]
+
+
+def test_an_endpoint_that_was_down_gets_another_chance_within_the_stage(endpoint: Any) -> None:
+    refused = itertools.count()
+
+    def reply(body: dict[str, Any]) -> Any:
+        return {"status": 503} if next(refused) < 3 else better("GOOD", "BAD")(body)
+
+    server = endpoint(reply)
+    settings = {"base_url": server.base_url, "concurrency": 1, "attempts": 1, "give_up_after": 3}
+    groups = [make_group(f"Tale {n}.", ["GOOD", f"BAD {n}"]) for n in range(12)]
+    judged = list(make("pairwise", server, endpoint=settings).judge_each(groups))
+    assert judged[0].scores == [None, None]
+    assert judged[-1].scores == [1.0, 0.0]
+    assert [j.scores for j in judged] == sorted((j.scores for j in judged), key=lambda scores: scores != [None, None])
 
 
 def test_the_trace_has_what_was_sent_and_what_came_back(endpoint: Any) -> None:
