@@ -85,7 +85,12 @@ def train(spec: TrainSpec) -> None:
         )
     set_seed(spec.seed)
     if dpo["trackers"]:
-        accelerator.init_trackers(dpo["tracker_project"], flat(dpo), init_kwargs={"wandb": {"name": spec.name}})
+        named: dict[str, dict[str, str]] = {
+            "wandb": {"name": spec.name, "dir": spec.tracker_dir},
+            "mlflow": {"run_name": spec.name},
+            "trackio": {"name": spec.name},
+        }
+        accelerator.init_trackers(dpo["tracker_project"], flat(dpo), init_kwargs=named)
     Trainer(spec, accelerator).run()
     accelerator.end_training()  # takes the process group down while Python still runs
 
@@ -158,7 +163,9 @@ class Trainer:
         with open(self.output / TRAIN_LOG, "a", encoding="utf-8") as train_log:
             for step in range(first, len(self.steps)):
                 metrics = self._step(step)
-                self.accelerator.log({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step=step + 1)
+                self.accelerator.log(
+                    {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "step"}, step=step + 1
+                )
                 if self.accelerator.is_main_process:
                     train_log.write(json.dumps(metrics) + "\n")
                     train_log.flush()
