@@ -12,6 +12,7 @@ import pytest
 
 from iterdpo.errors import JudgeError, JudgingStopped
 from iterdpo.judge import Judge, NamedJudge
+from iterdpo.rundir import write_jsonl
 from iterdpo.shards import RETRY, EarlyJudge, judge_key, judge_shards, read_judgments
 from iterdpo.testing import make_group
 from iterdpo.types import CompletionGroup, Judgment
@@ -147,6 +148,15 @@ def test_a_judge_that_may_be_ahead_is_asked_for_what_is_missing_alone(tmp_path: 
     assert judge.asked == [str(g.prompt.content) for n in {0, 1} - set(there) for g in SHARDS[n][1]]
 
 
+@pytest.mark.parametrize("judge", [Fickle(), Ahead()])
+def test_a_shard_that_is_there_between_two_that_are_not_keeps_its_judgments(tmp_path: Path, judge: Fickle) -> None:
+    shards = [(f"shard-{n:04d}.jsonl", [make_group(str(n), ["a" * (n + 1)])]) for n in range(3)]
+    write_jsonl(tmp_path / shards[1][0], [Judgment(shards[1][1][0].prompt.id, [7.0], [None]).to_json()])
+    found = judge_shards(named(judge), lambda: judge, shards, tmp_path, total=3)
+    assert [j.scores for j in found] == [[1.0], [7.0], [3.0]]
+    assert judge.asked == ["0", "2"]
+
+
 def test_a_judge_that_may_be_ahead_is_ended_where_the_budget_stops_the_stage_and_asked_again_for_what_abstained(
     tmp_path: Path,
 ) -> None:
@@ -225,6 +235,26 @@ def test_shards_that_wait_are_judged_early_in_one_go(tmp_path: Path) -> None:
     assert [j.scores for j in judged(Fickle("a"), _made(tmp_path / "step"), early=tmp_path / "early")] == [
         [1.0, 2.0]
     ] * 4
+
+
+def test_an_early_judge_that_is_cancelled_ends_with_the_shard_that_it_is_at(tmp_path: Path) -> None:
+    begin = threading.Event()
+
+    class Cancels(Ahead):
+        def judge_each(self, groups: Iterable[CompletionGroup]) -> Iterator[Judgment]:
+            begin.wait()
+            for judgment in super().judge_each(groups):
+                early.cancel()
+                yield judgment
+
+    judge = Cancels()
+    early = EarlyJudge(named(judge), judge, tmp_path / "early")
+    for _, groups in SHARDS:
+        early.put(groups)
+    begin.set()
+    early.join()
+    assert judge.events[:3] == ["took 1", "took 2", "took 3"]
+    assert judge.asked == ["1", "2"]
 
 
 def test_what_was_judged_early_is_taken_over(tmp_path: Path) -> None:

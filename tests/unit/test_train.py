@@ -577,6 +577,7 @@ def test_trackers_write_under_the_runs_directory(tmp_path: Path, tiny_model: Pat
     found = [(event.step, event.value) for event in events.Scalars("loss")]
     expected = [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in log_of(output)]
     assert found == expected
+    assert "step" not in events.Tags()["scalars"]
 
 
 @pytest.mark.parametrize(("loss", "expected"), [("sigmoid", LOG_2), ("kto", 0.5)])

@@ -653,22 +653,29 @@ def test_jobs_are_taken_one_by_one_and_their_results_are_in_order() -> None:
     assert list(in_own_loop(run_each([], concurrency=7))) == []
 
 
-def test_an_exception_cancels_the_other_jobs_and_rises_as_it_is() -> None:
+class Interruption(BaseException):
+    """As Prefect's handler of SIGTERM raises one, in the middle of whatever the main thread does."""
+
+
+@pytest.mark.parametrize("error", [JudgeError("stop"), ValueError("stop"), Interruption("stop")])
+def test_an_exception_cancels_the_other_jobs_and_rises_as_it_is(error: BaseException) -> None:
     started: list[int] = []
     cancelled: list[int] = []
 
     async def job(n: int) -> None:
         started.append(n)
         if n == 2:
-            raise JudgeError("stop")
+            raise error
         try:
             await asyncio.sleep(10)
         except asyncio.CancelledError:
             cancelled.append(n)
             raise
 
-    with pytest.raises(JudgeError, match=r"^stop$"):
+    began = time.monotonic()
+    with pytest.raises(type(error), match=r"^stop$"):
         next(in_own_loop(run_each((functools.partial(job, n) for n in range(100)), concurrency=4)))
+    assert time.monotonic() - began < 5  # and not when the first is done
     assert set(started) <= {0, 1, 2, 3}
     assert sorted(cancelled) == [n for n in sorted(started) if n != 2]
 
@@ -700,10 +707,6 @@ def test_the_jobs_before_one_that_cannot_be_read_are_worked_off() -> None:
     assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="line 3"):
         next(results)
-
-
-class Interruption(BaseException):
-    """As Prefect's handler of SIGTERM raises one, in the middle of whatever the main thread does."""
 
 
 def test_an_interruption_rises_as_it_is_and_ends_what_is_under_way() -> None:
