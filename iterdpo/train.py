@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
 
 from iterdpo.collate import TokenPair, Tree, grow_trees, micro_batches, plan_steps
@@ -95,6 +95,14 @@ def train(spec: TrainSpec) -> None:
     accelerator.end_training()  # takes the process group down while Python still runs
 
 
+def _without_frozen(models: list[Any], states: list[dict[str, Tensor]], directory: str) -> None:
+    """Leave out of a checkpoint what no step changes: the model under an adapter. FSDP and DeepSpeed give no states."""
+    for model, state in zip(models, states, strict=False):
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                state.pop(name, None)
+
+
 class Places(NamedTuple):
     """Where the completions of a step's pairs are: (tree, branch) of each, branch -1 where there is none."""
 
@@ -155,6 +163,7 @@ class Trainer:
             carried = torch.load(self.spec.optimizer, weights_only=True)  # the moments; the settings are this round's
             optimizer.load_state_dict({**optimizer.state_dict(), "state": carried["state"]})
         self.policy, self.optimizer = self.accelerator.prepare(scorer, optimizer)
+        self.accelerator.register_save_state_pre_hook(_without_frozen)
         if self.reference_logps is None:
             off = model.disable_adapter() if self.spec.reference is not None else nullcontext()
             with off:
@@ -530,7 +539,9 @@ class Trainer:
         found = sorted(p for p in self.output.glob("checkpoint-*") if not p.name.endswith(".new"))
         done = int(found[-1].name.removeprefix("checkpoint-")) if found else 0
         if found:
-            self.accelerator.load_state(str(found[-1]))
+            whole = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+            partial = self.dpo["adapter"] is not None and not whole
+            self.accelerator.load_state(str(found[-1]), **({"strict": False} if partial else {}))
         if self.accelerator.is_main_process:
             kept = self.output / TRAIN_LOG
             lines = kept.read_text().splitlines(keepends=True) if kept.exists() else []

@@ -398,6 +398,8 @@ def test_training_that_stops_at_a_checkpoint_and_goes_on_ends_bit_identical(
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", tiny_model, pairs, **settings)
     monkeypatch.setattr(Trainer, "_step", step)
+    kept = load_file(tmp_path / "b" / "policy.partial" / "checkpoint-000004" / "model.safetensors")
+    assert all("lora" in name for name in kept) == bool(settings)  # the model under an adapter is not kept with it
     log = tmp_path / "b" / "policy.partial" / "train_log.jsonl"
     log.write_text(log.read_text() + '{"step": 5, "loss"')  # and a line that was cut short
     resumed = run(tmp_path / "b", tiny_model, pairs, **settings)

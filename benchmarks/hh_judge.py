@@ -1,0 +1,123 @@
+"""A reward model on real preferences, and whether `iterdpo judge check` finds the accuracy that is there: one JSON line.
+
+    python -m benchmarks.hh_judge --data harmless-base-test.jsonl.gz --model DIRECTORY [--rows N]
+
+The rows of an HH-RLHF file are dealt into two halves. On the first, a linear head on the model's last hidden state is
+fitted by the likelihood of Bradley and Terry, its weight decay chosen on a fifth of them. Model and head are a sequence
+classifier, which the judge `reward_model` reads. `by_hand` is its accuracy on the second half by the hidden states
+themselves, `checked` and `interval` are what `judge check` says of the same pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from iterdpo.prompts import load_rows
+from iterdpo.rundir import write_jsonl
+
+DECAYS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0)
+
+
+def main() -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", required=True, help="a checkpoint directory")
+    parser.add_argument("--rows", type=int, help="default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rows = [r for r in load_rows(arguments.data, "train", limit=arguments.rows) if r["chosen"] != r["rejected"]]
+    random.Random(arguments.seed).shuffle(rows)
+    halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    with tempfile.TemporaryDirectory(prefix="hh-judge-") as scratch:
+        held_out, judge = Path(scratch) / "held-out.jsonl", Path(scratch) / "reward-model"
+        model = AutoModelForSequenceClassification.from_pretrained(
+            arguments.model, num_labels=1, dtype=torch.bfloat16, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        seen, unseen = (_differences(model.model, tokenizer, half) for half in halves)
+        weight, decay = _fitted(seen)
+        with torch.no_grad():
+            model.score.weight.copy_(weight)
+        model.save_pretrained(judge)
+        tokenizer.save_pretrained(judge)
+        write_jsonl(held_out, halves[1])
+        report = _check(judge, held_out)
+    accuracy = report["figures"]["accuracy"]
+    line = {
+        "fitted_on": len(seen),
+        "decay": decay,
+        "held_out": len(unseen),
+        "by_hand": round(float((unseen @ weight.float() > 0).float().mean()), 4),
+        "checked": round(accuracy["value"], 4),
+        "interval": [round(accuracy[bound], 4) for bound in ("low", "high")],
+    }
+    print(json.dumps(line))
+
+
+def _differences(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> Any:
+    """The last hidden state of each chosen talk less that of the rejected one, [rows, width]."""
+    import torch
+
+    ids = tokenizer([row[side] for row in rows for side in ("chosen", "rejected")])["input_ids"]
+    states = torch.empty(len(ids), model.config.hidden_size)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for start in range(0, len(order), 16):
+        batch = order[start : start + 16]
+        width = max(len(ids[i]) for i in batch)
+        padded = torch.tensor(
+            [ids[i] + [0] * (width - len(ids[i])) for i in batch]
+        )  # causal: no state sees the padding
+        with torch.inference_mode():
+            found = model(input_ids=padded, use_cache=False).last_hidden_state
+        states[batch] = torch.stack([found[k, len(ids[i]) - 1].float() for k, i in enumerate(batch)])
+        print(f"{start + len(batch):,} of {len(ids):,} talks", file=sys.stderr)
+    return states[0::2] - states[1::2]
+
+
+def _fitted(differences: Any) -> tuple[Any, float]:
+    """Weights [width] and their decay."""
+    import torch
+
+    scale = differences.std(dim=0) + 1e-3
+    scaled = differences / scale
+
+    def fit(rows: Any, decay: float) -> Any:
+        weight = torch.zeros(rows.shape[1], requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss() -> Any:
+            optimizer.zero_grad()
+            value = torch.nn.functional.softplus(-rows @ weight).mean() + decay * weight.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        return weight.detach()
+
+    kept = len(scaled) * 4 // 5
+    right = {d: float((scaled[kept:] @ fit(scaled[:kept], d) > 0).float().mean()) for d in DECAYS}
+    decay = max(right, key=lambda d: right[d])
+    return fit(scaled, decay) / scale, decay
+
+
+def _check(judge: Path, data: Path) -> dict[str, Any]:
+    output = data.with_suffix(".json")
+    command = [sys.executable, "-m", "flows.cli", "judge", "check", "reward_model", "--data", str(data)]
+    command += ["--args", f"model={judge}", "--json", str(output)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    report: dict[str, Any] = json.loads(output.read_text())
+    return report
+
+
+if __name__ == "__main__":
+    main()
