@@ -5,7 +5,8 @@
 The rows of an HH-RLHF file are dealt into two halves. On the first, a linear head on the model's last hidden state is
 fitted by the likelihood of Bradley and Terry, its weight decay chosen on a fifth of them. Model and head are a sequence
 classifier, which the judge `reward_model` reads. `by_hand` is its accuracy on the second half by the hidden states
-themselves, `checked` and `interval` are what `judge check` says of the same pairs.
+themselves, `checked` and `interval` are what `judge check` says of the same pairs. In float32, where the two agree to
+the pair but for ties, which `judge check` counts half right.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from iterdpo.prompts import load_rows
 from iterdpo.rundir import write_jsonl
 
+TURN = "\n\nAssistant:"
 DECAYS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0)
 
 
@@ -35,13 +38,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="default: all")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    rows = [r for r in load_rows(arguments.data, "train", limit=arguments.rows) if r["chosen"] != r["rejected"]]
+    rows = list(_as_text(load_rows(arguments.data, "train", limit=arguments.rows)))
     random.Random(arguments.seed).shuffle(rows)
     halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
     with tempfile.TemporaryDirectory(prefix="hh-judge-") as scratch:
         held_out, judge = Path(scratch) / "held-out.jsonl", Path(scratch) / "reward-model"
         model = AutoModelForSequenceClassification.from_pretrained(
-            arguments.model, num_labels=1, dtype=torch.bfloat16, use_safetensors=True
+            arguments.model, num_labels=1, dtype=torch.float32, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         seen, unseen = (_differences(model.model, tokenizer, half) for half in halves)
@@ -64,11 +67,19 @@ def main() -> None:
     print(json.dumps(line))
 
 
+def _as_text(rows: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """Prompt and two answers of each talk as plain text, and not as messages, for which the model has a template."""
+    for row in rows:
+        prompts, answers = zip(*(row[side].rsplit(TURN, 1) for side in ("chosen", "rejected")), strict=True)
+        if prompts[0] == prompts[1] and all(map(str.strip, answers)) and answers[0] != answers[1]:
+            yield {"prompt": prompts[0] + TURN, "chosen": answers[0], "rejected": answers[1]}
+
+
 def _differences(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> Any:
     """The last hidden state of each chosen talk less that of the rejected one, [rows, width]."""
     import torch
 
-    ids = tokenizer([row[side] for row in rows for side in ("chosen", "rejected")])["input_ids"]
+    ids = tokenizer([row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")])["input_ids"]
     states = torch.empty(len(ids), model.config.hidden_size)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), 16):
