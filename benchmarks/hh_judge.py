@@ -60,7 +60,7 @@ def main() -> None:
         "fitted_on": len(seen),
         "decay": decay,
         "held_out": len(unseen),
-        "by_hand": round(float((unseen @ weight.float() > 0).float().mean()), 4),
+        "by_hand": round(float((unseen @ weight > 0).float().mean()), 4),
         "checked": round(accuracy["value"], 4),
         "interval": [round(accuracy[bound], 4) for bound in ("low", "high")],
     }
@@ -85,18 +85,17 @@ def _differences(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> Any:
     for start in range(0, len(order), 16):
         batch = order[start : start + 16]
         width = max(len(ids[i]) for i in batch)
-        padded = torch.tensor(
-            [ids[i] + [0] * (width - len(ids[i])) for i in batch]
-        )  # causal: no state sees the padding
+        # Padded on the right, where no state before it sees the padding.
+        padded = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in batch])  # [B, T]
         with torch.inference_mode():
-            found = model(input_ids=padded, use_cache=False).last_hidden_state
-        states[batch] = torch.stack([found[k, len(ids[i]) - 1].float() for k, i in enumerate(batch)])
+            found = model(input_ids=padded, use_cache=False).last_hidden_state  # [B, T, width]
+        states[batch] = torch.stack([found[k, len(ids[i]) - 1] for k, i in enumerate(batch)])
         print(f"{start + len(batch):,} of {len(ids):,} talks", file=sys.stderr)
     return states[0::2] - states[1::2]
 
 
 def _fitted(differences: Any) -> tuple[Any, float]:
-    """Weights [width] and their decay."""
+    """Weights [width] for rows of `differences` [rows, width], and their decay."""
     import torch
 
     scale = differences.std(dim=0) + 1e-3

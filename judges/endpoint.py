@@ -50,7 +50,7 @@ RETRIED = {408, 409, 425, 429}
 REFUSED = {400, 413, 422}
 """HTTP statuses that refuse this one call. All others are mistakes in the configuration."""
 LEAD = 4
-"""Jobs under way or done for each that may run, so that what is slow does not stop what comes after it at once."""
+"""Times the concurrency: how many jobs `run_each` takes ahead of the result that is due, which may be slow."""
 DOWN = "the endpoint is down"
 OWN_FIELDS = {"model", "messages", "stream", "n"}
 SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie", re.I)
