@@ -1,7 +1,10 @@
-"""Which policy a round's loss is regularised towards; what a stage's judge has used."""
+"""Which policy a round's loss is regularised towards; what a stage's judge has used; what the screen says."""
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +16,10 @@ from safetensors.torch import load_file
 from iterdpo.config import DPOConfig
 from iterdpo.experiment import Experiment, Policy
 from iterdpo.judge import NamedJudge
+from iterdpo.launch import TRAIN_LOG, TrainSpec
 from iterdpo.progress import Progress
-from iterdpo.rundir import RunDir, directory_digest
-from iterdpo.stages import reference_policy
+from iterdpo.rundir import RunDir, directory_digest, read_jsonl
+from iterdpo.stages import reference_policy, train_on_pairs
 from iterdpo.testing import build_tiny_checkpoint
 
 INITIAL = Policy(Path("initial"), "d0", 0)
@@ -47,6 +51,50 @@ def test_what_a_judge_used_before_a_stage_is_not_counted_in_it() -> None:
     exp.begin_stage(named)
     judge.calls = 72
     assert exp.used(named) == {"calls": 48}
+
+
+def test_the_rate_of_training_leaves_out_the_steps_of_an_earlier_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def launch(spec: TrainSpec, on_step: Callable[[dict[str, Any]], None], **_: Any) -> None:
+        nonlocal now
+        log = Path(spec.output) / TRAIN_LOG
+        earlier = read_jsonl(log) if log.exists() else []
+        for row in earlier:  # at once, when the process comes up
+            on_step(row)
+        for step in range(len(earlier) + 1, len(earlier) + 4):
+            now += 60 if step == len(earlier) + 1 else 2  # the first with the start-up
+            log.write_text("".join(json.dumps({"step": s, "loss": 0.5}) + "\n" for s in range(1, step + 1)))
+            on_step({"step": step, "loss": 0.5})
+        if not earlier:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("iterdpo.progress.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("iterdpo.stages.launch_training", launch)
+    run = RunDir(tmp_path)
+    pairs = run.step(1, "pairs", {})
+    pairs.begin()
+    pairs.finish(counts={"kept": 24})
+    screen = io.StringIO()
+    settings: dict[str, Any] = {
+        "policy": INITIAL,
+        "reference": INITIAL,
+        "initial": INITIAL,
+        "dpo": DPOConfig(pairs_per_step=4),
+        "seed": 0,
+        "trust_remote_code": False,
+        "progress": Progress(screen),
+        "reserved": list,
+    }
+    with pytest.raises(KeyboardInterrupt):
+        train_on_pairs(run, 1, **settings)
+    train_on_pairs(run, 1, **settings)
+    first, second = (line for line in screen.getvalue().splitlines() if " s to start" in line)
+    for line, count in ((first, "12 pairs"), (second, "24 pairs")):
+        assert count in line
+        assert "64.0 s, 60.0 s to start, 2.0 pairs/s" in line
 
 
 def test_previous_is_the_policy_that_the_round_starts_from() -> None:
