@@ -24,6 +24,7 @@ import random
 import re
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from contextlib import aclosing, closing
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -41,62 +42,53 @@ LONGEST_WAIT = 60.0
 """Seconds between two attempts, at most, whatever a server asks for."""
 
 
+@dataclass(eq=False, repr=False)
 class Remote:
     """Asks a server of yours; see the module for what goes to and fro.
 
     HTTP 408, 409, 425, 429 and 5xx, time-outs, connections that break and replies that are no JSON are tried again, and
     abstain in the end; a request that is refused with 400, 413 or 422 abstains. What cannot be a passing fault stops the
     run: any other status, and a reply of another shape than the one above. A score that is no finite number abstains.
-
-    Args:
-        url: the address that the groups are sent to.
-        api_key_env: the NAME of the environment variable with the key, sent as `Authorization: Bearer KEY`.
-        revision: part of this judge's version; change it when what the server does has changed.
-        comparative: the scores mean "against the others of this group".
-        timeout: seconds for one attempt.
-        attempts: of one request.
-        concurrency: requests at once.
-        batch_size: groups in one request.
     """
+
+    url: str
+    """The address that the groups are sent to."""
+    api_key_env: str | None = None
+    """The NAME of the environment variable with the key, sent as `Authorization: Bearer KEY`."""
+    revision: str | int | None = None
+    """Part of this judge's version; change it when what the server does has changed."""
+    comparative: bool = False
+    """The scores mean "against the others of this group"."""
+    timeout: float = 60
+    """Seconds for one attempt."""
+    attempts: int = 5
+    """Of one request."""
+    concurrency: int = 8
+    """Requests at once."""
+    batch_size: int = 8
+    """Groups in one request."""
 
     SPEED_ONLY = frozenset({"api_key_env", "timeout", "attempts", "concurrency", "batch_size"})
     needs_device = False
 
-    def __init__(
-        self,
-        url: str,
-        api_key_env: str | None = None,
-        revision: str | int | None = None,
-        comparative: bool = False,
-        timeout: float = 60,
-        attempts: int = 5,
-        concurrency: int = 8,
-        batch_size: int = 8,
-    ) -> None:
-        parts = urlsplit(url) if isinstance(url, str) else urlsplit("")
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url) if isinstance(self.url, str) else urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise JudgeError("remote: url is no address; it reads http://host:port/path")
         if parts.username is not None:  # not repeated: it may be a key
             raise JudgeError("remote: url has a user or a password; name the key's environment variable in api_key_env")
-        if api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", str(api_key_env)):
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", str(self.api_key_env)):
             raise JudgeError(
                 "remote: api_key_env is the name of an environment variable, in capitals: MY_JUDGE_KEY. The key itself "
                 "belongs into the environment, never into a configuration"
             )
-        if not isinstance(timeout, int | float) or timeout <= 0:
-            raise JudgeError(f"remote: timeout is {timeout!r}; it is a number of seconds above 0")
-        for name, value in {"attempts": attempts, "concurrency": concurrency, "batch_size": batch_size}.items():
-            if not isinstance(value, int) or value < 1:
+        if not isinstance(self.timeout, int | float) or self.timeout <= 0:
+            raise JudgeError(f"remote: timeout is {self.timeout!r}; it is a number of seconds above 0")
+        for name in ("attempts", "concurrency", "batch_size"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise JudgeError(f"remote: {name} is {value!r}; it is a number of at least 1")
-        self.name = f"remote:{urlsplit(url).netloc}"
+        self.name = f"remote:{parts.netloc}"
         self.version = ""
-        self.url = url
-        self.api_key_env = api_key_env
-        self.comparative = comparative
-        self.timeout = timeout
-        self.attempts = attempts
-        self.concurrency = concurrency
-        self.batch_size = batch_size
         self._usage: dict[str, float] = {"calls": 0, "retries": 0, "failed": 0}
 
     @classmethod
