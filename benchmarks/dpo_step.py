@@ -10,7 +10,7 @@ Every run is a process of its own. A line of JSON a case:
   whole_pairs_per_second: the reference pass and all steps.
 - tokens_per_second: tokens of prompt + chosen and prompt + rejected, whichever way they were computed.
 - peak_gib: the process's peak resident memory, or the GPU's peak allocation.
-- mfu: the FLOPs that the rows need without padding (`iterdpo.flops`), against the best matrix product of the same run.
+- mfu: the FLOPs that the rows need without padding (`iterdpo.training.flops`), against the best matrix product of the same run.
 
 Ratios are of medians. TRL's `default` is DPOConfig as it comes, its `best` precomputes the reference and keeps its
 activations. Both get the pairs as token ids, bf16 autocast over float32 weights, AdamW, and the same pairs a step.
@@ -119,7 +119,7 @@ def _summary(case: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
-    from iterdpo.launch import environment
+    from iterdpo.training.launch import environment
 
     env = dict(os.environ)
     if not job["side"].startswith("trl") and job["side"] != "without allocator":
@@ -195,8 +195,8 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig
 
-    from iterdpo.collate import Tree, collate
-    from iterdpo.flops import forward_flops, matmul_peak
+    from iterdpo.training.collate import Tree, collate
+    from iterdpo.training.flops import forward_flops, matmul_peak
 
     job["vocabulary"] = AutoConfig.from_pretrained(job["model"]).vocab_size
     pairs = make_pairs(job["case"], job["pairs"], vocabulary=job["vocabulary"])
@@ -238,11 +238,11 @@ def _peak_gib(device: Any) -> float:
 
 
 def _ours(job: dict[str, Any], pairs: list[Any]) -> tuple[list[float], float, list[float], float]:
-    import iterdpo.train as trainer
+    import iterdpo.training.train as trainer
     from iterdpo.config import DPOConfig
-    from iterdpo.launch import TrainSpec
-    from iterdpo.pairs import write_pairs
-    from iterdpo.rundir import read_jsonl
+    from iterdpo.data.pairs import write_pairs
+    from iterdpo.run.rundir import read_jsonl
+    from iterdpo.training.launch import TrainSpec
     from iterdpo.types import Completion, PreferencePair, Prompt
 
     if job["side"] == "without chunked_head":

@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from iterdpo.prompts import load_rows
-from iterdpo.rundir import write_jsonl
+from iterdpo.data.prompts import load_rows
+from iterdpo.run.rundir import write_jsonl
 
 TURN = "\n\nAssistant:"
 DECAYS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0)

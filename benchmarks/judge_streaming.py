@@ -22,7 +22,7 @@ from pathlib import Path
 from flows.api import open_experiment
 from iterdpo import stages
 from iterdpo.config import Config, parse_config
-from iterdpo.rundir import write_jsonl
+from iterdpo.run.rundir import write_jsonl
 from iterdpo.sampling import SamplingParameters
 from iterdpo.testing import FakeSampler, build_tiny_checkpoint
 from iterdpo.testing_http import FakeEndpoint

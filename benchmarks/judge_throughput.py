@@ -106,7 +106,7 @@ def serve(latency: float) -> None:
 def call_all(url: str, cache: str, calls: int, concurrency: int) -> None:
     import aiohttp  # noqa: F401  (half a second that a stage pays once)
 
-    from judges.endpoint import Client, Endpoint, run_each
+    from judges.llm.client import Client, Endpoint, run_each
 
     client = Client(Endpoint(base_url=url, concurrency=concurrency, cache=cache), model="fake")
     peaks: list[float] = []
@@ -131,8 +131,8 @@ def call_all(url: str, cache: str, calls: int, concurrency: int) -> None:
 def judge_all(url: str, cache: str, calls: int, concurrency: int, directory: Path) -> None:
     import aiohttp  # noqa: F401
 
-    from iterdpo.judge import NamedJudge
-    from iterdpo.shards import judge_shards
+    from iterdpo.judging.judge import NamedJudge
+    from iterdpo.judging.shards import judge_shards
     from iterdpo.testing import make_group
     from iterdpo.types import CompletionGroup, Judgment
     from judges import load_judge

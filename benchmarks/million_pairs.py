@@ -65,13 +65,13 @@ def tiny_model(directory: Path) -> str:
 
 
 def start(directory: Path, model: str, heldout: int) -> dict[str, Any]:
-    from iterdpo.checkpoints import resolve_checkpoint
     from iterdpo.config import OfflineConfig, parse_config
+    from iterdpo.data.pairs import TRAIN, TokenPairs
     from iterdpo.experiment import Policy
     from iterdpo.offline import prepare_pairs
-    from iterdpo.pairs import TRAIN, TokenPairs
-    from iterdpo.progress import Progress
-    from iterdpo.rundir import RunDir, directory_digest, read_manifest
+    from iterdpo.run.checkpoints import resolve_checkpoint
+    from iterdpo.run.progress import Progress
+    from iterdpo.run.rundir import RunDir, directory_digest, read_manifest
 
     data = {"path": str(directory / "pairs.jsonl"), "heldout": heldout}
     config = parse_config(OfflineConfig, {"run_dir": str(directory / "run"), "model": {"path": model}, "data": data})

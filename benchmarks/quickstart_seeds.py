@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from flows import run_rounds
 from flows.quickstart import prepare_quickstart, quickstart_config
-from iterdpo.progress import Progress
+from iterdpo.run.progress import Progress
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.dpo_step import _random_model
-from iterdpo.collate import Tree
-from iterdpo.logps import Scorer
-from iterdpo.losses import dpo_loss
-from iterdpo.models import load_policy
+from iterdpo.training.collate import Tree
+from iterdpo.training.logps import Scorer
+from iterdpo.training.losses import dpo_loss
+from iterdpo.training.models import load_policy
 
 
 def main() -> None:

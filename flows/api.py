@@ -13,19 +13,19 @@ from iterdpo import stages
 from iterdpo.config import Config, JudgeConfig, OfflineConfig, parse_config
 from iterdpo.errors import JudgeError, UserError
 from iterdpo.experiment import Experiment
-from iterdpo.judge import NamedJudge
+from iterdpo.judging.judge import NamedJudge
 from iterdpo.offline import train_round
-from iterdpo.progress import Progress
-from iterdpo.read import Run, read_run
 from iterdpo.report import write_report
-from iterdpo.rundir import RunDir, digest, read_manifest
+from iterdpo.run.progress import Progress
+from iterdpo.run.read import Run, read_run
+from iterdpo.run.rundir import RunDir, digest, read_manifest
 from iterdpo.sampling import Sampler
 from judges import load_judge
-from judges.custom import adapt
+from judges.adapter import adapt
 from judges.load import by_design, check_columns, check_judge, judge_version
 
 AnyJudge = Callable[..., Any] | object
-"""What `judges/custom.py` turns into a judge: a function, a class or an object."""
+"""What `judges/adapter.py` turns into a judge: a function, a class or an object."""
 
 
 def open_experiment(
@@ -72,7 +72,7 @@ def run_rounds(
 
     Args:
         config: see `iterdpo.load_config`.
-        judge: a judge of your own in place of the configuration's, in any form that `judges/custom.py` takes.
+        judge: a judge of your own in place of the configuration's, in any form that `judges/adapter.py` takes.
         heldout_judge: likewise for the evaluation.
         prefect: run as the Prefect flow `iterative_dpo`, on the server that PREFECT_API_URL names or one of its own.
         progress: `Progress(sys.stdout)` shows what the command line shows; nothing by default.

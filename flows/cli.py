@@ -14,7 +14,7 @@ from flows.review import add_review_command
 
 if TYPE_CHECKING:
     from iterdpo.config import Config, OfflineConfig
-    from iterdpo.progress import Progress
+    from iterdpo.run.progress import Progress
 
 DESCRIPTION = "Iterative DPO: sample from the policy, judge, pair, train, evaluate on held-out prompts, promote."
 OVERRIDES = "YAML files, merged left to right, then dotted overrides: dpo.beta=0.2 sampling.n=8"
@@ -221,7 +221,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _progress() -> Progress:
-    from iterdpo.progress import Progress
+    from iterdpo.run.progress import Progress
 
     return Progress(sys.stdout)
 

@@ -23,11 +23,11 @@ from flows.loop import Stages, dpo_round, first_pending, initial_round, pending_
 from flows.review import waiting
 from iterdpo.config import Config, parse_config
 from iterdpo.experiment import Experiment
-from iterdpo.progress import Progress
-from iterdpo.read import read_run
 from iterdpo.report import write_report
 from iterdpo.report.plots import as_png, figures
-from iterdpo.rundir import RunDir
+from iterdpo.run.progress import Progress
+from iterdpo.run.read import read_run
+from iterdpo.run.rundir import RunDir
 from iterdpo.types import RoundRecord
 
 TABLE_COLUMNS = (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from iterdpo.judge import Judge
+    from iterdpo.judging.judge import Judge
 
 JUDGE = "a run's configuration (its judge), or what `judge.use` takes: a name, or path/to/file.py:name"
 ARGS = "arguments of the judge, laid over the configuration's: model=my-rm endpoint.base_url=http://localhost:8000/v1"
@@ -87,9 +87,9 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from judges.audit.measure import check_judge_on, close, measure, read_labelled
+    from judges.audit.render import check_plots, check_sentence, check_tables, mistakes_shown, plain
     from judges.load import check_columns
-    from judges.measure import check_judge_on, close, measure, read_labelled
-    from judges.measure_show import check_plots, check_sentence, check_tables, mistakes_shown, plain
 
     use, args = _named(arguments.judge, arguments.args, arguments.role)
     judge = _load(use, args)
@@ -155,8 +155,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from judges.agreement import compare_judges, measure_agreement, read_samples
-    from judges.measure_show import compare_sentence, compare_tables, differences_shown, plain
+    from judges.audit.agreement import compare_judges, measure_agreement, read_samples
+    from judges.audit.render import compare_sentence, compare_tables, differences_shown, plain
 
     both = [
         _named(which, overrides, arguments.role)
@@ -213,11 +213,11 @@ def _try(arguments: argparse.Namespace) -> int:
     import json
 
     from iterdpo.errors import JudgeError
-    from iterdpo.judge import checked_judgments
-    from iterdpo.rundir import digest
+    from iterdpo.judging.judge import checked_judgments
+    from iterdpo.run.rundir import digest
     from iterdpo.types import CompletionGroup, Prompt
+    from judges.audit.measure import close, completion_of, prompt_ids_of, set_hook, usage_of
     from judges.load import check_columns
-    from judges.measure import close, completion_of, prompt_ids_of, set_hook, usage_of
 
     use, args = _named(arguments.judge, arguments.args, arguments.role)
     judge = _load(use, args)
@@ -350,7 +350,7 @@ def _load(use: str, args: dict[str, Any]) -> Judge:
 def _tokenizer(given: str | None, *judges: str) -> Any:
     """The tokenizer that was asked for, or that of the first configuration among the judges; None without either."""
     from iterdpo.config import load_config
-    from iterdpo.rendering import load_tokenizer
+    from iterdpo.data.rendering import load_tokenizer
 
     if given is not None:
         return load_tokenizer(given)
@@ -363,7 +363,7 @@ def _tokenizer(given: str | None, *judges: str) -> Any:
 
 @contextmanager
 def _progress(name: str, unit: str, total: int) -> Iterator[Callable[[int], None]]:
-    from iterdpo.progress import Progress
+    from iterdpo.run.progress import Progress
 
     with Progress(sys.stderr).stage(name, total, unit) as stage:
         yield stage.advance
@@ -385,8 +385,8 @@ def _put_out(
     """The report on the terminal, and where it was asked for as JSON and as a page."""
     import json
 
-    from iterdpo.rundir import write_json
-    from judges.measure_show import print_report, write_page
+    from iterdpo.run.rundir import write_json
+    from judges.audit.render import print_report, write_page
 
     stopped = found["stopped"]
     if stopped is not None:

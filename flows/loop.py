@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from iterdpo import stages
 from iterdpo.experiment import Experiment, Pending, Policy
-from iterdpo.rundir import Manifest
+from iterdpo.run.rundir import Manifest
 from iterdpo.types import RoundRecord
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from flows.api import describe
 from flows.loop import first_pending
-from iterdpo.checkpoints import EMBEDDINGS
 from iterdpo.config import DPOConfig, OfflineConfig
 from iterdpo.experiment import Experiment
-from iterdpo.rundir import RunDir, read_manifest
+from iterdpo.run.checkpoints import EMBEDDINGS
+from iterdpo.run.rundir import RunDir, read_manifest
 
 STEPS = ("completions", "judgments", "pairs", "reference", "policy", "evaluation")
 
@@ -58,8 +58,8 @@ def describe_plan(exp: Experiment) -> str:
 
 def describe_offline_plan(config: OfflineConfig) -> str:
     """The plan of `iterdpo train --dry-run`. Reads the data and checks the checkpoint."""
-    from iterdpo.checkpoints import check_checkpoint, resolve_checkpoint
-    from iterdpo.preferences import PreferenceData
+    from iterdpo.data.preferences import PreferenceData
+    from iterdpo.run.checkpoints import check_checkpoint, resolve_checkpoint
 
     path = resolve_checkpoint(config.model.path, revision=config.model.revision)
     check_checkpoint(path, trust_remote_code=config.model.trust_remote_code)

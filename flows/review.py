@@ -48,7 +48,7 @@ def serve_review(
     Raises:
         UserError: there is no run, or the port is taken.
     """
-    from judges.review_page import Desk, review_server
+    from judges.person.page import Desk, review_server
 
     root = Path(run_dir)
     if not (root / "run.json").exists() and not (root / "review").exists():

@@ -1,6 +1,6 @@
 """A Prefect API to run on: the one that is set, or one of our own that dies with this process.
 
-Prefect's ephemeral server outlives a flow that is killed; ours runs under `iterdpo.supervise`.
+Prefect's ephemeral server outlives a flow that is killed; ours runs under `iterdpo.run.supervise`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from iterdpo import supervise
 from iterdpo.errors import ChildFailed
+from iterdpo.run import supervise
 
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")

@@ -7,8 +7,8 @@ from pathlib import Path
 from flows.server import prefect_api
 from iterdpo.config import Config
 from iterdpo.errors import ConfigError
-from iterdpo.progress import Progress
-from iterdpo.rundir import RunDir
+from iterdpo.run.progress import Progress
+from iterdpo.run.rundir import RunDir
 
 
 def serve(

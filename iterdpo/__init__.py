@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from iterdpo.config import OfflineConfig as OfflineConfig
     from iterdpo.config import load_config as load_config
     from iterdpo.config import load_offline_config as load_offline_config
-    from iterdpo.read import Run as Run
-    from iterdpo.read import read_run as read_run
     from iterdpo.report import write_report as write_report
+    from iterdpo.run.read import Run as Run
+    from iterdpo.run.read import read_run as read_run
 
 __version__ = "0.1.0"
 
@@ -26,8 +26,8 @@ _PUBLIC = {
     "OfflineConfig": "iterdpo.config",
     "load_config": "iterdpo.config",
     "load_offline_config": "iterdpo.config",
-    "Run": "iterdpo.read",
-    "read_run": "iterdpo.read",
+    "Run": "iterdpo.run.read",
+    "read_run": "iterdpo.run.read",
     "write_report": "iterdpo.report",
 }
 

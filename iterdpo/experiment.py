@@ -11,18 +11,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from iterdpo.checkpoints import check_checkpoint, context_length, resolve_checkpoint
 from iterdpo.config import Config
+from iterdpo.data.prompts import PromptSet, check_lengths, next_prompts, split_prompts
+from iterdpo.data.rendering import load_tokenizer, prompt_token_ids
 from iterdpo.errors import ConfigError
-from iterdpo.judge import Judge, NamedJudge
-from iterdpo.launch import check_training, visible_gpus
-from iterdpo.progress import Progress
-from iterdpo.prompts import PromptSet, check_lengths, next_prompts, split_prompts
-from iterdpo.rendering import load_tokenizer, prompt_token_ids
-from iterdpo.rundir import RunDir, directory_digest, read_jsonl, write_jsonl, write_text
+from iterdpo.judging.judge import Judge, NamedJudge
+from iterdpo.judging.shards import EarlyJudge
+from iterdpo.run.checkpoints import check_checkpoint, context_length, resolve_checkpoint
+from iterdpo.run.progress import Progress
+from iterdpo.run.rundir import RunDir, directory_digest, read_jsonl, write_jsonl, write_text
+from iterdpo.run.supervise import reserve
 from iterdpo.sampling import Sampler, VLLMSampler
-from iterdpo.shards import EarlyJudge
-from iterdpo.supervise import reserve
+from iterdpo.training.launch import check_training, visible_gpus
 from iterdpo.types import Prompt
 
 

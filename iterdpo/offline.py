@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from iterdpo.checkpoints import check_checkpoint, resolve_checkpoint
 from iterdpo.config import OfflineConfig
+from iterdpo.data.pairs import hold_out, write_card, write_tables
+from iterdpo.data.preferences import PreferenceData
+from iterdpo.data.prompts import source_digest
+from iterdpo.data.rendering import load_tokenizer
 from iterdpo.errors import ConfigError, DataError
 from iterdpo.experiment import Policy
-from iterdpo.launch import check_training, visible_gpus
-from iterdpo.pairs import hold_out, write_card, write_tables
-from iterdpo.preferences import PreferenceData
-from iterdpo.progress import Progress
-from iterdpo.prompts import source_digest
-from iterdpo.rendering import load_tokenizer
-from iterdpo.rundir import Manifest, RunDir, directory_digest, read_manifest
+from iterdpo.run.checkpoints import check_checkpoint, resolve_checkpoint
+from iterdpo.run.progress import Progress
+from iterdpo.run.rundir import Manifest, RunDir, directory_digest, read_manifest
+from iterdpo.run.supervise import reserve
 from iterdpo.seeds import derive_seed
 from iterdpo.stages import round_metrics, train_on_pairs
-from iterdpo.supervise import reserve
+from iterdpo.training.launch import check_training, visible_gpus
 from iterdpo.types import RoundRecord
 
 PART_OF_KEY = {"format", "limit", "heldout", "max_prompt_tokens", "max_completion_tokens"}

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.config import DPOConfig
+from iterdpo.data.pairing import build_pairs
+from iterdpo.data.pairs import HELDOUT, TRAIN, write_pairs
 from iterdpo.errors import ChildFailed, DataError, StaleStepError
 from iterdpo.evaluate import (
     Interval,
@@ -30,13 +32,11 @@ from iterdpo.evaluate import (
 )
 from iterdpo.experiment import Experiment, Pending, Policy, named_prompts
 from iterdpo.gate import decide
-from iterdpo.judge import Judge, NamedJudge
-from iterdpo.judging import abstention_counts, judge_metrics, printable
-from iterdpo.launch import OPTIMIZER_STATE, TRAIN_LOG, TrainSpec, launch_training
-from iterdpo.pairing import build_pairs
-from iterdpo.pairs import HELDOUT, TRAIN, write_pairs
-from iterdpo.progress import Progress
-from iterdpo.rundir import (
+from iterdpo.judging.judge import Judge, NamedJudge
+from iterdpo.judging.shards import RETRY, EarlyJudge, group_shards, judge_key, judge_shards, read_groups, read_judgments
+from iterdpo.judging.stats import abstention_counts, judge_metrics, printable
+from iterdpo.run.progress import Progress
+from iterdpo.run.rundir import (
     Manifest,
     RunDir,
     Step,
@@ -51,7 +51,7 @@ from iterdpo.rundir import (
 )
 from iterdpo.sampling import SamplingParameters
 from iterdpo.seeds import derive_seed
-from iterdpo.shards import RETRY, EarlyJudge, group_shards, judge_key, judge_shards, read_groups, read_judgments
+from iterdpo.training.launch import OPTIMIZER_STATE, TRAIN_LOG, TrainSpec, launch_training
 from iterdpo.types import CompletionGroup, Judgment, Prompt, RoundRecord
 
 # Settings that change how fast or in how much memory a step runs, never what it computes.
@@ -216,7 +216,7 @@ def _average(exp: Experiment, round: int, policy: Policy) -> Policy:
     decay = exp.config.dpo.reference_decay
     step = exp.run.step(round, "ema", {"before": before.digest, "policy": policy.digest, "decay": decay})
     if (manifest := _done(exp, step)) is None:
-        from iterdpo.models import average_checkpoints
+        from iterdpo.training.models import average_checkpoints
 
         with exp.progress.stage("average", 1, "checkpoint") as stage:
             average_checkpoints(before.path, policy.path, decay=decay, output=step.begin())
@@ -637,7 +637,7 @@ def _sequence_logps(
         return None
     if note.exists():
         return read_json(note)
-    from iterdpo.logps import score_completions
+    from iterdpo.training.logps import score_completions
 
     rows = [(g.prompt_ids, c.token_ids) for g in groups for c in g.completions if c.token_ids]
     logps = {}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from iterdpo.rundir import digest
+from iterdpo.run.rundir import digest
 from iterdpo.sampling.base import SamplingParameters
 from iterdpo.types import Completion, CompletionGroup, Message, Prompt
 

@@ -30,10 +30,10 @@ from statistics import fmean, mean, pstdev
 from typing import Any, ClassVar
 
 from iterdpo.errors import JudgeError
-from iterdpo.judge import Judge, checked_judgments
-from iterdpo.rundir import digest
+from iterdpo.judging.judge import Judge, checked_judgments
+from iterdpo.run.rundir import digest
 from iterdpo.types import CompletionGroup, Judgment
-from judges.custom import Abstention
+from judges.adapter import Abstention
 from judges.load import load_judge
 
 Scores = list[float | None]  # [K]

@@ -27,24 +27,24 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from iterdpo.errors import JudgeError
-from iterdpo.judge import Judge
-from iterdpo.rundir import digest, directory_digest, sha256_file
-from judges.custom import FACTS, METHODS, adapt, check_signature, kind_of, nearest
+from iterdpo.judging.judge import Judge
+from iterdpo.run.rundir import digest, directory_digest, sha256_file
+from judges.adapter import FACTS, METHODS, adapt, check_signature, kind_of, nearest
 
 BUILT_IN = {
-    "pairwise": "judges.llm:PairwiseJudge",
-    "rubric": "judges.llm:RubricJudge",
-    "listwise": "judges.llm:ListwiseJudge",
-    "reward_model": "judges.reward_model:RewardModelJudge",
-    "pair_ranker": "judges.pair_ranker:PairRanker",
-    "implicit_reward": "judges.implicit:ImplicitReward",
-    "exact_match": "judges.verifiers:ExactMatch",
-    "numeric_match": "judges.verifiers:NumericMatch",
-    "math": "judges.verifiers:Math",
-    "json_schema": "judges.verifiers:JSONSchema",
-    "regex": "judges.verifiers:Regex",
-    "code_tests": "judges.verifiers:CodeTests",
-    "instructions": "judges.instructions:Instructions",
+    "pairwise": "judges.llm.judges:PairwiseJudge",
+    "rubric": "judges.llm.judges:RubricJudge",
+    "listwise": "judges.llm.judges:ListwiseJudge",
+    "reward_model": "judges.models.reward_model:RewardModelJudge",
+    "pair_ranker": "judges.models.pair_ranker:PairRanker",
+    "implicit_reward": "judges.models.implicit_reward:ImplicitReward",
+    "exact_match": "judges.verify.verifiers:ExactMatch",
+    "numeric_match": "judges.verify.verifiers:NumericMatch",
+    "math": "judges.verify.verifiers:Math",
+    "json_schema": "judges.verify.verifiers:JSONSchema",
+    "regex": "judges.verify.verifiers:Regex",
+    "code_tests": "judges.verify.verifiers:CodeTests",
+    "instructions": "judges.verify.ifeval:Instructions",
     "ensemble": "judges.combine:Ensemble",
     "length_penalty": "judges.combine:LengthPenalty",
     "length_regressed": "judges.combine:LengthRegressed",
@@ -53,7 +53,7 @@ BUILT_IN = {
     "z_score": "judges.combine:ZScore",
     "cached": "judges.combine:Cached",
     "remote": "judges.remote:Remote",
-    "person": "judges.person:Person",
+    "person": "judges.person.judge:Person",
 }
 ENTRY_POINTS = "iterdpo.judges"
 

@@ -32,8 +32,8 @@ from urllib.parse import urlsplit
 
 from iterdpo.errors import JudgeError
 from iterdpo.types import CompletionGroup, Judgment
-from judges.custom import Abstention, judgment_from_outcomes
-from judges.endpoint import REFUSED, RETRIED, connection_reason, in_own_loop, retry_after_seconds, run_each
+from judges.adapter import Abstention, judgment_from_outcomes
+from judges.llm.client import REFUSED, RETRIED, connection_reason, in_own_loop, retry_after_seconds, run_each
 
 if TYPE_CHECKING:
     import aiohttp

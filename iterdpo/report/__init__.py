@@ -17,10 +17,10 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from iterdpo.read import Run, read_run
+from iterdpo.report.headline import count, duration, number, percent, value, verdict
 from iterdpo.report.plots import as_svg, figures
-from iterdpo.report.verdict import count, duration, number, percent, value, verdict
-from iterdpo.rundir import write_text
+from iterdpo.run.read import Run, read_run
+from iterdpo.run.rundir import write_text
 
 __all__ = ["clip", "page_template", "visible", "write_report"]
 

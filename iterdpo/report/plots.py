@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from iterdpo.read import Run
+from iterdpo.run.read import Run
 
 # Five of Okabe and Ito's colours, which colour-blind people tell apart; each stands out on white and on black.
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0b7ac2", "#e08600", "#009e73", "#c46a9c", "#56b4e9"

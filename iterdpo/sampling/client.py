@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from iterdpo import supervise
 from iterdpo.errors import ChildFailed
+from iterdpo.run import supervise
 from iterdpo.sampling.base import SamplingParameters
 from iterdpo.types import Completion
 

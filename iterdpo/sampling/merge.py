@@ -18,7 +18,7 @@ def merge_adapter(adapter: str | Path, output: Path, *, dtype: Any, trust_remote
     Raises:
         ValueError: it adapts an output head, or embeddings, that are tied: two matrices would have to come of one.
     """
-    from iterdpo.models import load_policy
+    from iterdpo.training.models import load_policy
 
     model = load_policy(adapter, trust_remote_code=trust_remote_code)
     inner = model.get_base_model()

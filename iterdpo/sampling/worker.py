@@ -54,7 +54,7 @@ class Worker:
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        from iterdpo.models import adapter_base  # behind vLLM, which sets torch up before its import
+        from iterdpo.training.models import adapter_base  # behind vLLM, which sets torch up before its import
 
         self.on_gpu = not current_platform.is_cpu()
         self.lora, self.scratch = lora, Path(scratch)
@@ -81,8 +81,8 @@ class Worker:
 
     def _take(self, policy: str) -> None:
         """Sample from this policy from now on."""
-        from iterdpo.models import adapter_base
         from iterdpo.sampling.merge import adapts_head
+        from iterdpo.training.models import adapter_base
 
         base = adapter_base(policy)
         self.adapter = None

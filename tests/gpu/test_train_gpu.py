@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from iterdpo.launch import TrainSpec, launch_training, visible_gpus
-from iterdpo.pairs import write_pairs
+from iterdpo.data.pairs import write_pairs
 from iterdpo.testing import build_tiny_checkpoint
+from iterdpo.training.launch import TrainSpec, launch_training, visible_gpus
 from iterdpo.types import Completion, PreferencePair, Prompt
 
 pytestmark = pytest.mark.gpu
@@ -116,7 +116,7 @@ def test_flex_attention_and_the_blocks_give_the_same_outputs_and_gradients(
 ) -> None:
     import torch
 
-    from iterdpo import attention
+    from iterdpo.training import attention
 
     generator = torch.Generator().manual_seed(0)
     shape = [(150, [90, 200]), (70, [30]), (2, [100, 4, 60])]
@@ -139,8 +139,8 @@ def test_flex_attention_and_the_blocks_give_the_same_outputs_and_gradients(
 def test_the_gpu_and_the_cpu_compute_the_same_log_probabilities(tmp_path: Path, model: Path) -> None:
     import torch
 
-    from iterdpo.logps import completion_logps, score_completions
-    from iterdpo.models import load_policy
+    from iterdpo.training.logps import completion_logps, score_completions
+    from iterdpo.training.models import load_policy
 
     prompts, completions = [[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14]]
     on_gpu = score_completions(model, prompts, completions, precision="fp32")

@@ -10,11 +10,11 @@ import torch
 
 from flows import run_rounds
 from iterdpo.config import Config, parse_config
-from iterdpo.models import adapter_base, load_policy, with_new_adapter
-from iterdpo.rundir import read_json, read_jsonl
+from iterdpo.judging.shards import read_groups
+from iterdpo.run.rundir import read_json, read_jsonl
 from iterdpo.sampling import SamplingParameters, VLLMSampler
-from iterdpo.shards import read_groups
 from iterdpo.testing import build_tiny_checkpoint
+from iterdpo.training.models import adapter_base, load_policy, with_new_adapter
 from iterdpo.types import CompletionGroup
 from tests.integration.harness import Workspace
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from iterdpo.rundir import read_json, read_jsonl, read_manifest
+from iterdpo.run.rundir import read_json, read_jsonl, read_manifest
 from tests.integration.harness import Workspace, wait_for
 
 pytestmark = pytest.mark.slow

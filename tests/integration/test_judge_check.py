@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from iterdpo.rundir import write_jsonl
+from iterdpo.run.rundir import write_jsonl
 
 
 def command(*arguments: str) -> list[str]:
@@ -130,7 +130,7 @@ def test_a_judge_that_gives_up_reports_what_it_has_said_and_fails(tmp_path: Path
         "class Mortal:\n"
         "    calls = 0\n\n"
         "    def judge(self, groups):\n"
-        "        from iterdpo.judge import judgment_from_scores\n"
+        "        from iterdpo.judging.judge import judgment_from_scores\n"
         "        self.calls += 1\n"
         "        if self.calls > 2:\n"
         "            raise JudgeError('the endpoint is gone; start it again')\n"

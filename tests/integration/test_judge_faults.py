@@ -15,10 +15,10 @@ from flows.api import open_experiment
 from flows.cli import main
 from iterdpo import stages
 from iterdpo.config import Config, parse_config
+from iterdpo.data.pairing import build_pairs
+from iterdpo.data.pairs import TRAIN
 from iterdpo.errors import StaleStepError
-from iterdpo.pairing import build_pairs
-from iterdpo.pairs import TRAIN
-from iterdpo.shards import read_groups, read_judgments
+from iterdpo.judging.shards import read_groups, read_judgments
 from iterdpo.testing import FakeSampler
 from iterdpo.testing_http import FAULTS, FakeEndpoint
 from iterdpo.types import Comparison

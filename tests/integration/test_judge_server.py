@@ -12,12 +12,12 @@ from flows import run_rounds
 from flows.api import open_experiment
 from iterdpo import stages
 from iterdpo.config import Config, parse_config
-from iterdpo.judge import checked_judgments
-from iterdpo.rundir import Manifest, read_jsonl
-from iterdpo.shards import read_judgments
+from iterdpo.judging.judge import checked_judgments
+from iterdpo.judging.shards import read_judgments
+from iterdpo.run.rundir import Manifest, read_jsonl
 from iterdpo.testing import FakeSampler, build_tiny_checkpoint, make_group
 from judges import load_judge
-from judges.server import Server
+from judges.llm.server import Server
 from tests.integration.harness import Workspace
 
 pytestmark = pytest.mark.slow

@@ -12,8 +12,8 @@ import pytest
 from flows import run_rounds
 from iterdpo.config import Config, parse_config
 from iterdpo.errors import JudgingStopped
-from iterdpo.rundir import read_jsonl, read_manifest, write_jsonl
-from iterdpo.shards import read_judgments
+from iterdpo.judging.shards import read_judgments
+from iterdpo.run.rundir import read_jsonl, read_manifest, write_jsonl
 from iterdpo.testing import FakeSampler
 from iterdpo.testing_http import FakeEndpoint
 from tests.integration.harness import Workspace

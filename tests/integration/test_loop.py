@@ -10,7 +10,7 @@ import pytest
 from flows import run_rounds
 from iterdpo.config import Config, parse_config
 from iterdpo.errors import ChildFailed, StaleStepError
-from iterdpo.rundir import RunDir, read_jsonl
+from iterdpo.run.rundir import RunDir, read_jsonl
 from iterdpo.testing import FakeSampler
 from tests.integration.harness import Workspace
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from iterdpo import read_run
-from iterdpo.rundir import read_jsonl
+from iterdpo.run.rundir import read_jsonl
 from tests.integration.harness import Workspace
 
 pytestmark = pytest.mark.slow

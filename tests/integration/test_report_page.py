@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from iterdpo.read import read_run
 from iterdpo.report import write_report
 from iterdpo.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, as_png, figures
-from iterdpo.rundir import RunDir, write_jsonl
+from iterdpo.run.read import read_run
+from iterdpo.run.rundir import RunDir, write_jsonl
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt, RoundRecord
 
 HOSTILE = (

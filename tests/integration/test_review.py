@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
-from iterdpo.rundir import read_json, read_jsonl
+from iterdpo.run.rundir import read_json, read_jsonl
 from iterdpo.testing import make_group
-from judges.person import plan
-from judges.review import Reviews
+from judges.person.judge import plan
+from judges.person.store import Reviews
 from tests.integration.harness import Workspace, wait_for
 from tests.integration.test_serving import call
 
@@ -34,7 +34,7 @@ RUN = """
 import sys
 from flows import run_rounds
 from iterdpo.config import load_config
-from iterdpo.progress import Progress
+from iterdpo.run.progress import Progress
 from iterdpo.testing import FakeSampler
 
 texts = ("bad tale", "good tale", "bad <script>window.pwned=1</script>", "<img src=x onerror='window.pwned=1'> good")
@@ -49,7 +49,7 @@ import flows.server
 from prefect import flow, task
 from flows.review import waiting
 from iterdpo.testing import make_group
-from judges.person import Person
+from judges.person.judge import Person
 
 @task
 def judge():

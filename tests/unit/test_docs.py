@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 
 from iterdpo.config import DataConfig, DPOConfig, SentinelsConfig
-from iterdpo.preferences import PreferenceData
+from iterdpo.data.preferences import PreferenceData
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -83,7 +83,7 @@ def test_every_example_row_in_the_page_about_data_is_read_as_the_format_of_its_h
 
 
 def test_every_reason_for_leaving_a_row_out_is_in_the_page_about_data() -> None:
-    from iterdpo import preferences
+    from iterdpo.data import preferences
 
     names = "DIVERGE EMPTY IDENTICAL IDENTICAL_TOKENS NO_PROMPT OTHER_PROMPT NO_TRANSCRIPT NO_LAST_TURN USERS_TURN"
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from iterdpo.config import DPOConfig
 from iterdpo.experiment import Experiment, Policy
-from iterdpo.judge import NamedJudge
-from iterdpo.launch import TRAIN_LOG, TrainSpec
-from iterdpo.progress import Progress
-from iterdpo.rundir import RunDir, directory_digest, read_jsonl
+from iterdpo.judging.judge import NamedJudge
+from iterdpo.run.progress import Progress
+from iterdpo.run.rundir import RunDir, directory_digest, read_jsonl
 from iterdpo.stages import reference_policy, train_on_pairs
 from iterdpo.testing import build_tiny_checkpoint
+from iterdpo.training.launch import TRAIN_LOG, TrainSpec
 
 INITIAL = Policy(Path("initial"), "d0", 0)
 
@@ -71,7 +71,7 @@ def test_the_rate_of_training_leaves_out_the_steps_of_an_earlier_start(
         if not earlier:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("iterdpo.progress.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("iterdpo.run.progress.time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr("iterdpo.stages.launch_training", launch)
     run = RunDir(tmp_path)
     pairs = run.step(1, "pairs", {})

@@ -13,7 +13,7 @@ import yaml
 
 from flows.judge_cli import add_judge_commands
 from iterdpo.errors import UserError
-from iterdpo.rundir import write_jsonl
+from iterdpo.run.rundir import write_jsonl
 from iterdpo.testing_http import FakeEndpoint
 
 JUDGES = """

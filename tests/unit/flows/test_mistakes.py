@@ -18,7 +18,7 @@ from flows.api import open_experiment
 from flows.cli import main
 from iterdpo.config import Config, parse_config
 from iterdpo.errors import JudgeError
-from iterdpo.rundir import RunDir
+from iterdpo.run.rundir import RunDir
 
 
 @pytest.fixture

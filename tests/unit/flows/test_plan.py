@@ -18,7 +18,7 @@ def test_a_checkpoint_is_announced_as_large_as_its_weights(tiny_model: Path) -> 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], r".*\.self_attn\.(q|v)_proj"])
 def test_an_adapter_is_announced_as_large_as_peft_makes_it(tiny_model: Path, targets: str | list[str]) -> None:
-    from iterdpo.models import load_policy, with_new_adapter
+    from iterdpo.training.models import load_policy, with_new_adapter
 
     model = with_new_adapter(load_policy(tiny_model), r=4, alpha=8, target_modules=targets, quantize="none")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iterdpo.errors import JudgeError
-from iterdpo.judge import Judge, checked_judgments
+from iterdpo.judging.judge import Judge, checked_judgments
 from iterdpo.testing import make_group
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
 from judges import check_judge, judge_version, load_judge
+from judges.audit.measure import set_hook
 from judges.combine import disagreement, tied, within_slope, z_scores
-from judges.measure import set_hook
 
 MEMBER = '''
 class Field:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from iterdpo.errors import JudgeError
-from iterdpo.judge import checked_judgments
+from iterdpo.judging.judge import checked_judgments
 from iterdpo.testing import make_group
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
 from judges import check_judge, judge_version, load_judge

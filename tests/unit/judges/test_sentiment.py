@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from iterdpo.errors import JudgeError
-from iterdpo.judge import checked_judgments
+from iterdpo.judging.judge import checked_judgments
 from iterdpo.testing import make_group
 from judges import check_judge, load_judge
 from judges.sentiment import FEATURES, LinearSentiment, VaderSentiment, fit_linear_sentiment

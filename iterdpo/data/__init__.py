@@ -1,0 +1,1 @@
+"""Prompts and preferences read, rendered to token ids, and paired."""

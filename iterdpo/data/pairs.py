@@ -1,0 +1,256 @@
+"""Preference pairs on disk: a Parquet file that `datasets.load_dataset` opens and TRL's trainers train on.
+
+Columns `prompt`, `chosen` and `rejected` (of unpaired examples `prompt`, `completion` and `label`) are TRL's: text, or
+messages where the prompt is conversational. Beside them are the token ids that the sampler produced and our trainer
+reads, the scores, and how each completion ended.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from iterdpo.run.rundir import sha256_file
+from iterdpo.types import Completion, Message, PreferencePair
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from iterdpo.training.collate import TokenPair
+
+Kind = Literal["pairs", "unpaired"]
+
+TRAIN, HELDOUT = "train.parquet", "heldout.parquet"
+TOKEN_COLUMNS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+SAMPLER_COLUMNS = ("chosen_sampler_logp", "rejected_sampler_logp")
+ABSENT = Completion("", [], [], "stop")  # the side that an unpaired example does not have
+ROW_GROUP = 1000  # rows; what a reader or writer has in memory
+IN_MEMORY = 64 << 20  # bytes of a file up to which a mapped copy is not worth its place
+
+# A loader that guesses would take the JSON files beside the data for data.
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+{data_files}---
+Preference data of iterdpo, in TRL's formats: `prompt`, `chosen`, `rejected`, or `prompt`, `completion`, `label`.
+{summary}
+"""
+
+
+def write_pairs(
+    directory: Path, pairs: Sequence[PreferencePair], *, heldout: Sequence[PreferencePair] = (), summary: str
+) -> None:
+    """Write `train.parquet`, `heldout.parquet` where there are such pairs, and the card that names them."""
+    write_tables(directory / TRAIN, [pairs_table(pairs)])
+    if heldout:
+        write_tables(directory / HELDOUT, [pairs_table(heldout)])
+    write_card(directory, summary)
+
+
+def write_card(directory: Path, summary: str) -> None:
+    """The page that tells loaders which of the directory's files are which split."""
+    data_files = "".join(
+        f"  - split: {split}\n    path: {name}\n"
+        for name, split in ((TRAIN, "train"), (HELDOUT, "test"))
+        if (directory / name).exists()
+    )
+    (directory / "README.md").write_text(CARD.format(data_files=data_files, summary=summary), encoding="utf-8")
+
+
+def write_tables(path: Path, tables: Iterable[pa.Table]) -> None:
+    """Tables of one schema as one Parquet file, in row groups of about a thousand: no more is in memory."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def gathered() -> Iterator[pa.Table]:
+        waiting: list[pa.Table] = []
+        for table in tables:
+            waiting.append(table)
+            if sum(map(len, waiting)) >= ROW_GROUP:
+                yield pa.concat_tables(waiting)
+                waiting = []
+        if waiting:
+            yield pa.concat_tables(waiting)
+
+    groups = gathered()
+    first = next(groups)
+    with pq.ParquetWriter(path, first.schema) as writer:
+        writer.write_table(first)
+        for group in groups:
+            writer.write_table(group)
+
+
+def hold_out(source: Path, directory: Path, count: int, *, seed: int) -> int:
+    """Divide the rows of a file that `write_tables` wrote into training rows and `count` others, chosen by the seed.
+
+    Both keep their order. Returns how many are left to train on. The file is gone afterwards.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(source) as file:
+        held = np.zeros(file.metadata.num_rows, dtype=bool)
+        held[np.random.default_rng(seed).permutation(len(held))[:count]] = True
+
+        def part(mask: np.ndarray) -> Iterator[pa.Table]:
+            begin = 0
+            for number in range(file.num_row_groups):
+                table = file.read_row_group(number)
+                yield table.filter(pa.array(mask[begin : begin + len(table)]))
+                begin += len(table)
+
+        if count:
+            write_tables(directory / TRAIN, part(~held))
+            write_tables(directory / HELDOUT, part(held))
+    if count:
+        source.unlink()
+    else:
+        os.replace(source, directory / TRAIN)
+    return len(held) - count
+
+
+def pairs_table(pairs: Sequence[PreferencePair], kind: Kind = "pairs") -> pa.Table:
+    """A row each, in the columns that are written. Of messages, what is not role or content is not."""
+    import pyarrow as pa
+
+    text, ids = pa.string(), pa.list_(pa.int32())
+    if pairs and pairs[0].prompt.conversational:
+        text = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    if kind == "pairs":
+        columns = {"prompt": text, "chosen": text, "rejected": text, "prompt_id": pa.string()}
+        columns |= {"chosen_score": pa.float64(), "rejected_score": pa.float64()}
+        columns |= {"chosen_finish_reason": pa.string(), "rejected_finish_reason": pa.string()}
+        columns |= dict.fromkeys(SAMPLER_COLUMNS, pa.float64())
+    else:
+        columns = {"prompt": text, "completion": text, "label": pa.bool_(), "prompt_id": pa.string()}
+        columns |= {"finish_reason": pa.string()}
+    schema = pa.schema(columns | dict.fromkeys(TOKEN_COLUMNS, ids))
+    return pa.Table.from_pylist([_row(pair) for pair in pairs], schema)
+
+
+class TokenPairs:
+    """What training needs of a file of pairs, of any size: one pair's token ids at a time, and what orders them.
+
+    A small file is held in memory. Of a large one a copy is made in the directory `cache`, once, and mapped:
+    uncompressed, since training reads it in random order. Processes that open the same file share the copy.
+    """
+
+    prompt_tokens: np.ndarray  # [N] int32, how many
+    chosen_tokens: np.ndarray  # [N] int32, 0 where an unpaired example has no such side
+    rejected_tokens: np.ndarray  # [N] int32
+    groups: np.ndarray  # [N] int64, equal where the prompt_id is, numbered by first appearance
+    sampler_logps: np.ndarray | None  # [N, 2], what the sampler reported of chosen and rejected; None where it did not
+
+    def __init__(self, path: Path, cache: Path) -> None:
+        from iterdpo.training.collate import TokenPair  # imports torch
+
+        self._pair = TokenPair
+        if path.stat().st_size < IN_MEMORY:
+            buffer = io.BytesIO()
+            index = _flatten(path, buffer)
+            self._tokens = np.frombuffer(buffer.getbuffer(), np.int32)
+        else:
+            copy = _copy(path, cache)
+            index = np.load(copy / "index.npy")
+            self._tokens = np.asarray(np.memmap(copy / "tokens.bin", np.int32, "r"))
+        self._starts, self._lengths, self.groups = index[:3], index[3:6].astype(np.int32), index[6]
+        self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = self._lengths
+        self.sampler_logps = _sampler_logps(path)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> TokenPair:
+        starts, lengths = self._starts[:, index], self._lengths[:, index]
+        return self._pair(*(self._tokens[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)))
+
+
+def _sampler_logps(path: Path) -> np.ndarray | None:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        if not set(SAMPLER_COLUMNS) <= set(file.schema_arrow.names):
+            return None
+        logps = [file.read([column])[column].to_numpy() for column in SAMPLER_COLUMNS]
+    found = np.stack(logps, axis=1).astype(np.float64)
+    return None if np.isnan(found).any() else found
+
+
+def _copy(path: Path, cache: Path) -> Path:
+    """The directory of the file's copy, named by its content. The first process makes it while the others wait."""
+    copy = cache / f"{path.stem}-{sha256_file(path)[:16]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / f"{path.stem}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not copy.exists():
+            for old in cache.glob(f"{path.stem}-*"):  # of another content, or cut short
+                shutil.rmtree(old)
+            fresh = Path(tempfile.mkdtemp(prefix=f"{path.stem}-", dir=cache))
+            with open(fresh / "tokens.bin", "wb") as tokens, open(fresh / "index.npy", "wb") as index:
+                np.save(index, _flatten(path, tokens))
+                for file in (tokens, index):
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(fresh, copy)
+    return copy
+
+
+def _flatten(path: Path, tokens: IO[bytes]) -> np.ndarray:
+    """Write all token ids one behind the other, as int32.
+
+    Returns [7, N] int64: where the prompts, chosen and rejected begin, their lengths, and the groups.
+    """
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    parts, end = [], 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(ROW_GROUP, columns=list(TOKEN_COLUMNS)):
+            starts, lengths = [], []
+            for column in TOKEN_COLUMNS:
+                length = pc.list_value_length(batch[column]).to_numpy().astype(np.int64)
+                starts.append(end + np.cumsum(length) - length)
+                lengths.append(length)
+                tokens.write(batch[column].flatten().to_numpy().astype(np.int32))
+                end += int(length.sum())
+            parts.append(np.stack(starts + lengths))  # [6, rows]
+        ids = file.read(["prompt_id"])["prompt_id"].combine_chunks()
+    groups = ids.dictionary_encode().indices.to_numpy().astype(np.int64)
+    return np.concatenate([np.concatenate(parts, axis=1), groups[None]])
+
+
+def _row(pair: PreferencePair) -> dict[str, Any]:
+    """The columns of both kinds; a table takes those that it has."""
+
+    def completion(text: str) -> str | list[Message]:
+        return [{"role": "assistant", "content": text}] if pair.prompt.conversational else text
+
+    label = bool(pair.chosen.token_ids)
+    only = pair.chosen if label else pair.rejected
+    return {
+        "prompt": pair.prompt.content,
+        "chosen": completion(pair.chosen.text),
+        "rejected": completion(pair.rejected.text),
+        "completion": completion(only.text),
+        "label": label,
+        "prompt_id": pair.prompt.id,
+        "chosen_score": pair.chosen_score,
+        "rejected_score": pair.rejected_score,
+        "chosen_finish_reason": pair.chosen.finish_reason,
+        "rejected_finish_reason": pair.rejected.finish_reason,
+        "finish_reason": only.finish_reason,
+        "chosen_sampler_logp": sum(pair.chosen.logprobs) if pair.chosen.logprobs else None,
+        "rejected_sampler_logp": sum(pair.rejected.logprobs) if pair.rejected.logprobs else None,
+        "prompt_token_ids": pair.prompt_ids,
+        "chosen_token_ids": pair.chosen.token_ids,
+        "rejected_token_ids": pair.rejected.token_ids,
+    }

@@ -1,0 +1,1 @@
+"""The judge's contract, judging shard by shard, and statistics of judgments."""

@@ -1,0 +1,186 @@
+"""What a run achieved, in a sentence or a few, from its metrics and its configuration.
+
+The interval of the win rate decides the words: above one half the policy beats the initial one, below it is worse,
+and an interval with one half in it distinguishes nothing, whatever the scores did.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from iterdpo.run.read import Run
+
+JUDGES = {"heldout": "the held-out judge", "train": "the training judge"}
+WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def verdict(run: Run) -> str:
+    """`Three rounds moved the held-out judge's score from 0.29 to 0.72; round 3 beats the initial policy on …`."""
+    if "data" in run.config:
+        return _offline_verdict(run)
+    judge = "heldout" if (run.config.get("evaluation") or {}).get("judge") else "train"
+    planned, metrics = run.config.get("rounds"), run.metrics
+    if metrics.empty:
+        return "Nothing is measured yet: the evaluation of the initial policy has not finished."
+    initial, last = metrics.iloc[0], metrics.iloc[-1]
+    done = int(metrics.index[-1])
+    if done == 0:
+        score = value(initial, f"score/{judge}_judge")
+        scored = f"; the initial policy scores {number(score)} by {JUDGES[judge]}" if score is not None else ""
+        return f"No round is done yet, of {planned} planned{scored}."
+
+    sentences = []
+    if last["gate/decision"] == "stop":
+        sentences.append(f"The gate stopped the run in round {done} of {planned}.")
+    elif planned and done < planned:
+        sentences.append(f"Unfinished: {done} of {planned} rounds done.")
+    promoted = [r for r in metrics.index if r > 0 and metrics.at[r, "gate/decision"] == "promote"]
+    if promoted:
+        final = metrics.loc[promoted[-1]]
+        some = f", {_word(len(promoted))} of them promoted," if len(promoted) < done else ""
+        moved = _movement(initial, final, judge)
+        comparison = _comparison(final, _confidence(run))
+        rounds = f"{_word(done).capitalize()} round{'s' if done > 1 else ''}{some}"
+        if moved:
+            sentences.append(f"{rounds} moved {JUDGES[judge]}'s score {moved}; {comparison}")
+        else:
+            sentences.append(f"{rounds}: {comparison}")
+    else:
+        final = last
+        none = f"None of {_word(done)} rounds was" if done > 1 else "The one round was not"
+        comparison = _comparison(last, _confidence(run))
+        sentences.append(f"{none} promoted: the policy is still the initial one. R{comparison[1:]}")
+
+    high = value(final, "win_rate/vs_initial_high")
+    if judge == "train":
+        sentences.append(
+            "There was no held-out judge: the training judge marked its own work, so this shows that the policy "
+            "learned to please it, and not that it got better."
+        )
+    elif high is not None and high < 0.5 and _rose(initial, final, "score/train_judge"):
+        sentences.append(
+            f"Meanwhile the training judge's score went {_movement(initial, final, 'train')}: "
+            "the policy exploits what that judge gets wrong."
+        )
+    unjudged, completions = value(final, "evaluation/unjudged"), value(final, "evaluation/completions")
+    if unjudged and completions and unjudged > 0.05 * completions:
+        sentences.append(
+            f"{unjudged:,.0f} of {completions:,.0f} held-out completions could not be judged and do not count."
+        )
+    flips = value(last, "judge/flip_rate")
+    if flips is not None and flips >= 0.5:
+        sentences.append(
+            f"The training judge's verdict changed with the order in {percent(flips)} of its comparisons, and a coin's "
+            "would in half of them: it goes by the place of a completion."
+        )
+    return " ".join(sentences)
+
+
+def value(row: pd.Series, key: str) -> float | None:
+    """The metric, or None where it is missing or null."""
+    found = row.get(key)
+    return None if found is None or pd.isna(found) else float(found)
+
+
+def number(x: float) -> str:
+    """Two decimals, or two digits of a small number, or none of a large one: 0.72, 0.0034, 143."""
+    if abs(x) >= 10:
+        return f"{x:,.0f}"
+    return f"{x:.2f}" if abs(x) >= 0.1 or x == 0 else f"{x:.2g}"
+
+
+def percent(x: float) -> str:
+    """`71 %`; with a decimal where rounding would hide on which side of one half (or short of all or none) it is."""
+    digits = 1 if any(0 < abs(x - edge) < 0.01 for edge in (0, 0.5, 1)) else 0
+    return f"{100 * x:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def count(x: float) -> str:
+    return f"{x:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def nats(x: float) -> str:
+    """Two digits: 14, 4.1, 0.034; more than an estimate of KL deserves would mislead."""
+    return f"{x:,.0f}" if abs(x) >= 10 else f"{x:.2g}"
+
+
+def _comparison(row: pd.Series, confidence: float) -> str:
+    """`round 3 beats the initial policy on 71 % of held-out prompts (95 % interval 65 to 77 %), at 14 nats of KL.`."""
+    rate, low, high = (value(row, f"win_rate/vs_initial{end}") for end in ("", "_low", "_high"))
+    kl = value(row, "kl/to_initial")
+    subject, distance = f"round {row.name}", f", at {nats(kl)} nats of KL" if kl is not None else ""
+    if rate is None:
+        return f"{subject} was not compared with the initial policy{distance}."
+    where = f"{percent(rate)} of held-out prompts"
+    if low is None or high is None:
+        return f"{subject} wins on {where}, without an interval{distance}."
+    interval = f"({percent(confidence)} interval {_range(low, high)}){distance}."
+    if low > 0.5:
+        return f"{subject} beats the initial policy on {where} {interval}"
+    if high < 0.5:
+        return f"{subject} is worse than the initial policy and wins on only {where} {interval}"
+    return f"{subject} is not distinguishable from the initial policy, with wins on {where} {interval}"
+
+
+def _offline_verdict(run: Run) -> str:
+    if run.metrics.empty:
+        return "The offline round is not done yet."
+    row = run.metrics.iloc[-1]
+    kept = value(row, "pairs/kept")
+    start = f"One offline round{f' on {kept:,.0f} pairs' if kept else ''}"
+    heldout, training = value(row, "eval_rewards/accuracies"), value(row, "rewards/accuracies")
+    if heldout is not None:
+        n = run.config["data"].get("heldout") or 0
+        interval = _wilson(heldout, n) if n else (0.0, 1.0)
+        words = (
+            "which is not distinguishable from chance" if interval[0] <= 0.5 <= interval[1] else "where chance is half"
+        )
+        shown = f" ({percent(0.95)} interval {_range(*interval)})" if n else ""
+        return (
+            f"{start}: the implicit reward prefers the chosen completion in {percent(heldout)} "
+            f"of {f'{n:,} ' if n else ''}held-out pairs{shown}, {words}."
+        )
+    if training is not None:
+        return (
+            f"{start}: while training, the implicit reward preferred the chosen completion in {percent(training)} of "
+            "the pairs. None were held out, so nothing is known of other pairs."
+        )
+    return f"{start} is done; it left no accuracies."
+
+
+def _movement(initial: pd.Series, final: pd.Series, judge: str) -> str | None:
+    before, after = value(initial, f"score/{judge}_judge"), value(final, f"score/{judge}_judge")
+    return None if before is None or after is None else f"from {number(before)} to {number(after)}"
+
+
+def _rose(initial: pd.Series, final: pd.Series, key: str) -> bool:
+    before, after = value(initial, key), value(final, key)
+    return before is not None and after is not None and after > before
+
+
+def _range(low: float, high: float) -> str:
+    return f"{percent(low)[:-2]} to {percent(high)}"
+
+
+def _wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share observed in n independent cases."""
+    centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+def _confidence(run: Run) -> float:
+    evaluation: dict[str, Any] = run.config.get("evaluation") or {}
+    return evaluation.get("confidence", 0.95)
+
+
+def _word(n: int) -> str:
+    return WORDS[n] if n < len(WORDS) else str(n)

@@ -1,0 +1,51 @@
+"""Floating-point operations of a batch, and what the device can do, for the model FLOPs utilisation (MFU)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from iterdpo.training.collate import Batch
+
+
+def forward_flops(model: Any, batch: Batch) -> float:
+    """Multiplications and additions of a forward pass over the batch's tokens, padding left out.
+
+    Two for each weight of a matrix and token (PaLM, arXiv:2204.02311, appendix B), the output head's at completion
+    positions only, and 4 H d for each query and key that attention brings together in each layer. Of a mixture of
+    experts all experts count, which is too many.
+    """
+    config = model.config.get_text_config()
+    embeddings = {id(model.get_input_embeddings().weight)}
+    head = model.get_output_embeddings().weight
+    matrices = sum(weights(p) for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings and p is not head)
+    heads = getattr(config, "num_attention_heads", 0) or 0
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
+    attention = 4 * width * getattr(config, "num_hidden_layers", 0) * batch.seen
+    return 2.0 * matrices * batch.tokens + 2.0 * head.shape[0] * head.shape[1] * len(batch.targets) + attention
+
+
+def weights(parameter: Any) -> int:
+    """How many, also of a matrix in 4 bits, in which two share a byte."""
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
+    """FLOP/s of square matrix products on `device`, the best of several: what MFU is measured against."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        _synchronize(device)
+        started = time.perf_counter()
+        a @ b
+        _synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

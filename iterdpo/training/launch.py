@@ -1,0 +1,178 @@
+"""Starts a training process (`train.py`) under `accelerate launch`, and follows it. Does not import torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from iterdpo.config import DPOConfig
+from iterdpo.errors import ChildFailed, ConfigError
+from iterdpo.run import supervise
+from iterdpo.run.rundir import read_json, write_json
+
+TRAIN_LOG = "train_log.jsonl"
+OPTIMIZER_STATE = "optimizer.pt"
+MALLOC = {"hugetlb": 1, "trim_threshold": 16 << 30, "mmap_threshold": 32 << 20, "top_pad": 64 << 20}
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """What a training process is told. Paths are absolute; `dpo` holds the fields of `DPOConfig`.
+
+    `reference` is None where it is the policy itself. `reference_inputs` key the stored log-probabilities; `attic` is
+    where such that were made with other inputs go (None refuses). `optimizer` is the state to go on from.
+    `pairs_cache` takes what makes large files of pairs quick to read. `name` is the round's, for trackers.
+    """
+
+    name: str
+
+    policy: str
+    reference: str | None
+    pairs: str
+    eval_pairs: str | None
+    output: str
+    reference_output: str
+    attic: str | None
+    reference_inputs: dict[str, Any]
+    dpo: dict[str, Any]
+    seed: int
+    pairs_cache: str
+    tracker_dir: str
+    optimizer: str | None = None
+    trust_remote_code: bool = False
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @staticmethod
+    def read(path: Path) -> TrainSpec:
+        return TrainSpec(**read_json(path))
+
+
+def check_training(dpo: DPOConfig) -> None:
+    """What of a training configuration this machine does not have, said before anything is loaded.
+
+    Raises:
+        ConfigError: naming the key and the remedy.
+    """
+    needed = [(str(tracker), "dpo.trackers") for tracker in dpo.trackers]
+    if dpo.adapter is not None and dpo.adapter.quantize == "nf4":
+        needed.append(("bitsandbytes", "dpo.adapter.quantize"))
+        if not visible_gpus():
+            raise ConfigError("dpo.adapter.quantize = 'nf4' needs a GPU, and there is none; set it to none")
+    for package, key in needed:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{key}: the package {package!r} is not installed; run: pip install {package}")
+    if dpo.accelerate_config is not None:
+        path = Path(dpo.accelerate_config)
+        if not path.is_file():
+            raise ConfigError(f"dpo.accelerate_config = {dpo.accelerate_config!r}: no such file")
+        processes = yaml.safe_load(path.read_text()).get("num_processes", 1)
+        if processes != dpo.processes:
+            raise ConfigError(
+                f"{path}: num_processes is {processes} and dpo.processes {dpo.processes}; set both to the number of GPUs"
+            )
+
+
+def launch_training(
+    spec: TrainSpec,
+    *,
+    spec_path: Path,
+    log: Path,
+    on_step: Callable[[dict[str, Any]], None],
+    reserved: Sequence[int] = (),
+) -> None:
+    """Run the round in a process of its own, and return when its policy is written. It dies with this process.
+
+    `reserved` are descriptors of `supervise.reserve`. `on_step` gets each line of the training log soon after it is
+    written; those of an earlier start come first.
+
+    Raises:
+        ChildFailed: with the end of its log.
+    """
+    spec.write(spec_path)
+    steps = Path(spec.output) / TRAIN_LOG
+    seen = 0
+    with supervise.start(
+        command(spec, spec_path), log=log, env=environment(processes=spec.dpo["processes"]), reserved=reserved
+    ) as child:
+        while True:
+            status = child.poll()
+            lines = steps.read_text().splitlines(keepends=True) if steps.exists() else []
+            for line in lines[seen:]:
+                if line.endswith("\n"):
+                    on_step(json.loads(line))
+                    seen += 1
+            if status is not None:
+                break
+            time.sleep(0.2)
+        if status != 0:
+            raise ChildFailed(f"training failed (status {status})\n{child.log_tail()}\nThe whole log: {log}")
+    for left in Path(spec.output).glob("checkpoint-*"):
+        shutil.rmtree(left)
+
+
+def command(spec: TrainSpec, spec_path: Path) -> list[str]:
+    """`accelerate launch` of the trainer.
+
+    On CPUs alone accelerate starts processes that each believe to be the only one; torchrun does it right there.
+    """
+    processes, module = spec.dpo["processes"], ["-m", "iterdpo.training.train", str(spec_path)]
+    if processes > 1 and not visible_gpus() and spec.dpo["accelerate_config"] is None:
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *module]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    if spec.dpo["accelerate_config"] is not None:
+        return [*launch, "--config_file", spec.dpo["accelerate_config"], *module]
+    options = [
+        f"--num_processes={processes}",
+        "--num_machines=1",
+        "--mixed_precision=no",  # the trainer's own autocast
+        "--dynamo_backend=no",
+        f"--num_cpu_threads_per_process={threads(processes)}",
+    ]
+    if processes > 1:
+        options.append("--multi_gpu")
+    elif not visible_gpus():
+        options.append("--cpu")
+    return [*launch, *options, *module]
+
+
+def environment(*, processes: int) -> dict[str, str]:
+    """Settings of the machine that matter, found by profiling."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads(processes)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        # A step frees and takes hundreds of MB. By default glibc hands them back to the kernel and faults them in again,
+        # page by page. Blocks below glibc's largest threshold, 32 MiB, are kept; larger ones are mapped, in huge pages,
+        # so that the heap does not fragment.
+        "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items()),
+        # A thread that waits for the others spins. Where anything else runs on its core, that costs many times what it
+        # saves: let it sleep soon.
+        "GOMP_SPINCOUNT": "10000",
+    }
+
+
+def threads(processes: int) -> int:
+    """Threads of each training process: the cores that this process may use, shared out."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+def visible_gpus() -> list[str]:
+    """Names of the NVIDIA GPUs that a child will see (`["0", "1"]`, or UUIDs), without importing torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [part.strip() for part in chosen.split(",") if part.strip() not in ("", "-1")]
+    count = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return [str(number) for number in range(count)]

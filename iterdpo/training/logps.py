@@ -1,0 +1,299 @@
+"""Log-probabilities of completions under a causal language model."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from iterdpo.training import attention
+from iterdpo.training.collate import Batch, Tree, collate
+from iterdpo.training.models import load_policy
+
+CHUNK_ELEMENTS = 1 << 23  # logits in memory at once: 32 MiB in float32
+
+Way = Literal["shared", "rows", "plain"]
+
+log = logging.getLogger(__name__)
+
+
+class CompletionLogps(NamedTuple):
+    """Sums over each completion's tokens, in nats."""
+
+    logps: Tensor  # [branches], with gradient
+    alignment: Tensor | None  # [branches], of log pi(y_t) - log sum_v pi(v)^2, without gradient; WPO weighs by it
+
+
+class Scorer(torch.nn.Module):
+    """A causal language model that gives log-probabilities of completions. What is wrapped for several processes.
+
+    Three ways lead to the same numbers; `fastest_way` finds the first that holds for a model:
+
+        shared   one row of trees, logits at completion positions only, in chunks
+        rows     a row a completion, logits as before
+        plain    a row a completion, the model's own logits from the first completion position on
+    """
+
+    def __init__(self, model: Any, way: Way = "plain") -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config  # DeepSpeed looks for it
+        self._no_split_modules = self.causal._no_split_modules  # FSDP wraps these
+        if self.causal.config._attn_implementation != attention.TREE:
+            self.causal._own_attention = self.causal.config._attn_implementation
+        self.own_attention = self.causal._own_attention
+        self.use(way)
+        _cast_once(model)
+
+    @property
+    def causal(self) -> Any:
+        """The transformers model, within its adapter where it has one."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    def use(self, way: Way) -> None:
+        """Take this way from now on."""
+        self.way = way
+        if way == "shared":
+            attention.register()
+        wanted = attention.TREE if way == "shared" else self.own_attention
+        if self.causal.config._attn_implementation != wanted:
+            self.causal.set_attn_implementation(wanted)
+
+    def collate(self, trees: Sequence[Tree]) -> Batch:
+        return collate(trees, shared=self.way == "shared").to(self.causal.device)
+
+    def forward(self, batch: Batch, *, aligned: bool = False) -> CompletionLogps:
+        """Log pi(y|x) of the batch's branches; with `aligned` what WPO weighs by."""
+        width = batch.input_ids.shape[1]
+        if self.way == "plain":
+            first = int((batch.sources % width).min())
+            logits = self.causal(input_ids=batch.input_ids, use_cache=False, logits_to_keep=width - first).logits
+            first = width - logits.shape[1]  # a model may return all logits, whatever it was asked
+            picked = logits[batch.sources // width, batch.sources % width - first]  # [M, V]
+            token_logps, log_square = _picked_logps(picked, batch.targets, aligned)
+        else:
+            arguments = {}
+            if batch.layout is not None:
+                attention.use_layout(batch.layout)
+                arguments["position_ids"] = batch.position_ids
+            hidden = self.causal.base_model(input_ids=batch.input_ids, use_cache=False, **arguments)[0]
+            picked = hidden.flatten(0, 1).index_select(0, batch.sources)  # [M, D]
+            token_logps, log_square = _chunked_logps(self.causal, picked, batch.targets, aligned)
+        zeros = torch.zeros(batch.branches, device=token_logps.device)
+        alignment = zeros.index_add(0, batch.branch, token_logps.detach() - log_square) if aligned else None
+        return CompletionLogps(zeros.index_add(0, batch.branch, token_logps), alignment)
+
+
+def _cast_once(model: Any) -> None:
+    """Under autocast every matrix casts its own input: let those that read the same tensor share one copy."""
+    if getattr(model, "_casts_once", False):
+        return
+    model._casts_once = True
+    last: tuple[Any, int, Tensor] | None = None
+
+    def cast(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal last
+        x, *rest = inputs
+        device = x.device.type
+        if x.dtype != torch.float32 or not torch.is_autocast_enabled(device) or not torch.is_grad_enabled():
+            return None
+        if last is None or last[0]() is not x or last[1] != x._version:  # another tensor, or changed in place
+            last = (weakref.ref(x), x._version, x.to(torch.get_autocast_dtype(device)))
+        return (last[2], *rest)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(cast)
+
+
+def _picked_logps(logits: Tensor, targets: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
+    """Log p(target) [M] and, where asked, log sum_v p(v)^2 [M], from logits [M, V]."""
+    logps = logits.float().log_softmax(dim=-1)
+    log_square = (2 * logps.detach()).logsumexp(dim=-1) if squares else logps.new_zeros(())
+    return logps.gather(1, targets.unsqueeze(1)).squeeze(1), log_square
+
+
+def _chunked_logps(causal: Any, hidden: Tensor, targets: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
+    """As `_picked_logps`, from hidden states [M, D], with the logits of a few positions in memory at a time."""
+    head, config = causal.get_output_embeddings(), causal.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    chunk = max(16, CHUNK_ELEMENTS // config.vocab_size)
+    if type(head) is torch.nn.Linear:
+        return _Head.apply(hidden, head.weight, head.bias, targets, chunk, scale, softcap, squares)
+
+    def some(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(rows).float() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return _picked_logps(logits, wanted, squares)
+
+    found = [
+        checkpoint(some, *part, use_reentrant=False)
+        for part in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    logps, log_squares = zip(*found, strict=True)
+    return torch.cat(logps), torch.cat(log_squares) if squares else log_squares[0]
+
+
+class _Head(torch.autograd.Function):
+    """The output head's log-probabilities of targets. Logits exist for a chunk at a time, and again in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [M, D]
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [M]
+        chunk: int,
+        scale: float,
+        softcap: float | None,
+        squares: bool,
+    ) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        rows, matrix = hidden.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(rows, matrix, bias, targets)
+        ctx.settings = (chunk, scale, softcap, hidden.dtype, weight.dtype)
+        logps, log_squares = [], []
+        small = max(1, chunk // 4)  # in float32 here, and twice
+        for part, wanted in zip(rows.split(small), targets.split(small), strict=True):
+            logits, _ = _logits(part, matrix, bias, scale, softcap)
+            found, log_square = _picked_logps(logits, wanted, squares)
+            logps.append(found)
+            log_squares.append(log_square)
+        log_square = torch.cat(log_squares) if squares else log_squares[0]
+        ctx.mark_non_differentiable(log_square)
+        return torch.cat(logps), log_square
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # gradient [M]
+        rows, matrix, bias, targets = ctx.saved_tensors
+        chunk, scale, softcap, hidden_dtype, weight_dtype = ctx.settings
+        for_rows, for_weight, for_bias = [], None, None
+        for part, wanted, g in zip(rows.split(chunk), targets.split(chunk), gradient.split(chunk), strict=True):
+            logits, slope = _logits(part, matrix, bias, scale, softcap)
+            change = logits.softmax(dim=-1).mul_(-g.to(logits.dtype).unsqueeze(1))  # d logp / d logits is 1[v = y] - p
+            change.scatter_add_(1, wanted.unsqueeze(1), g.to(logits.dtype).unsqueeze(1))
+            if slope is not None:
+                change *= slope
+            if scale != 1.0:
+                change *= scale
+            for_rows.append(change @ matrix)
+            if ctx.needs_input_grad[1]:
+                product = change.T @ part
+                for_weight = product.to(weight_dtype) if for_weight is None else for_weight.add_(product)
+            if bias is not None and ctx.needs_input_grad[2]:
+                total = change.sum(dim=0, dtype=bias.dtype)
+                for_bias = total if for_bias is None else for_bias + total
+        return torch.cat(for_rows).to(hidden_dtype), for_weight, for_bias, *[None] * 5
+
+
+def _logits(
+    rows: Tensor, matrix: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [m, V], and the slope of the soft cap where there is one."""
+    logits, slope = rows @ matrix.T, None
+    if bias is not None:
+        logits += bias
+    if scale != 1.0:
+        logits *= scale
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_()
+        slope = 1 - logits.square()
+        logits *= softcap
+    return logits, slope
+
+
+def fastest_way(model: Any, trees: Sequence[Tree], *, allowed: Sequence[Way] = ("shared", "rows")) -> Way:
+    """The first of the `allowed` ways, or else `plain`, that gives the model's own log-probabilities of `trees`.
+
+    It is logged why one that comes before was not taken. Tried on beginnings of the trees, without autocast.
+    """
+    trees = [Tree(tree.prompt[-64:], [branch[:32] for branch in tree.branches]) for tree in trees]
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.03  # nats a token
+    scorer = Scorer(model)
+    training = model.training
+    model.eval()
+    taken: Way = "plain"
+    with torch.no_grad():
+        expected = scorer(scorer.collate(trees)).logps
+        tokens = torch.tensor([len(branch) for tree in trees for branch in tree.branches], device=expected.device)
+        for way in allowed:
+            try:
+                scorer.use(way)
+                gap = float(((scorer(scorer.collate(trees)).logps - expected).abs() / tokens).max())
+                reason = f"its log-probabilities are off by up to {gap:.3g} nats a token" if gap > tolerance else None
+                if reason is None and way == "shared":
+                    reason = _unseen_windows(scorer.causal.config)
+                if reason is None:
+                    taken = way
+                    break
+            except Exception as error:  # whatever a model does not take is a reason to go another way
+                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+            log.warning("%s: not the way %r: %s", type(scorer.causal).__name__, way, reason)
+    scorer.use("plain")
+    model.train(training)
+    return taken
+
+
+def _unseen_windows(config: Any) -> str | None:
+    """Why the trees' masks are not the model's on longer rows than were tried; None where they are."""
+    config = config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    other = set(kinds or []) - {"full_attention", "sliding_attention"}
+    if other:
+        return f"it has layers of {', '.join(sorted(other))}"
+    window = getattr(config, "sliding_window", None)
+    if kinds is None:
+        kinds = ["sliding_attention"] * (config.num_hidden_layers if window else 0)
+    expected = kinds.count("sliding_attention") if window else 0
+    found = sum(seen is not None for seen in attention.windows)
+    return None if found == expected else f"{found} of its layers have a sliding window and {expected} should"
+
+
+def completion_logps(model: Any, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
+    """Log pi(y|x) of each row in nats, summed over the completion's tokens: [R]. The plain way."""
+    scorer = Scorer(model)
+    return scorer(scorer.collate([Tree(p, [c]) for p, c in zip(prompts, completions, strict=True)])).logps
+
+
+def score_completions(
+    policy: str | Path | torch.nn.Module,
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    *,
+    precision: str = "bf16",
+    rows_per_batch: int = 32,
+    trust_remote_code: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Log pi(y|x) in nats of each completion under `policy`, in the order given. Rows of similar length share a batch.
+
+    A checkpoint is loaded, on a GPU where there is one, and freed. A model is moved there, and left.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(policy, torch.nn.Module):
+        policy = load_policy(policy, trust_remote_code=trust_remote_code)
+    model = policy.to(device).eval()
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]) + len(completions[i]), i))
+    scores = [0.0] * len(prompts)
+    for start in range(0, len(order), rows_per_batch):
+        rows = order[start : start + rows_per_batch]
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            logps = completion_logps(model, [prompts[i] for i in rows], [completions[i] for i in rows])
+        for i, logp in zip(rows, logps.tolist(), strict=True):
+            scores[i] = logp
+        if on_progress is not None:
+            on_progress(start + len(rows))
+    del policy, model
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return scores

@@ -1,0 +1,106 @@
+"""Checkpoints and adapters as models to train and to score with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iterdpo.run.rundir import read_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+DROPOUTS = (
+    *("attention_dropout", "attn_pdrop", "attn_dropout", "embd_pdrop", "embedding_dropout", "embed_dropout"),
+    *("resid_pdrop", "residual_dropout", "hidden_dropout", "ffn_dropout", "activation_dropout", "dropout"),
+)
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+    quantize: str = "none",
+    trainable: bool = False,
+) -> Any:
+    """A checkpoint, or an adapter with its base, without dropout: preferences are learnt, and compared, without noise.
+
+    `dtype` is that of a checkpoint's weights; an adapter's own are float32. `trainable`: an adapter goes on training.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a line of progress is ours to draw
+    if (base := adapter_base(path)) is not None:
+        from peft import PeftModel
+
+        model = load_policy(base, trust_remote_code=trust_remote_code, dtype=dtype, quantize=quantize)
+        return PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    for section in (config, config.get_text_config()):
+        for name in DROPOUTS:
+            if getattr(section, name, None):
+                setattr(section, name, 0.0)
+    options: dict[str, Any] = {}
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        options["attn_implementation"] = "eager"  # sdpa would leave the soft cap out (Gemma 2)
+    if quantize == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+    )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def adapter_base(path: str | Path) -> str | None:
+    """The checkpoint that an adapter in `path` belongs to; None where there is a whole checkpoint."""
+    config = Path(path) / ADAPTER_CONFIG
+    return read_json(config)["base_model_name_or_path"] if config.exists() else None
+
+
+def with_new_adapter(model: Any, *, r: int, alpha: int, target_modules: str | list[str], quantize: str) -> Any:
+    """`model` with a LoRA adapter that changes nothing yet (its second matrix is zero); the rest is frozen."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if quantize != "none":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    adapter = LoraConfig(r=r, lora_alpha=alpha, target_modules=target_modules, lora_dropout=0.0, task_type="CAUSAL_LM")
+    return get_peft_model(model, adapter)
+
+
+def average_checkpoints(first: Path, second: Path, *, decay: float, output: Path) -> None:
+    """Write decay * first + (1 - decay) * second, tensor by tensor in float32, with the rest of `second`'s files."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    for file in second.iterdir():
+        if (
+            file.is_file()
+            and file.suffix != ".pt"
+            and file.name not in ("MANIFEST.json", "train_log.jsonl", "train.json")
+        ):
+            (output / file.name).unlink(missing_ok=True)
+            shutil.copy(file, output / file.name)
+    where = {}
+    for file in sorted(first.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            where.update(dict.fromkeys(weights.keys(), file))
+    for file in sorted(second.glob("*.safetensors")):
+        mixed = {}
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # not a dictionary
+                new = weights.get_tensor(name)
+                with safe_open(where[name], "pt") as other:
+                    old = other.get_tensor(name)
+                mixed[name] = torch.lerp(new.float(), old.float(), decay).to(new.dtype)
+        save_file(mixed, output / file.name, metadata={"format": "pt"})

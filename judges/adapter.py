@@ -1,0 +1,333 @@
+"""Turns what people write into a `Judge`. What a callable is, its parameter names say:
+
+| it names                          | it is called                                           | it returns               |
+| --------------------------------- | ------------------------------------------------------ | ------------------------ |
+| `groups`                          | once, with a list of `CompletionGroup`                 | a list of `Judgment`     |
+| `completions` or `completion_ids` | once, as TRL's GRPOTrainer calls a reward function     | a list of scores         |
+| `completion`                      | for each completion                                    | its score                |
+| `a` and `b`                       | for each two completions of a prompt, in both orders   | "a", "b", "tie", or None |
+| none of these                     | once, with the configuration's `args`: it is a factory | one of the above         |
+
+A class is made with the `args`, and its method `judge`, `score`, `compare` or `__call__` (the first that it has)
+is read by the same table; a function receives the `args` as keyword arguments. Any of them may be a coroutine
+function: then up to 16 calls run at once (or as many as its attribute `concurrency` says), all in one event loop that
+lives as long as the judge, so that a client of httpx may be made in the constructor, and one of aiohttp at the first
+call.
+
+`prompt` is the plain text, or the list of messages; `completion`, `a` and `b` are always texts. `messages` is the prompt
+as messages in any case, `prompt_id` its id; of `completion` there are `token_count` and `finish_reason`, of a comparison
+`a_token_count`, `b_token_count`, `a_finish_reason` and `b_finish_reason`. Any other parameter receives the column of that
+name from the prompt's row (`gold`, say); `**columns` receives them all.
+
+A score is a number, higher is better. None, NaN, an infinity, a string, and an exception are abstentions; they
+are never turned into numbers. A comparison that comes out differently in the two orders is a tie.
+
+An object's `close`, where it has one, is called whenever another stage needs the device; it may be asked again later.
+Its `begin_stage` is called when a stage begins. Both may be coroutine functions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import difflib
+import functools
+import inspect
+import itertools
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from iterdpo.errors import JudgeError
+from iterdpo.judging.judge import Judge, judgment_from_scores
+from iterdpo.types import Comparison, Completion, CompletionGroup, Judgment, Prompt
+from judges.schedules import judgment_from_comparisons
+
+Kind = Literal["groups", "batch", "score", "compare"]
+Bound = functools.partial[Any]
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+CONCURRENCY = 16
+METHODS = ("judge", "score", "compare")
+"""Of an object: the first that it has judges, and otherwise the object itself."""
+FACTS = (
+    *("messages", "prompt_id", "token_count", "finish_reason"),
+    *("a_token_count", "b_token_count", "a_finish_reason", "b_finish_reason"),
+)
+"""What a function may ask for beside the texts, where the row has no column of that name."""
+SHAPES = (
+    "`prompt, completion` to score one completion, `prompt, a, b` to compare two, `prompts, completions` for a "
+    "TRL reward function, `groups` for the whole protocol"
+)
+VERDICTS: dict[str, Literal["first", "second", "tie"]] = {"a": "first", "b": "second", "tie": "tie"}
+
+
+class Abstention(str):
+    """Why there is no score: `Abstention("TimeoutError: 30 s")` stands where a raw score would."""
+
+
+def adapt(made: Any, *, name: str, version: str = "", args: Mapping[str, Any] | None = None) -> Judge:
+    """`made`, a function, class or object of the table above, as a judge.
+
+    Raises:
+        JudgeError: it fits no row of the table, or does not accept `args`.
+    """
+    owner, function, kind = _entry(made, dict(args or {}), name)
+    return CustomJudge(name, version, kind, function, owner)
+
+
+@dataclass(eq=False)
+class CustomJudge:
+    """A user's judge. Made by `adapt`."""
+
+    name: str
+    version: str
+    kind: Kind
+    function: Bound
+    owner: Any
+
+    def __post_init__(self) -> None:
+        self._runner = asyncio.Runner()
+        weakref.finalize(self, self._runner.close).atexit = False  # a thread may still be judging then
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return self._runner.run(coroutine, context=contextvars.copy_context())
+
+    @property
+    def comparative(self) -> bool:
+        return self.kind == "compare" or bool(getattr(self.owner, "comparative", False))
+
+    @property
+    def needs_device(self) -> bool:
+        return bool(getattr(self.owner, "needs_device", True))
+
+    def usage(self) -> dict[str, float]:
+        """The `usage` of the user's object, where it has one."""
+        return self.owner.usage() if callable(getattr(self.owner, "usage", None)) else {}
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        match self.kind:
+            case "groups":
+                judged = self.function(groups=groups)
+                return self._run(judged) if inspect.iscoroutine(judged) else judged
+            case "batch":
+                return _judge_batch(self.function, groups, self._run, self.name)
+            case "score":
+                return _judge_scores(self.function, groups, self._run)
+            case "compare":
+                return _judge_comparisons(self.function, groups, self._run)
+
+    def begin_stage(self) -> None:
+        self._tell("begin_stage")
+
+    def close(self) -> None:
+        self._tell("close")
+
+    def _tell(self, what: str) -> None:
+        """Call the method `what` of the user's object, where it has one; no coroutine while a thread still judges."""
+        if callable(told := getattr(self.owner, what, None)) and inspect.iscoroutine(said := told()):
+            if self._runner.get_loop().is_running():
+                said.close()
+            else:
+                self._run(said)
+
+
+def judgment_from_outcomes(group: CompletionGroup, outcomes: Sequence[object]) -> Judgment:
+    """`judgment_from_scores`, where an `Abstention` among the raw scores gives its own reason."""
+    judgment = judgment_from_scores(group, outcomes)
+    own = [str(o) if isinstance(o, Abstention) else None for o in outcomes]
+    return replace(judgment, abstentions=[a or b for a, b in zip(own, judgment.abstentions, strict=True)])
+
+
+def check_signature(
+    signature: inspect.Signature, args: Mapping[str, Any], name: str, *, constructor: bool
+) -> Kind | None:
+    """What a callable with this signature is; None for a class or a factory.
+
+    Raises:
+        JudgeError: it fits no row of the table, lacks an argument, or does not know one of `args`.
+    """
+    parameters = signature.parameters.values()
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    missing = [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in args]
+    kind = None if constructor else kind_of(known)
+    if kind is None and missing:
+        if constructor:
+            raise JudgeError(f"judge {name!r}: missing argument {missing[0]!r}; give it under `args`")
+        raise JudgeError(
+            f"judge {name!r}: its parameters ({', '.join(known)}) name no kind of judge. Call them {SHAPES}; or, "
+            f"if it is a factory, give {', '.join(missing)} under `args`"
+        )
+    unknown = [arg for arg in args if arg not in known]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise JudgeError(f"judge {name!r}: unknown argument {unknown[0]!r}; {nearest(unknown[0], known, 'it accepts')}")
+    return kind
+
+
+def kind_of(parameters: Iterable[str]) -> Kind | None:
+    names = set(parameters)
+    if "groups" in names:
+        return "groups"
+    if names & {"completions", "completion_ids"}:
+        return "batch"
+    if "completion" in names:
+        return "score"
+    return "compare" if {"a", "b"} <= names else None
+
+
+def nearest(wrong: str, known: Iterable[str], listing: str) -> str:
+    """`did you mean 'x'?`, or all that is known, led by `listing`."""
+    known = list(known)
+    near = difflib.get_close_matches(wrong, known, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return f"{listing}: {', '.join(known) or 'nothing'}"
+
+
+def _entry(made: Any, args: dict[str, Any], name: str, *, produced: bool = False) -> tuple[Any, Bound, Kind]:
+    """What to call for a judgment, its owner, and its kind."""
+    if inspect.isclass(made):
+        check_signature(inspect.signature(made), args, name, constructor=True)
+        made, args, produced = made(**args), {}, True
+    methods = (getattr(made, method, None) for method in METHODS)
+    function = next((m for m in methods if callable(m)), made)
+    if not callable(function):
+        raise JudgeError(
+            f"judge {name!r}: a {type(made).__name__} is no judge; it must be a function with the parameters {SHAPES}, "
+            "or a class with a method `score`, `compare` or `judge` that has them"
+        )
+    signature = inspect.signature(function)
+    kind = check_signature(signature, args, name, constructor=False)
+    if kind is not None:
+        return made, functools.partial(function, **args), kind
+    if produced:
+        raise JudgeError(
+            f"judge {name!r}: what it makes has the parameters ({', '.join(signature.parameters)}), which name no kind "
+            f"of judge. Call them {SHAPES}"
+        )
+    return _entry(function(**args), {}, name, produced=True)
+
+
+def _judge_scores(function: Bound, groups: Sequence[CompletionGroup], run: Run) -> list[Judgment]:
+    wants = inspect.signature(function.func).parameters
+    calls = [
+        {**_facts(wants, g.prompt, c), **g.prompt.columns, "prompt": g.prompt.content, "completion": c.text}
+        for g in groups
+        for c in g.completions
+    ]
+    return _split(groups, _call_all(function, calls, run))
+
+
+def _judge_comparisons(function: Bound, groups: Sequence[CompletionGroup], run: Run) -> list[Judgment]:
+    orders = [list(itertools.permutations(range(len(g.completions)), 2)) for g in groups]
+    wants = inspect.signature(function.func).parameters
+    calls = [
+        {
+            **_facts(wants, g.prompt, a_=g.completions[i], b_=g.completions[j]),
+            **g.prompt.columns,
+            "prompt": g.prompt.content,
+            "a": g.completions[i].text,
+            "b": g.completions[j].text,
+        }
+        for g, pairs in zip(groups, orders, strict=True)
+        for i, j in pairs
+    ]
+    verdicts = iter(_call_all(function, calls, run))
+    return [
+        judgment_from_comparisons(g, [_comparison(i, j, next(verdicts)) for i, j in pairs])
+        for g, pairs in zip(groups, orders, strict=True)
+    ]
+
+
+def _facts(
+    wants: Iterable[str], prompt: Prompt, completion: Completion | None = None, **named: Completion
+) -> dict[str, Any]:
+    """Those of `FACTS` that a function names. `**columns` alone gets none of them."""
+    facts: dict[str, Any] = {"messages": prompt.messages, "prompt_id": prompt.id}
+    for prefix, c in {**({"": completion} if completion else {}), **named}.items():
+        facts |= {f"{prefix}token_count": len(c.token_ids), f"{prefix}finish_reason": c.finish_reason}
+    return {name: value for name, value in facts.items() if name in wants}
+
+
+def _comparison(first: int, second: int, verdict: object) -> Comparison:
+    if isinstance(verdict, Abstention):
+        return Comparison(first, second, None, str(verdict))
+    if isinstance(verdict, str) and verdict in VERDICTS:
+        return Comparison(first, second, VERDICTS[verdict])
+    said = "None" if verdict is None else f"{str(verdict)[:80]!r}, not 'a', 'b', 'tie' or None"
+    return Comparison(first, second, None, f"the judge returned {said}")
+
+
+def _judge_batch(function: Bound, groups: Sequence[CompletionGroup], run: Run, name: str) -> list[Judgment]:
+    """One call for all completions, with the keyword arguments that GRPOTrainer of TRL 1.16 passes."""
+    rows = [(g.prompt, c) for g in groups for c in g.completions]
+    if not rows:
+        return _split(groups, [])
+    columns = {column: [p.columns.get(column) for p, _ in rows] for g in groups for column in g.prompt.columns}
+    call = {
+        **columns,
+        "prompts": [p.content for p, _ in rows],
+        "completions": [[{"role": "assistant", "content": c.text}] if p.conversational else c.text for p, c in rows],
+        "completion_ids": [c.token_ids for _, c in rows],
+        "trainer_state": SimpleNamespace(global_step=0, max_steps=0, epoch=0.0),  # as before the first step
+        "log_extra": lambda column, values: None,
+        "log_metric": lambda metric, value: None,
+    }
+    [returned] = _call_all(function, [call], run)
+    if isinstance(returned, Abstention):
+        return _split(groups, [returned] * len(rows))
+    try:
+        scores = list(returned)
+    except TypeError:
+        raise JudgeError(
+            f"judge {name!r} returned {'nothing' if returned is None else f'a {type(returned).__name__}'} for "
+            f"{len(rows)} completions; it must return a list with a score for each (None abstains)"
+        ) from None
+    if len(scores) != len(rows):
+        raise JudgeError(
+            f"judge {name!r} returned {len(scores)} scores for {len(rows)} completions; it must return one for each "
+            "(None abstains)"
+        )
+    return _split(groups, scores)
+
+
+def _split(groups: Sequence[CompletionGroup], outcomes: Iterable[object]) -> list[Judgment]:
+    rest = iter(outcomes)
+    return [judgment_from_outcomes(g, list(itertools.islice(rest, len(g.completions)))) for g in groups]
+
+
+def _call_all(function: Bound, calls: Sequence[dict[str, Any]], run: Run) -> list[Any]:
+    """What each call returned, in order; an `Abstention` for one that raised. Coroutines run `concurrency` at once."""
+    target = function.func
+    parameters = inspect.signature(target).parameters
+    everything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    wanted = [{k: v for k, v in call.items() if everything or k in parameters} for call in calls]
+    calls = [{**call, **function.keywords} for call in wanted]  # the configuration's args win over columns
+
+    def call_one(call: dict[str, Any]) -> Any:
+        try:
+            return function(**call)
+        except Exception as error:
+            return _raised(error)
+
+    if not any(map(inspect.iscoroutinefunction, (target, type(target).__call__))):
+        return [call_one(call) for call in calls]
+
+    async def await_one(call: dict[str, Any], slots: asyncio.Semaphore) -> Any:
+        async with slots:
+            try:
+                return await function(**call)
+            except Exception as error:
+                return _raised(error)
+
+    async def await_all() -> list[Any]:
+        slots = asyncio.Semaphore(getattr(getattr(target, "__self__", target), "concurrency", CONCURRENCY))
+        return await asyncio.gather(*(await_one(call, slots) for call in calls))
+
+    return run(await_all())
+
+
+def _raised(error: Exception) -> Abstention:
+    return Abstention(f"{type(error).__name__}: {error}"[:500])

@@ -1,0 +1,292 @@
+"""How far two judges agree on the same completions, and where they do not.
+
+Groups go in as a stream, a record of every two completions comes out, and `measure_agreement` turns the records into
+figures. Of two completions a judge prefers the one with the higher score; equal scores are a tie.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from iterdpo.data.prompts import column_value, content_of, json_value, load_rows
+from iterdpo.errors import DataError, UserError
+from iterdpo.judging.judge import Judge, checked_judgments
+from iterdpo.run.rundir import RunDir, digest, read_jsonl
+from iterdpo.seeds import derive_seed
+from iterdpo.types import CompletionGroup, Judgment, Prompt
+from judges.audit import stats as estimates
+from judges.audit.measure import (
+    BLOCK,
+    EXAMPLES,
+    NOT_COLUMNS,
+    LabelledPair,
+    Winner,
+    close,
+    completion_of,
+    prompt_ids_of,
+    read_labelled,
+    usage_of,
+    used_since,
+)
+from judges.audit.stats import Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A group that both judges are given, and which of its completions is labelled best: `Sample(group, chosen=1)`."""
+
+    group: CompletionGroup
+    chosen: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """What both judges say of completions i < j: `Rated("p-1f0c…", 0, 2, a="first", b="tie", label=None)`."""
+
+    prompt_id: str
+    i: int
+    j: int
+    a: Winner
+    b: Winner
+    label: Winner = None
+
+
+class Difference(NamedTuple):
+    sample: Sample
+    rated: Rated
+    a: Judgment
+    b: Judgment
+
+
+@dataclass
+class Agreement:
+    """What two judges said of the same groups. `scores` are those of groups, for the completions that both scored."""
+
+    names: tuple[str, str]
+    versions: tuple[str, str]
+    groups: int = 0
+    rated: list[Rated] = field(default_factory=list)
+    scores: list[tuple[str, list[float], list[float]]] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+    seconds: tuple[float, float] = (0.0, 0.0)
+    usage: tuple[dict[str, float], dict[str, float]] = field(default_factory=lambda: ({}, {}))
+    stopped: BaseException | None = None
+
+
+def read_samples(
+    path: str,
+    *,
+    round: int | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    tokenizer: Any = None,
+) -> Iterator[Sample]:
+    """What two judges are compared on: labelled pairs, prompts with `completions`, or the completions of a run.
+
+    `path` is preference data, each pair in random order; rows with `prompt` and `completions`, a list of texts, and
+    columns for the judge; the records of iterdpo's own shards; or a run directory, of which the round `round` is read
+    (by default the last that has completions).
+
+    Raises:
+        UserError: a file that cannot be read, rows without completions, or a run without the round.
+    """
+    if (Path(path) / "run.json").is_file():
+        return map(Sample, islice(_run_groups(path, round), limit))
+    if round is not None:
+        raise UserError(f"{path}: --round is for a run directory, and there is no run.json")
+    first = next(load_rows(path, split, limit=1))
+    if "completions" in first:
+        return (
+            Sample(_group(row, f"{path}: row {number}", tokenizer))
+            for number, row in enumerate(load_rows(path, split, limit=limit), 1)
+        )
+    if not {"chosen", "rejected"} & first.keys():
+        raise DataError(
+            f"{path}: prompts alone cannot be judged; give labelled pairs (chosen, rejected), rows with prompt and "
+            "completions (a list of texts), or a run directory"
+        )
+    pairs, _ = read_labelled(path, split=split, limit=limit, tokenizer=tokenizer)
+    return (_sample(pair, seed) for pair in pairs)
+
+
+def compare_judges(
+    make_a: Callable[[], Judge],
+    make_b: Callable[[], Judge],
+    samples: Callable[[], Iterable[Sample]],
+    *,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Agreement:
+    """Have both judge the same groups, first all by A, then all by B: they may want the same device.
+
+    `samples` is called twice, and gives the same each time. Ctrl-C, and whatever the data or a judge raise, end that
+    judge's turn early; B is only asked what A has judged. Before a first block is finished, errors are raised.
+    """
+    a_judgments: list[Judgment] = []
+    a = make_a()
+    stopped, seconds_a, usage_a = _in_turn(a, samples(), lambda _, found: a_judgments.extend(found), advance)
+    close(a)
+    b = make_b()
+    result = Agreement((a.name, b.name), (a.version, b.version), usage=(usage_a, {}), seconds=(seconds_a, 0.0))
+
+    def take(block: Sequence[Sample], judgments: Sequence[Judgment]) -> None:
+        at = result.groups
+        for sample, ours, theirs in zip(block, a_judgments[at : at + len(block)], judgments, strict=True):
+            _take(result, sample, ours, theirs)
+
+    if not isinstance(stopped, KeyboardInterrupt):
+        both = islice(samples(), len(a_judgments))
+        stopped_b, seconds_b, usage_b = _in_turn(b, both, take, advance)
+        result.usage, result.seconds, stopped = (usage_a, usage_b), (seconds_a, seconds_b), stopped or stopped_b
+    close(b)
+    result.stopped = stopped
+    return result
+
+
+def measure_agreement(
+    agreement: Agreement, *, seed: int = 0, confidence: float = 0.95, samples: int = 1_000
+) -> dict[str, Any]:
+    """The figures of a comparison, over every two completions of a prompt that both judges judged.
+
+    agreement          the share on which both say the same: first, second, or tie
+    kappa              Cohen's, of the same (see `estimates.kappa`)
+    kendall, spearman  mean over prompts of the correlation of the scores within the prompt
+    opposite           the share where one says first and the other second
+    accuracy_a, _b     where there are labels: the share judged right; a tie is half right
+    accuracy_gain      accuracy_b - accuracy_a, of the same pairs
+
+    `confusion[x][y]` counts the pairs where A says x and B says y.
+    """
+    rated = agreement.rated
+    both = [(r.a, r.b, r.prompt_id) for r in rated if r.a is not None and r.b is not None]
+    prompts = [prompt for _, _, prompt in both]
+
+    def share(values: Sequence[float], names: Sequence[str], bounds: tuple[float, float] = (0.0, 1.0)) -> Estimate:
+        return estimates.mean(values, names, bounds=bounds, confidence=confidence)
+
+    def correlation(of: Callable[[Sequence[float], Sequence[float]], float | None]) -> Estimate:
+        found = [(value, prompt) for prompt, x, y in agreement.scores if (value := of(x, y)) is not None]
+        return share([v for v, _ in found], [p for _, p in found], (-1.0, 1.0))
+
+    kinds: tuple[Winner, ...] = ("first", "second", "tie")
+    codes = [[kinds.index(pair[side]) for pair in both] for side in (0, 1)]
+    labelled = [r for r in rated if r.label is not None and r.a is not None and r.b is not None]
+    credit = [[_credit(r.a, r.label) for r in labelled], [_credit(r.b, r.label) for r in labelled]]
+    names = [r.prompt_id for r in labelled]
+    counts = Counter[tuple[Winner, Winner]]((x, y) for x, y, _ in both)
+    return {
+        "counts": {
+            "groups": agreement.groups,
+            "pairs": len(rated),
+            "judged_by_both": len(both),
+            "unjudged_a": sum(r.a is None for r in rated),
+            "unjudged_b": sum(r.b is None for r in rated),
+        },
+        "figures": {
+            "agreement": share([float(x == y) for x, y, _ in both], prompts),
+            "kappa": estimates.bootstrap(
+                estimates.kappa(*codes, categories=3), prompts, confidence=confidence, samples=samples, seed=seed
+            ),
+            "opposite": share([float({x, y} == {"first", "second"}) for x, y, _ in both], prompts),
+            "kendall": correlation(estimates.kendall),
+            "spearman": correlation(estimates.spearman),
+            "accuracy_a": share(credit[0], names),
+            "accuracy_b": share(credit[1], names),
+            "accuracy_gain": share([theirs - ours for ours, theirs in zip(*credit, strict=True)], names, (-1.0, 1.0)),
+        },
+        "confusion": {x: {y: counts[x, y] for y in kinds} for x in kinds},
+    }
+
+
+def _in_turn(
+    judge: Judge,
+    samples: Iterable[Sample],
+    take: Callable[[Sequence[Sample], Sequence[Judgment]], None],
+    advance: Callable[[int], None],
+) -> tuple[BaseException | None, float, dict[str, float]]:
+    """Judge in blocks and hand each on; why it stopped early, the seconds, and what was used."""
+    before, seconds, done, stream = usage_of(judge), 0.0, 0, iter(samples)
+    stopped: BaseException | None = None
+    try:
+        while block := list(islice(stream, BLOCK)):
+            started = time.perf_counter()
+            judgments = checked_judgments(judge, [sample.group for sample in block])
+            seconds += time.perf_counter() - started
+            take(block, judgments)
+            done += len(block)
+            advance(len(block))
+    except (Exception, KeyboardInterrupt) as error:  # for the caller to raise, once what is judged is reported
+        if not done and isinstance(error, Exception):
+            raise
+        stopped = error
+    return stopped, seconds, used_since(before, judge)
+
+
+def _take(result: Agreement, sample: Sample, a: Judgment, b: Judgment) -> None:
+    result.groups += 1
+    id = sample.group.prompt.id
+    scored = [(x, y) for x, y in zip(a.scores, b.scores, strict=True) if x is not None and y is not None]
+    if len(scored) > 1:
+        result.scores.append((id, [x for x, _ in scored], [y for _, y in scored]))
+    for i, j in itertools.combinations(range(len(a.scores)), 2):
+        label: Winner = {i: "first", j: "second"}.get(sample.chosen) if sample.chosen is not None else None  # type: ignore[assignment]
+        rated = Rated(id, i, j, _winner(a, i, j), _winner(b, i, j), label)
+        result.rated.append(rated)
+        if rated.a != rated.b and None not in (rated.a, rated.b):
+            result.differences.append(Difference(sample, rated, a, b))
+    # Opposite verdicts first; Python's sort keeps the order of the data among equals.
+    result.differences = sorted(result.differences, key=lambda d: "tie" in (d.rated.a, d.rated.b))[:EXAMPLES]
+
+
+def _winner(judgment: Judgment, i: int, j: int) -> Winner:
+    x, y = judgment.scores[i], judgment.scores[j]
+    if x is None or y is None:
+        return None
+    return "tie" if x == y else "first" if x > y else "second"
+
+
+def _credit(winner: Winner, label: Winner) -> float:
+    assert winner is not None
+    return 0.5 if winner == "tie" else float(winner == label)
+
+
+def _sample(pair: LabelledPair, seed: int) -> Sample:
+    chosen_first = derive_seed(seed, "judge check", pair.row) % 2 == 0
+    return Sample(pair.group(chosen_first=chosen_first), None if pair.tie else int(not chosen_first))
+
+
+def _run_groups(path: str, round: int | None) -> Iterator[CompletionGroup]:
+    run = RunDir(path)
+    there = [r for r in run.rounds() if list((run.round_dir(r) / "completions").glob("shard-*.jsonl"))]
+    if not there or (round is not None and round not in there):
+        what = f"round {round}" if round is not None else "any round"
+        raise UserError(
+            f"{path}: no completions of {what}; rounds with completions: {', '.join(map(str, there)) or 'none'}"
+        )
+    shards = sorted((run.round_dir(there[-1] if round is None else round) / "completions").glob("shard-*.jsonl"))
+    return (CompletionGroup.from_json(row) for shard in shards for row in read_jsonl(shard))
+
+
+def _group(row: dict[str, Any], where: str, tokenizer: Any) -> CompletionGroup:
+    if isinstance(row.get("prompt"), dict):  # a record of iterdpo's own
+        try:
+            return CompletionGroup.from_json(row)
+        except (TypeError, KeyError) as error:
+            raise DataError(f"{where}: no completion group of iterdpo: {error}") from None
+    content = content_of(
+        column_value(row, "prompt", where, "rows have prompt and completions"), f"{where}, column 'prompt'"
+    )
+    texts = row.get("completions")
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        raise DataError(f"{where}, column 'completions' must be a list of texts")
+    columns = {k: json_value(v) for k, v in row.items() if k not in NOT_COLUMNS}
+    prompt = Prompt(f"p-{digest(content)}", content, columns)
+    completions = [completion_of(content, text, tokenizer, where) for text in texts]
+    return CompletionGroup(prompt, prompt_ids_of(prompt, tokenizer, where), completions)

@@ -1,0 +1,497 @@
+"""Language models as judges, over any OpenAI-compatible endpoint: pairwise, by a rubric, or ranking all at once.
+
+A verdict is constrained by the server's decoder where it can (`structured_outputs` of vLLM, JSON schemas elsewhere),
+parsed otherwise, or soft: read off the probabilities of the verdict's tokens. What gives no verdict abstains, with its
+reason; it never becomes a number. Prompts are files that users copy and edit (judges/llm/prompts).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import json
+import os
+import random
+import re
+import urllib.error
+import urllib.request
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+from iterdpo.errors import JudgeError
+from iterdpo.judging.stats import meetings
+from iterdpo.run.rundir import RunDir
+from iterdpo.seeds import derive_seed
+from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
+from judges.adapter import Abstention, judgment_from_outcomes
+from judges.llm.client import CallFailed, Client, Endpoint, Reply, in_own_loop, refused, run_each
+from judges.llm.parsing import (
+    Unclear,
+    Verdict,
+    expected_score,
+    parse_ranking,
+    parse_scores,
+    parse_verdict,
+    verdict_probability,
+)
+from judges.llm.server import Server
+from judges.llm.templates import Kind, load_template, principles
+from judges.schedules import BY_LOT, NOT_MET, Aggregate, Knockout, all_pairs, judgment_from_comparisons, random_pairs
+
+Constrain = Literal["auto", "structured_outputs", "json_schema", "none"]
+REVISION = 1
+"""Of what this module asks and how it reads replies. Part of every version: raise it where scores could change."""
+REASONING_TOKENS = 512
+CUT = "cut off at max_tokens"
+FIRST_TOKEN: dict[str, Any] = {"logprobs": True, "top_logprobs": 20, "max_tokens": 1}
+"""What is asked for where probabilities are read. 20 candidates are the most that OpenAI's API gives."""
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class _LLMJudge:
+    """What the three have in common: the endpoint, the prompt, and how a reply is held to its form."""
+
+    model: str
+    """The name that the endpoint knows it by, or with `serve` a checkpoint."""
+    prompt: str
+    """A shipped prompt, or a file of your own."""
+    endpoint: Mapping[str, Any] | None = None
+    """Where it answers and how it may be asked; see `judges.llm.client.Endpoint`."""
+    serve: Mapping[str, Any] | None = None
+    """Start a vLLM server for it here in place of an endpoint; see `judges.llm.server.ServerSettings`."""
+    constrain: Constrain = "auto"
+    """How replies are held to their form. `auto` takes vLLM's structured outputs where vLLM answers, and lets the judge
+    reason first, parsing its last line, where another server does."""
+    temperature: float = 0.0
+    """Of the judge's own sampling."""
+    max_tokens: int | None = None
+    """Of a reply. Default: what the form needs, and 512 where the judge may reason."""
+    seed: int = 0
+    """Of the judge's own sampling, and of everything that it draws."""
+
+    kind: ClassVar[Kind]
+    comparative: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self.name = f"{self.kind}:{Path(self.model).name}"
+        self.version = ""
+        self.repeat = 0
+        """Another number is another draw: the same question is asked anew, past the cache."""
+        self.trace: list[dict[str, Any]] | None = None
+        """Where it is a list, every question and reply is added to it."""
+        self.client = Client(Endpoint(**(self.endpoint or {})), model=self.model)
+        self.needs_device = self.serve is not None
+        if self.needs_device == (self.client.base_url is not None):
+            raise JudgeError(
+                f"judge {self.kind!r}: give either `endpoint: {{base_url: http://…/v1}}`, where a server answers, or "
+                "`serve: {}`, to start one here"
+            )
+        self.server = None if self.serve is None else Server(self.model, self.serve)
+        self._one_of("constrain", *get_args(Constrain))
+        self.template = load_template(self.prompt, self.kind)
+        self._texts: Sequence[str | None] = ()  # what further files say that decides the scores
+        self._held: Constrain | None = None if self.constrain == "auto" else self.constrain
+
+    @classmethod
+    def check(cls, **args: Any) -> None:
+        """Refuse bad arguments; nothing is asked of the endpoint.
+
+        Raises:
+            JudgeError: naming the argument.
+        """
+        cls(**args)
+
+    @classmethod
+    def key(cls, **args: Any) -> Any:
+        """What decides the scores: not where the model answers, nor how fast it may be asked."""
+        judge = cls(**args)
+        rest = {k: v for k, v in args.items() if k not in ("endpoint", "serve", "prompt", "constitution", "rubric")}
+        rest["model"] = os.path.expanduser(judge.model)  # a checkpoint counts with its content, if it is found
+        if judge.server is not None:
+            rest["served"] = judge.server.settings.model_dump(include={"dtype", "max_model_len", "extra"})
+        return [REVISION, rest, judge.client.endpoint.extra, judge.template.source, *judge._texts]
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        """One judgment for each group. Calls run side by side, as many as `endpoint.concurrency` says.
+
+        Raises:
+            JudgeError: the endpoint refuses every call: no key, no such model.
+        """
+        return list(self.judge_each(groups))
+
+    def judge_each(self, groups: Iterable[CompletionGroup]) -> Generator[Judgment]:
+        """The same one after the other, while those of further groups are under way.
+
+        Where the endpoint is down, what was taken abstains; then it gets another chance, a server of ours another start.
+        """
+        rest = iter(groups)
+
+        def until_down(first: CompletionGroup) -> Iterator[CompletionGroup]:
+            yield first
+            while not self.client.down and (group := next(rest, None)) is not None:
+                yield group
+
+        while (first := next(rest, None)) is not None:
+            if self.server is not None:
+                self.client.base_url = self.server.start()
+            if self._held is None:
+                self._held = "structured_outputs" if _is_vllm(str(self.client.base_url)) else "none"
+            with closing(in_own_loop(self._judge_each(until_down(first)))) as judgments:
+                yield from judgments
+
+    async def _judge_each(self, groups: Iterable[CompletionGroup]) -> AsyncGenerator[Judgment]:
+        concurrency = self.client.endpoint.concurrency
+        # So that the first calls are under way before the last question is written. Those that wait to be tried again
+        # count, so there are some more than the endpoint may be asked at once.
+        self._outstanding = asyncio.Semaphore(4 * concurrency)
+        jobs = (functools.partial(self._judge_group, group) for group in groups)
+        async with self.client, aclosing(run_each(jobs, concurrency=concurrency)) as judgments:
+            async for judgment in judgments:
+                yield judgment
+
+    async def _judge_group(self, group: CompletionGroup) -> Judgment:
+        raise NotImplementedError
+
+    def begin_stage(self) -> None:
+        """Budgets and the deadline of the stage begin anew."""
+        self.client.begin_stage()
+
+    def attach(self, run_dir: Path, waiting: object) -> None:
+        """The server of a run's judge writes its log into the run."""
+        if self.server is not None:
+            self.server.log = RunDir(run_dir).log_path(f"judge-{self.kind}-{Path(self.model).name}")
+
+    def usage(self) -> dict[str, float]:
+        return self.client.usage()
+
+    def close(self) -> None:
+        """Give the device back, where this judge has its own server. The next judgment wakes it."""
+        if self.server is not None:
+            self.server.release()
+
+    async def _ask(self, read: Callable[[Reply], T | Unclear], values: Mapping[str, Any], **body: Any) -> T | Unclear:
+        """What `read` makes of the reply, or why there is none. One that says nothing is not kept to answer again."""
+        # Another checkpoint may have come to lie at the same path; the version knows its content.
+        salt = f"{self.version if self.server else ''} {self.repeat or ''}".strip()
+        body = {"temperature": self.temperature, "seed": self.seed, **body}
+        async with self._outstanding:
+            messages = self.template.render(**values)
+            try:
+                reply = await self.client.chat(
+                    messages, salt=salt, keep=lambda reply: not isinstance(read(reply), Unclear), **body
+                )
+            except CallFailed as failure:
+                return Unclear(failure)
+        if self.trace is not None:
+            self.trace.append({"messages": messages, "reply": reply.text, "body": body})
+        return read(reply)
+
+    def _limits(self, *, choices: Sequence[str] | None, schema: dict[str, Any], longest: int = 16) -> dict[str, Any]:
+        """What holds the reply to its form: to one of `choices`, or to a JSON `schema`; and how long it may be."""
+        match self._held:
+            case "structured_outputs":
+                held = {"choice": list(choices)} if choices is not None else {"json": schema}
+                return {"structured_outputs": held, "max_tokens": self.max_tokens or longest}
+            case "json_schema":
+                form = {"name": "verdict", "strict": True, "schema": schema}
+                response = {"type": "json_schema", "json_schema": form}
+                return {"response_format": response, "max_tokens": self.max_tokens or longest + 16}
+        return {"max_tokens": self.max_tokens or REASONING_TOKENS}
+
+    def _seed(self, group: CompletionGroup, *what: Any) -> int:
+        return derive_seed(self.seed, self.kind, group.prompt.id, *what)
+
+    def _values(self, prompt: Prompt) -> dict[str, Any]:
+        return {
+            "prompt": prompt.text,
+            "messages": prompt.messages,
+            "columns": prompt.columns,
+            "constrained": self._held != "none",
+        }
+
+    def _one_of(self, name: str, *allowed: Any) -> None:
+        if (value := getattr(self, name)) not in allowed:
+            raise JudgeError(f"judge {self.kind!r}: {name} is {value!r}; it is one of {', '.join(map(str, allowed))}")
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class PairwiseJudge(_LLMJudge):
+    """Compares two completions at a time, each two in both orders; a verdict that changes with the order is a tie."""
+
+    prompt: str = "helpfulness"
+    """`helpfulness`, `harmlessness`, `summarization`, `instruction_following`, or a file of your own."""
+    schedule: Literal["all_pairs", "random_pairs", "knockout"] = "all_pairs"
+    comparisons: int | None = None
+    """Pairs a prompt of `random_pairs`."""
+    aggregate: Aggregate = "win_rate"
+    """A knock-out has scores of its own."""
+    soft: bool = False
+    """Read the probability of a win off the verdict's token in place of a verdict."""
+    ties: bool = True
+    """Whether the judge may say "tie"."""
+    constitution: str | None = None
+    """A file of principles, one a line, one drawn for each comparison. Default: the shipped one."""
+
+    kind = "pairwise"
+    comparative = True
+    BY_DESIGN = (BY_LOT, NOT_MET)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("schedule", "all_pairs", "random_pairs", "knockout")
+        self._one_of("aggregate", *get_args(Aggregate))
+        if self.schedule == "random_pairs":
+            fits = isinstance(self.comparisons, int) and self.comparisons > 0
+        else:
+            fits = self.comparisons is None
+        if not fits:
+            raise JudgeError(
+                "judge 'pairwise': `comparisons`, 1 or more, goes with `schedule: random_pairs`, and only with it"
+            )
+        shows_principle = "principle" in self.template.needs
+        if self.constitution is not None and not shows_principle:
+            raise JudgeError("judge 'pairwise': this prompt has no {{ principle }}, so `constitution` would do nothing")
+        self.principles = principles(self.constitution) if shows_principle else []
+        self._texts = self.principles
+        self.labels = ["A", "B", "tie"] if self.ties and not self.soft else ["A", "B"]
+
+    async def _judge_group(self, group: CompletionGroup) -> Judgment:
+        count = len(group.completions)
+        if self.schedule == "knockout":
+            knockout, comparisons = Knockout(count, seed=self._seed(group, "knockout")), []
+            while matches := knockout.matches():
+                fresh = await self._compare_all(group, matches)
+                comparisons += fresh
+                met = {(m.i, m.j): m for m in meetings(fresh)}
+                knockout.record([met[min(pair), max(pair)] for pair in matches])
+            return knockout.judgment(group, comparisons)
+        pairs = all_pairs(count)
+        if self.schedule == "random_pairs":
+            pairs = random_pairs(count, self.comparisons or 0, seed=self._seed(group, "pairs"))
+        compared = await self._compare_all(group, pairs)
+        return judgment_from_comparisons(group, compared, aggregate=self.aggregate, lasting=refused)
+
+    async def _compare_all(self, group: CompletionGroup, pairs: Sequence[tuple[int, int]]) -> list[Comparison]:
+        orders = [order for i, j in pairs for order in ((i, j), (j, i))]
+        return list(await asyncio.gather(*(self._compare(group, i, j) for i, j in orders)))
+
+    async def _compare(self, group: CompletionGroup, first: int, second: int) -> Comparison:
+        a, b = group.completions[first].text, group.completions[second].text
+        if a == b:
+            return Comparison(first, second, "tie", None, 0.5 if self.soft else None)
+        values = {**self._values(group.prompt), "a": a, "b": b, "ties": "tie" in self.labels}
+        if self.principles:
+            drawn = random.Random(self._seed(group, "principle", min(first, second), max(first, second)))
+            values["principle"] = drawn.choice(self.principles)
+        if self.soft:
+            values["constrained"] = True
+            likely = await self._ask(_first_token(verdict_probability), values, **FIRST_TOKEN)
+            if isinstance(likely, Unclear):
+                return Comparison(first, second, None, str(likely))
+            winner: Any = "tie" if likely == 0.5 else "first" if likely > 0.5 else "second"
+            return Comparison(first, second, winner, None, likely)
+        form = self._limits(choices=self.labels, schema=_object({"verdict": {"enum": self.labels}}))
+        verdict: Verdict | Unclear = await self._ask(_whole(self._read), values, **form)
+        if isinstance(verdict, Unclear):
+            return Comparison(first, second, None, str(verdict))
+        return Comparison(first, second, verdict)
+
+    def _read(self, text: str) -> Verdict | Unclear:
+        verdict = parse_verdict(text)
+        return Unclear("a tie, which was not offered") if verdict == "tie" and not self.ties else verdict
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class RubricJudge(_LLMJudge):
+    """Scores each completion alone, on a scale, by one criterion or several."""
+
+    prompt: str = "rubric"
+    rubric: str | None = None
+    """What the points mean; a text, or the file that it is in. `columns` may be used in a prompt of your own."""
+    criteria: Mapping[str, float] | None = None
+    """Names with their weights, `{helpfulness: 2, brevity: 1}`; default: one score. The score is the weighted mean."""
+    scale: Sequence[int] = (1, 10)
+    """The lowest and the highest score."""
+    expected: bool = False
+    """The mean of the scale under the probabilities of the score's token, in place of the score said. Of one criterion
+    on a scale of single digits."""
+
+    kind = "rubric"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scale, criteria = self.scale, self.criteria
+        if (
+            not isinstance(scale, Sequence)
+            or len(scale) != 2
+            or not all(isinstance(s, int) for s in scale)
+            or scale[0] >= scale[1]
+        ):
+            raise JudgeError(
+                f"judge 'rubric': scale is {scale!r}; give the lowest and the highest score, as in [1, 10]"
+            )
+        if criteria is not None and not (
+            isinstance(criteria, Mapping)
+            and criteria
+            and all(isinstance(w, int | float) and w > 0 for w in criteria.values())
+        ):
+            raise JudgeError(
+                "judge 'rubric': criteria are names with weights above 0, as in {helpfulness: 2, brevity: 1}"
+            )
+        self.low, self.high = scale
+        self.weights = dict(criteria or {"score": 1.0})
+        if self.expected and (len(self.weights) > 1 or self.low < 0 or self.high > 9):
+            raise JudgeError("judge 'rubric': `expected` reads one token: one criterion, and a scale within 0 to 9")
+        self.rubric = _text(self.rubric)
+        self._texts = [self.rubric]
+
+    async def _judge_group(self, group: CompletionGroup) -> Judgment:
+        asked = await asyncio.gather(*(self._score(group.prompt, c.text) for c in group.completions))
+        judgment = judgment_from_outcomes(group, [score for score, _ in asked])
+        if len(self.weights) > 1:
+            judgment.details["criteria"] = [said for _, said in asked]
+        return judgment
+
+    async def _score(self, prompt: Prompt, completion: str) -> tuple[object, dict[str, float] | None]:
+        values = {
+            **self._values(prompt),
+            "completion": completion,
+            "rubric": self.rubric,
+            "criteria": list(self.weights),
+            "low": self.low,
+            "high": self.high,
+        }
+        if self.expected:
+            values["constrained"] = True
+            read = _first_token(lambda top: expected_score(top, self.low, self.high))
+            mean = await self._ask(read, values, **FIRST_TOKEN)
+            return (Abstention(mean) if isinstance(mean, Unclear) else mean), None
+        points = [str(n) for n in range(self.low, self.high + 1)]
+        number = {"type": "integer", "minimum": self.low, "maximum": self.high}
+        single = len(self.weights) == 1 and self._held == "structured_outputs"
+        schema = _object(dict.fromkeys(self.weights, number))
+        form = self._limits(choices=points if single else None, schema=schema, longest=32 * len(self.weights))
+        said = await self._ask(
+            _whole(lambda text: parse_scores(text, list(self.weights), low=self.low, high=self.high)), values, **form
+        )
+        if isinstance(said, Unclear):
+            return Abstention(said), None
+        total = sum(self.weights.values())
+        return sum(weight * said[name] for name, weight in self.weights.items()) / total, said
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class ListwiseJudge(_LLMJudge):
+    """Ranks all completions of a prompt in one call, in a shuffled order; then again in the reverse of it.
+
+    A ranking is kept as the comparisons that follow from it, in the order shown, so that position bias and flips are
+    measured as of a pairwise judge. A score is the share of the others that a completion is ranked above, 0.5 for
+    each on which the two calls disagree.
+    """
+
+    prompt: str = "listwise"
+    orders: int = 2
+    """2, or 1 to ask once and not know."""
+
+    kind = "listwise"
+    comparative = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("orders", 1, 2)
+
+    async def _judge_group(self, group: CompletionGroup) -> Judgment:
+        texts = [c.text for c in group.completions]
+        distinct = [k for k, text in enumerate(texts) if text not in texts[:k]]
+        if len(distinct) < 2:
+            same = [Comparison(i, j, "tie") for i, j in all_pairs(len(texts))]
+            return judgment_from_comparisons(group, same)
+        shown = random.Random(self._seed(group, "order")).sample(distinct, len(distinct))
+        asked = await asyncio.gather(*(self._rank(group, order) for order in (shown, shown[::-1])[: self.orders]))
+        judged = [c for comparisons in asked for c in comparisons]
+        return judgment_from_comparisons(group, [*judged, *_of_twins(texts, judged)], lasting=refused)
+
+    async def _rank(self, group: CompletionGroup, shown: list[int]) -> list[Comparison]:
+        count = len(shown)
+        values = {**self._values(group.prompt), "completions": [group.completions[k].text for k in shown]}
+        choices = None
+        if count <= 4:  # 24 orders; of more, the decoder holds the reply to the form alone
+            choices = [" > ".join(map(str, order)) for order in itertools.permutations(range(1, count + 1))]
+        items = {"type": "array", "items": {"enum": list(range(1, count + 1))}, "minItems": count, "maxItems": count}
+        form = self._limits(choices=choices, schema=_object({"ranking": items}), longest=16 + 8 * count)
+        if self._held == "structured_outputs" and choices is None:
+            number = "|".join(map(str, range(count, 0, -1)))
+            form |= {"structured_outputs": {"regex": f"({number})( > ({number})){{{count - 1}}}"}}
+        ranking = await self._ask(_whole(lambda text: parse_ranking(text, count)), values, **form)
+        if isinstance(ranking, Unclear):
+            return [Comparison(i, j, None, str(ranking)) for i, j in itertools.combinations(shown, 2)]
+        place = {shown[position]: rank for rank, position in enumerate(ranking)}
+        return [
+            Comparison(i, j, "first" if place[i] < place[j] else "second") for i, j in itertools.combinations(shown, 2)
+        ]
+
+
+def _whole(parse: Callable[[str], T | Unclear]) -> Callable[[Reply], T | Unclear]:
+    """Of a reply that was cut off nothing is read: "1" may have been to be 10."""
+    return lambda reply: Unclear(CUT) if reply.finish_reason == "length" else parse(reply.text)
+
+
+def _first_token(parse: Callable[[Mapping[str, float]], float | Unclear]) -> Callable[[Reply], float | Unclear]:
+    """Reads the probabilities of a reply's first token, all that there is of it."""
+
+    def read(reply: Reply) -> float | Unclear:
+        top = reply.top_logprobs[0] if reply.top_logprobs else {}
+        return parse(top) if top else Unclear("the endpoint gave no probabilities")
+
+    return read
+
+
+def _of_twins(texts: Sequence[str], judged: Sequence[Comparison]) -> Iterator[Comparison]:
+    """What follows for completions whose text stands there twice: they tie, and fare alike."""
+    first = {text: k for k, text in reversed(list(enumerate(texts)))}
+    alike: dict[int, list[int]] = {}
+    for k, text in enumerate(texts):
+        alike.setdefault(first[text], []).append(k)
+    for twins in alike.values():
+        yield from (Comparison(i, j, "tie") for i, j in itertools.combinations(twins, 2))
+    for c in judged:
+        for i, j in itertools.product(alike[c.first], alike[c.second]):
+            if (i, j) != (c.first, c.second):
+                yield Comparison(i, j, c.winner, c.reason)
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _text(rubric: str | None) -> str | None:
+    """The rubric itself, or what is in the file that it names."""
+    if rubric is not None and "\n" not in rubric and rubric.endswith((".txt", ".md")):
+        try:
+            return Path(rubric).expanduser().read_text(encoding="utf-8")
+        except OSError as error:
+            raise JudgeError(
+                f"judge 'rubric': rubric {rubric}: {error.strerror}; give a text, or a file that is there"
+            ) from None
+    return rubric
+
+
+def _is_vllm(base_url: str) -> bool:
+    """Whether vLLM answers there: other servers have no /version beside /v1, or no vLLM's."""
+    root = re.sub(r"/v1/?$", "", base_url)
+    try:
+        with urllib.request.urlopen(f"{root}/version", timeout=10) as reply:
+            return "version" in json.load(reply)
+    except (urllib.error.URLError, OSError, ValueError):
+        return False

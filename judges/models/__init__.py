@@ -1,0 +1,1 @@
+"""Judges that are networks run here: reward models, pair rankers, the implicit reward."""

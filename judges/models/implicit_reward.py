@@ -1,0 +1,190 @@
+"""The policy's own implicit reward: how much likelier DPO has made a completion.
+
+    r(x, y) = beta * (log pi(y|x) - log ref(y|x))        Eq. 5 and 6 of arXiv:2305.18290
+
+up to beta * log Z(x), which the completions of a prompt share. With `length_normalized` it is divided by the tokens of y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from iterdpo.errors import DataError, JudgeError
+from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
+from judges.adapter import Abstention, judgment_from_outcomes
+from judges.models.reward_model import check_choice, checkpoint_config, free_memory
+
+PRECISIONS = ("bf16", "fp32")
+
+
+class ImplicitReward:
+    """Scores completions by a trained policy and the reference that it was trained against. `load_judge` sets the version.
+
+    The tokens scored are those that were sampled, where this policy's tokenizer gives the prompt the ids that the sampler
+    continued, and reads the sampled ids as the completion's text. Otherwise prompt and completion are tokenized anew,
+    with an end token unless the completion was cut off.
+
+    The first judgment loads both models, in float32 and side by side: 8 bytes for each parameter of one. `close` frees
+    them.
+
+    Args:
+        policy, reference: checkpoint directories, adapters, or hub ids, with the same tokenizer.
+        beta: that of the training; it scales the scores.
+        length_normalized: the reward of a token, instead of the whole completion's.
+        precision: `bf16` (autocast) or `fp32`.
+        batch_size: completions in one forward pass; changes memory and speed.
+        trust_remote_code: run Python code that ships with the checkpoints.
+    """
+
+    SPEED_ONLY = frozenset({"batch_size"})
+    comparative = False
+    needs_device = True
+
+    def __init__(
+        self,
+        policy: str,
+        reference: str,
+        beta: float = 0.1,
+        length_normalized: bool = False,
+        precision: str = "bf16",
+        batch_size: int = 32,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name = f"implicit_reward:{Path(policy).name}"
+        self.version = ""
+        self.policy = policy
+        self.reference = reference
+        self.beta = beta
+        self.length_normalized = length_normalized
+        self.precision = precision
+        self.batch_size = batch_size
+        self.trust_remote_code = trust_remote_code
+        self._models: list[Any] = []  # of policy and reference, while they are loaded
+        self._tokenizer: Any = None
+        self._limit = 0
+
+    @staticmethod
+    def check(policy: str, reference: str, beta: Any = 0.1, precision: str = "bf16", **_: Any) -> None:
+        if not isinstance(beta, int | float) or not beta > 0:
+            raise JudgeError(
+                f"implicit reward: beta is {beta!r}; it is a number above 0, that of the policy's training"
+            )
+        check_choice("implicit reward", "precision", precision, PRECISIONS)
+        for role, model in (("policy", policy), ("reference", reference)):
+            if not (Path(model).expanduser() / "adapter_config.json").is_file():
+                checkpoint_config(model, f"implicit reward: {role} {model}")
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        """One score for each completion.
+
+        Raises:
+            JudgeError: policy and reference have different tokenizers, or no chat template for a prompt of messages.
+        """
+        if self._tokenizer is None:
+            self._load_tokenizer()
+        found = [self._row(group, c) for group in groups for c in group.completions]
+        rows = [row for row in found if isinstance(row, _Row)]
+        rewards = iter(self._rewards(rows) if rows else ())
+        outcomes = iter([next(rewards) if isinstance(row, _Row) else row for row in found])
+        return [judgment_from_outcomes(g, [next(outcomes) for _ in g.completions]) for g in groups]
+
+    def close(self) -> None:
+        """Free the models' memory. The next judgment loads them again."""
+        self._models = []
+        free_memory()
+
+    def _load_tokenizer(self) -> None:
+        from transformers import AutoConfig
+
+        from iterdpo.data.rendering import load_tokenizer
+        from iterdpo.training.models import adapter_base
+
+        bases = [str(adapter_base(model) or model) for model in (self.policy, self.reference)]
+        policy, reference = (load_tokenizer(base, trust_remote_code=self.trust_remote_code) for base in bases)
+        if policy.get_vocab() != reference.get_vocab():
+            raise JudgeError(
+                f"implicit reward: {self.policy} and {self.reference} have different tokenizers, so that their "
+                "log-probabilities are not of the same tokens; give the reference that the policy was trained against"
+            )
+        limits = [
+            getattr(
+                AutoConfig.from_pretrained(base, trust_remote_code=self.trust_remote_code).get_text_config(),
+                "max_position_embeddings",
+                None,
+            )
+            for base in bases
+        ]
+        self._tokenizer, self._limit = policy, min((n for n in limits if n), default=1 << 30)
+
+    def _row(self, group: CompletionGroup, completion: Completion) -> _Row | Abstention:
+        row = self._sampled(group, completion) or self._tokenized(group.prompt, completion)
+        if not row.completion:
+            return Abstention("the completion has no token")
+        if not row.prompt:
+            return Abstention("the prompt has no token")
+        if len(row.prompt) + len(row.completion) > self._limit:
+            return Abstention(f"more than the {self._limit} tokens that the policy reads")
+        return row
+
+    def _sampled(self, group: CompletionGroup, completion: Completion) -> _Row | None:
+        """The ids that were sampled; None where another tokenizer made them."""
+        from iterdpo.data.rendering import prompt_token_ids
+
+        try:
+            same = prompt_token_ids(self._tokenizer, group.prompt.content) == group.prompt_ids
+        except DataError:  # no template, or one that refuses the messages: `_tokenized` says so
+            return None
+        if not same or max(completion.token_ids, default=0) >= len(self._tokenizer):
+            return None
+        # Ids may go on behind the text: an end token, a stop string, half a character.
+        decoded = self._tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        return (
+            _Row(group.prompt_ids, completion.token_ids) if _bare(decoded).startswith(_bare(completion.text)) else None
+        )
+
+    def _tokenized(self, prompt: Prompt, completion: Completion) -> _Row:
+        from iterdpo.data.rendering import completion_token_ids, prompt_token_ids
+
+        try:
+            before = prompt_token_ids(self._tokenizer, prompt.content)
+            ids = completion_token_ids(self._tokenizer, prompt.content, completion.text)
+        except DataError as error:
+            raise JudgeError(f"implicit reward {self.policy}: prompt {prompt.id!r}: {error}") from error
+        return _Row(before, ids[:-1] if completion.truncated else ids)
+
+    def _rewards(self, rows: Sequence[_Row]) -> list[float]:
+        from iterdpo.training.logps import score_completions
+        from iterdpo.training.models import load_policy
+
+        if not self._models:
+            self._models = [
+                load_policy(path, trust_remote_code=self.trust_remote_code) for path in (self.policy, self.reference)
+            ]
+        policy, reference = (
+            score_completions(
+                model,
+                [row.prompt for row in rows],
+                [row.completion for row in rows],
+                precision=self.precision,
+                rows_per_batch=self.batch_size,
+            )
+            for model in self._models
+        )
+        return [
+            self.beta * (p - r) / (len(row.completion) if self.length_normalized else 1)
+            for p, r, row in zip(policy, reference, rows, strict=True)
+        ]
+
+
+class _Row(NamedTuple):
+    """Token ids: `_Row(prompt=[40, 8], completion=[253, 2])`."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
+def _bare(text: str) -> str:
+    """Without the blanks that a tokenizer may add or drop at the beginning, and without half characters."""
+    return text.replace("\ufffd", "").strip()

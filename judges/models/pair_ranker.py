@@ -1,0 +1,244 @@
+"""Compares completions by a cross-encoder: a small model that reads a prompt with two completions.
+
+Two kinds of checkpoint are known: PairRM in its Hugging Face form (`llm-blender/PairRM-hf`), and any sequence classifier
+whose one logit says that the first of two completions is better, with the texts that it was trained on.
+
+A model that writes which one is better is a language model: `use: pairwise`, with `serve`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from iterdpo.errors import JudgeError
+from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
+from judges.models.reward_model import DTYPES, check_choice, checkpoint_config, free_memory
+from judges.schedules import judgment_from_comparisons
+
+PAIRRM_TOKENS = 2048
+"""What PairRM was trained on at most: 1,224 tokens of a prompt and 412 of each completion."""
+PLACES = re.compile(r"\{(prompt|first|second)\}")
+
+
+class PairRanker:
+    """Every two completions of a prompt in both orders, each with the probability that the first is better.
+
+    A completion's score is its mean probability of being better than another one of the prompt, over both orders. Marks
+    and other special tokens within a text are read as plain text. Nothing is cut: two completions that do not fit are not
+    compared, and then neither has a score. `load_judge` sets the version.
+
+    Args:
+        model: a checkpoint directory, or a hub id. Weights are read from safetensors only, never unpickled.
+        text: what a classifier reads, with {prompt}, {first} and {second} in their places. PairRM has its own form.
+        text_pair: its second text, which the tokenizer sets off from the first; null where it reads a single one.
+        max_length: most tokens in a row. Default: what the model allows, and 2,048 for PairRM.
+        batch_size: rows in one forward pass; changes memory and speed.
+        dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        device: `cuda`, `cuda:1`, `cpu`, … Default: the GPU, where there is one.
+        revision: a hub id's branch, tag or commit.
+        trust_remote_code: run Python code that ships with the checkpoint.
+    """
+
+    SPEED_ONLY = frozenset({"batch_size", "device"})
+    comparative = True
+    needs_device = True
+
+    def __init__(
+        self,
+        model: str,
+        text: str = "{prompt}",
+        text_pair: str | None = "Response A: {first}\n\nResponse B: {second}",
+        max_length: int | None = None,
+        batch_size: int = 16,
+        dtype: str = "auto",
+        device: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name = f"pair_ranker:{Path(model).name}"
+        self.version = ""
+        self.path = str(model)
+        self.text = text
+        self.text_pair = text_pair
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.dtype = dtype
+        self.device = device
+        self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._pairrm = False
+
+    @staticmethod
+    def check(
+        model: str,
+        text: str = "{prompt}",
+        text_pair: str | None = "{first}{second}",
+        dtype: str = "auto",
+        **_: Any,
+    ) -> None:
+        what = f"pair ranker {model}"
+        check_choice(what, "dtype", dtype, DTYPES)
+        named = set(PLACES.findall(f"{text}{text_pair or ''}"))
+        if not {"first", "second"} <= named:
+            raise JudgeError(f"{what}: text and text_pair do not name {{first}} and {{second}}; both must be in them")
+        config = checkpoint_config(model, what)
+        if config is None or _is_pairrm(config):
+            return
+        architectures = config.get("architectures") or ["none"]
+        if not any("SequenceClassification" in name for name in architectures):
+            raise JudgeError(
+                f"{what}: its architecture is {', '.join(architectures)}; give PairRM in its Hugging Face form "
+                "(llm-blender/PairRM-hf), or a ...ForSequenceClassification that compares"
+            )
+        _check_one_label(what, len(config.get("id2label", ())) or config.get("num_labels", 2))
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        """One judgment for each group. The first call loads the model.
+
+        Raises:
+            JudgeError: the checkpoint cannot compare.
+        """
+        if self._model is None:
+            self._load()
+        asked = [(g, i, j) for g in groups for i, j in itertools.permutations(range(len(g.completions)), 2)]
+        rows = [self._row(g.prompt, g.completions[i].text, g.completions[j].text) for g, i, j in asked]
+        limit = self._limit()
+        readable = sorted((n for n, row in enumerate(rows) if len(row[0]) <= limit), key=lambda n: len(rows[n][0]))
+        logits: dict[int, float] = {}
+        for start in range(0, len(readable), self.batch_size):
+            batch = readable[start : start + self.batch_size]
+            logits |= zip(batch, self._logits([rows[n] for n in batch]), strict=True)
+        compared = iter(
+            [
+                _comparison(i, j, logits[n])
+                if n in logits
+                else Comparison(i, j, None, f"more than the {limit} tokens that the pair ranker reads")
+                for n, (_, i, j) in enumerate(asked)
+            ]
+        )
+        return [
+            judgment_from_comparisons(
+                g, list(itertools.islice(compared, len(g.completions) * (len(g.completions) - 1)))
+            )
+            for g in groups
+        ]
+
+    def close(self) -> None:
+        """Free the model's memory. The next judgment loads it again."""
+        self._model = self._tokenizer = None
+        free_memory()
+
+    def _load(self) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+        what = f"pair ranker {self.path}"
+        options = {"dtype": self.dtype, "use_safetensors": True, "output_loading_info": True, **self.source}
+        try:
+            config = AutoConfig.from_pretrained(self.path, **self.source)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, **self.source)
+            self._pairrm = _is_pairrm(config.to_dict())
+            if self._pairrm:
+                from judges.models.pairrm import PairRM
+
+                options.pop("trust_remote_code")
+                model, report = PairRM.from_pretrained(self.path, **options)
+            else:
+                _check_one_label(what, config.num_labels)
+                model, report = AutoModelForSequenceClassification.from_pretrained(self.path, **options)
+        except (OSError, ValueError) as error:
+            if isinstance(error, JudgeError):
+                raise
+            raise JudgeError(f"{what}: cannot be loaded: {error}") from error
+        if report["missing_keys"]:
+            raise JudgeError(
+                f"{what}: has no weights for {', '.join(sorted(report['missing_keys'])[:3])}, which would be random; "
+                "give a checkpoint that was trained to compare"
+            )
+        if tokenizer.pad_token_id is None:
+            raise JudgeError(f"{what}: its tokenizer has no pad token; set pad_token in its tokenizer_config.json")
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._model, self._tokenizer = model.to(device).eval(), tokenizer
+
+    def _limit(self) -> int:
+        if self._pairrm:
+            return self.max_length or PAIRRM_TOKENS
+        config = self._model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        return min(n for n in (self.max_length, positions, self._tokenizer.model_max_length) if n)
+
+    def _row(self, prompt: Prompt, first: str, second: str) -> tuple[list[int], list[int]]:
+        """Token ids of one comparison, and which text each belongs to (empty where the model does not tell)."""
+        # Special tokens in a text are that text's: a completion could write the mark of another one.
+        plain = {"split_special_tokens": True}
+        tokenizer = self._tokenizer
+        if self._pairrm:
+            config = self._model.config
+            marks = (config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id)
+            source, before = pairrm_texts(prompt)
+            texts = (source, before + first, before + second)
+            ids = [
+                [tokenizer.cls_token_id, mark, *tokenizer(text, add_special_tokens=False, **plain)["input_ids"]]
+                for mark, text in zip(marks, texts, strict=True)
+            ]
+            return [token for part in ids for token in (*part, tokenizer.sep_token_id)], []
+        fill = {"prompt": prompt.text, "first": first, "second": second}
+        filled = [PLACES.sub(lambda place: fill[place[1]], form) for form in (self.text, self.text_pair) if form]
+        encoded = tokenizer(*filled, **plain)
+        return list(encoded["input_ids"]), list(encoded.get("token_type_ids") or [])
+
+    def _logits(self, rows: list[tuple[list[int], list[int]]]) -> list[float]:
+        """The logit of each row that its first completion is better."""
+        import torch
+
+        columns = {"input_ids": [ids for ids, _ in rows]}
+        if rows[0][1]:
+            columns["token_type_ids"] = [types for _, types in rows]
+        batch = self._tokenizer.pad(columns, padding_side="right", return_tensors="pt").to(self._model.device)  # [B, T]
+        with torch.inference_mode():
+            logits = self._model(**batch)
+        return (logits if self._pairrm else logits.logits[:, 0]).float().tolist()
+
+
+def pairrm_texts(prompt: Prompt) -> tuple[str, str]:
+    """What PairRM reads as the source, and what it reads before a completion's text, as it was trained.
+
+    One question is its own text. Of a conversation the source has the questions, with places for the answers, and a
+    candidate has all answers, the earlier ones of which the two share. Other prompts are read as a person does.
+    """
+    if isinstance(prompt.content, str):
+        return prompt.content, ""
+    roles = [message["role"] for message in prompt.content]
+    texts = [message["content"] for message in prompt.content]
+    if roles == ["user"]:
+        return texts[0], ""
+    if not roles or roles != (["user", "assistant"] * len(roles))[: len(roles)] or roles[-1] != "user":
+        return prompt.text, ""
+    asked = "\n".join(f"USER: {text}\nAssistant: <Response {n}>" for n, text in enumerate(texts[::2], start=1))
+    answered = "".join(f"<Response {n}>: {text}\n" for n, text in enumerate(texts[1::2], start=1))
+    # The spelling is that of its training data.
+    instruction = "Finish the following coversation in each i-th turn by filling in <Response i> with your response."
+    return instruction + asked, f"{answered}<Response {len(texts[::2])}>: "
+
+
+def _comparison(first: int, second: int, logit: float) -> Comparison:
+    if not math.isfinite(logit):
+        return Comparison(first, second, None, f"the pair ranker gave {logit}")
+    probability = 0.5 * (1.0 + math.tanh(0.5 * logit))  # the sigmoid, which cannot overflow
+    winner = "first" if logit > 0 else "second" if logit < 0 else "tie"
+    return Comparison(first, second, winner, probability=probability)  # type: ignore[arg-type]
+
+
+def _is_pairrm(config: dict[str, Any]) -> bool:
+    return "source_prefix_id" in config and "cand1_prefix_id" in config
+
+
+def _check_one_label(what: str, count: int) -> None:
+    if count != 1:
+        raise JudgeError(f"{what}: has {count} labels; it must have one, whose logit says that the first is better")

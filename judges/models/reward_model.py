@@ -1,0 +1,290 @@
+"""Scores by a reward model: any Hugging Face sequence-classification checkpoint.
+
+The score is the logit of the one label, or `logit[1] - logit[0]`, the log-odds of label 1, where there are two. Of
+several heads it is one, or their weighted sum.
+
+A reward model that writes its verdict is a language model: `use: pairwise` or `use: rubric`, with `serve`.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from iterdpo.errors import JudgeError
+from iterdpo.run.rundir import read_json
+from iterdpo.types import CompletionGroup, Judgment, Prompt
+from judges.adapter import Abstention, judgment_from_outcomes, nearest
+from judges.models.vllm_pooling import Pooler
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BACKENDS = ("transformers", "vllm")
+
+
+class RewardModelJudge:
+    """Scores completions with a sequence classifier, in batches of similar length.
+
+    A prompt of messages goes through the checkpoint's own chat template; a plain prompt and its completion are
+    joined as they are. Nothing is truncated: a completion that does not fit abstains. `load_judge` sets the version.
+
+    Args:
+        model: a checkpoint directory, or a hub id. Weights are read from safetensors only, never unpickled.
+        weights: one number a label; the score is the sum of weight times logit.
+        head: the label whose logit is the score, from 0. Not beside `weights`.
+        backend: `transformers`, or `vllm`: vLLM's pooling runner in a process of its own, for large models. The same
+            logits, but for rounding.
+        batch_size: completions in one forward pass; changes memory and speed.
+        max_length: most tokens of prompt and completion together. Default: what the model allows.
+        dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
+        device: `cuda`, `cuda:1`, `cpu`, … Default: the GPU, where there is one. For `transformers`.
+        engine: further keyword arguments of `vllm.LLM`, such as `{gpu_memory_utilization: 0.5}`. For `vllm`.
+        revision: a hub id's branch, tag or commit.
+        trust_remote_code: run Python code that ships with the checkpoint.
+    """
+
+    SPEED_ONLY = frozenset({"batch_size", "device"})
+
+    def __init__(
+        self,
+        model: str,
+        weights: list[float] | None = None,
+        head: int | None = None,
+        backend: str = "transformers",
+        batch_size: int = 16,
+        max_length: int | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        engine: dict[str, Any] | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name = f"reward_model:{Path(model).name}"
+        self.version = ""
+        self.path = str(model)
+        self.weights = weights
+        self.head = head
+        self.backend = backend
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.dtype = dtype
+        self.device = device
+        self.engine = engine or {}
+        self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._config: Any = None
+        self._model: Any = None  # a transformers model, or a Pooler
+        self._tokenizer: Any = None
+        self._names_pad = False
+
+    @staticmethod
+    def check(**args: Any) -> None:
+        check_reward_model(**args)
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        """One score for each completion. The first call loads the model.
+
+        Raises:
+            JudgeError: the checkpoint is no reward model, or has no chat template for a prompt of messages.
+        """
+        if self._model is None:
+            self._load()
+        limit = self._limit()
+        rows = [self._token_ids(g.prompt, c.text) for g in groups for c in g.completions]
+        long = Abstention(f"more than the {limit} tokens that the reward model reads")
+        outcomes: list[Any] = [long if row else Abstention("neither prompt nor completion has a token") for row in rows]
+        readable = sorted((i for i, row in enumerate(rows) if 0 < len(row) <= limit), key=lambda i: len(rows[i]))
+        if isinstance(self._model, Pooler):
+            logits = self._model.logits([rows[i] for i in readable]) if readable else []
+        else:
+            batches = (readable[start : start + self.batch_size] for start in range(0, len(readable), self.batch_size))
+            logits = [row for batch in batches for row in self._logits([rows[i] for i in batch])]
+        for i, row in zip(readable, logits, strict=True):
+            outcomes[i] = self._score(row)
+        rest = iter(outcomes)
+        return [judgment_from_outcomes(g, [next(rest) for _ in g.completions]) for g in groups]
+
+    def close(self) -> None:
+        """Free the model's memory. The next judgment loads it again."""
+        if isinstance(self._model, Pooler):
+            self._model.close()
+        self._model = self._tokenizer = None
+        free_memory()
+
+    def _load(self) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            self._config = AutoConfig.from_pretrained(self.path, **self.source)
+            self._tokenizer = AutoTokenizer.from_pretrained(self.path, **self.source)
+        except (OSError, ValueError) as error:
+            raise JudgeError(f"reward model {self.path}: cannot be loaded: {error}") from error
+        _check_labels(self.path, self._config.num_labels, self.weights, self.head)
+        if self.backend == "vllm":
+            _check_architecture(self.path, self._config.architectures)
+            settings = {"max_model_len": self._limit(), "dtype": self.dtype, **self.source, **self.engine}
+            self._model = Pooler(self.path, settings)
+        else:
+            self._load_transformers()
+
+    def _load_transformers(self) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        try:
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                self.path, dtype=self.dtype, use_safetensors=True, output_loading_info=True, **self.source
+            )
+        except (OSError, ValueError) as error:
+            raise JudgeError(f"reward model {self.path}: cannot be loaded: {error}") from error
+        if report["missing_keys"]:
+            raise JudgeError(
+                f"reward model {self.path}: has no weights for {', '.join(sorted(report['missing_keys'])[:3])}, which "
+                "would be random; give a checkpoint that was trained as a sequence classifier"
+            )
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = model.to(device).eval()
+        self._names_pad = model.config.get_text_config().pad_token_id is not None
+
+    def _limit(self) -> int:
+        positions = getattr(self._config.get_text_config(), "max_position_embeddings", None)
+        return min(n for n in (self.max_length, positions, self._tokenizer.model_max_length) if n)
+
+    def _token_ids(self, prompt: Prompt, completion: str) -> list[int]:
+        tokenizer = self._tokenizer
+        if isinstance(prompt.content, str):
+            ids = list(tokenizer(prompt.content + completion)["input_ids"])
+            bos = tokenizer.bos_token_id
+            return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids  # the text brought a BOS of its own
+        if tokenizer.chat_template is None:
+            raise JudgeError(
+                f"reward model {self.path}: its tokenizer has no chat template, and prompt {prompt.id!r} is a list of "
+                "messages; use plain-text prompts, or a reward model for chats"
+            )
+        messages = [*prompt.content, {"role": "assistant", "content": completion}]
+        # The template writes the special tokens; the tokenizer, which would add them again, is told not to.
+        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+
+    def _score(self, logits: list[float]) -> float:
+        """The score that a completion's logits [labels] stand for."""
+        if self.weights is not None:
+            return sum(w * x for w, x in zip(self.weights, logits, strict=True))
+        if self.head is not None:
+            return logits[self.head]
+        return logits[0] if len(logits) == 1 else logits[1] - logits[0]
+
+    def _logits(self, rows: list[list[int]]) -> list[list[float]]:
+        """Logits [rows][labels], padded on the right: there positions start at 0 and causal attention sees no pad."""
+        import torch
+
+        config = self._model.config.get_text_config()
+        width = max(map(len, rows))
+        # A classifier head reads the last token that is not the pad token. A checkpoint that names no pad token
+        # reads the very last one, so its padding must be an id that no row has.
+        if not self._names_pad:
+            used = set().union(*rows)
+            config.pad_token_id = next(i for i in range(config.vocab_size) if i not in used)
+        input_ids = torch.full((len(rows), width), config.pad_token_id)  # [B, T]
+        mask = torch.zeros((len(rows), width), dtype=torch.long)  # [B, T]
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        device = self._model.device
+        with torch.inference_mode():
+            logits = self._model(
+                input_ids=input_ids.to(device), attention_mask=mask.to(device)
+            ).logits.float()  # [B, labels]
+        return logits.tolist()
+
+
+def check_reward_model(
+    model: str,
+    dtype: str = "auto",
+    weights: Any = None,
+    head: Any = None,
+    backend: str = "transformers",
+    device: str | None = None,
+    engine: Any = None,
+    **_: Any,
+) -> None:
+    """Look at a checkpoint's config.json, without loading it. What may be a hub id is not looked up.
+
+    Raises:
+        JudgeError: no such directory, what is there is no sequence classifier, its labels make no score, or an argument
+            that is none of those that there are.
+    """
+    what = f"reward model {model}"
+    check_choice(what, "dtype", dtype, DTYPES)
+    check_choice(what, "backend", backend, BACKENDS)
+    if weights is not None and head is not None:
+        raise JudgeError(f"{what}: has both weights and head; a score comes from either")
+    if weights is not None and not (isinstance(weights, list) and weights and all(map(_is_finite, weights))):
+        raise JudgeError(f"{what}: weights is {weights!r}; it is a list with a number for each label")
+    if head is not None and (not isinstance(head, int) or head < 0):
+        raise JudgeError(f"{what}: head is {head!r}; it is the number of a label, from 0")
+    for name, value, owner in (("device", device, "transformers"), ("engine", engine, "vllm")):
+        if value is not None and backend != owner:
+            raise JudgeError(f"{what}: {name} is for `backend: {owner}`, and the backend is {backend}; leave it out")
+    config = checkpoint_config(model, what)
+    if config is not None:
+        _check_architecture(model, config.get("architectures"))
+        _check_labels(model, len(config.get("id2label", ())) or config.get("num_labels", 2), weights, head)
+
+
+def free_memory() -> None:
+    """Give back, to the device too, what models that nobody holds any more took."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def checkpoint_config(model: str, what: str) -> dict[str, Any] | None:
+    """The config.json of the checkpoint directory `model`; None for what may be a hub id, which is not looked up.
+
+    Raises:
+        JudgeError: no such directory, or no checkpoint with safetensors weights there.
+    """
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        nested = len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())  # a hub id is `owner/name`
+        if nested or path.is_absolute() or path.is_file() or str(model).startswith("."):
+            beside = sorted(p.name for p in path.parent.iterdir() if p.is_dir()) if path.parent.is_dir() else []
+            raise JudgeError(f"{what}: no such directory; {nearest(path.name, beside, 'directories there')}")
+        return None
+    if not (path / "config.json").is_file():
+        raise JudgeError(f"{what}: no config.json there; give the directory of a Hugging Face checkpoint")
+    if not list(path.glob("*.safetensors")):
+        raise JudgeError(f"{what}: has no .safetensors file; convert its weights, which are never unpickled")
+    return read_json(path / "config.json")
+
+
+def check_choice(what: str, name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise JudgeError(f"{what}: {name} is {value!r}; it is one of {', '.join(choices)}")
+
+
+def _check_architecture(model: str, architectures: list[str] | None) -> None:
+    if not any("SequenceClassification" in name or "RewardModel" in name for name in architectures or ()):
+        raise JudgeError(
+            f"reward model {model}: its architecture is {', '.join(architectures or ['none'])}, which gives no scores; "
+            "give a checkpoint of a ...ForSequenceClassification"
+        )
+
+
+def _check_labels(model: str, count: int, weights: list[float] | None, head: int | None) -> None:
+    if weights is not None and len(weights) != count:
+        raise JudgeError(f"reward model {model}: has {count} labels, and there are {len(weights)} weights")
+    if head is not None and head >= count:
+        raise JudgeError(f"reward model {model}: has {count} labels, numbered from 0, and head is {head}")
+    if weights is None and head is None and count not in (1, 2):
+        raise JudgeError(
+            f"reward model {model}: has {count} labels; a score comes from one label, or from the log-odds of two; of "
+            f"more, give `weights`, a list of {count} numbers, or `head`, the number of one"
+        )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

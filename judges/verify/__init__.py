@@ -1,0 +1,1 @@
+"""Judges that check by rule: answers, schemas, instructions, mathematics, programs."""

@@ -1,0 +1,90 @@
+"""The contract between a judge and everything downstream of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from iterdpo.errors import JudgeError
+from iterdpo.judging.judge import Judge, checked_judgments, judgment_from_scores
+from iterdpo.testing import make_group
+from iterdpo.types import CompletionGroup, Judgment
+
+GROUP = make_group("2+2?", ["4", "5"])
+
+
+class Answers:
+    """A judge that gives prepared judgments."""
+
+    name = "answers"
+    version = "1"
+
+    def __init__(self, *judgments: Judgment) -> None:
+        self.judgments = list(judgments)
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        return self.judgments
+
+
+def test_any_object_with_name_version_and_judge_is_a_judge() -> None:
+    assert isinstance(Answers(), Judge)
+
+
+def test_good_judgments_pass_unchanged() -> None:
+    judgment = Judgment(GROUP.prompt.id, [1.0, None], [None, "timed out"])
+    assert checked_judgments(Answers(judgment), [GROUP]) == [judgment]
+
+
+@pytest.mark.parametrize(
+    ("judgments", "complaint"),
+    [
+        ([], "returned 0 judgments for 1 groups"),
+        ([Judgment("p-other", [1.0, 2.0], [None, None])], "answered for prompt 'p-other'"),
+        ([Judgment(GROUP.prompt.id, [1.0], [None])], "returned 1 scores and 1 abstentions for 2 completions"),
+        ([Judgment(GROUP.prompt.id, [1.0, None], [None, None])], "gave neither score nor reason"),
+        ([Judgment(GROUP.prompt.id, [1.0, None], [None, ""])], "gave neither score nor reason"),
+        ([Judgment(GROUP.prompt.id, [1.0, math.nan], [None, None])], "scored nan"),
+        ([Judgment(GROUP.prompt.id, [1.0, -math.inf], [None, None])], "scored -inf"),
+    ],
+)
+def test_a_broken_contract_is_named(judgments: list[Judgment], complaint: str) -> None:
+    with pytest.raises(JudgeError, match=complaint):
+        checked_judgments(Answers(*judgments), [GROUP])
+
+
+def test_a_judge_that_returns_nothing_is_named() -> None:
+    judge = Answers()
+    judge.judgments = None  # type: ignore[assignment]
+    with pytest.raises(JudgeError, match="judge 'answers' returned nothing for 1 groups"):
+        checked_judgments(judge, [GROUP])
+
+
+def test_numbers_of_every_kind_become_floats() -> None:
+    group = make_group("x", ["a", "b", "c", "d"])
+    judgment = judgment_from_scores(group, [True, 2, np.float32(0.5), np.array(-3)])
+    assert judgment.scores == [1.0, 2.0, 0.5, -3.0]
+    assert judgment.abstentions == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (None, "the judge returned None"),
+        (math.nan, "the judge returned nan"),
+        (math.inf, "the judge returned inf"),
+        ("7", "the judge returned str '7', not a number"),
+        ([1.0], "the judge returned list '[1.0]', not a number"),
+    ],
+)
+def test_what_is_no_finite_number_abstains_with_its_reason(raw: object, reason: str) -> None:
+    judgment = judgment_from_scores(GROUP, [1.0, raw])
+    assert judgment.scores == [1.0, None]
+    assert judgment.abstentions == [None, reason]
+
+
+def test_a_missing_score_is_an_error_and_not_a_guess() -> None:
+    with pytest.raises(JudgeError, match="1 scores for 2 completions"):
+        judgment_from_scores(GROUP, [1.0])

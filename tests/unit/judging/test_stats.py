@@ -1,0 +1,130 @@
+"""What a stage's judgments tell about their judge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from iterdpo.judging.stats import Met, abstention_counts, count_cycles, judge_metrics, meetings
+from iterdpo.testing import make_group
+from iterdpo.types import Comparison, Judgment
+
+
+def test_flips_and_first_position_are_counted_over_single_comparisons() -> None:
+    groups = [make_group("?", ["a", "bb"]), make_group("!", ["a", "bb"])]
+    judgments = [
+        Judgment(groups[0].prompt.id, [0.5, 0.5], [None, None], [Comparison(0, 1, "first"), Comparison(1, 0, "first")]),
+        Judgment(
+            groups[1].prompt.id, [1.0, 0.0], [None, None], [Comparison(0, 1, "first"), Comparison(1, 0, "second")]
+        ),
+    ]
+    metrics = judge_metrics(groups, judgments)
+    assert metrics["flip_rate"] == 0.5  # the first prompt's pair of two
+    assert metrics["first_position"] == 0.75  # first, first, first, second
+    assert metrics["abstained"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("orders", "flipped"),
+    [
+        (("first", "second"), 0.0),  # the same completion won both times
+        (("first", "first"), 1.0),
+        (("tie", "tie"), 0.0),
+        (("first", "tie"), 1.0),
+        (("first", None), None),
+    ],
+)
+def test_a_verdict_flips_where_the_other_order_says_another_thing(
+    orders: tuple[Any, Any], flipped: float | None
+) -> None:
+    there, back = (
+        Comparison(*pair, w, None if w else "late") for pair, w in zip(((0, 1), (1, 0)), orders, strict=True)
+    )
+    group = make_group("?", ["a", "bb"])
+    metrics = judge_metrics([group], [Judgment(group.prompt.id, [0.5, 0.5], [None, None], [there, back])])
+    assert metrics["flip_rate"] == flipped
+    decided = [w for w in orders if w in ("first", "second")]
+    assert metrics["first_position"] == (decided.count("first") / len(decided) if decided else None)
+
+
+def test_a_meeting_is_a_tie_where_the_orders_disagree_and_the_mean_of_probabilities() -> None:
+    assert meetings([Comparison(0, 1, "first"), Comparison(1, 0, "second")]) == [Met(0, 1, 1.0)]
+    assert meetings([Comparison(0, 1, "first"), Comparison(1, 0, "first")]) == [Met(0, 1, 0.5)]
+    # Of i = 0: 0.75 where it was first, 1 - 0.5 where it was second.
+    soft = [Comparison(0, 1, "first", probability=0.75), Comparison(1, 0, "tie", probability=0.5)]
+    assert meetings(soft) == [Met(0, 1, 0.625)]
+    assert meetings([Comparison(0, 1, "first"), Comparison(1, 0, None, "late")]) == [Met(0, 1, 0.5, "late")]
+
+
+def test_a_circle_is_three_that_beat_each_other() -> None:
+    circle = [Comparison(0, 1, "first"), Comparison(1, 2, "first"), Comparison(2, 0, "first")]
+    ladder = [Comparison(0, 1, "first"), Comparison(1, 2, "first"), Comparison(0, 2, "first")]
+    assert count_cycles(circle) == (1, 1)
+    assert count_cycles(ladder) == (0, 1)
+    assert count_cycles([*circle[:2], Comparison(2, 0, "tie")]) == (0, 0)  # not decisive
+    assert count_cycles(circle[:2]) == (0, 0)  # not all met
+
+
+def test_only_scored_completions_of_different_score_and_length_tell_whether_the_longer_wins() -> None:
+    # "bb" beats "a"; "a" and "c" are alike in length, "bb" and "ddd" in score; the one with most tokens has no score.
+    group = make_group("?", ["a", "bb", "c", "ddd", "eeeeee"])
+    judgment = Judgment(group.prompt.id, [1.0, 2.0, 3.0, 2.0, None], [None] * 4 + ["late"])
+    # a < bb, a < ddd: the longer wins. c > bb, c > ddd: the shorter.
+    assert judge_metrics([group], [judgment])["longer_wins"] == 0.5
+    # Lengths 1, 2, 1, 3 and scores 1, 2, 3, 2 less their means 1.75 and 2: their products sum to 0.75+0+-0.75+0 = 0.
+    assert judge_metrics([group], [judgment])["length_correlation"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_scores_that_are_all_alike_correlate_with_nothing() -> None:
+    group = make_group("?", ["a", "bb"])
+    assert judge_metrics([group], [Judgment(group.prompt.id, [1.0, 1.0], [None, None])])["length_correlation"] is None
+
+
+def test_the_judge_that_rewards_length_is_seen() -> None:
+    groups = [make_group("?", ["a", "bb", "cccc"]), make_group("!", ["aaa", "b", "cc"])]
+    judgments = [Judgment(g.prompt.id, [float(len(c.text)) for c in g.completions], [None] * 3) for g in groups]
+    metrics = judge_metrics(groups, judgments)
+    assert metrics["longer_wins"] == 1.0
+    assert metrics["length_correlation"] == pytest.approx(1.0)
+    backwards = [Judgment(j.prompt_id, [-s for s in j.scores if s is not None], [None] * 3) for j in judgments]
+    assert judge_metrics(groups, backwards)["length_correlation"] == pytest.approx(-1.0)
+
+
+def test_length_correlation_is_within_prompts_so_that_long_answers_to_hard_questions_do_not_count() -> None:
+    # Between the prompts length and score rise together; within each the shorter is better.
+    groups = [make_group("?", ["a", "bb"]), make_group("!", ["aaaaaaaa", "bbbbbbbbb"])]
+    judgments = [
+        Judgment(groups[0].prompt.id, [1.0, 0.0], [None, None]),
+        Judgment(groups[1].prompt.id, [9.0, 8.0], [None, None]),
+    ]
+    assert judge_metrics(groups, judgments)["length_correlation"] == pytest.approx(-1.0)
+
+
+def test_what_cannot_be_told_is_none() -> None:
+    group = make_group("?", ["a", "b"])
+    metrics = judge_metrics([group], [Judgment(group.prompt.id, [None, None], ["no key", "no key"])])
+    assert metrics == {
+        "abstained": 1.0,
+        "flip_rate": None,
+        "first_position": None,
+        "longer_wins": None,
+        "length_correlation": None,
+        "intransitive": None,
+    }
+
+
+def test_abstentions_are_counted_by_reason_the_commonest_first() -> None:
+    judgments = [
+        Judgment("q", [None], ["no key"]),
+        Judgment("p", [None, None, None, 1.0], ["late", "late", "odd", None]),
+    ]
+    counts = abstention_counts(judgments)
+    assert list(counts.pop("abstentions").items()) == [("late", 2), ("no key", 1), ("odd", 1)]
+    assert counts == {"completions": 5, "unjudged": 4}
+
+
+def test_abstentions_by_design_are_left_out() -> None:
+    judgments = [Judgment("q", [None, None, 1.0], ["by lot", "late", None])]
+    counts = abstention_counts(judgments, leave_out=["by lot"])
+    assert counts == {"completions": 3, "unjudged": 1, "abstentions": {"late": 1}}

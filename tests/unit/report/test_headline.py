@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iterdpo.report.headline import number, percent, verdict
+from iterdpo.run.read import read_run
+from iterdpo.run.rundir import RunDir, write_jsonl
+
+ONLINE = {"rounds": 3, "evaluation": {"judge": {"use": "lexicon"}, "confidence": 0.95}}
+INITIAL = {"round": 0, "score/heldout_judge": 0.29, "score/train_judge": 0.59, "gate/decision": "promote"}
+
+Judge = Callable[..., str]
+
+
+def outcome(round: int, rate: float | None = 0.71, decision: str = "promote") -> dict[str, Any]:
+    """A round's metrics, its win rate known to 6 points either way."""
+    ends = {"_low": rate - 0.06, "_high": rate + 0.06} if rate is not None else {}
+    rates = {"win_rate/vs_initial": rate, **{f"win_rate/vs_initial{end}": x for end, x in ends.items()}}
+    scores = {"score/heldout_judge": 0.72, "score/train_judge": 0.85, "kl/to_initial": 14.2}
+    return {"round": round, **scores, **rates, "gate/decision": decision}
+
+
+@pytest.fixture
+def say(tmp_path: Path) -> Judge:
+    def say(*rows: dict[str, Any], config: dict[str, Any] = ONLINE) -> str:
+        RunDir(tmp_path).write_config(config)
+        write_jsonl(tmp_path / "metrics.jsonl", rows)
+        return verdict(read_run(tmp_path)).replace("\N{NO-BREAK SPACE}", " ")
+
+    return say
+
+
+def test_a_win_rate_above_half_beats_the_initial_policy(say: Judge) -> None:
+    assert say(INITIAL, outcome(1), outcome(2), outcome(3)) == (
+        "Three rounds moved the held-out judge's score from 0.29 to 0.72; round 3 beats the initial policy on 71 % of "
+        "held-out prompts (95 % interval 65 to 77 %), at 14 nats of KL."
+    )
+
+
+def test_an_interval_with_half_in_it_distinguishes_nothing_whatever_the_scores_did(say: Judge) -> None:
+    said = say(INITIAL, outcome(1), outcome(2), outcome(3, 0.54))
+    assert "round 3 is not distinguishable from the initial policy, with wins on 54 % of held-out prompts" in said
+    assert "beats" not in said
+
+
+def test_a_win_rate_below_half_is_worse_and_a_risen_training_score_is_called_exploiting(say: Judge) -> None:
+    said = say(INITIAL, outcome(1), outcome(2), outcome(3, 0.3) | {"score/heldout_judge": 0.2})
+    assert "from 0.29 to 0.20; round 3 is worse than the initial policy and wins on only 30 %" in said
+    assert "Meanwhile the training judge's score went from 0.59 to 0.85" in said
+
+
+def test_the_policy_that_was_promoted_last_is_the_one_judged(say: Judge) -> None:
+    said = say(INITIAL, outcome(1), outcome(2), outcome(3, 0.2, "keep"))
+    assert said.startswith("Three rounds, two of them promoted, moved")
+    assert "round 2 beats the initial policy on 71 %" in said
+
+
+def test_nothing_promoted_says_that_the_policy_is_still_the_initial_one(say: Judge) -> None:
+    said = say(INITIAL, *(outcome(r, 0.47, "keep") for r in (1, 2, 3)))
+    assert said.startswith("None of three rounds was promoted: the policy is still the initial one. Round 3 is not")
+
+
+def test_a_stopped_run_says_where(say: Judge) -> None:
+    assert say(INITIAL, outcome(1), outcome(2, 0.3, "stop")).startswith("The gate stopped the run in round 2 of 3.")
+
+
+def test_without_a_heldout_judge_the_training_judge_marks_its_own_work(say: Judge) -> None:
+    row = outcome(1) | {"score/heldout_judge": None}
+    said = say(INITIAL | {"score/heldout_judge": None}, row, config={"rounds": 1, "evaluation": {"judge": None}})
+    assert said.startswith("One round moved the training judge's score from 0.59 to 0.85;")
+    assert "There was no held-out judge" in said
+
+
+def test_a_run_that_goes_on_says_how_far_it_is(say: Judge) -> None:
+    assert say() == "Nothing is measured yet: the evaluation of the initial policy has not finished."
+    assert say(INITIAL) == "No round is done yet, of 3 planned; the initial policy scores 0.29 by the held-out judge."
+    assert say(INITIAL, outcome(1)).startswith("Unfinished: 1 of 3 rounds done. One round moved")
+
+
+def test_a_win_rate_that_was_not_measured_is_not_made_up(say: Judge) -> None:
+    said = say(INITIAL, outcome(1), outcome(2), outcome(3, None))
+    assert "round 3 was not compared with the initial policy, at 14 nats of KL." in said
+
+
+def test_many_abstentions_are_mentioned_and_few_are_not(say: Judge) -> None:
+    row = outcome(1) | {"evaluation/completions": 100}
+    many = say(INITIAL, row | {"evaluation/unjudged": 30})
+    few = say(INITIAL, row | {"evaluation/unjudged": 2})
+    assert "30 of 100 held-out completions could not be judged" in many
+    assert "could not be judged" not in few
+
+
+def test_a_judge_that_goes_by_the_place_is_told_of(say: Judge) -> None:
+    row = {"round": 1, "gate/decision": "promote"}
+    assert "by the place of a completion" in say(INITIAL, row | {"judge/flip_rate": 0.5})
+    assert "by the place of a completion" not in say(INITIAL, row | {"judge/flip_rate": 0.4})
+
+
+# Wilson's interval of 63 % in 200, by hand: centre (0.63 + 3.8416/400) / 1.019208 = 0.62755, half-width
+# 1.96 sqrt(0.2331/200 + 0.0049²) / 1.019208 = 0.06633.
+def test_an_offline_round_reports_accuracy_on_heldout_pairs_with_its_interval(say: Judge) -> None:
+    row = {"round": 1, "pairs/kept": 1600, "eval_rewards/accuracies": 0.63, "gate/decision": "promote"}
+    assert say(row, config={"data": {"heldout": 200}}) == (
+        "One offline round on 1,600 pairs: the implicit reward prefers the chosen completion in 63 % of 200 held-out "
+        "pairs (95 % interval 56 to 69 %), where chance is half."
+    )
+    said = say(row | {"eval_rewards/accuracies": 0.53}, config={"data": {"heldout": 200}})
+    assert said.endswith("which is not distinguishable from chance.")
+
+
+def test_an_offline_round_without_heldout_pairs_claims_nothing_of_new_ones(say: Judge) -> None:
+    said = say({"round": 1, "rewards/accuracies": 0.71}, config={"data": {"heldout": 0}})
+    assert "preferred the chosen completion in 71 % of the pairs. None were held out" in said
+    assert say(config={"data": {}}) == "The offline round is not done yet."
+
+
+@pytest.mark.parametrize(
+    ("x", "shown"),
+    [(0.294, "0.29"), (0.0, "0.00"), (-0.0034, "-0.0034"), (9.5, "9.50"), (143.2, "143"), (-1234.5, "-1,234")],
+)
+def test_numbers_keep_the_digits_that_matter(x: float, shown: str) -> None:
+    assert number(x) == shown
+
+
+@pytest.mark.parametrize(("x", "shown"), [(0.71, "71"), (0.504, "50.4"), (0.5, "50"), (0.004, "0.4"), (1.0, "100")])
+def test_percentages_do_not_round_onto_one_half(x: float, shown: str) -> None:
+    assert percent(x) == f"{shown}\N{NO-BREAK SPACE}%"

@@ -1,0 +1,134 @@
+"""A model that could not run is refused before anything is loaded, in one clear line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iterdpo.errors import ConfigError
+from iterdpo.run.checkpoints import check_checkpoint, context_length, resolve_checkpoint
+
+
+@pytest.fixture
+def copy(tiny_model: Path, tmp_path: Path) -> Path:
+    """A checkpoint of this test's own, to damage."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_checkpoint(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(directory) in message
+    return message
+
+
+def test_a_good_checkpoint_passes_and_gives_its_configuration(tiny_model: Path) -> None:
+    config = check_checkpoint(tiny_model)
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert context_length(config) == 512
+
+
+@pytest.mark.parametrize(
+    "path", ["/nowhere/model", "./nowhere", "~/nowhere", "a/b/c", "model.gguf", "pytorch_model.bin"]
+)
+def test_a_directory_that_does_not_exist_is_named_without_asking_the_hub(path: str) -> None:
+    with pytest.raises(ConfigError, match="no such directory; give a checkpoint directory or a hub id") as caught:
+        resolve_checkpoint(path)
+    assert repr(path) in str(caught.value)
+
+
+def test_a_relative_path_or_one_from_home_becomes_absolute(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy.parent)
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert resolve_checkpoint("model") == resolve_checkpoint("./model") == resolve_checkpoint("~/model") == copy
+
+
+def test_no_config_json(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    assert refusal(copy) == f"model.path {copy}: has no config.json, so it is no Hugging Face checkpoint"
+
+
+def test_an_adapter_without_its_base(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/models/llama"}))
+    message = refusal(tmp_path)
+    assert f"model.path {tmp_path}: holds an adapter of /models/llama alone" in message
+    assert "start from /models/llama" in message
+
+
+def test_a_config_json_that_was_cut_short(copy: Path) -> None:
+    text = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(text[: len(text) // 2])
+    assert "config.json: cannot be read: " in refusal(copy)
+
+
+def test_a_classifier(copy: Path) -> None:
+    edit_config(copy, architectures=["LlamaForSequenceClassification"])
+    assert refusal(copy).endswith("LlamaForSequenceClassification is not a causal language model")
+
+
+def test_pickled_weights_only(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    assert "has no .safetensors weights; pickled ones are not loaded" in refusal(copy)
+
+
+def test_no_tokenizer(copy: Path) -> None:
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    assert "has no tokenizer; save one there" in refusal(copy)
+
+
+def test_a_config_json_of_another_vocabulary(copy: Path) -> None:
+    edit_config(copy, vocab_size=32000)
+    message = refusal(copy)
+    assert (
+        "model.safetensors embeds 259 tokens (model.embed_tokens.weight), config.json says vocab_size 32,000" in message
+    )
+
+
+def test_a_tokenizer_of_another_model(copy: Path) -> None:
+    path = copy / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 40000, "content": "<|other|>"})
+    path.write_text(json.dumps(tokenizer))
+    message = refusal(copy)
+    assert "the tokenizer has ids up to " in message
+    assert "the model embeds 259 tokens" in message
+
+
+def test_code_of_its_own_runs_only_where_it_was_allowed(copy: Path) -> None:
+    edit_config(copy, auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
+    assert "needs Python code of its own; read it, then set model.trust_remote_code=true" in refusal(copy)
+    assert check_checkpoint(copy, trust_remote_code=True)["auto_map"]
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n", b""])
+def test_weights_that_are_a_git_lfs_pointer_or_were_cut_short(copy: Path, content: bytes) -> None:
+    (copy / "model.safetensors").write_bytes(content)
+    assert "model.safetensors" in refusal(copy)
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({"n_positions": 1024}, 1024),
+        ({"text_config": {"max_position_embeddings": 8192}}, 8192),
+        ({"max_position_embeddings": 2048, "text_config": {"max_position_embeddings": 1}}, 2048),
+        ({"max_position_embeddings": None}, None),
+        ({}, None),
+    ],
+)
+def test_the_context_length_is_what_the_configuration_says_if_it_says(
+    config: dict[str, Any], tokens: int | None
+) -> None:
+    assert context_length(config) == tokens

@@ -1,0 +1,444 @@
+"""The disk decides what is done: manifests, resuming, stale steps, atomic writes, the lock."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iterdpo.errors import RunLockedError, StaleStepError, UserError
+from iterdpo.run import rundir
+from iterdpo.run.rundir import (
+    MANIFEST,
+    Manifest,
+    RunDir,
+    Step,
+    differing_keys,
+    digest,
+    directory_digest,
+    read_json,
+    read_jsonl,
+    read_manifest,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from iterdpo.types import RoundRecord
+
+ROOT = Path(__file__).parents[3]
+INPUTS = {"sampling": {"n": 4, "temperature": 1.0}, "policy": "abc"}
+
+
+def do(step: Step, **files: str) -> Manifest:
+    directory = step.begin()
+    for name, text in files.items():
+        (directory / name).write_text(text)
+    return step.finish(counts={"files": len(files)})
+
+
+@contextmanager
+def other_process(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A Python process that says a line when it is ready. It is killed at the end."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+# Steps
+
+
+def test_a_step_is_done_once_its_manifest_is_written_and_not_before(tmp_path: Path) -> None:
+    step = Step(tmp_path / "round-001" / "completions", INPUTS)
+    assert step.manifest() is None
+    directory = step.begin()
+    (directory / "shard-0000.jsonl").write_text("{}\n")
+    assert step.manifest() is None
+    assert not step.path.exists()
+
+    manifest = step.finish(counts={"prompts": 1}, seconds={"engine": 0.25})
+    assert step.manifest() == manifest == read_manifest(step.path)
+    assert not step.partial.exists()
+    assert sorted(p.name for p in step.path.iterdir()) == [MANIFEST, "shard-0000.jsonl"]
+    assert (manifest.step, manifest.inputs, manifest.counts) == ("round-001/completions", INPUTS, {"prompts": 1})
+    assert manifest.files == {
+        "shard-0000.jsonl": {"bytes": 3, "sha256": hashlib.sha256(b"{}\n").hexdigest()},
+    }
+    assert manifest.seconds["engine"] == 0.25
+    assert manifest.seconds["total"] >= 0
+    assert manifest.versions["iterdpo"]
+
+
+@pytest.mark.parametrize("crash", ["before the manifest", "between the manifest and the rename"])
+def test_a_crash_while_sealing_leaves_the_step_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: str
+) -> None:
+    step = Step(tmp_path / "step", INPUTS)
+    (step.begin() / "data").write_text("whole")
+    replace = os.replace
+
+    def dies(source: Any, target: Any) -> None:
+        if Path(target) == (step.partial / MANIFEST if crash == "before the manifest" else step.path):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rundir.os, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            step.finish()
+    assert (step.partial / MANIFEST).exists() == (crash != "before the manifest")
+
+    again = Step(tmp_path / "step", INPUTS)
+    assert again.manifest() is None
+    do(again, data="whole")
+    assert again.manifest() is not None
+    assert list(again.manifest().files) == ["data"]  # type: ignore[union-attr]
+
+
+def test_an_interrupted_start_with_the_same_inputs_keeps_what_it_had(tmp_path: Path) -> None:
+    first = Step(tmp_path / "step", INPUTS).begin()
+    (first / "shard-0000.jsonl").write_text("done\n")
+    again = Step(tmp_path / "step", json.loads(json.dumps(INPUTS)))
+    assert (again.begin() / "shard-0000.jsonl").read_text() == "done\n"
+    assert list(again.finish().files) == ["shard-0000.jsonl"]  # the note of the inputs is no content
+
+
+def test_what_a_killed_writer_left_is_no_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step(tmp_path / "killed", INPUTS)
+    directory = step.begin()
+    with monkeypatch.context() as patched:
+        patched.setattr(rundir.os, "getpid", lambda: 4242)
+        patched.setattr(rundir.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write_jsonl(directory / "shard-0000.jsonl", [{"a": 1}])
+
+    resumed, whole = Step(tmp_path / "killed", INPUTS), Step(tmp_path / "whole", INPUTS)
+    for each in (resumed, whole):
+        write_jsonl(each.begin() / "shard-0000.jsonl", [{"a": 1}])
+    assert resumed.finish().digest == whole.finish().digest
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_changed_inputs_are_refused_naming_the_key_and_both_values(tmp_path: Path, finished: bool) -> None:
+    step = Step(tmp_path / "round-001" / "completions", INPUTS)
+    step.begin()
+    if finished:
+        step.finish()
+    changed = Step(step.path, {"sampling": {"n": 8, "temperature": 1.0}, "policy": "xyz"})
+    with pytest.raises(StaleStepError) as caught:
+        changed.manifest() or changed.begin()
+    message = str(caught.value)
+    assert "round-001/completions was made with sampling.n = 4, and sampling.n = 8 is asked for now" in message
+    assert "also different: policy" in message
+    assert "--redo" in message
+    assert changed.differences() == [("sampling.n", 4, 8), ("policy", "abc", "xyz")]
+
+
+def test_the_refusal_of_another_judge_says_what_may_have_changed(tmp_path: Path) -> None:
+    do(Step(tmp_path / "judgments", {"judge": {"version": "a"}}))
+    changed = Step(tmp_path / "judgments", {"judge": {"version": "b"}})
+    with pytest.raises(
+        StaleStepError, match=r'judge\.version = "b" is .*: the judge.s source, arguments or checkpoint'
+    ):
+        changed.manifest()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_with_an_attic_changed_inputs_move_the_old_aside_and_the_step_is_done_again(
+    tmp_path: Path, finished: bool
+) -> None:
+    run = RunDir(tmp_path)
+    old = run.step(1, "completions", INPUTS)
+    (old.begin() / "data").write_text("old")
+    if finished:
+        old.finish()
+
+    new = RunDir(tmp_path, redo=True).step(1, "completions", {**INPUTS, "policy": "xyz"})
+    assert new.manifest() is None
+    assert list(new.begin().iterdir()) == [new.partial / "STEP.json"]
+    do(new, data="new")
+    (kept,) = (tmp_path / "attic").glob("*/round-001/completions*/data")
+    assert kept.read_text() == "old"
+    assert (new.path / "data").read_text() == "new"
+    assert run.step(1, "completions", {**INPUTS, "policy": "xyz"}).manifest() is not None
+
+
+def test_with_an_attic_unchanged_inputs_are_not_done_again(tmp_path: Path) -> None:
+    do(RunDir(tmp_path).step(1, "pairs", INPUTS), data="old")
+    assert RunDir(tmp_path, redo=True).step(1, "pairs", INPUTS).manifest() is not None
+    assert not (tmp_path / "attic").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "manifest cut", "manifest empty", "manifest gone"])
+def test_a_step_whose_files_are_cut_short_or_missing_is_not_done_and_is_done_again(tmp_path: Path, damage: str) -> None:
+    step = Step(tmp_path / "step", INPUTS)
+    do(step, data="0123456789")
+    file, manifest = step.path / "data", step.path / MANIFEST
+    match damage:
+        case "cut":
+            file.write_text("01234")
+        case "gone":
+            file.unlink()
+        case "manifest cut":
+            manifest.write_text(manifest.read_text()[:-10])
+        case "manifest empty":
+            manifest.write_text("")
+        case "manifest gone":
+            manifest.unlink()
+    again = Step(tmp_path / "step", INPUTS)
+    assert again.manifest() is None
+    do(again, data="abc")
+    assert (step.path / "data").read_text() == "abc"
+    assert again.manifest() is not None
+
+
+def test_inputs_that_are_equal_as_json_are_equal(tmp_path: Path) -> None:
+    do(Step(tmp_path / "step", {"betas": (0.9, 0.999), "b": 1, "a": 2}))
+    assert Step(tmp_path / "step", {"a": 2, "b": 1, "betas": [0.9, 0.999]}).manifest() is not None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_json_does_not_have_is_refused_and_not_written(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Step(tmp_path / "step", {"beta": value})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "metrics.json", {"loss": value})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_that_differ_are_named_from_the_top() -> None:
+    was = {"a": 1, "b": {"c": 1, "d": [1, 2]}, "gone": None, "left": 3}
+    now = {"a": 1, "b": {"c": 2, "d": [1, 2], "e": 5}, "left": {"f": 1}}
+    assert differing_keys(was, now) == [("b.c", 1, 2), ("b.e", None, 5), ("left", 3, {"f": 1})]
+    assert differing_keys(was, was) == []
+
+
+# Digests
+
+
+def test_equal_contents_have_equal_digests_whenever_and_wherever_they_were_made(tmp_path: Path) -> None:
+    one = do(Step(tmp_path / "a" / "one", INPUTS), x="1", y="2")
+    two = do(Step(tmp_path / "b" / "two", {"other": 1}), y="2", x="1")
+    assert one.digest == two.digest
+    assert one.digest != do(Step(tmp_path / "three", INPUTS), x="1", y="3").digest  # content
+    assert one.digest != do(Step(tmp_path / "four", INPUTS), x="1", z="2").digest  # name
+
+
+def test_logs_do_not_count_as_content(tmp_path: Path) -> None:
+    digests = []
+    for name, log in (("one", "took 3 s"), ("two", "took 4 s")):
+        step = Step(tmp_path / name, INPUTS)
+        (step.begin() / "data").write_text("same")
+        (step.partial / "train_log.jsonl").write_text(log)
+        manifest = step.finish(logs=["train_log.jsonl"])
+        assert manifest.files["train_log.jsonl"]["log"] is True
+        digests.append(manifest.digest)
+    assert digests[0] == digests[1]
+
+
+def test_a_policy_has_the_same_digest_with_its_manifest_and_without(tmp_path: Path) -> None:
+    step = Step(tmp_path / "policy", INPUTS)
+    manifest = do(step, **{"config.json": "{}", "model.safetensors": "weights"})
+    assert directory_digest(step.path) == manifest.digest
+    (step.path / MANIFEST).unlink()
+    assert directory_digest(step.path) == manifest.digest
+    (step.path / "model.safetensors").write_text("weightz")
+    assert directory_digest(step.path) != manifest.digest
+
+
+def test_the_digest_of_a_value_does_not_depend_on_the_order_of_its_keys() -> None:
+    # printf '{"a":2,"b":[1,"é"]}' | sha256sum
+    assert digest({"b": [1, "é"], "a": 2}) == digest({"a": 2, "b": [1, "é"]}) == "a6cc6baee48ea4ed"
+    assert digest([1, 2]) != digest([2, 1])
+
+
+# Rounds
+
+
+def record(round: int, *, decision: Any = "promote", policy: str | None = None) -> RoundRecord:
+    metrics = {"round": round, "win_rate/vs_previous": 0.5 + round / 100}
+    policy = policy or f"round-{round:03d}/policy"
+    return RoundRecord(round, decision, "because", policy, round, f"digest-{round}", {"minimum": 0.5}, metrics)
+
+
+def test_records_come_back_and_metrics_jsonl_is_in_the_order_of_the_rounds(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for number in (1, 2, 9, 10, 1000):
+        run.round_dir(number).mkdir()
+        if number != 9:
+            run.write_record(record(number))
+    assert run.rounds() == [1, 2, 9, 10, 1000]
+    assert run.record(9) is None
+    assert run.records() == [record(1), record(2), record(10), record(1000)]
+    assert [row["round"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 10, 1000]
+
+
+def test_a_copy_that_someone_kept_beside_the_rounds_is_no_round(tmp_path: Path) -> None:
+    for name in ("round-001", "round-001.bak", "round-002-old"):
+        (tmp_path / name).mkdir()
+    assert RunDir(tmp_path).rounds() == [1]
+
+
+def test_a_round_that_is_decided_again_undoes_the_decisions_after_it(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for number in (1, 2, 3):
+        (run.round_dir(number) / "policy").mkdir(parents=True)
+        run.write_record(record(number))
+    run.write_record(record(2, decision="keep", policy="round-001/policy"))
+    assert [(r.round, r.decision) for r in run.records()] == [(1, "promote"), (2, "keep")]
+    assert [row["round"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert (tmp_path / "policy").resolve() == tmp_path / "round-001" / "policy"
+
+
+def test_the_policy_link_follows_the_policy_that_was_promoted_last(tmp_path: Path) -> None:
+    run, link = RunDir(tmp_path), tmp_path / "policy"
+    for number in (1, 2, 3):
+        (run.round_dir(number) / "policy").mkdir(parents=True)
+    run.write_record(record(1))
+    assert link.resolve() == tmp_path / "round-001" / "policy"
+    run.write_record(record(2))
+    assert link.resolve() == tmp_path / "round-002" / "policy"
+    run.write_record(record(3, decision="keep", policy="round-002/policy"))
+    assert link.resolve() == tmp_path / "round-002" / "policy"
+    assert os.readlink(link) == "round-002/policy"  # the run directory may be moved
+
+
+def test_a_round_is_not_sealed_with_metrics_that_are_not_numbers(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.round_dir(1).mkdir()
+    bad = RoundRecord(1, "promote", "because", "policy", 1, "d", {}, {"round": 1, "loss": float("nan")})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.write_record(bad)
+    assert run.record(1) is None
+
+
+def test_the_configuration_of_a_run_comes_back_and_its_absence_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run here \(no run\.json\)"):
+        RunDir(tmp_path / "nowhere").read_config()
+    run = RunDir(tmp_path)
+    run.write_config({"dpo": {"beta": 0.1}})
+    assert run.read_config() == {"dpo": {"beta": 0.1}}
+    assert read_json(tmp_path / "run.json")["versions"]["torch"]
+
+
+def test_logs_have_a_place_that_exists(tmp_path: Path) -> None:
+    path = RunDir(tmp_path).log_path("train")
+    assert path == tmp_path / "logs" / "train.log"
+    assert path.parent.is_dir()
+
+
+# Writes
+
+WRITER = """
+import sys
+from pathlib import Path
+from iterdpo.run.rundir import write_text
+path = Path(sys.argv[1])
+print("ready", flush=True)
+while True:
+    for letter in "ab":
+        write_text(path, letter * 300_000)
+"""
+
+
+def test_a_reader_and_a_crash_see_the_old_content_or_the_new_never_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("a" * 300_000)
+    whole = {"a" * 300_000, "b" * 300_000}
+    seen = set()
+    with other_process(WRITER, path) as writer:
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            seen.add(path.read_text())
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    assert seen == whole
+    assert path.read_text() in whole
+
+
+def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": 1}
+
+
+def test_lines_come_back_whatever_separators_their_texts_hold(tmp_path: Path) -> None:
+    rows = [{"text": "one\ntwo\r\n\u2028three\x85"}, {"text": "ü 🙂", "n": None}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+    assert len((tmp_path / "rows.jsonl").read_bytes().split(b"\n")) == 3
+    write_text(tmp_path / "empty.jsonl", "")
+    assert read_jsonl(tmp_path / "empty.jsonl") == []
+
+
+# The lock
+
+HOLDER = """
+import sys, time
+from iterdpo.run.rundir import RunDir
+with RunDir(sys.argv[1]).lock():
+    print("ready", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_second_process_is_kept_out_and_told_which_one_is_in(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with other_process(HOLDER, run.root) as holder:
+        with pytest.raises(RunLockedError, match=f"in use by process {holder.pid}; wait for it to end"), run.lock():
+            pass
+        with RunDir(tmp_path / "other").lock():
+            pass  # another run is another lock
+
+
+def test_the_lock_goes_when_its_process_is_killed(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with other_process(HOLDER, run.root) as holder:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with run.lock():
+            assert (run.root / ".lock").read_text() == str(os.getpid())
+
+
+def test_the_lock_is_free_again_after_its_block_an_error_too(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with pytest.raises(ZeroDivisionError), run.lock():
+        raise ZeroDivisionError
+    with run.lock():
+        pass
+
+
+def test_who_waits_gets_the_lock_when_it_is_released(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with other_process(HOLDER.replace("100", "0.3"), run.root):
+        started = time.monotonic()
+        with run.lock(wait=True):
+            assert time.monotonic() - started > 0.1
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", "file/a/b"])
+def test_a_run_directory_that_cannot_be_written_is_said_in_a_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")  # root writes everywhere, but not below a file
+    with (
+        pytest.raises(UserError, match=r"cannot be written \(.+\); choose another run_dir") as caught,
+        RunDir(tmp_path / name).lock(),
+    ):
+        pass
+    assert str(tmp_path / name) in str(caught.value)

@@ -1,0 +1,344 @@
+"""Children die with their parent: real processes, really killed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from iterdpo.run import supervise
+
+pytestmark = pytest.mark.timeout(30)
+
+ROOT = Path(__file__).parents[3]
+# A command and what it started, each with its process id on a line of pids.txt.
+FAMILY = "sleep 1000 & echo $$ > pids.txt; echo $! >> pids.txt; exec sleep 1000"
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs; a zombie that nobody waits for does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 5.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+
+
+def pids(directory: Path, count: int = 2) -> list[int]:
+    """The ids that a command wrote, once they are there."""
+    file = directory / "pids.txt"
+    wait_for(lambda: file.exists() and file.read_text().count("\n") == count, "the children's start")
+    return [int(line) for line in file.read_text().split()]
+
+
+def gone(processes: list[int]) -> None:
+    wait_for(lambda: not any(map(alive, processes)), f"the end of {processes}", seconds=1.0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands run in the test's directory; what a failed test leaves there is ended."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    for file in tmp_path.glob("pids*.txt"):
+        for pid in map(int, file.read_text().split()):
+            if alive(pid) and Path(f"/proc/{pid}/cwd").resolve() == tmp_path:
+                os.kill(pid, signal.SIGKILL)
+
+
+def start(script: str, **options: object) -> supervise.Child:
+    return supervise.start(["sh", "-c", script], log=Path("log"), **options)  # type: ignore[arg-type]
+
+
+PARENT = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from iterdpo.run import supervise
+child = supervise.start(["sh", "-c", {FAMILY!r}], log=Path("log"))
+print("ready", flush=True)
+sys.stdin.readline()
+ENDING
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", -9),
+        ("os.kill(os.getpid(), signal.SIGTERM)", -15),
+        ("sys.exit(0)", 0),
+        ("os._exit(7)", 7),
+        ("raise RuntimeError('crash')", 1),
+    ],
+)
+def test_however_the_parent_ends_child_and_grandchild_are_gone_within_a_second(
+    tmp_path: Path, ending: str, status: int
+) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT.replace("ENDING", ending)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert parent.stdin is not None
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"ready\n"
+    family = pids(tmp_path)
+    assert all(map(alive, family))
+    parent.stdin.write(b"\n")
+    parent.stdin.flush()
+    assert parent.wait(5) == status
+    gone(family)
+
+
+def test_a_parent_killed_right_after_the_start_leaves_nothing(tmp_path: Path) -> None:
+    # before the guard is up: it reads the end of file when it gets there
+    code = PARENT.replace("ENDING", "").replace('print("ready", flush=True)', "os.kill(os.getpid(), signal.SIGKILL)")
+    subprocess.run([sys.executable, "-c", code.replace(FAMILY, "echo $$ > pids.txt; sleep 1000")], check=False)
+    time.sleep(0.5)
+    if (tmp_path / "pids.txt").exists():
+        gone(pids(tmp_path, 1))
+
+
+def test_kill_ends_child_and_grandchild_and_may_be_called_twice(tmp_path: Path) -> None:
+    child = start(FAMILY)
+    family = pids(tmp_path)
+    assert child.poll() is None
+    child.kill()
+    gone(family)
+    child.kill()
+    assert child.poll() is not None
+
+
+def test_leaving_the_block_ends_the_child_an_error_too(tmp_path: Path) -> None:
+    family: list[int] = []
+
+    def work() -> None:
+        with start(FAMILY):
+            family.extend(pids(tmp_path))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+    gone(family)
+
+
+def test_the_command_dies_with_its_guard(tmp_path: Path) -> None:
+    with start("echo $$ > pids.txt; exec sleep 1000") as child:
+        family = pids(tmp_path, 1)
+        os.kill(child.process.pid, signal.SIGKILL)
+        gone(family)
+
+
+def test_one_child_dies_alone(tmp_path: Path) -> None:
+    # did the second hold the first's pipe open, the first would not notice
+    with (
+        start("echo $$ > pids-1.txt; exec sleep 1000") as first,
+        start("echo $$ > pids-2.txt; exec sleep 1000") as second,
+    ):
+        files = [tmp_path / "pids-1.txt", tmp_path / "pids-2.txt"]
+        wait_for(lambda: all(f.exists() and f.read_text().endswith("\n") for f in files), "the children's start")
+        one, two = (int(file.read_text()) for file in files)
+        first.kill()
+        gone([one])
+        assert alive(two)
+        assert second.poll() is None
+
+
+def test_what_a_command_leaves_behind_goes_when_the_command_ends(tmp_path: Path) -> None:
+    with start("sleep 1000 & echo $! > pids.txt; exit 3") as child:
+        assert child.wait(5) == 3
+        left = pids(tmp_path, 1)
+    gone(left)
+
+
+def test_kill_reaches_a_grandchild_in_a_session_of_its_own(tmp_path: Path) -> None:
+    with start("setsid sleep 1000 & echo $! > pids.txt; exec sleep 1000"):
+        left = pids(tmp_path, 1)
+        # setsid has to have happened
+        wait_for(lambda: Path(f"/proc/{left[0]}/comm").read_text() == "sleep\n", "setsid")
+    gone(left)
+
+
+@pytest.mark.parametrize(("script", "status"), [("exit 0", 0), ("exit 3", 3), ("kill -KILL $$", 128 + 9)])
+def test_the_exit_status_is_the_commands_and_for_a_signal_the_shells(script: str, status: int) -> None:
+    with start(script) as child:
+        assert child.wait(5) == status
+        assert child.poll() == status
+
+
+def test_output_and_errors_are_appended_to_the_log(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("before\n")
+    with start("echo out; echo err >&2") as child:
+        child.wait(5)
+    assert (tmp_path / "log").read_text() == "before\nout\nerr\n"
+    assert child.log_tail(2) == "out\nerr"
+    (tmp_path / "log").unlink()
+    assert child.log_tail() == ""
+
+
+def test_a_command_that_does_not_exist_is_in_the_log() -> None:
+    with supervise.start(["no-such-command"], log=Path("log")) as child:
+        assert child.wait(5) == 1
+    assert "no-such-command" in child.log_tail(1)
+
+
+def test_pipes_go_both_ways_and_errors_still_to_the_log() -> None:
+    with start("echo starting >&2; exec cat", pipes=True) as child:
+        assert child.process.stdin is not None
+        assert child.process.stdout is not None
+        for line in (b"one\n", b"two\n"):
+            child.process.stdin.write(line)
+            child.process.stdin.flush()
+            assert child.process.stdout.readline() == line
+        child.process.stdin.close()  # and its end reaches the command
+        assert child.wait(5) == 0
+        assert child.process.stdout.read() == b""
+    assert child.log_tail() == "starting"
+
+
+def test_who_reads_from_a_child_that_dies_reads_the_end_of_file() -> None:
+    with start("read line; echo got $line; kill -KILL $$", pipes=True) as child:
+        assert child.process.stdin is not None
+        assert child.process.stdout is not None
+        child.process.stdin.write(b"this\n")
+        child.process.stdin.flush()
+        assert child.process.stdout.readline() == b"got this\n"
+        assert child.process.stdout.readline() == b""
+
+
+def test_only_the_command_holds_its_ends_of_the_pipes() -> None:
+    # were they held by the guard too, neither side would notice that the other is gone
+    with start("exec <&- >&-; exec sleep 1000", pipes=True) as child:
+        assert child.process.stdin is not None
+        assert child.process.stdout is not None
+        ready, _, _ = select.select([child.process.stdout], [], [], 2.0)
+        assert ready
+        assert child.process.stdout.read() == b""
+        assert child.poll() is None
+        with pytest.raises(BrokenPipeError):
+            os.write(child.process.stdin.fileno(), b"anybody?")
+
+
+def test_without_pipes_the_command_has_no_input() -> None:
+    with start("read line || echo none") as child:
+        assert child.wait(5) == 0
+    assert child.log_tail() == "none"
+
+
+def test_the_environment_is_the_one_given() -> None:
+    with start("echo $GREETING", env={**os.environ, "GREETING": "hello"}) as child:
+        child.wait(5)
+    assert child.log_tail() == "hello"
+
+
+# GPUs
+
+
+@pytest.fixture
+def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the lock files are, away from those of runs on this machine."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def held(file: Path) -> bool:
+    if not file.exists():
+        return False
+    with open(file) as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+@pytest.fixture
+def reserve(locks: Path) -> Iterator[Callable[..., list[int]]]:
+    """`supervise.reserve`; what is still held at the end is released."""
+    taken: list[int] = []
+
+    def reserve(*devices: str, **options: object) -> list[int]:
+        descriptors = supervise.reserve(devices, **options)  # type: ignore[arg-type]
+        taken.extend(descriptors)
+        return descriptors
+
+    yield reserve
+    for descriptor in taken:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+def test_a_reserved_gpu_is_held_until_it_is_released(locks: Path, reserve: Callable[..., list[int]]) -> None:
+    descriptors = reserve("3", "0", "3")
+    files = [locks / "iterdpo-gpu-0.lock", locks / "iterdpo-gpu-3.lock"]
+    assert len(descriptors) == 2
+    assert [held(file) for file in files] == [True, True]
+    os.close(descriptors[0])
+    assert [held(file) for file in files] == [False, True]
+
+
+def test_a_reservation_lasts_until_the_last_child_that_has_it_is_gone(
+    locks: Path, reserve: Callable[..., list[int]]
+) -> None:
+    (descriptor,) = reserve("GPU-8f2e/1")
+    (file,) = locks.glob("iterdpo-gpu-*.lock")
+    with start("exec sleep 1000", reserved=[descriptor]):
+        with start("exec sleep 1000", reserved=[descriptor]):
+            os.close(descriptor)
+            assert held(file)
+        assert held(file)
+    assert not held(file)
+
+
+def test_a_reservation_ends_with_a_process_that_is_killed(locks: Path) -> None:
+    code = f"""
+import os, signal, sys, tempfile
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from iterdpo.run import supervise
+tempfile.tempdir = {str(locks)!r}
+supervise.start(["sh", "-c", "echo $$ > pids.txt; exec sleep 1000"], log=Path("log"), reserved=supervise.reserve(["3"]))
+while not Path("pids.txt").exists():
+    pass
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    gone(pids(locks, 1))
+    wait_for(lambda: not held(locks / "iterdpo-gpu-3.lock"), "the release", seconds=1.0)
+
+
+def test_who_wants_a_gpu_in_use_says_so_and_waits_until_it_is_free(
+    locks: Path, reserve: Callable[..., list[int]]
+) -> None:
+    (first,) = reserve("3")
+    said: list[str] = []
+    second = threading.Thread(target=reserve, args=["3", "4"], kwargs={"on_wait": said.append}, daemon=True)
+    second.start()
+    wait_for(lambda: said == ["3"], "that it waits")
+    second.join(0.1)
+    assert second.is_alive()
+    os.close(first)
+    second.join(2)
+    assert not second.is_alive()
+    assert said == ["3"]  # 4 was free
+    assert held(locks / "iterdpo-gpu-3.lock")

@@ -1,0 +1,102 @@
+"""The files in configs/accelerate, as accelerate's launcher reads them and as its plugins find them in the processes."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from accelerate.commands import launch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+from iterdpo.config import DPOConfig
+from iterdpo.errors import ConfigError
+from iterdpo.training.launch import check_training
+
+ROOT = Path(__file__).parents[3]
+FILES = sorted((ROOT / "configs" / "accelerate").glob("*"))
+BY_NAME = {file.stem: file for file in FILES}
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_"))]:
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def launched(file: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Namespace]:
+    """The launcher that `accelerate launch` would call with the file, and what it would be given."""
+    calls: list[tuple[str, Namespace]] = []
+    for name in ("deepspeed_launcher", "multi_gpu_launcher", "simple_launcher"):
+        monkeypatch.setattr(launch, name, lambda args, name=name: calls.append((name, args)))
+    parser = launch.launch_command_parser()
+    launch.launch_command(parser.parse_args(["--config_file", str(file), "-m", "iterdpo.training.train", "train.json"]))
+    [call] = calls
+    return call
+
+
+def test_there_is_a_file_for_each_kind_of_distribution() -> None:
+    assert [file.name for file in FILES] == [
+        "ddp-8gpu.yaml",
+        "deepspeed-zero2.yaml",
+        "deepspeed-zero3.yaml",
+        "fsdp2-8gpu.yaml",
+    ]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_every_file_loads_and_names_as_many_processes_as_the_configuration_must(file: Path) -> None:
+    assert load_config_from_file(str(file)).num_processes == 8
+    check_training(DPOConfig(processes=8, accelerate_config=str(file)))
+    with pytest.raises(ConfigError, match=r"num_processes is 8 and dpo\.processes 4"):
+        check_training(DPOConfig(processes=4, accelerate_config=str(file)))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_no_file_lets_accelerate_autocast_beside_the_trainer(file: Path, clean_environment: pytest.MonkeyPatch) -> None:
+    _, args = launched(file, clean_environment)
+    assert args.mixed_precision == "no"
+
+
+def test_ddp_is_a_launch_on_several_gpus(clean_environment: pytest.MonkeyPatch) -> None:
+    launcher, args = launched(BY_NAME["ddp-8gpu"], clean_environment)
+    assert (launcher, args.multi_gpu, args.use_fsdp, args.num_processes) == ("multi_gpu_launcher", True, False, 8)
+
+
+def test_fsdp2_divides_the_weights_by_layer_and_gives_every_process_the_whole_ones_first(
+    clean_environment: pytest.MonkeyPatch,
+) -> None:
+    launcher, args = launched(BY_NAME["fsdp2-8gpu"], clean_environment)
+    assert (launcher, args.use_fsdp) == ("multi_gpu_launcher", True)
+    for name, value in prepare_multi_gpu_env(args).items():
+        clean_environment.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
+    assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer"]
+    assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
+    assert plugin.cpu_ram_efficient_loading is False
+    assert plugin.activation_checkpointing is False
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_is_told_what_it_would_ask_a_data_loader_for(
+    stage: int, clean_environment: pytest.MonkeyPatch
+) -> None:
+    launcher, args = launched(BY_NAME[f"deepspeed-zero{stage}"], clean_environment)
+    assert launcher == "deepspeed_launcher"
+    for name, value in prepare_deepspeed_cmd_env(args)[1].items():
+        clean_environment.setenv(name, value)
+    plugin = DeepSpeedPlugin()
+    settings = plugin.deepspeed_config
+    assert plugin.zero_stage == settings["zero_optimization"]["stage"] == stage
+    assert plugin.gradient_accumulation_steps == settings["gradient_accumulation_steps"] == 1
+    assert plugin.gradient_clipping == settings["gradient_clipping"] == DPOConfig().max_grad_norm
+    assert settings["train_micro_batch_size_per_gpu"] == 1
+    assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert plugin.zero3_save_16bit_model is (stage == 3)

@@ -1,0 +1,405 @@
+"""Rows of trees: the layout by hand, the attention against torch's own, whole models against plain rows."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from iterdpo.training import attention
+from iterdpo.training.attention import TREE, TreeLayout, tree_attention, tree_layout, use_layout
+from iterdpo.training.collate import Tree
+from iterdpo.training.logps import Scorer, fastest_way
+
+VOCAB = 60
+SHAPE = [(5, [3, 6]), (2, [1]), (7, [4, 4, 2])]  # prompts and their branches; 34 tokens
+
+
+@pytest.fixture(autouse=True)
+def no_layout_is_left_behind() -> Iterator[None]:
+    yield
+    attention._layout = None
+    attention.windows.clear()
+
+
+# The layout
+
+
+def test_a_layout_by_hand() -> None:
+    layout = tree_layout([(1, [2]), (2, [1, 2])], 10)
+    # tokens              x  y  y  x  x  a  b  b  .  .
+    assert layout.tree.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, -1, -1]
+    assert layout.branch.tolist() == [0, 1, 1, 0, 0, 2, 3, 3, -1, -1]
+    assert layout.position.tolist() == [0, 1, 2, 0, 1, 2, 2, 3, 0, 0]
+    prompts, branches = layout.blocks
+    pad = [9]
+    assert prompts.queries.tolist() == [[0, *pad * 15], [3, 4, *pad * 14]]
+    assert torch.equal(prompts.keys, prompts.queries)
+    assert branches.queries.tolist() == [[1, 2, *pad * 14], [5, *pad * 15], [6, 7, *pad * 14]]
+    assert branches.keys[:, :16].tolist() == [[0, *pad * 15], [3, 4, *pad * 14], [3, 4, *pad * 14]]
+    assert torch.equal(branches.keys[:, 16:], branches.queries)
+    # The last branch's second token sees the prompt's two tokens, the first of its own, and itself.
+    assert branches.mask[2, 1].nonzero().flatten().tolist() == [0, 1, 16, 17]
+
+
+def test_a_layout_says_where_each_token_is_among_the_blocks() -> None:
+    layout = tree_layout([(1, [2]), (2, [1, 2])], 10)
+    queries = torch.cat([block.queries.flatten() for block in layout.blocks])  # 2 * 16 + 3 * 16
+    keys = torch.cat([block.keys.flatten() for block in layout.blocks])  # 2 * 16 + 3 * 32
+    assert queries[layout.slot[:8]].tolist() == list(range(8))
+    assert layout.slot[8:].tolist() == [80, 80]
+    assert layout.uses.shape == (10, 3)  # a token of the second prompt is read by itself and by two branches
+    for token, places in enumerate(layout.uses.tolist()):
+        found = [place for place in places if place < 128]
+        assert [int(keys[place]) for place in found] == [token] * len(found)
+        assert len(found) == [2, 1, 1, 3, 3, 1, 1, 1, 0, 0][token]
+        assert set(places) - set(found) <= {128}
+
+
+def test_a_row_without_room_for_padding_is_refused() -> None:
+    with pytest.raises(AssertionError, match="no room for the padding"):
+        tree_layout([(2, [2])], 4)
+
+
+# Attention
+
+
+def seen(shape: list[tuple[int, list[int]]], window: int | None) -> Tensor:
+    """[n, n]: the mask spelled out, token by token, from each token's ancestors."""
+    ancestors: list[list[int]] = []
+    for prompt, lengths in shape:
+        start = len(ancestors)
+        ancestors += [[*range(start, start + i + 1)] for i in range(prompt)]
+        for length in lengths:
+            path = [*range(start, start + prompt)]
+            for _ in range(length):
+                path = [*path, len(ancestors)]
+                ancestors.append(path)
+    mask = torch.zeros(len(ancestors), len(ancestors), dtype=torch.bool)
+    for query, keys in enumerate(ancestors):
+        mask[query, keys[-window:] if window else keys] = True
+    return mask
+
+
+def inputs(groups: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, TreeLayout]:
+    generator = torch.Generator().manual_seed(0)
+    width = 40
+    q, k, v = (torch.randn(1, h, width, 8, generator=generator, dtype=dtype) for h in (4, groups, groups))
+    return q, k, v, tree_layout(SHAPE, width)
+
+
+def torchs(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    if softcap is None:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    scores = softcap * torch.tanh(scale * torch.einsum("bhqd,bhkd->bhqk", q, k) / softcap)
+    return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ v
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_tree_attention_is_torchs_with_the_mask_spelled_out(
+    groups: int, window: int | None, softcap: float | None
+) -> None:
+    q, k, v, layout = inputs(groups)
+    n, scale = 34, 0.3
+    for t in (q, k, v):
+        t.requires_grad_()
+    expected = torchs(q[:, :, :n], k[:, :, :n], v[:, :, :n], seen(SHAPE, window), scale, softcap)
+    use_layout(layout)
+    got, _ = tree_attention(None, q, k, v, None, scaling=scale, sliding_window=window, softcap=softcap)
+    assert got.shape == (1, 40, 4, 8)
+    torch.testing.assert_close(got.transpose(1, 2)[:, :, :n], expected, atol=1e-12, rtol=0)
+    assert not got[:, n:].any()  # padding
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours = torch.autograd.grad((got.transpose(1, 2)[:, :, :n] * gradient).sum(), (q, k, v))
+    theirs = torch.autograd.grad((expected * gradient).sum(), (q, k, v))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (2, 1.5)])
+def test_the_backward_pass_is_the_derivative(window: int | None, softcap: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layout = tree_layout([(2, [1, 2]), (1, [2])], 10)
+    q, k, v = (torch.randn(10, h, 3, generator=generator, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention._Blocked.apply(q, k, v, layout, window, softcap)[:8]  # what no loss reads has no gradient
+
+    assert torch.autograd.gradcheck(attend, (q, k, v))
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_sees_the_same(
+    monkeypatch: pytest.MonkeyPatch, groups: int, window: int | None, softcap: float | None
+) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    monkeypatch.setattr(attention, "_compiled", lambda: (flex_attention, create_block_mask))  # a GPU's kernel is not
+    q, k, v, layout = inputs(groups, torch.float32)
+    n = 34
+    expected = torchs(q[:, :, :n], k[:, :, :n], v[:, :, :n], seen(SHAPE, window), 0.3, softcap)
+    got = attention._flex(q, k, v, layout, 0.3, window, softcap)
+    torch.testing.assert_close(got[:, :, :n], expected, atol=1e-5, rtol=0)
+    assert got.isfinite().all()
+    again = attention._flex(q, k, v, layout, 0.3, window, softcap)  # with the mask that the layout keeps
+    assert torch.equal(got, again)
+
+
+def test_a_layer_with_a_window_and_one_without_keep_their_masks_apart() -> None:
+    q, k, v, layout = inputs(2)
+    use_layout(layout)
+    for window in (None, 3, None, 3):
+        got, _ = tree_attention(None, q, k, v, None, sliding_window=window)
+        expected = torchs(q[:, :, :34], k[:, :, :34], v[:, :, :34], seen(SHAPE, window), 8**-0.5, None)
+        torch.testing.assert_close(got.transpose(1, 2)[:, :, :34], expected, atol=1e-12, rtol=0)
+    assert attention.windows == [None, 3, None, 3]
+
+
+def test_under_autocast_attention_is_in_bfloat16() -> None:
+    q, k, v, layout = inputs(2, torch.float32)
+    use_layout(layout)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = tree_attention(None, q, k, v, None)
+    assert got.dtype == torch.bfloat16
+    exact, _ = tree_attention(None, q, k, v, None)
+    torch.testing.assert_close(got.float(), exact, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"dropout": 0.1}, {"s_aux": torch.ones(4)}, {"position_bias": torch.ones(4)}, {"attention_mask": torch.ones(1)}],
+)
+def test_what_tree_attention_does_not_compute_is_refused(asked: dict[str, Any]) -> None:
+    q, k, v, layout = inputs(2)
+    use_layout(layout)
+    mask = asked.pop("attention_mask", None)
+    with pytest.raises(NotImplementedError, match="tree attention with"):
+        tree_attention(None, q, k, v, mask, **asked)
+
+
+def test_several_rows_or_no_layout_are_refused() -> None:
+    q, k, v, layout = inputs(2)
+    with pytest.raises(NotImplementedError):
+        tree_attention(None, q, k, v, None)
+    use_layout(layout)
+    with pytest.raises(NotImplementedError):
+        tree_attention(None, *(t.expand(2, -1, -1, -1) for t in (q, k, v)), None)
+
+
+# Whole models
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "head_dim": 8}
+UNDROPPED = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+ONE_ROW = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 16},
+    "Mistral": {"sliding_window": 8},
+    "Gemma2": {**MIXED, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "Gemma3": {**MIXED, "query_pre_attn_scalar": 8},
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, **UNDROPPED},
+    "GPTNeoX": {},
+    "Granite": {"logits_scaling": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5},
+    "Cohere": {"logit_scale": 0.2},
+    "Phi": {"num_key_value_heads": 4},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+}
+MAMBA = {"state_size": 8, "n_groups": 1, "head_dim": 8, "num_heads": 8, "chunk_size": 8}
+HYBRID = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+NOT_ONE_ROW = {
+    "Bloom": {"n_layer": 2, "n_head": 4, "hidden_size": 32},  # the position is a bias of its attention
+    "Mamba2": {**MAMBA, "num_hidden_layers": 1, "hidden_size": 32},  # a state goes from token to token
+    "FalconH1": {**HYBRID, "num_hidden_layers": 1, "head_dim": 8, "mamba_chunk_size": 8},
+}
+
+
+@cache
+def built(name: str) -> Any:
+    """A model with large random weights: with the usual small ones it barely looks at its context."""
+    own = {**ONE_ROW, **NOT_ONE_ROW}[name]
+    shared = {k: v for k, v in SIZES.items() if name not in ("GPT2", "Bloom", "Mamba2") or k.endswith("_id")}
+    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
+    cls = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = cls(config(**{"vocab_size": VOCAB, **shared, **own})).float().eval()
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+            else:
+                parameter.data += 0.1 * torch.randn_like(parameter)  # biases and norms are all different too
+    if name == "Gemma2":
+        model.set_attn_implementation("eager")  # as load_policy does: sdpa has no soft cap
+    return model
+
+
+@cache
+def trees() -> list[Tree]:
+    draw = random.Random(0)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [draw.randrange(3, VOCAB) for _ in range(draw.randint(low, high))]
+
+    return [Tree(ids(5, 30), [ids(2, 20) for _ in range(count)]) for count in (2, 1, 3)]
+
+
+def logps_and_gradients(scorer: Scorer, trees: list[Tree]) -> tuple[Tensor, dict[str, Tensor]]:
+    scorer.zero_grad(set_to_none=True)
+    logps = scorer(scorer.collate(trees)).logps
+    (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in scorer.named_parameters() if p.grad is not None}
+    scorer.zero_grad(set_to_none=True)
+    return logps.detach(), gradients
+
+
+def assert_the_same(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=0)
+    assert one[1].keys() == other[1].keys()
+    size = torch.stack([g.norm() for g in other[1].values()]).max()
+    for name, gradient in other[1].items():
+        # Below a millionth of the largest, what is left is rounding: a gradient that is zero in exact arithmetic.
+        bound = 1e-5 * max(gradient.norm(), 1e-2 * size)
+        assert (one[1][name] - gradient).norm() <= bound, name
+
+
+@pytest.mark.parametrize("name", ONE_ROW)
+def test_one_row_gives_the_models_own_log_probabilities_and_gradients(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = built(name)
+    assert fastest_way(model, trees()) == "shared"
+    assert not [record for record in caplog.records if record.name == "iterdpo.training.logps"]
+    scorer = Scorer(model)
+    plain = logps_and_gradients(scorer, trees())
+    scorer.use("shared")
+    assert_the_same(logps_and_gradients(scorer, trees()), plain)
+    scorer.use("rows")
+    assert_the_same(logps_and_gradients(scorer, trees()), plain)
+
+
+@pytest.mark.parametrize("name", NOT_ONE_ROW)
+def test_a_model_that_is_not_only_attention_goes_in_rows_and_it_is_said_why(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = built(name)
+    with caplog.at_level(logging.WARNING, "iterdpo.training.logps"):
+        assert fastest_way(model, trees()[1:]) == "rows"
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "iterdpo.training.logps"]
+    assert message.startswith(f"{name}ForCausalLM: not the way 'shared': its log-probabilities are off by up to")
+    scorer = Scorer(model)
+    plain = logps_and_gradients(scorer, trees()[1:2])
+    scorer.use("rows")
+    assert_the_same(logps_and_gradients(scorer, trees()[1:2]), plain)
+
+
+def test_a_window_longer_than_the_trees_that_are_tried_is_kept_too() -> None:
+    config = transformers.MistralConfig(**{**SIZES, "sliding_window": 120})
+    model = transformers.MistralForCausalLM(config)
+    assert fastest_way(model, trees()) == "shared"
+    model.config.sliding_window = None  # what the numbers of short trees would not show
+    for layer in model.model.layers:
+        layer.self_attn.config = transformers.MistralConfig(**SIZES, sliding_window=None)
+    model.config.sliding_window = 120
+    assert fastest_way(model, trees()) == "rows"
+
+
+def test_layers_of_another_kind_are_not_taken_for_full_attention(caplog: pytest.LogCaptureFixture) -> None:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    model.config.layer_types = ["chunked_attention", "full_attention"]
+    assert fastest_way(model, trees()) == "rows"
+    assert "it has layers of chunked_attention" in caplog.text
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "down_proj", "lm_head"]])
+def test_an_adapters_gradients_are_the_same_in_one_row(target_modules: str | list[str]) -> None:
+    from iterdpo.training.models import with_new_adapter
+
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    base.load_state_dict(built("Llama").state_dict())
+    model = with_new_adapter(base, r=4, alpha=8, target_modules=target_modules, quantize="none")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    assert fastest_way(model, trees()) == "shared"
+    scorer = Scorer(model)
+    plain = logps_and_gradients(scorer, trees())
+    assert {name.split(".")[-3] for name in plain[1]} == {"lora_A", "lora_B"}
+    scorer.use("shared")
+    assert_the_same(logps_and_gradients(scorer, trees()), plain)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma3", "GPT2"])
+def test_gradient_checkpointing_runs_the_layers_again_on_the_same_layout(name: str) -> None:
+    model = built(name)
+    scorer = Scorer(model)
+    plain = logps_and_gradients(scorer, trees())
+    scorer.use("shared")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    try:
+        assert_the_same(logps_and_gradients(scorer, trees()), plain)
+    finally:
+        model.eval()
+        model.gradient_checkpointing_disable()
+    assert len(attention.windows) == 2 * 2  # two layers, forward and again
+    scorer.use("plain")
+
+
+def test_what_stands_in_the_padding_and_in_other_trees_changes_nothing() -> None:
+    from iterdpo.training.collate import collate
+
+    scorer = Scorer(built("Mistral"), "shared")
+    with torch.no_grad():
+        together = scorer(collate(trees(), shared=True)).logps
+        padded = scorer(collate(trees(), shared=True, pad_token_id=17)).logps
+        alone = torch.cat([scorer(collate([tree], shared=True)).logps for tree in trees()])
+    scorer.use("plain")
+    assert torch.equal(together, padded)
+    torch.testing.assert_close(alone, together, atol=0, rtol=1e-5)
+
+
+def test_a_prompt_of_one_token_and_a_branch_of_one_token_are_trees_too() -> None:
+    scorer = Scorer(built("Llama"))
+    small = [Tree([5], [[7]]), Tree([6], [[8], [9, 10]]), Tree([6] * 16, [[8] * 16])]
+    plain = logps_and_gradients(scorer, small)
+    scorer.use("shared")
+    assert built("Llama").config._attn_implementation == TREE
+    assert_the_same(logps_and_gradients(scorer, small), plain)
+    scorer.use("plain")
+
+
+def test_trying_the_ways_leaves_the_model_as_it_was() -> None:
+    model = built("Qwen2")
+    model.train()
+    before = model.config._attn_implementation
+    assert fastest_way(model, trees(), allowed=("rows",)) == "rows"
+    fastest_way(model, trees())
+    assert (model.config._attn_implementation, model.training) == (before, True)
+    model.eval()

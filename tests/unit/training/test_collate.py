@@ -1,0 +1,201 @@
+"""Trees and their batches, and the partition of pairs into steps, processes and micro-batches."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iterdpo.training.collate import (
+    PAD_MULTIPLE,
+    ROW_MULTIPLE,
+    TokenPair,
+    Tree,
+    collate,
+    grow_trees,
+    micro_batches,
+    plan_steps,
+)
+
+TREES = [Tree([5, 6, 7], [[1, 2], [3]]), Tree([8], [[4, 9, 2]])]
+
+
+def test_in_rows_of_their_own_each_branch_stands_behind_its_prompt_padded_on_the_right() -> None:
+    batch = collate(TREES, shared=False, pad_token_id=99)
+    pad = [99]
+    assert batch.input_ids.tolist() == [
+        [5, 6, 7, 1, 2] + pad * 11,
+        [5, 6, 7, 3] + pad * 12,
+        [8, 4, 9, 2] + pad * 12,
+    ]
+    assert batch.layout is None
+    assert batch.position_ids is None
+    assert batch.sources.tolist() == [2, 3, 16 + 2, 32 + 0, 32 + 1, 32 + 2]
+    assert batch.targets.tolist() == [1, 2, 3, 4, 9, 2]
+    assert batch.branch.tolist() == [0, 0, 1, 2, 2, 2]
+    assert (batch.branches, batch.tokens) == (3, 5 + 4 + 4)
+    assert batch.seen == (1 + 2 + 3 + 4 + 5) + (1 + 2 + 3 + 4) + (1 + 2 + 3 + 4)
+
+
+def test_in_one_row_each_prompt_stands_once_before_its_branches() -> None:
+    batch = collate(TREES, shared=True, pad_token_id=99)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 1, 2, 3, 8, 4, 9, 2] + [99] * 54]
+    assert batch.position_ids is not None
+    assert batch.position_ids[0, :10].tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2, 3]
+    # A branch's first token is predicted at the end of its prompt, wherever that is.
+    assert batch.sources.tolist() == [2, 3, 2, 6, 7, 8]
+    assert batch.targets.tolist() == [1, 2, 3, 4, 9, 2]
+    assert batch.branch.tolist() == [0, 0, 1, 2, 2, 2]
+    assert (batch.branches, batch.tokens) == (3, 10)
+    # Prompt 5 6 7: 1 + 2 + 3. Behind it 1 2: 4 + 5, and 3: 4. Prompt 8: 1. Behind it 4 9 2: 2 + 3 + 4.
+    assert batch.seen == 6 + 9 + 4 + 1 + 9
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(2, 16), (16, 16), (17, 32), (100, 112)])
+def test_rows_are_as_wide_as_the_next_multiple_of_16_so_that_few_shapes_occur(tokens: int, width: int) -> None:
+    assert PAD_MULTIPLE == 16
+    assert collate([Tree([1], [[2] * (tokens - 1)])], shared=False).input_ids.shape == (1, width)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(2, 64), (63, 64), (64, 128), (200, 256)])
+def test_one_row_is_as_wide_as_the_next_multiple_of_64_and_always_ends_in_padding(tokens: int, width: int) -> None:
+    assert ROW_MULTIPLE == 64
+    batch = collate([Tree([1], [[2] * (tokens - 1)])], shared=True, pad_token_id=9)
+    assert batch.input_ids.shape == (1, width)
+    assert batch.input_ids[0, -1] == 9
+
+
+def test_a_trees_tokens_count_its_prompt_once() -> None:
+    assert Tree([1, 2, 3], [[4, 5], [6]]).tokens == 3 + 2 + 1
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("trees", [[Tree([], [[1]])], [Tree([1], [[]])], [Tree([1], [[2]]), Tree([1], [[2], []])]])
+def test_an_empty_prompt_or_completion_is_refused(trees: list[Tree], shared: bool) -> None:
+    with pytest.raises(ValueError, match="at least one prompt token and one completion token"):
+        collate(trees, shared=shared)
+
+
+# Trees of pairs
+
+
+def test_pairs_of_one_prompt_become_one_tree_and_share_the_completions_that_are_the_same() -> None:
+    trees, places = grow_trees(
+        [
+            TokenPair([1, 2], [3], [4]),
+            TokenPair([7], [3], [5]),
+            TokenPair([1, 2], [3], [6, 6]),
+            TokenPair([1, 2], [6, 6], [4]),
+        ]
+    )
+    assert trees == [Tree([1, 2], [[3], [4], [6, 6]]), Tree([7], [[3], [5]])]
+    assert places == [((0, 0), (0, 1)), ((1, 0), (1, 1)), ((0, 0), (0, 2)), ((0, 2), (0, 1))]
+
+
+def test_a_side_that_is_absent_has_no_branch() -> None:
+    trees, places = grow_trees([TokenPair([1], [2], []), TokenPair([1], [], [2]), TokenPair([3], [], [4])])
+    assert trees == [Tree([1], [[2]]), Tree([3], [[4]])]
+    assert places == [((0, 0), (0, -1)), ((0, -1), (0, 0)), ((1, -1), (1, 0))]
+
+
+TOKENS = st.lists(st.integers(1, 3), min_size=1, max_size=3)
+PAIRS = st.lists(st.builds(TokenPair, TOKENS, st.one_of(st.just([]), TOKENS), TOKENS), max_size=12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(pairs=PAIRS)
+def test_every_completion_is_where_its_place_says_and_no_branch_stands_twice(pairs: list[TokenPair]) -> None:
+    trees, places = grow_trees(pairs)
+    for pair, sides in zip(pairs, places, strict=True):
+        for completion, (tree, branch) in zip((pair.chosen, pair.rejected), sides, strict=True):
+            assert trees[tree].prompt == pair.prompt
+            assert (trees[tree].branches[branch] if branch >= 0 else []) == completion
+    assert len({tuple(tree.prompt) for tree in trees}) == len(trees)
+    for tree in trees:
+        assert len(set(map(tuple, tree.branches))) == len(tree.branches)
+
+
+# Steps
+
+GROUPS = st.lists(st.integers(0, 12), max_size=60)
+
+
+@settings(max_examples=100, deadline=None)
+@given(groups=GROUPS, epochs=st.integers(1, 3), size=st.integers(1, 20), seed=st.integers(0, 9))
+def test_every_epoch_trains_on_every_pair_once_the_tail_too(
+    groups: list[int], epochs: int, size: int, seed: int
+) -> None:
+    steps = [step.tolist() for step in plan_steps(groups, epochs=epochs, pairs_per_step=size, seed=seed)]
+    count = len(groups)
+    a_pass = -(-count // size)
+    assert len(steps) == epochs * a_pass
+    for epoch in range(epochs):
+        own = steps[epoch * a_pass : (epoch + 1) * a_pass]
+        assert sorted(i for step in own for i in step) == list(range(count))
+        assert [len(step) for step in own[:-1]] == [size] * (len(own) - 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(groups=GROUPS.filter(bool), seed=st.integers(0, 9))
+def test_pairs_of_one_prompt_follow_each_other_in_their_own_order(groups: list[int], seed: int) -> None:
+    (order,) = plan_steps(groups, epochs=1, pairs_per_step=len(groups), seed=seed)
+    read = [groups[i] for i in order]
+    changes = sum(one != other for one, other in pairwise(read))
+    assert changes == len(set(groups)) - 1
+    for group in set(groups):
+        own = [i for i in order if groups[i] == group]
+        assert own == sorted(own)
+
+
+def plan(count: int, **settings: int) -> list[list[int]]:
+    return [step.tolist() for step in plan_steps(np.arange(count), **settings)]
+
+
+def test_the_order_is_new_in_every_epoch_and_the_same_for_the_same_seed() -> None:
+    steps = plan(50, epochs=2, pairs_per_step=50, seed=1)
+    assert steps[0] != steps[1]
+    assert list(range(50)) not in steps
+    assert steps == plan(50, epochs=2, pairs_per_step=50, seed=1)
+    assert steps != plan(50, epochs=2, pairs_per_step=50, seed=2)
+
+
+def test_the_order_does_not_depend_on_the_size_of_a_step_or_on_what_the_groups_are_called() -> None:
+    whole, small = (plan(20, epochs=1, pairs_per_step=size, seed=3) for size in (20, 7))
+    assert [i for step in small for i in step] == whole[0]
+    renamed = plan_steps([10 * i + 7 for i in range(20)], epochs=1, pairs_per_step=20, seed=3)
+    assert renamed[0].tolist() == whole[0]
+
+
+# Micro-batches
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=40),
+    budget=st.integers(1, 120),
+    world=st.integers(1, 6),
+)
+def test_the_processes_share_a_step_out_whatever_their_number(sizes: list[int], budget: int, world: int) -> None:
+    shares = [micro_batches(sizes, budget=budget, rank=rank, world=world) for rank in range(world)]
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(len(sizes)))
+    assert len({len(share) for share in shares}) == 1  # they meet at each batch
+    assert any(all(share) for share in shares)  # and at no more of them than one of them needs
+    for share in shares:
+        for batch in share:
+            assert len(batch) <= 1 or sum(sizes[i] for i in batch) <= budget
+        read = [sizes[i] for batch in share for i in batch]
+        assert read == sorted(read, reverse=True)  # similar lengths together
+    counts = [sum(map(len, share)) for share in shares]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_micro_batches_by_hand() -> None:
+    sizes = [4, 9, 2, 3, 20]
+    assert micro_batches(sizes, budget=9) == [[4], [1], [0, 3, 2]]
+    # From the smallest on, in turn: 2 4 20 for one process, 3 9 for the other.
+    assert micro_batches(sizes, budget=9, rank=0, world=2) == [[4], [0, 2]]
+    assert micro_batches(sizes, budget=9, rank=1, world=2) == [[1], [3]]
+    assert micro_batches([5], budget=9, rank=1, world=2) == [[]]

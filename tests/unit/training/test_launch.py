@@ -1,0 +1,128 @@
+"""How a training process is started. `tests/integration` starts real ones."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iterdpo.config import DPOConfig
+from iterdpo.errors import ConfigError
+from iterdpo.training.launch import TrainSpec, check_training, command, environment, threads, visible_gpus
+
+
+def spec(**dpo: Any) -> TrainSpec:
+    return TrainSpec(
+        name="round-001",
+        policy="/policy",
+        reference=None,
+        pairs="/pairs/train.parquet",
+        eval_pairs=None,
+        output="/output",
+        reference_output="/reference",
+        attic=None,
+        reference_inputs={"reference": "abc"},
+        dpo=DPOConfig(**dpo).model_dump(),
+        seed=3,
+        pairs_cache="/cache",
+        tracker_dir="/trackers",
+    )
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+
+
+@pytest.fixture
+def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_a_specification_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    written = spec(loss="kto", adapter={}, adam_betas=(0.5, 0.75), sentinels={"margin": 3.0})
+    written.write(tmp_path / "train.json")
+    read = TrainSpec.read(tmp_path / "train.json")
+    assert asdict(read) | {"dpo": None} == asdict(written) | {"dpo": None}
+    assert DPOConfig(**read.dpo) == DPOConfig(**written.dpo)
+
+
+@pytest.mark.usefixtures("cpus")
+def test_one_process_on_a_cpu_is_started_by_accelerate() -> None:
+    words = command(spec(), Path("/train.json"))
+    assert words[1:3] == ["-m", "accelerate.commands.launch"]
+    assert "--cpu" in words
+    assert words[-3:] == ["-m", "iterdpo.training.train", "/train.json"]
+
+
+@pytest.mark.usefixtures("cpus")
+def test_several_processes_on_a_cpu_are_started_by_torchrun() -> None:
+    words = command(spec(processes=2), Path("/train.json"))
+    assert words[1:3] == ["-m", "torch.distributed.run"]
+    assert "--nproc-per-node=2" in words
+
+
+@pytest.mark.usefixtures("gpus")
+def test_several_processes_on_gpus_are_started_by_accelerate() -> None:
+    words = command(spec(processes=2), Path("/train.json"))
+    assert words[1:3] == ["-m", "accelerate.commands.launch"]
+    assert "--multi_gpu" in words
+    assert "--num_processes=2" in words
+    assert "--cpu" not in words
+
+
+@pytest.mark.usefixtures("cpus")
+def test_an_accelerate_configuration_says_everything() -> None:
+    words = command(spec(accelerate_config="/fsdp.yaml", processes=2), Path("/train.json"))
+    assert words[1:] == [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "/fsdp.yaml",
+        "-m",
+        "iterdpo.training.train",
+        "/train.json",
+    ]
+
+
+def test_processes_share_the_cores_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(7)))
+    assert [threads(processes) for processes in (1, 2, 3, 8)] == [7, 3, 2, 1]
+    assert environment(processes=2)["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "seen"), [("0,1", ["0", "1"]), ("", []), ("-1", []), (" GPU-a , GPU-b", ["GPU-a", "GPU-b"])]
+)
+def test_the_gpus_that_are_visible_are_those_that_were_chosen(
+    monkeypatch: pytest.MonkeyPatch, chosen: str, seen: list[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert visible_gpus() == seen
+
+
+def test_a_package_that_is_not_installed_is_named_with_the_key_that_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"dpo\.trackers: the package 'wandb' is not installed; run: pip install"):
+        check_training(DPOConfig(trackers=["wandb"]))
+    check_training(DPOConfig())
+
+
+@pytest.mark.usefixtures("cpus")
+def test_four_bits_without_a_gpu_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"dpo\.adapter\.quantize = 'nf4' needs a GPU"):
+        check_training(DPOConfig(adapter={"quantize": "nf4"}))
+
+
+def test_an_accelerate_configuration_must_exist_and_mean_as_many_processes(tmp_path: Path) -> None:
+    path = tmp_path / "accelerate.yaml"
+    with pytest.raises(ConfigError, match="no such file"):
+        check_training(DPOConfig(accelerate_config=str(path)))
+    path.write_text("num_processes: 4\n")
+    with pytest.raises(ConfigError, match=r"num_processes is 4 and dpo\.processes 1"):
+        check_training(DPOConfig(accelerate_config=str(path)))
+    check_training(DPOConfig(accelerate_config=str(path), processes=4))

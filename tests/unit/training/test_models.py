@@ -1,0 +1,152 @@
+"""Checkpoints and adapters as models, and the average of two checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from iterdpo.testing import build_tiny_checkpoint
+from iterdpo.training.models import adapter_base, average_checkpoints, load_policy, with_new_adapter
+
+IDS = torch.arange(3, 30).unsqueeze(0)
+
+
+def test_a_policy_saved_in_bfloat16_is_loaded_in_float32(tiny_model: Path, tmp_path: Path) -> None:
+    load_policy(tiny_model).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert {p.dtype for p in load_policy(tmp_path).parameters()} == {torch.float32}
+    assert {p.dtype for p in load_policy(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def noisy(directory: Path, kind: str) -> Path:
+    """A checkpoint that was trained with dropout of one half."""
+    if kind == "llama":  # a number that each attention layer copies from the configuration
+        return build_tiny_checkpoint(directory, attention_dropout=0.5)
+    from transformers import GPT2Config, GPT2LMHeadModel  # modules, and numbers
+
+    sizes = {"vocab_size": 40, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_loaded_policy_trains_without_dropout(tmp_path: Path, kind: str) -> None:
+    policy = load_policy(noisy(tmp_path, kind)).train()
+    with torch.no_grad():
+        assert torch.equal(policy(IDS).logits, policy(IDS).logits)
+
+
+def test_a_model_with_capped_attention_is_loaded_with_the_attention_that_caps(tmp_path: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 8}
+    Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).save_pretrained(tmp_path)
+    assert load_policy(tmp_path).config._attn_implementation == "eager"
+
+
+# Adapters
+
+
+def adapted(path: Path, **settings: Any) -> Any:
+    return with_new_adapter(
+        load_policy(path), **{"r": 2, "alpha": 6, "target_modules": "all-linear", "quantize": "none", **settings}
+    )
+
+
+def test_a_new_adapter_changes_nothing_and_nothing_else_is_trained(tiny_model: Path) -> None:
+    model = adapted(tiny_model)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, load_policy(tiny_model)(IDS).logits)
+    trained = {name.split(".")[-4]: p for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name}
+    # All linear modules but the head.
+    assert trained.keys() == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_an_adapter_adds_its_product_scaled_by_alpha_over_r(tiny_model: Path) -> None:
+    model = adapted(tiny_model, target_modules=["v_proj"])
+    layer = model.get_base_model().model.layers[0].self_attn.v_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # [2, 64], [32, 2]
+    torch.nn.init.normal_(b)
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(layer(x), x @ (layer.base_layer.weight + 6 / 2 * b @ a).T, atol=1e-5, rtol=1e-5)
+
+
+def test_a_saved_adapter_is_loaded_onto_its_base(tiny_model: Path, tmp_path: Path) -> None:
+    model = adapted(tiny_model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    assert adapter_base(tmp_path) == str(tiny_model)
+    assert adapter_base(tiny_model) is None
+    loaded = load_policy(tmp_path)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=0)
+        with loaded.disable_adapter():
+            assert torch.equal(loaded(IDS).logits, load_policy(tiny_model)(IDS).logits)
+    again = load_policy(tmp_path, trainable=True, dtype=torch.bfloat16)
+    kinds = {("lora_" in name, p.requires_grad, p.dtype) for name, p in again.named_parameters()}
+    assert kinds == {(True, True, torch.float32), (False, False, torch.bfloat16)}
+
+
+# Averages
+
+
+def checkpoint(directory: Path, files: dict[str, dict[str, torch.Tensor]]) -> Path:
+    directory.mkdir()
+    for name, tensors in files.items():
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+    return directory
+
+
+def test_an_average_by_hand_wherever_the_tensors_are_kept(tmp_path: Path) -> None:
+    a, b = torch.tensor([4.0, 8.0]), torch.tensor([[2.0]])
+    first = checkpoint(tmp_path / "first", {"model.safetensors": {"a": a, "b": b}})
+    second = checkpoint(
+        tmp_path / "second",
+        {"model-1.safetensors": {"a": torch.tensor([0.0, -8.0])}, "model-2.safetensors": {"b": torch.tensor([[10.0]])}},
+    )
+    output = tmp_path / "output"
+    output.mkdir()
+    average_checkpoints(first, second, decay=0.75, output=output)
+    assert load_file(output / "model-1.safetensors")["a"].tolist() == [3.0, 4.0]
+    assert load_file(output / "model-2.safetensors")["b"].tolist() == [[4.0]]
+    assert not (output / "model.safetensors").exists()
+
+
+def test_an_average_is_taken_in_float32_and_rounded_once(tmp_path: Path) -> None:
+    one, other = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.0 + 2**-7], dtype=torch.bfloat16)
+    first = checkpoint(tmp_path / "first", {"model.safetensors": {"a": one}})
+    second = checkpoint(tmp_path / "second", {"model.safetensors": {"a": other}})
+    output = tmp_path / "output"
+    output.mkdir()
+    # decay itself has no place in bfloat16: 0.999 would be 1. 1 + 0.6 / 128 rounds up to 1 + 1 / 128.
+    average_checkpoints(first, second, decay=0.4, output=output)
+    found = load_file(output / "model.safetensors")["a"]
+    assert found.dtype == torch.bfloat16
+    assert found.item() == 1.0 + 2**-7
+
+
+def test_an_average_is_a_checkpoint_with_the_second_ones_files_and_none_of_its_rounds(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    first, second, output = build_tiny_checkpoint(tmp_path / "first", seed=5), tmp_path / "second", tmp_path / "output"
+    build_tiny_checkpoint(second)
+    for name in ("MANIFEST.json", "train_log.jsonl", "train.json", "optimizer.pt"):
+        (second / name).write_text("{}")
+    output.mkdir()
+    average_checkpoints(first, second, decay=0.5, output=output)
+    assert {p.name for p in output.iterdir()} == {p.name for p in first.iterdir()}
+    assert json.loads((output / "config.json").read_text()) == json.loads((second / "config.json").read_text())
+    assert (output / "tokenizer.json").read_bytes() == (second / "tokenizer.json").read_bytes()
+    mixed, one, other = (load_policy(path).state_dict() for path in (output, first, second))
+    for name, tensor in mixed.items():
+        torch.testing.assert_close(tensor, (one[name] + other[name]) / 2, atol=1e-7, rtol=0)
