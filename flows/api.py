@@ -15,7 +15,7 @@ from iterdpo.errors import JudgeError, UserError
 from iterdpo.experiment import Experiment
 from iterdpo.judging.judge import NamedJudge
 from iterdpo.offline import train_round
-from iterdpo.report import write_report
+from iterdpo.report.page import write_report
 from iterdpo.run.progress import Progress
 from iterdpo.run.read import Run, read_run
 from iterdpo.run.rundir import RunDir, digest, read_manifest

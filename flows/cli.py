@@ -199,7 +199,7 @@ def _retry(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from iterdpo.report import write_report
+    from iterdpo.report.page import write_report
 
     print(write_report(arguments.run_dir))
     return 0

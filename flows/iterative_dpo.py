@@ -23,7 +23,7 @@ from flows.loop import Stages, dpo_round, first_pending, initial_round, pending_
 from flows.review import waiting
 from iterdpo.config import Config, parse_config
 from iterdpo.experiment import Experiment
-from iterdpo.report import write_report
+from iterdpo.report.page import write_report
 from iterdpo.report.plots import as_png, figures
 from iterdpo.run.progress import Progress
 from iterdpo.run.read import read_run

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from iterdpo.config import OfflineConfig as OfflineConfig
     from iterdpo.config import load_config as load_config
     from iterdpo.config import load_offline_config as load_offline_config
-    from iterdpo.report import write_report as write_report
+    from iterdpo.report.page import write_report as write_report
     from iterdpo.run.read import Run as Run
     from iterdpo.run.read import read_run as read_run
 
@@ -28,7 +28,7 @@ _PUBLIC = {
     "load_offline_config": "iterdpo.config",
     "Run": "iterdpo.run.read",
     "read_run": "iterdpo.run.read",
-    "write_report": "iterdpo.report",
+    "write_report": "iterdpo.report.page",
 }
 
 

@@ -7,9 +7,11 @@ several completions of one prompt are not independent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from iterdpo.types import CompletionGroup
 
 Scores = Sequence[float | None]
 """Scores of one prompt's completions; None where the judge abstained."""
@@ -21,6 +23,53 @@ class Interval(NamedTuple):
     mean: float | None
     low: float | None
     high: float | None
+
+
+def evaluation_metrics(
+    groups: Sequence[CompletionGroup],
+    scores: dict[str, list[Scores]],
+    baselines: dict[str, dict[str, list[Scores]]],
+    duels: dict[str, dict[str, list[list[Scores]]]],
+    logps: dict[str, list[list[float]]] | None,
+    *,
+    bootstrap: dict[str, Any],
+) -> dict[str, Any]:
+    """The metrics of docs/metrics.md that the held-out completions decide.
+
+    `scores` by role of the judge, prompt by prompt; `baselines` the same for the policies compared with, by name;
+    `duels`, by role and name, are those of a judge that compares: for each prompt the scores of (the candidate's
+    completion, the baseline's), as often as there are completions;
+    `logps` has `policy` and `initial`, summed over each completion, None where the policy is the initial one.
+    Win rates are by the held-out judge where there is one.
+    """
+    completions = [c for g in groups for c in g.completions]
+    decider = "heldout_judge" if "heldout_judge" in scores | duels else "train_judge"
+    metrics: dict[str, Any] = {"win_rate/judge": decider.removesuffix("_judge")}
+    for role in ("train_judge", "heldout_judge"):
+        value = mean_score(scores[role], **bootstrap) if role in scores else Interval(None, None, None)
+        metrics |= _interval_keys(f"score/{role}", value)
+    for name in ("initial", "previous"):
+        value = Interval(None, None, None)
+        if name in duels.get(decider, {}):
+            value = bootstrap_mean(duel_shares(duels[decider][name]), **bootstrap)
+        elif name in baselines and decider in scores:
+            value = win_rate(scores[decider], baselines[name][decider], **bootstrap)
+        metrics |= _interval_keys(f"win_rate/vs_{name}", value)
+    kl = Interval(0.0, 0.0, 0.0) if logps is None else sequence_kl(logps["policy"], logps["initial"], **bootstrap)
+    return metrics | {
+        **_interval_keys("kl/to_initial", kl),
+        "length/mean_tokens": sum(len(c.token_ids) for c in completions) / len(completions),
+        "length/truncated": sum(c.truncated for c in completions) / len(completions),
+        "distinct/1": distinct_n([c.token_ids for c in completions], 1),
+        "distinct/2": distinct_n([c.token_ids for c in completions], 2),
+        "evaluation/prompts": len(groups),
+        "evaluation/completions": len(completions),
+        "evaluation/unjudged": (
+            sum(s is None for group in scores[decider] for s in group)
+            if decider in scores
+            else max((sum(None in met for p in prompts for met in p) for prompts in duels[decider].values()), default=0)
+        ),
+    }
 
 
 def mean_score(groups: Sequence[Scores], *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0) -> Interval:
@@ -116,3 +165,7 @@ def bootstrap_mean(
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(float(data.mean()), float(low), float(high))
+
+
+def _interval_keys(name: str, interval: Interval) -> dict[str, float | None]:
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}

@@ -15,12 +15,13 @@ from iterdpo.data.prompts import source_digest
 from iterdpo.data.rendering import load_tokenizer
 from iterdpo.errors import ConfigError, DataError
 from iterdpo.experiment import Policy
+from iterdpo.report.metrics import round_metrics
 from iterdpo.run.checkpoints import check_checkpoint, resolve_checkpoint
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import Manifest, RunDir, directory_digest, read_manifest
 from iterdpo.run.supervise import reserve
 from iterdpo.seeds import derive_seed
-from iterdpo.stages import round_metrics, train_on_pairs
+from iterdpo.stages import train_on_pairs
 from iterdpo.training.launch import check_training, visible_gpus
 from iterdpo.types import RoundRecord
 

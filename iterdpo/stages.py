@@ -19,22 +19,13 @@ from iterdpo.config import DPOConfig
 from iterdpo.data.pairing import build_pairs
 from iterdpo.data.pairs import HELDOUT, TRAIN, write_pairs
 from iterdpo.errors import ChildFailed, DataError, StaleStepError
-from iterdpo.evaluate import (
-    Interval,
-    Scores,
-    bootstrap_mean,
-    distinct_n,
-    duel_shares,
-    logp_gap,
-    mean_score,
-    sequence_kl,
-    win_rate,
-)
+from iterdpo.evaluate import Scores, evaluation_metrics, logp_gap
 from iterdpo.experiment import Experiment, Pending, Policy, named_prompts
 from iterdpo.gate import decide
 from iterdpo.judging.judge import Judge, NamedJudge
 from iterdpo.judging.shards import RETRY, EarlyJudge, group_shards, judge_key, judge_shards, read_groups, read_judgments
 from iterdpo.judging.stats import abstention_counts, judge_metrics, printable
+from iterdpo.report.metrics import round_metrics
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import (
     Manifest,
@@ -391,105 +382,6 @@ def gate(exp: Experiment, round: int, candidate: Policy, previous: Policy | None
     return record
 
 
-def evaluation_metrics(
-    groups: Sequence[CompletionGroup],
-    scores: dict[str, list[Scores]],
-    baselines: dict[str, dict[str, list[Scores]]],
-    duels: dict[str, dict[str, list[list[Scores]]]],
-    logps: dict[str, list[list[float]]] | None,
-    *,
-    bootstrap: dict[str, Any],
-) -> dict[str, Any]:
-    """The metrics of docs/metrics.md that the held-out completions decide.
-
-    `scores` by role of the judge, prompt by prompt; `baselines` the same for the policies compared with, by name;
-    `duels`, by role and name, are those of a judge that compares: for each prompt the scores of (the candidate's
-    completion, the baseline's), as often as there are completions;
-    `logps` has `policy` and `initial`, summed over each completion, None where the policy is the initial one.
-    Win rates are by the held-out judge where there is one.
-    """
-    completions = [c for g in groups for c in g.completions]
-    decider = "heldout_judge" if "heldout_judge" in scores | duels else "train_judge"
-    metrics: dict[str, Any] = {"win_rate/judge": decider.removesuffix("_judge")}
-    for role in ("train_judge", "heldout_judge"):
-        value = mean_score(scores[role], **bootstrap) if role in scores else Interval(None, None, None)
-        metrics |= _named(f"score/{role}", value)
-    for name in ("initial", "previous"):
-        value = Interval(None, None, None)
-        if name in duels.get(decider, {}):
-            value = bootstrap_mean(duel_shares(duels[decider][name]), **bootstrap)
-        elif name in baselines and decider in scores:
-            value = win_rate(scores[decider], baselines[name][decider], **bootstrap)
-        metrics |= _named(f"win_rate/vs_{name}", value)
-    kl = Interval(0.0, 0.0, 0.0) if logps is None else sequence_kl(logps["policy"], logps["initial"], **bootstrap)
-    return metrics | {
-        **_named("kl/to_initial", kl),
-        "length/mean_tokens": sum(len(c.token_ids) for c in completions) / len(completions),
-        "length/truncated": sum(c.truncated for c in completions) / len(completions),
-        "distinct/1": distinct_n([c.token_ids for c in completions], 1),
-        "distinct/2": distinct_n([c.token_ids for c in completions], 2),
-        "evaluation/prompts": len(groups),
-        "evaluation/completions": len(completions),
-        "evaluation/unjudged": (
-            sum(s is None for group in scores[decider] for s in group)
-            if decider in scores
-            else max((sum(None in met for p in prompts for met in p) for prompts in duels[decider].values()), default=0)
-        ),
-    }
-
-
-def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
-    """One line of metrics.jsonl, from the steps of a round. None where a round has no such stage."""
-    directory = run.round_dir(round)
-    steps = {
-        name: read_manifest(directory / name) for name in ("completions", "judgments", "pairs", "policy", "evaluation")
-    }
-    counts = {name: manifest.counts if manifest else {} for name, manifest in steps.items()}
-    seconds = {name: manifest.seconds["total"] if manifest else None for name, manifest in steps.items()}
-    metrics: dict[str, Any] = {"round": round}
-    if steps["evaluation"]:
-        metrics |= read_json(directory / "evaluation" / "metrics.json")
-    metrics["prompts/sampled"] = counts["completions"].get("prompts")
-    metrics["completions/sampled"] = counts["completions"].get("completions")
-    for name in ("kept", "tied", "unjudged", "identical", "truncated"):
-        metrics[f"pairs/{name}"] = counts["pairs"].get(name)
-    log = read_jsonl(directory / "policy" / TRAIN_LOG) if steps["policy"] else []
-    names = (
-        "loss",
-        "rewards/accuracies",
-        "rewards/margins",
-        "rewards/chosen",
-        "rewards/rejected",
-        "logps/chosen",
-        "logps/rejected",
-        "logps/chosen_drop",
-        "grad_norm",
-        "pairs_per_second",
-        "tokens_per_second",
-        "mfu",
-    )
-    for name in names:
-        tail = [row[name] for row in log[len(log) // 2 :] if name in row]  # the second half: the first still learns
-        metrics[name] = sum(tail) / len(tail) if tail else None
-    metrics["alarms"] = sum(len(row.get("alarms", [])) for row in log) if log else None
-    if (directory / "policy" / "eval_metrics.json").exists():
-        metrics |= read_json(directory / "policy" / "eval_metrics.json")
-    for name, value in (counts["judgments"].get("metrics", {}) | counts["judgments"].get("usage", {})).items():
-        metrics[f"judge/{name}"] = value
-    stages = {
-        "sample": "completions",
-        "judge": "judgments",
-        "pair": "pairs",
-        "train": "policy",
-        "evaluate": "evaluation",
-    }
-    for stage, step in stages.items():
-        metrics[f"time/{stage}_s"] = seconds[step]
-    metrics["time/judge_streamed_s"] = steps["judgments"].seconds.get("streamed") if steps["judgments"] else None
-    metrics["time/round_s"] = sum(s for s in seconds.values() if s is not None)
-    return metrics
-
-
 def _done(exp: Experiment | None, step: Step) -> Manifest | None:
     if exp is None or not exp.looking:
         return step.manifest()
@@ -710,10 +602,6 @@ def _parameters(exp: Experiment, n: int, temperature: float) -> SamplingParamete
     return SamplingParameters(
         n=n, temperature=temperature, top_p=section.top_p, top_k=section.top_k, max_tokens=section.max_tokens
     )
-
-
-def _named(name: str, interval: Interval) -> dict[str, float | None]:
-    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def _subdirectory(directory: Path, *parts: str) -> Path:

@@ -278,7 +278,7 @@ def print_report(
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    from iterdpo.report import visible
+    from iterdpo.report.page import visible
 
     console = Console(file=stream, highlight=False, width=None if stream.isatty() else 120)
 
@@ -348,7 +348,7 @@ def write_page(
     """One HTML file, written atomically. `figures` are (title, caption, plot)."""
     from markupsafe import Markup
 
-    from iterdpo.report import page_template
+    from iterdpo.report.page import page_template
     from iterdpo.report.plots import as_svg
 
     page = page_template("judges.audit", "page.html.j2").render(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from iterdpo.report import write_report
+from iterdpo.report.page import write_report
 from iterdpo.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, as_png, figures
 from iterdpo.run.read import read_run
 from iterdpo.run.rundir import RunDir, write_jsonl

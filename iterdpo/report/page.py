@@ -1,0 +1,272 @@
+"""A run as one self-contained HTML page: what it achieved, what ran, every round's numbers, plots, and completions.
+
+The page is made from the run directory alone, needs no network and runs no script. What a model, a data set or a
+configuration wrote is escaped, and its control characters are made visible.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+from iterdpo.report.headline import count, duration, number, percent, value, verdict
+from iterdpo.report.plots import as_svg, figures
+from iterdpo.run.read import Run, read_run
+from iterdpo.run.rundir import write_text
+
+__all__ = ["clip", "page_template", "visible", "write_report"]
+
+EXAMPLES = 8  # held-out prompts shown
+MAX_CHARACTERS = 4_000  # of a completion or prompt shown
+
+
+class Column(NamedTuple):
+    """A column of the table of rounds: `Column("KL", "kl/to_initial", number)`."""
+
+    heading: str
+    key: str
+    show: Callable[[float], str]
+
+
+ROUNDS = (
+    Column("Held-out judge", "score/heldout_judge", number),
+    Column("Training judge", "score/train_judge", number),
+    Column("Wins vs initial", "win_rate/vs_initial", percent),
+    Column("Wins vs previous", "win_rate/vs_previous", percent),
+    Column("KL, nats", "kl/to_initial", "{:.1f}".format),
+    Column("Tokens", "length/mean_tokens", number),
+    Column("Truncated", "length/truncated", percent),
+    Column("Pairs", "pairs/kept", count),
+    Column("Training accuracy", "rewards/accuracies", percent),
+    Column("Held-out accuracy", "eval_rewards/accuracies", percent),
+    Column("Held-out margin", "eval_rewards/margins", number),
+    Column("Time", "time/round_s", duration),
+)
+LEFT_OUT = (  # not trained on, or not judged
+    Column("Prompts", "prompts/sampled", count),
+    Column("Completions", "completions/sampled", count),
+    Column("Pairs kept", "pairs/kept", count),
+    Column("Tied", "pairs/tied", count),
+    Column("Unjudged", "pairs/unjudged", count),
+    Column("Identical", "pairs/identical", count),
+    Column("Truncated", "pairs/truncated", count),
+    Column("Held-out completions", "evaluation/completions", count),
+    Column("Held-out unjudged", "evaluation/unjudged", count),
+)
+JUDGE = (  # how the training judge behaved
+    Column("Abstained", "judge/abstained", percent),
+    Column("Flipped with the order", "judge/flip_rate", percent),
+    Column("First position wins", "judge/first_position", percent),
+    Column("Longer wins", "judge/longer_wins", percent),
+    Column("Length correlation", "judge/length_correlation", number),
+    Column("In circles", "judge/intransitive", percent),
+    Column("Calls", "judge/calls", count),
+    Column("Tokens read", "judge/tokens_in", count),
+    Column("Tokens written", "judge/tokens_out", count),
+    Column("Cost, USD", "judge/cost_usd", "{:.2f}".format),
+)
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into the run directory, atomically. A run that is unfinished or offline has a shorter page.
+
+    Raises:
+        UserError: no run is there.
+    """
+    run = read_run(run_dir)
+    page = page_template("iterdpo.report", "template.html.j2").render(
+        name=run.root.absolute().name,
+        verdict=verdict(run),
+        settings=_settings(run.config),
+        versions=run.versions,
+        rounds=_table(run.metrics, ROUNDS),
+        figures=[(key, *_caption(key, run), Markup(as_svg(fig))) for key, fig in figures(run).items()],
+        left_out=_table(run.metrics, LEFT_OUT),
+        reasons=_reasons(run),
+        judge=_table(run.metrics[run.metrics.index > 0], JUDGE),
+        examples=_examples(run),
+        metrics=_all_metrics(run),
+        config=json.dumps(run.config, indent=2, ensure_ascii=False),
+    )
+    path = run.root / "report.html"
+    write_text(path, page)
+    return path
+
+
+def page_template(package: str, name: str) -> jinja2.Template:
+    """A template of `package`. Whatever it prints is escaped and made visible; `clip` is its filter."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(package, "."),
+        autoescape=True,
+        finalize=visible,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["clip"] = clip
+    return environment.get_template(name)
+
+
+def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """The settings that decide a run, as (what, value), in the order of the loop. Those not set are left out."""
+
+    def get(key: str) -> Any:
+        at: Any = config
+        for part in key.split("."):
+            at = at.get(part) if isinstance(at, dict) else None
+        return at
+
+    def text(pattern: str, *keys: str) -> str | None:
+        values = [get(key) for key in keys]
+        return None if None in values else pattern.format(*values)
+
+    heldout = get("evaluation.judge.use")
+    offline = "data" in config
+    settings = {
+        "Initial policy": text("{}", "model.path"),
+        "Preference data": text("{}", "data.path"),
+        "Prompts": text("{}", "prompts.path"),
+        "Prompts a round": text("{} sampled, {} held out", "prompts.per_round", "prompts.heldout"),
+        "Sampling": text("{} completions a prompt, temperature {}, up to {} tokens", "sampling.n", "sampling.temperature",
+                         "sampling.max_tokens"),
+        "Training judge": text("{}", "judge.use"),
+        "Held-out judge": None if offline else heldout or "none",
+        "Pairs": text("{}, margin over {}", "pairing.strategy", "pairing.min_margin"),
+        "DPO": text("beta {}" if offline else "beta {}, reference: the {} policy", "dpo.beta", "dpo.reference"),
+        "Optimizer": text("AdamW, learning rate {}, {} pairs a step, epochs: {}", "dpo.learning_rate", "dpo.pairs_per_step",
+                          "dpo.epochs"),
+        "Gate": text("promotes where {} is at least {}, otherwise: {}", "gate.metric", "gate.minimum", "gate.otherwise"),
+        "Seed": text("{}", "seed"),
+    }  # fmt: skip
+    return [(what, setting) for what, setting in settings.items() if setting is not None]
+
+
+def _reasons(run: Run) -> list[tuple[str, int]]:
+    """The training judge's commonest reasons to abstain."""
+    reasons: Counter[str] = Counter()
+    for r in run.dir.rounds():
+        if (run.dir.round_dir(r) / "judgments").exists():
+            reasons.update(run.abstentions(r))
+    return reasons.most_common(5)
+
+
+def _table(metrics: pd.DataFrame, columns: Sequence[Column]) -> dict[str, Any]:
+    """`headings`, and `rows` of {round, decision, reason, cells: [(text, interval), …]}; columns without data are left out."""
+    columns = [c for c in columns if c.key in metrics and metrics[c.key].notna().any()]
+
+    def cell(row: pd.Series, column: Column) -> tuple[str, str]:
+        shown, low, high = (value(row, f"{column.key}{end}") for end in ("", "_low", "_high"))
+        interval = "" if low is None or high is None else f"{column.show(low)} – {column.show(high)}"
+        return ("–" if shown is None else column.show(shown), interval)
+
+    rows = [
+        {
+            "round": r,
+            "decision": _text(row, "gate/decision") if r else "",
+            "reason": _text(row, "gate/reason"),
+            "cells": [cell(row, column) for column in columns],
+        }
+        for r, row in metrics.iterrows()
+    ]
+    return {"headings": [c.heading for c in columns], "rows": rows if columns else []}
+
+
+def _caption(name: str, run: Run) -> tuple[str, str]:
+    """Title and explanation of a plot."""
+    confidence = percent((run.config.get("evaluation") or {}).get("confidence", 0.95))
+    hollow = " Hollow: not promoted." if "keep" in set(run.metrics.get("gate/decision", [])) else ""
+    match name:
+        case "scores":
+            return "Score", f"Means over the held-out prompts with {confidence} intervals.{hollow}"
+        case "win_rate":
+            return "Win rate", f"Held-out prompts won; a tie is half a win. With {confidence} intervals.{hollow}"
+        case "reward_kl":
+            return "Score against KL", f"What each nat away from the initial policy bought. Points are rounds.{hollow}"
+        case "kl":
+            return "Drift and diversity", "Distance to the initial policy, and how varied the completions still are."
+        case "length":
+            return "Length", "A judge that likes long completions shows here."
+        case "pairs":
+            return "Pair yield", "Kept counts pairs. The rest are prompts that gave none, by the first reason for it."
+        case "rewards":
+            return "Implicit reward", "In training, against the round's reference. Strong lines are running means."
+        case "logps":
+            caption = "In training. That chosen falls with rejected is common in DPO; that it falls far is a warning."
+            return "Log-probabilities and loss", caption
+        case "time":
+            return "Where the time went", "Wall time of the stages."
+    raise AssertionError(name)
+
+
+def _examples(run: Run) -> dict[str, Any]:
+    """The first held-out prompts by id, completed by every evaluated round, so that nobody chose them."""
+    tables = {r: run.evaluation(r) for r in run.dir.rounds() if (run.dir.round_dir(r) / "evaluation").exists()}
+    if not tables:
+        return {"rounds": [], "prompts": []}
+    firsts = {r: table[table["k"] == 0].set_index("prompt_id").sort_index() for r, table in tables.items()}
+    shared = sorted(set.intersection(*(set(table.index) for table in firsts.values())))[:EXAMPLES]
+
+    def completion(row: pd.Series) -> dict[str, Any]:
+        scores = []  # (judge, score, reason of an abstention)
+        for judge, column in (("held-out", "heldout_judge"), ("training", "train_judge")):
+            score, reason = value(row, column), _text(row, f"{column}_abstention")
+            if score is not None or reason:
+                scores.append((judge, "" if score is None else number(score), reason))
+        cut = row["finish_reason"] == "length"
+        return {"text": clip(row["text"]), "scores": scores, "tokens": int(row["tokens"]), "cut": cut}
+
+    prompts = [
+        {
+            "id": id,
+            "text": clip(str(next(iter(firsts.values())).at[id, "prompt"])),
+            "completions": [completion(table.loc[id]) for table in firsts.values()],
+        }
+        for id in shared
+    ]
+    decided = {r: _text(row, "gate/decision") for r, row in run.metrics.iterrows() if r}
+    rounds = [(r, decided.get(r, "")) for r in firsts]
+    return {"rounds": rounds, "prompts": prompts}
+
+
+def _all_metrics(run: Run) -> dict[str, Any]:
+    """Every metric by name, a column a round, as they were recorded."""
+
+    def show(x: Any) -> str:
+        if x is None or x != x:
+            return "–"
+        if isinstance(x, float):
+            return f"{x:,.0f}" if x.is_integer() else f"{x:.5g}"
+        return str(x)
+
+    table = run.metrics[sorted(run.metrics.columns)]
+    return {"rounds": list(table.index), "rows": [(key, [show(x) for x in table[key]]) for key in table]}
+
+
+def visible(shown: Any) -> Any:
+    """Text that a browser can show whole: control characters become their pictures, half a surrogate pair a mark.
+
+    Jinja passes everything that the template prints through here, before it is escaped.
+    """
+    if type(shown) is not str:  # Markup is ours already
+        return shown
+    shown = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda m: chr(0x2400 + ord(m[0])), shown.replace("\r\n", "\n"))
+    return re.sub(r"[\x7f-\x9f\ud800-\udfff]", "\ufffd", shown)
+
+
+def clip(text: str) -> str:
+    """The beginning of a long text, with how much more there is."""
+    more = len(text) - MAX_CHARACTERS
+    return text if more <= 0 else f"{text[:MAX_CHARACTERS]} … ({more:,} more characters)"
+
+
+def _text(row: pd.Series, key: str) -> str:
+    found = row.get(key)
+    return found if isinstance(found, str) else ""
