@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from iterdpo.run.rundir import sha256_file
+from iterdpo.run.rundir import sha256_file, sync_tree
 from iterdpo.types import Completion, Message, PreferencePair
 
 if TYPE_CHECKING:
@@ -197,9 +197,7 @@ def _copy(path: Path, cache: Path) -> Path:
             fresh = Path(tempfile.mkdtemp(prefix=f"{path.stem}-", dir=cache))
             with open(fresh / "tokens.bin", "wb") as tokens, open(fresh / "index.npy", "wb") as index:
                 np.save(index, _flatten(path, tokens))
-                for file in (tokens, index):
-                    file.flush()
-                    os.fsync(file.fileno())
+            sync_tree(fresh)
             os.replace(fresh, copy)
     return copy
 

@@ -1,7 +1,7 @@
 """The run directory: every path, the manifests, atomic writes, the lock.
 
 The disk decides what is done. A step works in `<step>.partial/`, writes `MANIFEST.json` there last, and is renamed
-to `<step>/`. A step without a valid manifest is not done; a step with one is never done again. A manifest holds the
+to `<step>/`, after all of it has reached the disk: a machine that stops leaves no sealed step with zeros. A step without a valid manifest is not done; a step with one is never done again. A manifest holds the
 step's inputs (settings, seeds, and the digests of what it read), so that a step made with other inputs than those
 asked for now is noticed, and the differing key is named.
 
@@ -123,10 +123,11 @@ class Step:
             files=files,
             versions=versions(),
         )
+        sync_tree(self.partial)
         write_json(self.partial / MANIFEST, asdict(manifest))
         shutil.rmtree(self.path, ignore_errors=True)  # a directory without a valid manifest: not done
         os.replace(self.partial, self.path)
-        fsync_directory(self.path.parent)
+        fsync(self.path.parent)
         return manifest
 
     def reopen(self, *, keep: Path) -> Path:
@@ -141,6 +142,7 @@ class Step:
         shutil.copytree(self.path, self.partial)
         (self.partial / MANIFEST).unlink()
         write_json(self.partial / "STEP.json", self.inputs)
+        sync_tree(self.partial)
         target = keep / self.path.parent.name / self.path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(self.path, target)
@@ -297,13 +299,14 @@ def directory_digest(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write so that a reader, or a crash, sees the old content or the new, never a part."""
+    """Write so that a reader, or a crash, sees the old content or the new, never a part. Afterwards it is on disk."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     with open(fresh, "w", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(fresh, path)
+    fsync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -323,7 +326,16 @@ def read_jsonl(path: Path) -> list[Any]:
         return [json.loads(line) for line in handle]
 
 
-def fsync_directory(path: Path) -> None:
+def sync_tree(directory: Path) -> None:
+    """Sync every file and directory below `directory`, and it last: whoever wrote them, they are on disk afterwards."""
+    for parent, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            fsync(Path(parent, name))
+        fsync(Path(parent))
+
+
+def fsync(path: Path) -> None:
+    """Flush a file, or the names in a directory, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -30,7 +30,7 @@ from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
 
 from iterdpo.data.pairs import TokenPairs
-from iterdpo.run.rundir import Step, read_json, write_json, write_text
+from iterdpo.run.rundir import Step, fsync, read_json, sync_tree, write_json, write_text
 from iterdpo.seeds import derive_seed
 from iterdpo.training.collate import TokenPair, Tree, grow_trees, micro_batches, plan_steps
 from iterdpo.training.flops import forward_flops, matmul_peak
@@ -528,7 +528,9 @@ class Trainer:
         self.accelerator.save_state(str(fresh))
         self.accelerator.wait_for_everyone()  # each process writes its random state there
         if self.accelerator.is_main_process:
+            sync_tree(fresh)
             os.replace(fresh, path)
+            fsync(self.output)
             for old in self.output.glob("checkpoint-*"):
                 if old != path:
                     shutil.rmtree(old)

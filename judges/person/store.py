@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from iterdpo.run.rundir import canonical, digest, fsync_directory, read_jsonl, write_jsonl, write_text
+from iterdpo.run.rundir import canonical, digest, fsync, read_jsonl, write_jsonl, write_text
 from iterdpo.types import Message
 
 Choice = Literal["left", "right", "tie", "skip", "undo"]
@@ -111,7 +111,7 @@ class Reviews:
         fresh.mkdir()
         write_jsonl(fresh / "tasks.jsonl", (asdict(t) for t in tasks))
         os.replace(fresh, self.root / name)
-        fsync_directory(self.root)
+        fsync(self.root)
         return Batch(self.root / name)
 
 
@@ -164,7 +164,7 @@ class Batch:
                 if self.unanswered():
                     return None
                 write_text(self.path / "closed", "")
-                fsync_directory(self.path)
+                fsync(self.path)
             return self.verdicts()
 
     def _append(self, row: dict[str, str]) -> None:
@@ -178,7 +178,7 @@ class Batch:
             handle.write(canonical({**row, "at": at}).encode() + b"\n")
             handle.flush()
             os.fsync(handle.fileno())
-        fsync_directory(self.path)
+        fsync(self.path)
 
 
 @contextmanager

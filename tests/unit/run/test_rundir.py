@@ -84,6 +84,54 @@ def test_a_step_is_done_once_its_manifest_is_written_and_not_before(tmp_path: Pa
     assert manifest.versions["iterdpo"]
 
 
+@pytest.fixture
+def to_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
+    """What the kernel is told, in order: ("sync", path) and ("rename", target)."""
+    told: list[tuple[str, Path]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        told.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+
+    def noted_replace(source: Any, target: Any) -> None:
+        replace(source, target)
+        told.append(("rename", Path(target)))
+
+    monkeypatch.setattr(rundir.os, "fsync", noted_fsync)
+    monkeypatch.setattr(rundir.os, "replace", noted_replace)
+    return told
+
+
+def test_all_of_a_step_is_on_disk_before_it_is_sealed(tmp_path: Path, to_disk: list[tuple[str, Path]]) -> None:
+    step = Step(tmp_path / "round-001" / "policy", INPUTS)
+    directory = step.begin()
+    (directory / "judgments" / "heldout").mkdir(parents=True)
+    written = [directory / name for name in ("model.safetensors", "config.json", "judgments/heldout/shard-0000.jsonl")]
+    for file in written:
+        file.write_text("not synced by its writer")
+    to_disk.clear()
+    step.finish()
+
+    manifest = to_disk.index(("rename", step.partial / MANIFEST))
+    sealed = to_disk.index(("rename", step.path))
+    contents = [*written, directory / "judgments" / "heldout", directory / "judgments", directory]
+    assert {("sync", path) for path in contents} <= set(to_disk[:manifest])
+    assert ("sync", step.partial) in to_disk[manifest:sealed]  # the manifest's name
+    assert to_disk[sealed + 1 :] == [("sync", step.path.parent)]
+
+
+def test_a_copy_to_work_on_is_on_disk_before_the_finished_step_moves(
+    tmp_path: Path, to_disk: list[tuple[str, Path]]
+) -> None:
+    step = Step(tmp_path / "round-001" / "judgments", INPUTS)
+    do(step, **{"shard-0000.jsonl": "{}\n"})
+    to_disk.clear()
+    step.reopen(keep=tmp_path / "attic")
+    moved = to_disk.index(("rename", tmp_path / "attic" / "round-001" / "judgments"))
+    assert ("sync", step.partial / "shard-0000.jsonl") in to_disk[:moved]
+
+
 @pytest.mark.parametrize("crash", ["before the manifest", "between the manifest and the rename"])
 def test_a_crash_while_sealing_leaves_the_step_undone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: str
@@ -369,6 +417,13 @@ def test_a_reader_and_a_crash_see_the_old_content_or_the_new_never_a_part(tmp_pa
         writer.wait()
     assert seen == whole
     assert path.read_text() in whole
+
+
+def test_a_write_is_on_disk_with_its_name_when_it_returns(tmp_path: Path, to_disk: list[tuple[str, Path]]) -> None:
+    write_json(tmp_path / "round.json", {"round": 1})
+    content, rename, name = to_disk
+    assert content[0] == "sync"
+    assert (rename, name) == (("rename", tmp_path / "round.json"), ("sync", tmp_path))
 
 
 def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path) -> None:
