@@ -15,7 +15,7 @@ from iterdpo.errors import JudgeError, UserError
 from iterdpo.experiment import Experiment
 from iterdpo.judging.judge import NamedJudge
 from iterdpo.offline import train_round
-from iterdpo.report.page import write_report
+from iterdpo.report.page import refresh_report, write_report
 from iterdpo.run.progress import Progress
 from iterdpo.run.read import Run, read_run
 from iterdpo.run.rundir import RunDir, digest, read_manifest
@@ -96,6 +96,8 @@ def run_experiment(exp: Experiment, *, prefect: bool = True, wait: bool = False)
     `wait`: where another process works in the run directory, wait for it to end rather than refuse.
     """
     with exp.run.lock(wait=wait), exp:
+        exp.run.refresh()
+        refresh_report(exp.run.root)
         pending = first_pending(exp)
         if pending is None:
             return False

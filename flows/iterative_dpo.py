@@ -23,7 +23,7 @@ from flows.loop import Stages, dpo_round, first_pending, initial_round, pending_
 from flows.review import waiting
 from iterdpo.config import Config, parse_config
 from iterdpo.experiment import Experiment
-from iterdpo.report.page import write_report
+from iterdpo.report.page import refresh_report, write_report
 from iterdpo.report.plots import as_png, figures
 from iterdpo.run.progress import Progress
 from iterdpo.run.read import read_run
@@ -66,6 +66,8 @@ def add_rounds(config: dict[str, Any], rounds: int = 1) -> str:
     run = RunDir(config["run_dir"])
     logger.info("waiting for %s, where another run may be at work", run.root)
     with run.lock(wait=True):
+        run.refresh()
+        refresh_report(run.root)
         done = max((record.round for record in run.records()), default=0)
         settings: Config = parse_config(Config, {**config, "rounds": done + rounds})
         with open(run.log_path("rounds"), "a", encoding="utf-8") as log:

@@ -37,6 +37,7 @@ def train_round(config: OfflineConfig, *, progress: Progress, redo: bool = False
     """
     run = RunDir(config.run_dir, redo=redo)
     with run.lock(), ExitStack() as gpus:
+        run.refresh()
         check_training(config.dpo)
         path = resolve_checkpoint(config.model.path, revision=config.model.revision)
         check_checkpoint(path, trust_remote_code=config.model.trust_remote_code)

@@ -22,7 +22,7 @@ from iterdpo.report.plots import as_svg, figures
 from iterdpo.run.read import Run, read_run
 from iterdpo.run.rundir import write_text
 
-__all__ = ["clip", "page_template", "visible", "write_report"]
+__all__ = ["clip", "page_template", "refresh_report", "visible", "write_report"]
 
 EXAMPLES = 8  # held-out prompts shown
 MAX_CHARACTERS = 4_000  # of a completion or prompt shown
@@ -99,6 +99,13 @@ def write_report(run_dir: str | Path) -> Path:
     path = run.root / "report.html"
     write_text(path, page)
     return path
+
+
+def refresh_report(run_dir: Path) -> None:
+    """Write the page again if it is missing or older than `metrics.jsonl`: a run may have ended between the two."""
+    metrics, page = run_dir / "metrics.jsonl", run_dir / "report.html"
+    if metrics.exists() and not (page.exists() and page.stat().st_mtime_ns >= metrics.stat().st_mtime_ns):
+        write_report(run_dir)
 
 
 def page_template(package: str, name: str) -> jinja2.Template:

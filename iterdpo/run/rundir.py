@@ -200,16 +200,26 @@ class RunDir:
         return [record for r in self.rounds() if (record := self.record(r)) is not None]
 
     def write_record(self, record: RoundRecord) -> None:
-        """Seal a round, then bring `metrics.jsonl` and the `policy` link up to date with the records."""
+        """Seal a round, then derive what follows from it."""
         for later in [r for r in self.rounds() if r > record.round]:  # decided on what was just replaced
             (self.round_dir(later) / "round.json").unlink(missing_ok=True)
         write_json(self.round_dir(record.round) / "round.json", asdict(record))
-        write_text(self.root / "metrics.jsonl", "".join(canonical(r.metrics) + "\n" for r in self.records()))
-        link, fresh = self.root / "policy", self.root / ".policy.new"
-        target = record.policy
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(target)
-        os.replace(fresh, link)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Make `metrics.jsonl` and the link `policy` again if they differ from the records, which alone are true."""
+        records = self.records()
+        if not records:
+            return
+        metrics, link, fresh = self.root / "metrics.jsonl", self.root / "policy", self.root / ".policy.new"
+        text = "".join(canonical(record.metrics) + "\n" for record in records)
+        if not metrics.exists() or metrics.read_text(encoding="utf-8") != text:
+            write_text(metrics, text)
+        if not link.is_symlink() or os.readlink(link) != records[-1].policy:
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(records[-1].policy)
+            os.replace(fresh, link)
+            fsync(self.root)
 
     def write_config(self, config: dict[str, Any]) -> None:
         write_json(self.root / "run.json", {"config": config, "versions": versions()})

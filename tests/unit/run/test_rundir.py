@@ -366,6 +366,35 @@ def test_the_policy_link_follows_the_policy_that_was_promoted_last(tmp_path: Pat
     assert os.readlink(link) == "round-002/policy"  # the run directory may be moved
 
 
+def test_what_is_derived_from_the_records_is_made_again(tmp_path: Path) -> None:
+    run, metrics, link = RunDir(tmp_path), tmp_path / "metrics.jsonl", tmp_path / "policy"
+    run.refresh()  # nothing to derive anything from
+    assert list(tmp_path.iterdir()) == []
+    for number in (1, 2):
+        run.round_dir(number).mkdir()
+        run.write_record(record(number))
+    whole = metrics.read_text()
+
+    metrics.write_text(whole.splitlines(keepends=True)[0])
+    link.unlink()
+    link.symlink_to("round-001/policy")
+    run.refresh()
+    assert (metrics.read_text(), os.readlink(link)) == (whole, "round-002/policy")
+    metrics.unlink()
+    link.unlink()
+    run.refresh()
+    assert (metrics.read_text(), os.readlink(link)) == (whole, "round-002/policy")
+
+
+def test_what_agrees_with_the_records_is_not_written_again(tmp_path: Path, to_disk: list[tuple[str, Path]]) -> None:
+    run = RunDir(tmp_path)
+    run.round_dir(1).mkdir()
+    run.write_record(record(1))
+    to_disk.clear()
+    run.refresh()
+    assert to_disk == []
+
+
 def test_a_round_is_not_sealed_with_metrics_that_are_not_numbers(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.round_dir(1).mkdir()
