@@ -1,11 +1,11 @@
-"""What the loop needs of a sampler. The fake for tests satisfies it too."""
+"""The `Sampler` protocol, which the loop and the fake for tests share, and the messages of vLLM's worker process."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from iterdpo.types import Completion
 
@@ -23,14 +23,14 @@ class SamplingParameters:
 
 class Sampler(Protocol):
     def load(self, policy: Path, digest: str) -> None:
-        """Make `policy` the policy to sample from; `digest` names its content. Cheap where it is already loaded."""
+        """Make `policy` the policy to sample from; `digest` names its content. Cheap if it is already loaded."""
         ...
 
     def sample(
         self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
     ) -> list[list[Completion]]:
-        """`parameters.n` completions of each prompt. A call's result depends on the policy and its arguments alone:
-        not on calls before it, so that a resumed run samples what the uninterrupted one would have.
+        """`parameters.n` completions of each prompt. The result depends on the policy and the arguments alone, not on
+        earlier calls, so that a resumed run samples what the uninterrupted one would have.
         """
         ...
 
@@ -39,5 +39,53 @@ class Sampler(Protocol):
         ...
 
     def close(self) -> None:
-        """End it. Safe to call twice."""
+        """End the process. Safe to call twice."""
         ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """Build the engine with the policy's weights."""
+
+    policy: str
+    engine: dict[str, Any]  # keyword arguments of vllm.LLM
+    lora: str
+    adapter_rank: int | None
+    scratch: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """`no_adapters`: why an engine with room for adapters failed to start, if `lora` allows one without; else None."""
+
+    no_adapters: str | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """Wake up and, with `reload`, put another policy in place of the present one."""
+
+    policy: str
+    reload: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt_ids: list[list[int]]  # [prompts][T]
+    seeds: list[int]  # [prompts]
+    parameters: dict[str, Any]  # those of SamplingParameters, which vLLM's class of that name takes
+
+
+@dataclass(frozen=True)
+class Sampled:
+    groups: list[list[Completion]]  # [prompts][K]
+
+
+@dataclass(frozen=True)
+class Release:
+    """Go to sleep."""
+
+
+@dataclass(frozen=True)
+class Released:
+    asleep: bool

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from iterdpo.errors import ChildFailed
-from iterdpo.run import supervise
-from iterdpo.sampling.base import SamplingParameters
+from iterdpo.run.worker import Done, JsonLinesWorker
+from iterdpo.sampling.base import Load, Release, Released, Sample, SamplingParameters, Start, Started
 from iterdpo.types import Completion
+
+R = TypeVar("R")
 
 
 class VLLMSampler:
-    """A vLLM engine in a worker process of its own (see `worker.py`), started at the first `load`.
+    """A vLLM engine in a worker process (see `worker.py`) that is started at the first `load`.
 
     It lives through the run: each `load` puts new weights, or a LoRA adapter, into the running engine. The worker dies
-    with this process. Requests and replies are JSON lines over its pipes, one reply a request.
+    with this process.
 
     Args:
         max_model_len: longest prompt and completion together, in tokens.
         log: file for everything that vLLM prints.
         dtype, max_num_seqs, kv_cache_gib, gpu_memory_utilization, tensor_parallel_size, lora, extra: see `EngineConfig`.
         adapter_rank: rank of the adapters that will be loaded. None: the engine is built without room for adapters,
-            and merges one that comes all the same.
-        say: where to note what a user may want to know.
+            and an adapter is merged into its base.
+        say: called with a note for the user.
         reserved: descriptors of `supervise.reserve`, held while the worker lives.
     """
 
@@ -51,11 +51,8 @@ class VLLMSampler:
     ) -> None:
         self.log = log
         self._say = say or (lambda text: None)
-        self._lora: dict[str, Any] = {
-            "lora": lora,
-            "adapter_rank": adapter_rank,
-            "scratch": str(log.absolute().parent / ".merged"),
-        }
+        self._lora = lora
+        self._adapter_rank = adapter_rank
         self._reserved = reserved
         self._kv_cache_gib = kv_cache_gib
         self._engine = {
@@ -67,14 +64,14 @@ class VLLMSampler:
             "trust_remote_code": trust_remote_code,
             **(extra or {}),
         }
-        self._child: supervise.Child | None = None
+        self._worker: JsonLinesWorker | None = None
         self._loaded: str | None = None
         self._asleep = False
 
     def warm_up(self) -> None:
         """Start the worker and let it import vLLM, without waiting for it: seconds that other work can hide."""
-        if self._child is None:
-            self._start()
+        if self._worker is None:
+            self._worker = self._new_worker()
 
     def load(self, policy: Path, digest: str) -> None:
         """See `Sampler.load`.
@@ -86,7 +83,7 @@ class VLLMSampler:
         if self._loaded is None:
             self._start_engine(policy)
         elif self._loaded != digest or self._asleep:
-            self._call("load", policy=str(policy), reload=self._loaded != digest)
+            self._call(Load(str(policy), reload=self._loaded != digest), Done)
         self._loaded, self._asleep = digest, False
 
     def sample(
@@ -99,30 +96,31 @@ class VLLMSampler:
         """
         assert self._loaded is not None, "load a policy first"
         assert not self._asleep, "load wakes the engine up"
-        reply = self._call("sample", prompt_ids=list(prompt_ids), seeds=list(seeds), parameters=asdict(parameters))
-        return [[Completion(**c) for c in completions] for completions in reply["groups"]]
+        return self._call(Sample(list(prompt_ids), list(seeds), asdict(parameters)), _completions)
 
     def release(self) -> None:
         if self._loaded is not None and not self._asleep:
-            self._asleep = self._call("release")["asleep"]
+            self._asleep = self._call(Release(), Released).asleep
 
     def close(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-        self._child, self._loaded, self._asleep = None, None, False
+        if self._worker is not None:
+            self._worker.close()
+        self._worker, self._loaded, self._asleep = None, None, False
 
     def _start_engine(self, policy: Path) -> None:
-        try:
-            self._call("start", policy=str(policy), engine=self._engine, **self._lora)
-        except _NativeFailed as failure:
-            if self._lora["lora"] != "auto":
-                raise
-            self._say(f"vLLM does not start with room for adapters; they are merged instead ({failure.reason})")
-            self._lora["lora"] = "merge"
-            self.warm_up()  # a new process: the engine that failed left things behind in its own
-            self._call("start", policy=str(policy), engine=self._engine, **self._lora)
+        scratch = str(self.log.absolute().parent / ".merged")
+        reason = self._call(
+            Start(str(policy), self._engine, self._lora, self._adapter_rank, scratch), Started
+        ).no_adapters
+        if reason is not None:
+            reason = reason.splitlines()[0]
+            self._say(f"vLLM does not start with room for adapters; they are merged instead ({reason})")
+            self._lora = "merge"
+            self.close()  # the engine that failed left things behind in its process
+            self.warm_up()
+            self._start_engine(policy)
 
-    def _start(self) -> None:
+    def _new_worker(self) -> JsonLinesWorker:
         env = {
             **os.environ,
             # In-process is the quicker start for one device; several need vLLM's own worker processes.
@@ -132,32 +130,18 @@ class VLLMSampler:
             "VLLM_CONFIGURE_LOGGING": os.environ.get("VLLM_CONFIGURE_LOGGING", "1"),
             "PYTHONUNBUFFERED": "1",
         }
-        command = [sys.executable, "-m", "iterdpo.sampling.worker"]
-        self._child = supervise.start(command, log=self.log, env=env, pipes=True, reserved=self._reserved)
+        return JsonLinesWorker(
+            "iterdpo.sampling.worker", name="sampler", log=self.log, env=env, reserved=self._reserved
+        )
 
-    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
-        assert self._child is not None
-        process = self._child.process
-        assert process.stdin is not None
-        assert process.stdout is not None
+    def _call(self, request: Any, read: Callable[..., R]) -> R:
+        assert self._worker is not None
         try:
-            process.stdin.write(json.dumps({"method": method, **arguments}).encode() + b"\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = b""
-        reply = json.loads(line) if line else {"error": "the vLLM worker died"}
-        if "error" in reply:
-            tail = self._child.log_tail()
+            return self._worker.call(request, read)
+        except ChildFailed:
             self.close()
-            failed = _NativeFailed if reply.get("native") else ChildFailed
-            raise failed(f"sampler, {method}: {reply['error']}\n{tail}\nThe whole log: {self.log}")
-        return reply
+            raise
 
 
-class _NativeFailed(ChildFailed):
-    """Raised where the engine was to apply adapters itself."""
-
-    @property
-    def reason(self) -> str:
-        return str(self).splitlines()[0]
+def _completions(groups: list[list[dict[str, Any]]]) -> list[list[Completion]]:
+    return [[Completion(**completion) for completion in group] for group in groups]

@@ -16,70 +16,73 @@ of 100 million weights with r = 16 sampled 25 times slower so; merging it takes 
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import sys
 import traceback
 from pathlib import Path
 from typing import Any, get_args
 
+from iterdpo.run.worker import Done, serve
+from iterdpo.sampling.base import Load, Release, Released, Sample, Sampled, Start, Started
+from iterdpo.types import Completion
+
 
 def main() -> None:
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever vLLM prints goes to the log, not between the replies
     worker = Worker()
-    import vllm  # noqa: F401  # twelve seconds on a small machine, while the parent does other things
+    serve(
+        {Start: worker.start, Load: worker.load, Sample: worker.sample, Release: worker.release}, prepare=_import_vllm
+    )
 
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            reply = getattr(worker, request.pop("method"))(**request)
-        except Exception as error:
-            traceback.print_exc()
-            reply = {"error": f"{type(error).__name__}: {error}", "native": worker.native}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+
+def _import_vllm() -> None:
+    import vllm  # noqa: F401  # twelve seconds on a small machine, while the parent does other things
 
 
 class Worker:
-    """One method a request; each returns its reply."""
+    """One method for each request; each returns its reply."""
 
     native = False
-    """The engine applies adapters itself."""
+    """Whether the engine applies adapters itself."""
 
-    def start(
-        self, policy: str, engine: dict[str, Any], lora: str, adapter_rank: int | None, scratch: str
-    ) -> dict[str, Any]:
+    def start(self, request: Start) -> Started:
+        try:
+            self._start(request)
+        except Exception as error:
+            if not self.native or self.lora != "auto":
+                raise
+            traceback.print_exc()
+            return Started(no_adapters=f"{type(error).__name__}: {error}")
+        return Started()
+
+    def _start(self, request: Start) -> None:
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        from iterdpo.training.models import adapter_base  # behind vLLM, which sets torch up before its import
+        from iterdpo.training.models import adapter_base  # after vLLM, which sets torch up before its import
 
         self.on_gpu = not current_platform.is_cpu()
-        self.lora, self.scratch = lora, Path(scratch)
-        self.trust_remote_code = engine["trust_remote_code"]
-        self.native = adapter_rank is not None and (lora == "vllm" or (lora == "auto" and self.on_gpu))
+        self.lora, self.scratch = request.lora, Path(request.scratch)
+        self.trust_remote_code = request.engine["trust_remote_code"]
+        rank = request.adapter_rank
+        self.native = rank is not None and (self.lora == "vllm" or (self.lora == "auto" and self.on_gpu))
         self.adapter: Any = None
         self.adapters = 0
-        defaults: dict[str, Any] = {"enable_sleep_mode": True} if self.on_gpu else cpu_defaults(engine)
+        defaults: dict[str, Any] = {"enable_sleep_mode": True} if self.on_gpu else cpu_defaults(request.engine)
         if self.native:
-            assert adapter_rank is not None
-            defaults |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": engine_rank(adapter_rank)}
-        self.weights = adapter_base(policy) or policy
-        self.llm = LLM(self.weights, seed=0, disable_log_stats=True, **{**defaults, **engine})
-        if self.weights != policy:
-            self._take(policy)
-        return {}
+            assert rank is not None
+            defaults |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": engine_rank(rank)}
+        self.weights = adapter_base(request.policy) or request.policy
+        self.llm = LLM(self.weights, seed=0, disable_log_stats=True, **{**defaults, **request.engine})
+        if self.weights != request.policy:
+            self._use(request.policy)
 
-    def load(self, policy: str, reload: bool) -> dict[str, Any]:
+    def load(self, request: Load) -> Done:
         if self.on_gpu:
             self.llm.wake_up()
-        if reload:
-            self._take(policy)
-        return {}
+        if request.reload:
+            self._use(request.policy)
+        return Done()
 
-    def _take(self, policy: str) -> None:
+    def _use(self, policy: str) -> None:
         """Sample from this policy from now on."""
         from iterdpo.sampling.merge import adapts_head
         from iterdpo.training.models import adapter_base
@@ -128,20 +131,20 @@ class Worker:
             self.llm.apply_model(repack_output_head)
         self.weights = name
 
-    def sample(self, prompt_ids: list[list[int]], seeds: list[int], parameters: dict[str, Any]) -> dict[str, Any]:
+    def sample(self, request: Sample) -> Sampled:
         from vllm import SamplingParams
 
         self.llm.reset_prefix_cache()
         # logprobs=0: that of the sampled token alone, of the unmodified distribution
-        settings = [SamplingParams(**parameters, seed=seed, logprobs=0) for seed in seeds]
-        prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
+        settings = [SamplingParams(**request.parameters, seed=seed, logprobs=0) for seed in request.seeds]
+        prompts = [{"prompt_token_ids": ids} for ids in request.prompt_ids]
         outputs = self.llm.generate(prompts, settings, use_tqdm=False, lora_request=self.adapter)
-        return {"groups": [[completion_json(c) for c in output.outputs] for output in outputs]}
+        return Sampled([[completion_of(c) for c in output.outputs] for output in outputs])
 
-    def release(self) -> dict[str, Any]:
+    def release(self, request: Release) -> Released:
         if self.on_gpu:
             self.llm.sleep(level=1)
-        return {"asleep": self.on_gpu}
+        return Released(asleep=self.on_gpu)
 
 
 def repack_output_head(model: Any) -> None:
@@ -165,7 +168,7 @@ def engine_rank(rank: int) -> int:
     """
     from vllm.config.lora import MaxLoRARanks
 
-    fitting = [known for known in sorted(get_args(MaxLoRARanks)) if known >= rank]
+    fitting: list[int] = [known for known in sorted(get_args(MaxLoRARanks)) if known >= rank]
     if not fitting:
         raise ValueError(f"vLLM applies adapters up to rank {max(get_args(MaxLoRARanks))}, and this one has {rank}")
     return fitting[0]
@@ -181,15 +184,15 @@ def cpu_defaults(engine: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def completion_json(completion: Any) -> dict[str, Any]:
-    """A vLLM CompletionOutput as the fields of `iterdpo.types.Completion`."""
-    ids = list(completion.token_ids)
-    return {
-        "text": completion.text,
-        "token_ids": ids,
-        "logprobs": [position[token].logprob for position, token in zip(completion.logprobs, ids, strict=True)],
-        "finish_reason": "length" if completion.finish_reason == "length" else "stop",
-    }
+def completion_of(output: Any) -> Completion:
+    """Ours, of a vLLM CompletionOutput."""
+    ids = list(output.token_ids)
+    return Completion(
+        text=output.text,
+        token_ids=ids,
+        logprobs=[position[token].logprob for position, token in zip(output.logprobs, ids, strict=True)],
+        finish_reason="length" if output.finish_reason == "length" else "stop",
+    )
 
 
 if __name__ == "__main__":

@@ -1,26 +1,35 @@
-"""vLLM's pooling runner in a process of its own: logits of a sequence classifier for rows of token ids.
-
-`Pooler` starts `python -m judges.models.vllm_pooling` and speaks to it in JSON lines, as the sampler does to its worker. The child
-dies with its parent.
-"""
+"""vLLM's pooling runner in a child process: logits of a sequence classifier for rows of token ids."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iterdpo.errors import ChildFailed
-from iterdpo.run import supervise
+from iterdpo.run.worker import Done, JsonLinesWorker, serve
+
+
+@dataclass(frozen=True)
+class Start:
+    model: str
+    engine: dict[str, Any]  # keyword arguments of vllm.LLM
+
+
+@dataclass(frozen=True)
+class Score:
+    rows: list[list[int]]  # [rows][T]
+
+
+@dataclass(frozen=True)
+class Scored:
+    logits: list[list[float]]  # [rows][labels]
 
 
 class Pooler:
-    """An engine with one checkpoint.
+    """An engine with one checkpoint, in a process that dies with this one.
 
     Args:
         model: a checkpoint directory or hub id.
@@ -41,9 +50,9 @@ class Pooler:
             "VLLM_NO_USAGE_STATS": "1",
             "PYTHONUNBUFFERED": "1",
         }
-        command = [sys.executable, "-m", "judges.models.vllm_pooling"]
-        self._child = supervise.start(command, log=Path(log), env=env, pipes=True)
-        self._call({"model": model, "engine": engine})
+        self._log = Path(log)
+        self._worker = JsonLinesWorker("judges.models.vllm_pooling", name="reward model", log=self._log, env=env)
+        self._worker.call(Start(model, engine), Done)
 
     def logits(self, rows: Sequence[list[int]]) -> list[list[float]]:
         """[rows][labels], without an activation.
@@ -51,49 +60,21 @@ class Pooler:
         Raises:
             ChildFailed: the engine died.
         """
-        return self._call({"rows": list(rows)})["logits"]
+        return self._worker.call(Score(list(rows)), Scored).logits
 
     def close(self) -> None:
         """End the process, and with it whatever it holds of a device."""
-        self._child.kill()
-        self._child.log.unlink(missing_ok=True)
-
-    def _call(self, request: dict[str, Any]) -> dict[str, Any]:
-        process = self._child.process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = b""
-        reply = json.loads(line) if line else {"error": "the vLLM process died"}
-        if "error" in reply:
-            self._child.kill()
-            raise ChildFailed(
-                f"reward model: {reply['error']}\n{self._child.log_tail()}\nThe whole log: {self._child.log}"
-            )
-        return reply
+        self._worker.close()
+        self._log.unlink(missing_ok=True)
 
 
-def main() -> None:
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever vLLM prints goes to the log, not between the replies
-    llm: Any = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if llm is None:
-                llm = _engine(request["model"], request["engine"])
-                reply: dict[str, Any] = {}
-            else:
-                reply = {"logits": _logits(llm, request["rows"])}
-        except Exception as error:
-            traceback.print_exc()
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+class _Server:
+    def start(self, request: Start) -> Done:
+        self.llm = _engine(request.model, request.engine)
+        return Done()
+
+    def score(self, request: Score) -> Scored:
+        return Scored(_logits(self.llm, request.rows))
 
 
 def _engine(model: str, engine: dict[str, Any]) -> Any:
@@ -118,4 +99,5 @@ def _logits(llm: Any, rows: list[list[int]]) -> list[list[float]]:
 
 
 if __name__ == "__main__":
-    main()
+    server = _Server()
+    serve({Start: server.start, Score: server.score})

@@ -15,15 +15,12 @@ and 0 where not. A prompt without the column that a judge reads abstains.
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib.util
 import itertools
 import json
 import queue
 import re
 import secrets
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +28,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
-from iterdpo.errors import JudgeError
+from iterdpo.errors import ChildFailed, JudgeError
+from iterdpo.run.worker import Done, JsonLinesWorker
 from iterdpo.types import CompletionGroup, Judgment
 from judges.adapter import Abstention, judgment_from_outcomes
+from judges.verify.math_worker import Compare, Compared, WarmUp
 from judges.verify.sandbox import REPORT, TIMED_OUT, SandboxError, require_sandbox, run_python
 
 Score = float | Abstention
@@ -228,44 +227,29 @@ class _MathWorker:
     """A process that compares, one after the other; started when first needed, and again after a timeout."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+        self._process: JsonLinesWorker | None = None
 
     def compare(self, golds: list[str], completion: str, seconds: float) -> Score:
-        process = self._process or self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps({"gold": golds, "completion": completion, "seconds": seconds}) + "\n")
-            process.stdin.flush()
-        line = process.stdout.readline()  # ends: the worker's timer kills it
-        if not line:
+        if self._process is None:
+            self._process = JsonLinesWorker("judges.verify.math_worker", name="math")
+            try:
+                self._process.call(WarmUp(), Done)
+            except ChildFailed:
+                self.close()
+                raise JudgeError(
+                    "judge 'math': math-verify cannot be imported; see `python -c 'import math_verify'`"
+                ) from None
+        try:
+            compared = self._process.call(Compare(golds, completion, seconds), Compared)
+        except ChildFailed:
             self.close()
             return Abstention(f"the comparison did not end within {seconds:g} s, or ran out of memory")
-        answer = json.loads(line)
-        return answer["score"] if "score" in answer else Abstention(answer["reason"])
+        return Abstention(compared.reason) if compared.score is None else compared.score
 
     def close(self) -> None:
         if self._process is not None:
-            self._process.kill()
-            with self._process:  # closes its pipes, and waits
-                self._process = None
-
-    def _start(self) -> subprocess.Popen[str]:
-        worker = Path(__file__).with_name("math_worker.py")
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(worker)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-        )
-        self._process = process
-        assert process.stdout is not None
-        if process.stdout.readline() != "ready\n":
-            self.close()
-            raise JudgeError("judge 'math': math-verify cannot be imported; see `python -c 'import math_verify'`")
-        return process
+            self._process.close()
+        self._process = None
 
 
 class JSONSchema(_Verifier):

@@ -91,4 +91,4 @@ def test_an_engine_that_cannot_start_says_why_and_where_its_log_is(tmp_path: Pat
     broken = VLLMSampler(max_model_len=64, log=tmp_path / "sampler.log")
     with pytest.raises(ChildFailed, match=r"(?s)sampler, start: .*sampler\.log"):
         broken.load(tmp_path / "missing", "none")
-    assert broken._child is None
+    assert broken._worker is None

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from iterdpo.errors import ChildFailed
+from iterdpo.run.worker import Done
 from iterdpo.sampling import VLLMSampler
-from iterdpo.sampling.client import _NativeFailed
+from iterdpo.sampling.base import Load, Start, Started
 
 
 class Scripted(VLLMSampler):
     """Its worker is the list of replies; `asked` are the requests."""
 
-    def __init__(self, *replies: dict[str, Any] | Exception, log: Path, **options: Any) -> None:
+    def __init__(self, *replies: Any, log: Path, **options: Any) -> None:
         self.said: list[str] = []
         super().__init__(max_model_len=64, log=log, say=self.said.append, **options)
         self.replies, self.asked = list(replies), []
@@ -23,34 +24,35 @@ class Scripted(VLLMSampler):
     def warm_up(self) -> None:
         pass
 
-    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
-        self.asked.append((method, arguments))
+    def _call(self, request: Any, read: Any) -> Any:
+        self.asked.append(request)
         reply = self.replies.pop(0)
         if isinstance(reply, Exception):
             raise reply
         return reply
 
 
-def refusal() -> Exception:
-    return _NativeFailed("sampler, start: ValueError: TinyForCausalLM does not support LoRA yet.\nlog")
+REFUSAL = "ValueError: TinyForCausalLM does not support LoRA yet.\nlog"
 
 
 def test_an_engine_that_cannot_take_adapters_is_started_again_without_them(tmp_path: Path) -> None:
-    sampler = Scripted(refusal(), {}, {}, log=tmp_path / "sampler.log", adapter_rank=4)
+    sampler = Scripted(Started(REFUSAL), Started(), Done(), log=tmp_path / "sampler.log", adapter_rank=4)
     sampler.load(tmp_path, "first")
     sampler.load(tmp_path, "second")
-    assert [(method, asked.get("lora")) for method, asked in sampler.asked] == [
-        ("start", "auto"),
-        ("start", "merge"),
-        ("load", None),
+    assert [(type(asked), getattr(asked, "lora", None)) for asked in sampler.asked] == [
+        (Start, "auto"),
+        (Start, "merge"),
+        (Load, None),
     ]
     (said,) = sampler.said
     assert "TinyForCausalLM does not support LoRA yet" in said
     assert "\n" not in said
 
 
-def test_an_engine_that_must_take_adapters_fails_where_it_cannot(tmp_path: Path) -> None:
-    sampler = Scripted(refusal(), log=tmp_path / "sampler.log", adapter_rank=4, lora="vllm")
+def test_an_engine_that_must_take_adapters_fails_if_it_cannot(tmp_path: Path) -> None:
+    sampler = Scripted(
+        ChildFailed(f"sampler, start: {REFUSAL}"), log=tmp_path / "sampler.log", adapter_rank=4, lora="vllm"
+    )
     with pytest.raises(ChildFailed, match="does not support LoRA"):
         sampler.load(tmp_path, "first")
     assert sampler.said == []

@@ -1,0 +1,107 @@
+"""A child process that answers requests, one at a time, over its pipes.
+
+`JsonLinesWorker` is the parent's end and `serve` the child's. A message is a dataclass: a request crosses as one line of
+JSON, `{"request": "Load", "fields": {"policy": "/runs/1/policy", "reload": true}}`, and so does its reply. Whatever
+libraries in the child print goes to its log.
+
+Written by hand because multiprocessing and concurrent.futures import the parent's main module in the child, share its
+standard output, and leave a grandchild alive when the parent is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from iterdpo.errors import ChildFailed
+from iterdpo.run import supervise
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A reply that says no more than that the request was carried out."""
+
+
+class JsonLinesWorker:
+    """Runs `python -m module`, which calls `serve`, until `close`, its first error, or the end of this process.
+
+    Args:
+        name: what error messages call it, such as "sampler".
+        log: file that its output is appended to; by default nothing is kept.
+        env: its environment; by default this process's.
+        reserved: descriptors of `supervise.reserve`, held while it lives.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        *,
+        name: str,
+        log: Path = Path(os.devnull),
+        env: dict[str, str] | None = None,
+        reserved: Sequence[int] = (),
+    ) -> None:
+        self.name = name
+        command = [sys.executable, "-P", "-m", module]  # -P: a judges.py in the working directory is not ours
+        self._child = supervise.start(command, log=log, env=env, pipes=True, reserved=reserved)
+
+    def call(self, request: Any, read: Callable[..., R]) -> R:
+        """The reply to `request`, a dataclass: `read` is called with the reply's fields.
+
+        Raises:
+            ChildFailed: the child reported an error or died. It is closed then; the message has the end of its log.
+        """
+        process, kind = self._child.process, type(request).__name__
+        assert process.stdin is not None
+        assert process.stdout is not None
+        line = b""
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps({"request": kind, "fields": request}, default=asdict).encode() + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {"error": "the process died"}
+        if "error" in answer:
+            self.close()
+            tail, log = self._child.log_tail(), self._child.log
+            raise ChildFailed(f"{self.name}, {kind.lower()}: {answer['error']}\n{tail}\nThe whole log: {log}")
+        return read(**answer["reply"])
+
+    def close(self) -> None:
+        """End the process and everything it started. Safe to call twice."""
+        self._child.kill()
+        for pipe in (self._child.process.stdin, self._child.process.stdout):
+            with contextlib.suppress(BrokenPipeError):  # a request that it did not read
+                if pipe is not None:
+                    pipe.close()
+
+
+def serve(handlers: Mapping[type, Callable[[Any], Any]], *, prepare: Callable[[], object] = lambda: None) -> None:
+    """Answer the parent's requests until it closes the pipe.
+
+    Args:
+        handlers: by the dataclass of a request, the function that takes one and returns the reply, a dataclass too.
+        prepare: called first, once standard output goes to the log.
+    """
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    prepare()
+    handler_of = {kind.__name__: (kind, handle) for kind, handle in handlers.items()}
+    for line in sys.stdin:
+        message = json.loads(line)
+        kind, handle = handler_of[message["request"]]
+        try:
+            answer = json.dumps({"reply": handle(kind(**message["fields"]))}, default=asdict)
+        except Exception as error:
+            traceback.print_exc()
+            answer = json.dumps({"error": f"{type(error).__name__}: {error}"})
+        replies.write(answer + "\n")
+        replies.flush()

@@ -1,0 +1,102 @@
+"""The JSON-lines worker, with real child processes; this file is the child's module too."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iterdpo.errors import ChildFailed
+from iterdpo.run.worker import Done, JsonLinesWorker, serve
+
+
+@dataclass(frozen=True)
+class Point:
+    x: float
+
+
+@dataclass(frozen=True)
+class Double:
+    text: str
+    points: list[Point]
+
+
+@dataclass(frozen=True)
+class Doubled:
+    text: str
+    points: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Die:
+    how: str
+
+
+def double(request: Double) -> Doubled:
+    print("a library prints this")
+    points: Any = [Point(2 * point["x"]) for point in request.points]  # type: ignore[index]
+    return Doubled(2 * request.text, points)
+
+
+def die(request: Die) -> Done:
+    if request.how == "at once":
+        os._exit(3)
+    raise RuntimeError(request.how)
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], JsonLinesWorker]]:
+    (tmp_path / "child.py").symlink_to(__file__)
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[3])])
+    started: list[JsonLinesWorker] = []
+
+    def start() -> JsonLinesWorker:
+        env = {**os.environ, "PYTHONPATH": path}
+        started.append(JsonLinesWorker("child", name="doubler", log=tmp_path / "child.log", env=env))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        worker.close()
+
+
+def test_a_reply_comes_with_its_fields_and_what_is_printed_goes_to_the_log(start: Any, tmp_path: Path) -> None:
+    worker = start()
+    for text in ("é\ud800\n", "again"):
+        doubled = worker.call(Double(text, [Point(0.1), Point(float("inf"))]), Doubled)
+        assert doubled == Doubled(2 * text, [{"x": 0.2}, {"x": float("inf")}])
+    assert (tmp_path / "child.log").read_text() == "a library prints this\n" * 2
+
+
+def test_an_error_of_the_child_is_raised_here_with_the_end_of_its_log(start: Any, tmp_path: Path) -> None:
+    worker = start()
+    with pytest.raises(ChildFailed) as failed:
+        worker.call(Die("of thirst"), Done)
+    first, *rest = str(failed.value).splitlines()
+    assert first == "doubler, die: RuntimeError: of thirst"
+    assert "RuntimeError: of thirst" in rest
+    assert rest[-1] == f"The whole log: {tmp_path / 'child.log'}"
+
+
+def test_the_death_of_the_child_is_an_error_too_and_it_stays_dead(start: Any) -> None:
+    worker = start()
+    with pytest.raises(ChildFailed, match="doubler, die: the process died"):
+        worker.call(Die("at once"), Done)
+    worker.close()
+    assert worker._child.poll() is not None
+
+
+def test_closing_ends_a_child_that_waits(start: Any) -> None:
+    worker = start()
+    worker.call(Double("", []), Doubled)
+    worker.close()
+    assert worker._child.poll() is not None
+
+
+if __name__ == "__main__":
+    serve({Double: double, Die: die}, prepare=lambda: time.sleep(0.01))
