@@ -106,7 +106,9 @@ def serve(latency: float) -> None:
 def call_all(url: str, cache: str, calls: int, concurrency: int) -> None:
     import aiohttp  # noqa: F401  (half a second that a stage pays once)
 
-    from judges.llm.client import Client, Endpoint, run_each
+    from judges.llm.client import Client
+    from judges.llm.concurrency import run_each
+    from judges.llm.settings import Endpoint
 
     client = Client(Endpoint(base_url=url, concurrency=concurrency, cache=cache), model="fake")
     peaks: list[float] = []

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import math
-import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -34,6 +33,7 @@ from iterdpo.judging.judge import Judge, checked_judgments
 from iterdpo.run.rundir import digest
 from iterdpo.types import CompletionGroup, Judgment
 from judges.adapter import Abstention
+from judges.cache import SQLiteCache
 from judges.load import load_judge
 
 Scores = list[float | None]  # [K]
@@ -466,26 +466,18 @@ class Cached(_Wrapper):
         return _total([_usage(self.inner), {"cached": self.hits}])
 
     def _known(self, keys: Sequence[str]) -> dict[str, Judgment]:
-        with closing(self._open()) as database:
-            rows = (
-                (key, database.execute("SELECT judgment FROM judgments WHERE key = ?", [key]).fetchone())
-                for key in keys
-            )
-            return {key: Judgment.from_json(json.loads(row[0])) for key, row in rows if row is not None}
+        with closing(self._open()) as cache:
+            found = {key: cache.get(key, lambda text: Judgment.from_json(json.loads(text))) for key in keys}
+        return {key: judgment for key, judgment in found.items() if judgment is not None}
 
     def _keep(self, judgments: dict[str, Judgment]) -> None:
-        rows = [(key, json.dumps(judgment.to_json())) for key, judgment in judgments.items()]
-        with closing(self._open()) as database, database:
-            database.executemany("INSERT OR IGNORE INTO judgments VALUES (?, ?)", rows)
+        with closing(self._open()) as cache:
+            cache.put({key: json.dumps(judgment.to_json()) for key, judgment in judgments.items()})
 
-    def _open(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            database = sqlite3.connect(self.path, timeout=60)
-            database.execute("CREATE TABLE IF NOT EXISTS judgments (key TEXT PRIMARY KEY, judgment TEXT NOT NULL)")
-        except sqlite3.DatabaseError as error:
-            raise JudgeError(f"cached: {self.path} cannot be used as a cache: {error}; give another path") from error
-        return database
+    def _open(self) -> SQLiteCache:
+        return SQLiteCache(
+            self.path, table="judgments", column="judgment", owner="cached", remedy="or name another in `path`"
+        )
 
 
 def _content(group: CompletionGroup) -> dict[str, Any]:

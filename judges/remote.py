@@ -19,9 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import random
-import re
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass
@@ -33,7 +30,8 @@ from urllib.parse import urlsplit
 from iterdpo.errors import JudgeError
 from iterdpo.types import CompletionGroup, Judgment
 from judges.adapter import Abstention, judgment_from_outcomes
-from judges.llm.client import REFUSED, RETRIED, connection_reason, in_own_loop, retry_after_seconds, run_each
+from judges.llm.concurrency import in_own_loop, run_each
+from judges.llm.transport import REFUSED, Failure, authorization, check_key_name, post, with_retries
 
 if TYPE_CHECKING:
     import aiohttp
@@ -77,11 +75,11 @@ class Remote:
             raise JudgeError("remote: url is no address; it reads http://host:port/path")
         if parts.username is not None:  # not repeated: it may be a key
             raise JudgeError("remote: url has a user or a password; name the key's environment variable in api_key_env")
-        if self.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", str(self.api_key_env)):
-            raise JudgeError(
-                "remote: api_key_env is the name of an environment variable, in capitals: MY_JUDGE_KEY. The key itself "
-                "belongs into the environment, never into a configuration"
-            )
+        if self.api_key_env is not None:
+            try:
+                check_key_name(str(self.api_key_env))
+            except ValueError as error:
+                raise JudgeError(f"remote: api_key_env {error}") from None
         if not isinstance(self.timeout, int | float) or self.timeout <= 0:
             raise JudgeError(f"remote: timeout is {self.timeout!r}; it is a number of seconds above 0")
         for name in ("attempts", "concurrency", "batch_size"):
@@ -111,7 +109,7 @@ class Remote:
 
     def judge_each(self, groups: Iterable[CompletionGroup]) -> Generator[Judgment]:
         """The same one after the other, while requests with further groups are under way."""
-        headers = {"Content-Type": "application/json", **self._authorization()}
+        headers = {"Content-Type": "application/json", **authorization(self.api_key_env, owner="remote")}
         with closing(in_own_loop(self._ask_each(groups, headers))) as answers:
             for judgments in answers:
                 yield from judgments
@@ -119,24 +117,14 @@ class Remote:
     def usage(self) -> dict[str, float]:
         return dict(self._usage)
 
-    def _authorization(self) -> dict[str, str]:
-        """Made for each stage's requests, because the key is kept nowhere."""
-        if self.api_key_env is None:
-            return {}
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not key or not (key.isascii() and key.isprintable()):
-            raise JudgeError(f"remote: the environment variable {self.api_key_env} (api_key_env) has no key; set it")
-        return {"Authorization": f"Bearer {key}"}
-
     async def _ask_each(
         self, groups: Iterable[CompletionGroup], headers: dict[str, str]
     ) -> AsyncGenerator[list[Judgment]]:
         import aiohttp
 
-        limit = aiohttp.ClientTimeout(total=self.timeout)
         local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
         rest = iter(groups)
-        async with aiohttp.ClientSession(headers=headers, timeout=limit, trust_env=not local) as session:
+        async with aiohttp.ClientSession(headers=headers, trust_env=not local) as session:
             batches = iter(lambda: list(islice(rest, self.batch_size)), [])
             jobs = (partial(self._ask, session, batch) for batch in batches)
             async with aclosing(run_each(jobs, concurrency=self.concurrency)) as judged:
@@ -144,43 +132,36 @@ class Remote:
                     yield judgments
 
     async def _ask(self, session: aiohttp.ClientSession, batch: Sequence[CompletionGroup]) -> list[Judgment]:
-        import aiohttp
-
         payload = json.dumps({"groups": [_request(group) for group in batch]}, default=str).encode()
-        reason, wait = "", 0.0
-        for attempt in range(self.attempts):
-            if attempt:
-                self._usage["retries"] += 1
-                # Full jitter; it changes no score, and so has no seed.
-                await asyncio.sleep(min(LONGEST_WAIT, max(wait, random.uniform(0, 0.5 * 2**attempt))))
+
+        async def attempt() -> list[Judgment] | Failure:
             self._usage["calls"] += 1
-            wait = 0.0
-            try:
-                async with session.post(self.url, data=payload, allow_redirects=False) as response:
-                    data = await response.read()
-            except TimeoutError:
-                reason = f"timed out after {self.timeout:g} s"
-                continue
-            except (aiohttp.ClientError, OSError) as error:
-                reason = connection_reason(error)
-                continue
-            status = response.status
-            if 200 <= status < 300:
+            answer = await post(session, self.url, payload, seconds=self.timeout, limit=self.timeout, headers={})
+            if isinstance(answer, Failure):
+                return answer
+            if 200 <= answer.status < 300:
                 try:
-                    reply = json.loads(data, parse_int=float)  # an integer too long for a float becomes infinite
+                    reply = json.loads(answer.data, parse_int=float)  # an integer too long for a float becomes infinite
                 except (ValueError, RecursionError):
-                    reason = "the reply was cut off, or no JSON"
-                    continue
+                    return Failure("the reply was cut off, or no JSON")
                 return _judgments(batch, reply, self.url)
-            reason = f"HTTP {status}"
-            if status in RETRIED or status >= 500:
-                wait = retry_after_seconds(response.headers.get("Retry-After"))
-                continue
-            if status in REFUSED:
-                break
-            raise JudgeError(f"remote: {self.url} answers HTTP {status}; check its address, and its key (api_key_env)")
-        self._usage["failed"] += 1
-        return [judgment_from_outcomes(g, [Abstention(reason)] * len(g.completions)) for g in batch]
+            if answer.status in REFUSED:
+                return Failure(f"HTTP {answer.status}", retry=False)
+            raise JudgeError(
+                f"remote: {self.url} answers HTTP {answer.status}; check its address, and its key (api_key_env)"
+            )
+
+        async def pause(seconds: float, failure: Failure) -> None:
+            self._usage["retries"] += 1
+            await asyncio.sleep(min(LONGEST_WAIT, seconds))
+
+        outcome = await with_retries(
+            attempt, attempts=self.attempts, backoff=1.0, max_backoff=LONGEST_WAIT, pause=pause
+        )
+        if isinstance(outcome, Failure):
+            self._usage["failed"] += 1
+            return [judgment_from_outcomes(g, [Abstention(outcome.reason)] * len(g.completions)) for g in batch]
+        return outcome
 
 
 def _request(group: CompletionGroup) -> dict[str, Any]:

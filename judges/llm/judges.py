@@ -28,7 +28,8 @@ from iterdpo.run.rundir import RunDir
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
 from judges.adapter import Abstention, judgment_from_outcomes
-from judges.llm.client import CallFailed, Client, Endpoint, Reply, in_own_loop, refused, run_each
+from judges.llm.client import CallFailed, Client, refused
+from judges.llm.concurrency import in_own_loop, run_each
 from judges.llm.parsing import (
     Unclear,
     Verdict,
@@ -38,7 +39,9 @@ from judges.llm.parsing import (
     parse_verdict,
     verdict_probability,
 )
-from judges.llm.server import Server
+from judges.llm.reply import Reply
+from judges.llm.server import Server, ServerSettings
+from judges.llm.settings import Endpoint
 from judges.llm.templates import Kind, load_template, principles
 from judges.schedules import BY_LOT, NOT_MET, Aggregate, Knockout, all_pairs, judgment_from_comparisons, random_pairs
 
@@ -62,7 +65,7 @@ class _LLMJudge:
     prompt: str
     """A shipped prompt, or a file of your own."""
     endpoint: Mapping[str, Any] | None = None
-    """Where it answers and how it may be asked; see `judges.llm.client.Endpoint`."""
+    """Where it answers and how it may be asked; see `judges.llm.settings.Endpoint`."""
     serve: Mapping[str, Any] | None = None
     """Start a vLLM server for it here in place of an endpoint; see `judges.llm.server.ServerSettings`."""
     constrain: Constrain = "auto"
@@ -92,7 +95,7 @@ class _LLMJudge:
                 f"judge {self.kind!r}: give either `endpoint: {{base_url: http://…/v1}}`, where a server answers, or "
                 "`serve: {}`, to start one here"
             )
-        self.server = None if self.serve is None else Server(self.model, self.serve)
+        self.server = None if self.serve is None else Server(self.model, ServerSettings(**self.serve))
         self._one_of("constrain", *get_args(Constrain))
         self.template = load_template(self.prompt, self.kind)
         self._texts: Sequence[str | None] = ()  # what further files say that decides the scores

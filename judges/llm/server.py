@@ -11,13 +11,12 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pydantic
+from pydantic import ValidationError
 
-from iterdpo.config import Section
+from iterdpo.config import Section, explain
 from iterdpo.errors import ChildFailed, JudgeError
 from iterdpo.run import supervise
 from iterdpo.run.ports import answers, free_port
@@ -42,6 +41,14 @@ class ServerSettings(Section):
     extra: tuple[str, ...] = ()
     """More arguments of `vllm serve`, as on its command line."""
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            first: dict[str, Any] = {**error.errors()[0]}
+            wrong = explain(ServerSettings, first | {"loc": ("serve", *first["loc"])})
+            raise JudgeError(f"judge: {wrong}") from None
+
 
 class Server:
     """`start()` gives the base URL of a server that answers; `release()` gives its device back.
@@ -54,20 +61,14 @@ class Server:
         JudgeError: they could not be served; names the key and the remedy.
     """
 
-    def __init__(self, model: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, settings: ServerSettings) -> None:
         self.model = model
+        self.settings = settings
         self.log: Path | None = None
         """The file that its output is appended to; a temporary one by default."""
         self._child: supervise.Child | None = None
         self._port = 0
         self._asleep = False
-        try:
-            self.settings = ServerSettings(**settings)
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(["serve", *map(str, first["loc"])])
-            known = ", ".join(ServerSettings.model_fields)
-            raise JudgeError(f"judge: {where} = {first['input']!r}: {first['msg']}; `serve` has {known}") from None
         path = Path(model).expanduser()
         if (path.is_absolute() or path.is_dir()) and not (path / "config.json").is_file():
             raise JudgeError(f"judge: model {model}: no config.json there; give a checkpoint's directory or a hub id")

@@ -17,7 +17,7 @@ from iterdpo.judging.shards import read_judgments
 from iterdpo.run.rundir import Manifest, read_jsonl
 from iterdpo.testing import FakeSampler, build_tiny_checkpoint, make_group
 from judges import load_judge
-from judges.llm.server import Server
+from judges.llm.server import Server, ServerSettings
 from tests.integration.harness import Workspace
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def opinionated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base_url(opinionated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    server = Server(str(opinionated), {"max_model_len": CONTEXT})
+    server = Server(str(opinionated), ServerSettings(max_model_len=CONTEXT))
     server.log = tmp_path_factory.mktemp("server") / "server.log"
     yield server.start()
     server.release()

@@ -338,7 +338,7 @@ class TestCached:
     def test_a_file_that_is_no_database_is_refused(self, field: Any, tmp_path: Path) -> None:
         (tmp_path / "cache").write_text("not a database, but long enough to be read as one " * 50)
         judge = load_judge("cached", {"judge": field(), "path": str(tmp_path / "cache")})
-        with pytest.raises(JudgeError, match="cannot be used as a cache"):
+        with pytest.raises(JudgeError, match=r"cannot be used: .*move the file away, or name another in `path`"):
             judge.judge([make_group("x", ["1"])])
 
 

@@ -62,7 +62,7 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("judges.remote.random.uniform", lambda low, high: 0.01 * high)
+    monkeypatch.setattr("judges.llm.transport.random.uniform", lambda low, high: 0.01 * high)
 
 
 @pytest.fixture

@@ -1,0 +1,106 @@
+"""What a chat endpoint sent back: a `Reply`, or the reason of an error, short and stable so that it can be counted."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NamedTuple
+
+from iterdpo.judging.stats import printable
+from judges.llm.transport import Failure
+
+
+class Reply(NamedTuple):
+    """`Reply(text="A", finish_reason="stop", top_logprobs=[{"A": -0.1, "B": -2.4}], tokens_in=412, tokens_out=1,
+    cached=False)`
+
+    `top_logprobs` has a mapping for each generated token, from a token's text to its log-probability; it is empty
+    unless the call asked for `logprobs`. `cached`: nothing was paid for it now.
+    """
+
+    text: str
+    finish_reason: str | None
+    top_logprobs: list[dict[str, float]]
+    tokens_in: int
+    tokens_out: int
+    cached: bool
+
+
+def read_reply(data: bytes, estimate: tuple[int, int]) -> Reply | Failure:
+    """The reply in a body that came with status 200; usage that is not reported is estimated."""
+    try:
+        answer = json.loads(data)
+    except (ValueError, RecursionError):
+        start = data.lstrip()[:1]
+        return Failure(
+            "the reply was empty" if not start
+            else "the reply was cut off JSON" if start == b"{"
+            else "the reply was not JSON"
+        )  # fmt: skip
+    try:
+        choice = answer["choices"][0]
+        content = choice["message"].get("content")
+    except (LookupError, TypeError, AttributeError):
+        return Failure("the reply had no choices")
+    finish_reason = choice.get("finish_reason")
+    if finish_reason in ("abort", "error"):  # vLLM's and OpenRouter's, with whatever there was until then
+        return Failure("the server broke the reply off")
+    if isinstance(content, list):  # parts
+        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    text = content if isinstance(content, str) else ""
+    usage = answer.get("usage")
+    used = [usage.get(k) if isinstance(usage, dict) else None for k in ("prompt_tokens", "completion_tokens")]
+    tokens_in, tokens_out = (
+        n if isinstance(n, int) and n >= 0 else guess
+        for n, guess in zip(used, (estimate[0], len(text.encode(errors="replace")) // 4), strict=True)
+    )
+    return Reply(
+        text, str(finish_reason) if finish_reason else None, _top_logprobs(choice), tokens_in, tokens_out, False
+    )
+
+
+def _top_logprobs(choice: dict[str, Any]) -> list[dict[str, float]]:
+    """As in `Reply`. Where several tokens have the same text, the likeliest counts; malformed ones are left out."""
+    found: list[dict[str, float]] = []
+    try:
+        for position in choice["logprobs"]["content"]:
+            tokens: dict[str, float] = {}
+            for top in position["top_logprobs"]:
+                tokens[top["token"]] = max(float(top["logprob"]), tokens.get(top["token"], -math.inf))
+            found.append(tokens)
+    except (LookupError, TypeError, ValueError):
+        return []
+    return found
+
+
+def error_of(data: bytes) -> tuple[str, str]:
+    """An error's message and its code or type, in OpenAI's form or vLLM's; what of them there is."""
+    try:
+        error = json.loads(data)
+        error = error.get("error") or error.get("detail") or error
+        if not isinstance(error, dict):
+            return str(error), ""
+        slug = next(
+            (s for k in ("code", "type") if re.fullmatch(r"[A-Za-z_]\w{2,60}", s := str(error.get(k) or ""))), ""
+        )
+        return str(error.get("message") or ""), slug
+    except (ValueError, RecursionError, AttributeError):
+        text = data[:500].decode(errors="replace").strip()
+        return ("" if text.startswith("<") else text), ""
+
+
+def without_key(text: str, key: str) -> str:
+    """`text` with *** for each word that has six characters of the key: servers quote it, in whole or in part."""
+    if not key:
+        return text
+    pieces = {key[i : i + 6] for i in range(max(1, len(key) - 5))}
+    return re.sub(r"\S+", lambda word: "***" if any(piece in word[0] for piece in pieces) else word[0], text)
+
+
+def stable_reason(said: str, messages: str) -> str:
+    """The first sentence of an error with N for its numbers, so that it can be counted; empty if it quotes a message."""
+    sentence = printable(re.split(r"(?<=[a-z])\. |\n", said, maxsplit=1)[0])[:120].rstrip(". ")
+    if any(sentence[i : i + 16] in messages for i in range(max(0, len(sentence) - 15))):
+        return ""
+    return re.sub(r"\d+", "N", sentence)

@@ -1,0 +1,144 @@
+"""The `endpoint` mapping of an LLM judge: where to call, how often, and what it may cost."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from iterdpo.config import Section, explain
+from iterdpo.errors import JudgeError
+from judges.llm.transport import check_key_name
+
+OWN_FIELDS = {"model", "messages", "stream", "n"}
+SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie", re.I)
+
+
+class Endpoint(Section):
+    """The `endpoint` mapping of an LLM judge.
+
+    Raises:
+        JudgeError: an unknown key, a value out of range, or a budget of money without prices.
+    """
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    base_url: str | None = None
+    """Where the endpoint is, up to and with /v1: `http://localhost:8000/v1`."""
+    api_key_env: str | None = None
+    """The NAME of the environment variable that holds the key. The key itself is read for each request, and is kept
+    nowhere."""
+    concurrency: int = Field(32, ge=1)
+    """Requests at once."""
+    requests_per_minute: float | None = Field(None, gt=0)
+    """Requests are spread evenly to stay below this rate. Attempts that fail count."""
+    tokens_per_minute: float | None = Field(None, gt=0)
+    """The same for tokens read and written: an estimate when a request is sent, corrected by what the server reports."""
+    timeout: float = Field(60, gt=0)
+    """Seconds for one attempt."""
+    deadline: float = Field(600, gt=0)
+    """Seconds for one call with all its attempts, from when the first is sent."""
+    stage_deadline: float | None = Field(None, gt=0)
+    """Seconds for all calls of a stage; those in which it waits for the next shard to be sampled do not count. When they
+    are over, the calls that remain fail at once."""
+    attempts: int = Field(6, ge=1)
+    """Attempts of one call, where the error deserves another: HTTP 408, 409, 425, 429 and 5xx, time-outs, connections
+    that break, replies that are cut off."""
+    backoff: float = Field(0.5, gt=0)
+    """Seconds before the second attempt, at most; they double with each further one. Drawn between 0 and that."""
+    max_backoff: float = Field(30, gt=0)
+    """The longest such wait, in seconds. A server's Retry-After may ask for more, up to `deadline`."""
+    give_up_after: int = Field(20, ge=1)
+    """When so many calls in a row have failed for good, the endpoint is taken as down: those under way fail too."""
+    max_tokens_spent: int | None = Field(None, gt=0)
+    """Tokens, read and written, that a stage may use. A hard stop."""
+    max_cost_usd: float | None = Field(None, gt=0)
+    """US dollars that a stage may cost. A hard stop; needs the prices."""
+    price_in: float = Field(0, ge=0)
+    """US dollars for a million tokens read."""
+    price_out: float = Field(0, ge=0)
+    """US dollars for a million tokens written."""
+    cache: str | None = None
+    """The SQLite file that keeps the replies that could be read, by the content of the request; several runs may share
+    it. `off` keeps none. Default: iterdpo/judge-calls.sqlite in $XDG_CACHE_HOME or ~/.cache."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """Further HTTP headers, none of them secret."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of the request body: `{seed: 1, top_p: 0.9}`. They win over the judge's; null leaves one out."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+            return
+        except ValidationError as error:
+            wrong = "; ".join(explain(Endpoint, e) for e in error.errors())
+        raise JudgeError(f"endpoint: {wrong}")  # outside `except`, so that no input hangs on it
+
+    @field_validator("base_url")
+    @classmethod
+    def _an_http_address(cls, url: str | None) -> str | None:
+        return None if url is None else checked_url(url)
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _a_name_and_not_a_key(cls, name: str | None) -> str | None:
+        if name is not None:
+            check_key_name(name)
+        return name
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, cache: object) -> object:
+        return "off" if cache is False else cache  # YAML reads `off` as false
+
+    @field_validator("headers")
+    @classmethod
+    def _no_secrets(cls, headers: dict[str, str]) -> dict[str, str]:
+        for name, value in headers.items():
+            if not (name + value).isprintable():
+                raise ValueError(f"{name!r} has a character that no header has")
+            if SECRET_HEADER.search(name):
+                raise ValueError(f"{name!r} looks like a secret; name the key's environment variable in api_key_env")
+        return headers
+
+    @field_validator("extra")
+    @classmethod
+    def _not_the_clients(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        if own := sorted(OWN_FIELDS & extra.keys()):
+            raise ValueError(f"{own[0]!r} is not to be set here; the judge sets it")
+        return extra
+
+    @model_validator(mode="after")
+    def _money_needs_prices(self) -> Endpoint:
+        if self.max_cost_usd is not None and not self.price_in + self.price_out:
+            raise ValueError("max_cost_usd: set price_in and price_out too, in US dollars for a million tokens")
+        return self
+
+    def cost(self, tokens_in: float, tokens_out: float) -> float:
+        """US dollars."""
+        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+
+
+def checked_url(url: str) -> str:
+    """`url` without a slash at its end.
+
+    Raises:
+        ValueError: it is no address of an endpoint. Says nothing of a password in it.
+    """
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or re.search(r"\s", url):
+        raise ValueError("is no address; it reads http://host:port/v1 or https://host/v1")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError(
+            "has a user, a query or a fragment, which may be secret; name the key's variable in api_key_env"
+        )
+    url = url.rstrip("/")
+    if url.endswith("/chat/completions"):
+        raise ValueError("ends before /chat/completions, which is added")
+    return url

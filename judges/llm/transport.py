@@ -1,0 +1,149 @@
+"""One HTTP request with its attempts, for every judge that asks a server: the key, an attempt, and the retry loop.
+
+The loop is written out because it is shorter than a configuration of tenacity: an attempt reports its failure as a value
+with the server's Retry-After, and the caller's pause ends early with its deadlines and its circuit breaker, so that
+tenacity would need a wait, a stop, a retry and a sleep of our own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
+from itertools import count
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from iterdpo.errors import JudgeError
+
+if TYPE_CHECKING:
+    import aiohttp
+
+T = TypeVar("T")
+
+RETRIED = {408, 409, 425, 429}
+"""HTTP statuses that are tried again, besides 500 and above."""
+REFUSED = {400, 413, 422}
+"""HTTP statuses that refuse this one request. All others are mistakes in the configuration."""
+
+
+class Failure(NamedTuple):
+    """An attempt that failed: `Failure("HTTP 429", retry_after=3.0)`. `retry`: another attempt may succeed."""
+
+    reason: str
+    retry_after: float = 0.0
+    retry: bool = True
+
+
+class Answer(NamedTuple):
+    """What a server answered, with any status that is not worth another attempt."""
+
+    status: int
+    data: bytes
+
+
+async def with_retries(
+    attempt: Callable[[], Awaitable[T | Failure]],
+    *,
+    attempts: int,
+    backoff: float,
+    max_backoff: float,
+    pause: Callable[[float, Failure], Awaitable[None]],
+) -> T | Failure:
+    """The first result of `attempt` that is no failure, or the last failure.
+
+    The wait before the second attempt is drawn between 0 and `backoff` seconds; that bound doubles with each further
+    attempt, up to `max_backoff`, and a server's Retry-After may ask for more. `pause` sleeps for so many seconds after a
+    failure, or raises if there should be no further attempt.
+    """
+    for made in count(1):
+        outcome = await attempt()
+        if not isinstance(outcome, Failure) or not outcome.retry or made == attempts:
+            break
+        # Full jitter; it changes no result, and so has no seed.
+        jitter = random.uniform(0, min(max_backoff, backoff * 2 ** min(made - 1, 60)))
+        await pause(max(jitter, outcome.retry_after), outcome)
+    return outcome
+
+
+async def post(
+    session: aiohttp.ClientSession, url: str, data: bytes, *, seconds: float, limit: float, headers: Mapping[str, str]
+) -> Answer | Failure:
+    """One attempt, of at most `seconds`. `limit` is the number of seconds that the reason for a time-out names."""
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=seconds)
+    try:
+        async with session.post(url, data=data, headers=headers, timeout=timeout, allow_redirects=False) as response:
+            answer = Answer(response.status, await response.read())
+    except TimeoutError:
+        return Failure(f"timed out after {limit:g} s")
+    except (aiohttp.ClientError, OSError) as error:
+        return Failure(_connection_reason(error))
+    if answer.status in RETRIED or answer.status >= 500:
+        return Failure(f"HTTP {answer.status}", retry_after_seconds(response.headers.get("Retry-After")))
+    return answer
+
+
+def check_key_name(name: str) -> None:
+    """Refuse what is not the name of an environment variable, without repeating it: it may be the key itself.
+
+    Raises:
+        ValueError: the message follows the name of the setting.
+    """
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+        raise ValueError(
+            "is the name of an environment variable, in capitals: OPENAI_API_KEY. The key itself belongs into the "
+            "environment, never into a configuration"
+        )
+
+
+def authorization(name: str | None, *, owner: str) -> dict[str, str]:
+    """The header with the key in the environment variable `name`. Made when it is sent, because the key is kept nowhere.
+
+    Raises:
+        JudgeError: the variable is not set, or holds no key.
+    """
+    if name is None:
+        return {}
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise JudgeError(f"{owner}: api_key_env: the environment variable {name} is not set; set it to the key")
+    if not (key.isascii() and key.isprintable()):
+        raise JudgeError(f"{owner}: api_key_env: the environment variable {name} has characters that no key has")
+    return {"Authorization": f"Bearer {key}"}
+
+
+def retry_after_seconds(header: str | None) -> float:
+    """A Retry-After header, seconds or a date, as seconds from now; 0 if there is none that can be read."""
+    if header is None:
+        return 0.0
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", header.strip()):
+        return float(header)
+    with suppress(ValueError, TypeError, OverflowError):
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    return 0.0
+
+
+def _connection_reason(error: Exception) -> str:
+    import aiohttp
+
+    match error:
+        case aiohttp.ClientConnectorDNSError():
+            return "host name not found"
+        case aiohttp.ClientSSLError():
+            return "no secure connection"
+        case aiohttp.ClientConnectorError() if error.os_error.errno in (errno.ECONNREFUSED, None):
+            return "connection refused"
+        case aiohttp.ClientConnectorError():
+            return "no connection"
+        case aiohttp.ClientPayloadError():
+            return "connection closed within the reply"
+        case aiohttp.ClientResponseError():
+            return "the reply was not HTTP"
+        case _:
+            return "connection closed"
