@@ -190,7 +190,7 @@ def _named(role: str, section: JudgeConfig | None, own: AnyJudge | None) -> Name
 def _source_version(own: AnyJudge) -> str:
     """A version for a judge that is given as an object: its own, or a hash of its source and of what it holds."""
     declared = getattr(own, "version", None)
-    if isinstance(declared, str):
+    if isinstance(declared, str) and declared:
         return declared
     function = own.func if isinstance(own, functools.partial) else own
     plain = inspect.isfunction(function) or inspect.isclass(function)

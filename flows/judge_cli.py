@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from iterdpo.judging.judge import Judge
+    from iterdpo.judging.judge import JudgeBase
 
 JUDGE = "a run's configuration (its judge), or what `judge.use` takes: a name, or path/to/file.py:name"
 ARGS = "arguments of the judge, laid over the configuration's: model=my-rm endpoint.base_url=http://localhost:8000/v1"
@@ -87,7 +87,7 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from judges.audit.measure import check_judge_on, close, measure, read_labelled
+    from judges.audit.measure import check_judge_on, measure, read_labelled
     from judges.audit.render import check_plots, check_sentence, check_tables, mistakes_shown, plain
     from judges.load import check_columns
 
@@ -119,7 +119,7 @@ def _check(arguments: argparse.Namespace) -> int:
                 advance=advance,
             )
     finally:
-        close(judge)
+        judge.close()
     report = {
         "judge": {"use": use, "name": check.name, "version": check.version},
         "data": {"path": arguments.data, "split": arguments.split, "account": account.summary()},
@@ -216,12 +216,12 @@ def _try(arguments: argparse.Namespace) -> int:
     from iterdpo.judging.judge import checked_judgments
     from iterdpo.run.rundir import digest
     from iterdpo.types import CompletionGroup, Prompt
-    from judges.audit.measure import close, completion_of, prompt_ids_of, set_hook, usage_of
+    from judges.audit.measure import completion_of, prompt_ids_of
     from judges.load import check_columns
 
     use, args = _named(arguments.judge, arguments.args, arguments.role)
     judge = _load(use, args)
-    if getattr(judge, "comparative", False) and len(arguments.completions) < 2:
+    if judge.comparative and len(arguments.completions) < 2:
         raise JudgeError(f"judge {judge.name!r} compares completions with each other; give it two or more")
     columns = dict(map(_column, arguments.columns))
     try:
@@ -237,12 +237,13 @@ def _try(arguments: argparse.Namespace) -> int:
         [completion_of(content, text, tokenizer, "a completion") for text in arguments.completions],
     )
     trace: list[dict[str, Any]] = []
-    set_hook(judge, "trace", trace)
+    for part in judge.parts():
+        part.trace = trace
     try:
         [judgment] = checked_judgments(judge, [group])
-        usage = usage_of(judge)
+        usage = judge.usage()
     finally:
-        close(judge)
+        judge.close()
     found = {
         "judge": {"use": use, "name": judge.name, "version": judge.version},
         "columns": columns,
@@ -341,7 +342,7 @@ def _checked(use: str, args: dict[str, Any]) -> None:
     check_judge(use, args)
 
 
-def _load(use: str, args: dict[str, Any]) -> Judge:
+def _load(use: str, args: dict[str, Any]) -> JudgeBase:
     from judges.load import load_judge
 
     return load_judge(use, args)

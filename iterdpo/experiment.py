@@ -15,7 +15,7 @@ from iterdpo.config import Config
 from iterdpo.data.prompts import PromptSet, check_lengths, next_prompts, split_prompts
 from iterdpo.data.rendering import load_tokenizer, prompt_token_ids
 from iterdpo.errors import ConfigError
-from iterdpo.judging.judge import Judge, NamedJudge
+from iterdpo.judging.judge import JudgeBase, NamedJudge
 from iterdpo.judging.shards import EarlyJudge
 from iterdpo.run.checkpoints import check_checkpoint, context_length, resolve_checkpoint
 from iterdpo.run.progress import Progress
@@ -75,7 +75,7 @@ class Experiment:
         self._rounds: dict[int, list[Prompt]] = {}
         self.round_prompts(config.rounds)  # there are enough of them
         self._sampler = sampler
-        self._judges: dict[str, Judge] = {}
+        self._judges: dict[str, JudgeBase] = {}
         self._used: dict[str, dict[str, float]] = {}
         self.early: dict[int, EarlyJudge] = {}
         """By round, who judges while it is sampled."""
@@ -189,30 +189,22 @@ class Experiment:
         prompts = [Prompt(**row) for row in read_jsonl(path)] if path.exists() else []
         return prompts if len(prompts) == count else None
 
-    def judge(self, named: NamedJudge) -> Judge:
-        """The judge, loaded once. Its own `close`, where it has one, is called by `release_judges`.
-
-        Its `attach`, where it has one, is told the run's directory and what to open while it waits for somebody.
-        """
+    def judge(self, named: NamedJudge) -> JudgeBase:
+        """The judge, loaded once and attached to this run. `release_judges` calls its `close`."""
         if named.role not in self._judges:
             judge = named.load()
-            attach = getattr(judge, "attach", None)
-            if attach is not None:
-                attach(self.run.root, self.waiting)
+            judge.attach(self.run.root, self.waiting)
             self._judges[named.role] = judge
         return self._judges[named.role]
 
     def begin_stage(self, named: NamedJudge) -> None:
-        """Tell a judge that has budgets of its own that another stage begins; what it has used so far was another's."""
+        """Tell the judge that another stage begins; what it has used so far was another's."""
         self.used(named)
-        begin = getattr(self.judge(named), "begin_stage", None)
-        if callable(begin):
-            begin()
+        self.judge(named).begin_stage()
 
     def used(self, named: NamedJudge) -> dict[str, float]:
         """What the judge has used since this was last asked: `{"calls": 512, "tokens_in": 140800, …}`; often nothing."""
-        usage = getattr(self.judge(named), "usage", None)
-        totals = usage() if callable(usage) else {}
+        totals = self.judge(named).usage()
         before = self._used.get(named.role, {})
         self._used[named.role] = totals
         return {name: total - before.get(name, 0) for name, total in totals.items()}
@@ -225,9 +217,7 @@ class Experiment:
     def release_judges(self) -> None:
         """Let judges that hold a device give it back; they load again when they are next asked."""
         for judge in self._judges.values():
-            close = getattr(judge, "close", None)
-            if close is not None:
-                close()
+            judge.close()
 
     def close(self) -> None:
         """End the sampler's process, where one was started."""

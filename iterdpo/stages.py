@@ -22,7 +22,7 @@ from iterdpo.errors import ChildFailed, DataError, StaleStepError
 from iterdpo.evaluate import Scores, evaluation_metrics, logp_gap
 from iterdpo.experiment import Experiment, Pending, Policy, named_prompts
 from iterdpo.gate import decide
-from iterdpo.judging.judge import Judge, NamedJudge
+from iterdpo.judging.judge import JudgeBase, NamedJudge
 from iterdpo.judging.shards import RETRY, EarlyJudge, group_shards, judge_key, judge_shards, read_groups, read_judgments
 from iterdpo.judging.stats import abstention_counts, judge_metrics, printable
 from iterdpo.report.metrics import round_metrics
@@ -328,7 +328,7 @@ def evaluate(exp: Experiment, round: int, policy: Policy, previous: int | None) 
     for named in exp.judges:
         target = _subdirectory(directory, "judgments", named.role)
         exp.begin_stage(named)
-        if getattr(exp.judge(named), "comparative", False):
+        if exp.judge(named).comparative:
             duels[named.role] = {name: _duels(exp, named, groups, r, target) for name, r in baselines.items()}
             continue
         judged = group_shards(directory / "completions")
@@ -456,7 +456,7 @@ def _judge(
     """`judge_shards`, with its progress shown."""
     with exp.progress.stage(name, total, "completions") as stage:
 
-        def load() -> Judge:
+        def load() -> JudgeBase:
             judge = exp.judge(named)
             stage.begin()
             return judge
@@ -514,7 +514,7 @@ def _early_judge(exp: Experiment, round: int) -> EarlyJudge | None:
     if named.stream is False:
         return None
     judge = exp.judge(named)
-    if named.stream is None and getattr(judge, "needs_device", True):
+    if named.stream is None and judge.needs_device:
         return None
     exp.begin_stage(named)
     exp.early[round] = EarlyJudge(named, judge, _early_directory(exp, round))

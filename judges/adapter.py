@@ -1,4 +1,4 @@
-"""Turns what people write into a `Judge`. What a callable is, its parameter names say:
+"""Adapts a user's function, class or object to `JudgeBase`. Its parameter names decide how it is called:
 
 | it names                          | it is called                                           | it returns               |
 | --------------------------------- | ------------------------------------------------------ | ------------------------ |
@@ -22,8 +22,8 @@ name from the prompt's row (`gold`, say); `**columns` receives them all.
 A score is a number, higher is better. None, NaN, an infinity, a string, and an exception are abstentions; they
 are never turned into numbers. A comparison that comes out differently in the two orders is a tie.
 
-An object's `close`, where it has one, is called whenever another stage needs the device; it may be asked again later.
-Its `begin_stage` is called when a stage begins. Both may be coroutine functions.
+An object may also have the optional members of `JudgeBase`: its `close` is called whenever another stage needs the
+device, its `begin_stage` when a stage begins. Methods may be coroutine functions, but for `judge_each`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ import functools
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 from iterdpo.errors import JudgeError
-from iterdpo.judging.judge import Judge, judgment_from_scores
+from iterdpo.judging.judge import JudgeBase, Waiting, judgment_from_scores
 from iterdpo.types import Comparison, Completion, CompletionGroup, Judgment, Prompt
 from judges.schedules import judgment_from_comparisons
 
@@ -68,46 +69,38 @@ class Abstention(str):
     """Why there is no score: `Abstention("TimeoutError: 30 s")` stands where a raw score would."""
 
 
-def adapt(made: Any, *, name: str, version: str = "", args: Mapping[str, Any] | None = None) -> Judge:
-    """`made`, a function, class or object of the table above, as a judge.
+def adapt(made: Any, *, name: str, version: str = "", args: Mapping[str, Any] | None = None) -> JudgeBase:
+    """`made`, a function, class or object of the table above, as a judge. What derives from `JudgeBase` is one.
 
     Raises:
         JudgeError: it fits no row of the table, or does not accept `args`.
     """
-    owner, function, kind = _entry(made, dict(args or {}), name)
-    return CustomJudge(name, version, kind, function, owner)
+    judge = _adapted(made, dict(args or {}), name)
+    judge.version = version
+    return judge
 
 
-@dataclass(eq=False)
-class CustomJudge:
-    """A user's judge. Made by `adapt`."""
+class CustomJudge(JudgeBase):
+    """A user's judge. Made by `adapt`, the one place that looks at an object of unknown type.
 
-    name: str
-    version: str
-    kind: Kind
-    function: Bound
-    owner: Any
+    `owner` is the user's object. Of the optional members of `JudgeBase` those that it has are used.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, name: str, kind: Kind, function: Bound, owner: Any) -> None:
+        self.name, self.kind, self.function, self.owner = name, kind, function, owner
+        self.comparative = kind == "compare" or bool(getattr(owner, "comparative", False))
+        self.needs_device = bool(getattr(owner, "needs_device", True))
+        self.ahead = kind == "groups" and callable(getattr(owner, "judge_each", None))
         self._runner = asyncio.Runner()
         weakref.finalize(self, self._runner.close).atexit = False  # a thread may still be judging then
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return self._runner.run(coroutine, context=contextvars.copy_context())
 
-    @property
-    def comparative(self) -> bool:
-        return self.kind == "compare" or bool(getattr(self.owner, "comparative", False))
-
-    @property
-    def needs_device(self) -> bool:
-        return bool(getattr(self.owner, "needs_device", True))
-
-    def usage(self) -> dict[str, float]:
-        """The `usage` of the user's object, where it has one."""
-        return self.owner.usage() if callable(getattr(self.owner, "usage", None)) else {}
-
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        for name in ("repeat", "trace"):
+            if hasattr(self.owner, name):
+                setattr(self.owner, name, getattr(self, name))
         match self.kind:
             case "groups":
                 judged = self.function(groups=groups)
@@ -119,19 +112,30 @@ class CustomJudge:
             case "compare":
                 return _judge_comparisons(self.function, groups, self._run)
 
+    def judge_each(self, groups: Iterable[CompletionGroup]) -> Generator[Judgment]:
+        yield from self.owner.judge_each(groups) if self.ahead else super().judge_each(groups)
+
+    def attach(self, run_dir: Path, waiting: Waiting) -> None:
+        self._call("attach", run_dir, waiting)
+
     def begin_stage(self) -> None:
-        self._tell("begin_stage")
+        self._call("begin_stage")
+
+    def usage(self) -> dict[str, float]:
+        return dict(self._call("usage") or {})
 
     def close(self) -> None:
-        self._tell("close")
+        self._call("close")
 
-    def _tell(self, what: str) -> None:
-        """Call the method `what` of the user's object, where it has one; no coroutine while a thread still judges."""
-        if callable(told := getattr(self.owner, what, None)) and inspect.iscoroutine(said := told()):
-            if self._runner.get_loop().is_running():
-                said.close()
-            else:
-                self._run(said)
+    def _call(self, name: str, *values: Any) -> Any:
+        """Call this method of the user's object, if it has one; no coroutine while a thread still judges."""
+        method = getattr(self.owner, name, None)
+        returned = method(*values) if callable(method) else None
+        if not inspect.iscoroutine(returned):
+            return returned
+        if self._runner.get_loop().is_running():
+            return returned.close()
+        return self._run(returned)
 
 
 def judgment_from_outcomes(group: CompletionGroup, outcomes: Sequence[object]) -> Judgment:
@@ -186,11 +190,12 @@ def nearest(wrong: str, known: Iterable[str], listing: str) -> str:
     return f"{listing}: {', '.join(known) or 'nothing'}"
 
 
-def _entry(made: Any, args: dict[str, Any], name: str, *, produced: bool = False) -> tuple[Any, Bound, Kind]:
-    """What to call for a judgment, its owner, and its kind."""
+def _adapted(made: Any, args: dict[str, Any], name: str, *, produced: bool = False) -> JudgeBase:
     if inspect.isclass(made):
         check_signature(inspect.signature(made), args, name, constructor=True)
         made, args, produced = made(**args), {}, True
+    if isinstance(made, JudgeBase):
+        return made
     methods = (getattr(made, method, None) for method in METHODS)
     function = next((m for m in methods if callable(m)), made)
     if not callable(function):
@@ -201,13 +206,13 @@ def _entry(made: Any, args: dict[str, Any], name: str, *, produced: bool = False
     signature = inspect.signature(function)
     kind = check_signature(signature, args, name, constructor=False)
     if kind is not None:
-        return made, functools.partial(function, **args), kind
+        return CustomJudge(name, kind, functools.partial(function, **args), made)
     if produced:
         raise JudgeError(
             f"judge {name!r}: what it makes has the parameters ({', '.join(signature.parameters)}), which name no kind "
             f"of judge. Call them {SHAPES}"
         )
-    return _entry(function(**args), {}, name, produced=True)
+    return _adapted(function(**args), {}, name, produced=True)
 
 
 def _judge_scores(function: Bound, groups: Sequence[CompletionGroup], run: Run) -> list[Judgment]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import combinations
@@ -29,7 +29,7 @@ from statistics import fmean, mean, pstdev
 from typing import Any, ClassVar
 
 from iterdpo.errors import JudgeError
-from iterdpo.judging.judge import Judge, checked_judgments
+from iterdpo.judging.judge import JudgeBase, Waiting, checked_judgments
 from iterdpo.run.rundir import digest
 from iterdpo.types import CompletionGroup, Judgment
 from judges.adapter import Abstention
@@ -42,7 +42,40 @@ Outcome = float | Abstention | None
 STANDARDIZE = ("none", "group")
 
 
-class Ensemble:
+class _JudgeOfJudges(JudgeBase):
+    """Passes on to the judges within it whatever they are to be told."""
+
+    def __init__(self, name: str, members: Sequence[JudgeBase]) -> None:
+        self.name = f"{name}({', '.join(member.name for member in members)})"
+        self.members = members
+        self.comparative = self.comparative or any(member.comparative for member in members)
+        self.needs_device = any(member.needs_device for member in members)
+
+    def attach(self, run_dir: Path, waiting: Waiting) -> None:
+        for member in self.members:
+            member.attach(run_dir, waiting)
+
+    def begin_stage(self) -> None:
+        for member in self.members:
+            member.begin_stage()
+
+    def usage(self) -> dict[str, float]:
+        total: Counter[str] = Counter()
+        for member in self.members:
+            total.update(member.usage())  # it adds floats as well
+        return dict(total)
+
+    def close(self) -> None:
+        for member in self.members:
+            member.close()
+
+    def parts(self) -> Iterator[JudgeBase]:
+        yield self
+        for member in self.members:
+            yield from member.parts()
+
+
+class Ensemble(_JudgeOfJudges):
     """The weighted mean of the members' scores: sum_m w_m s_m / sum_m |w_m|.
 
     A completion abstains where fewer than `min_judges` members scored it. By default all must: a mean over other members
@@ -70,13 +103,12 @@ class Ensemble:
         max_disagreement: float | None = None,
         min_judges: int | None = None,
     ) -> None:
-        self.members: list[Judge] = [load_judge(judge["use"], judge.get("args") or {}) for judge in judges]
+        self.comparative = standardize == "group"
+        super().__init__("ensemble", [load_judge(judge["use"], judge.get("args") or {}) for judge in judges])
         self.weights = [float(judge.get("weight", 1)) for judge in judges]
         self.standardize = standardize
         self.max_disagreement = max_disagreement
         self.min_judges = len(judges) if min_judges is None else min_judges
-        self.name = f"ensemble({', '.join(member.name for member in self.members)})"
-        self.version = ""
 
     @staticmethod
     def check(
@@ -96,41 +128,9 @@ class Ensemble:
         if min_judges is not None and min_judges not in range(1, len(judges) + 1):
             raise JudgeError(f"ensemble: min_judges is {min_judges!r}; it is a number from 1 to {len(judges)}")
 
-    @property
-    def comparative(self) -> bool:
-        return self.standardize == "group" or any(getattr(m, "comparative", False) for m in self.members)
-
-    @property
-    def needs_device(self) -> bool:
-        return any(getattr(member, "needs_device", True) for member in self.members)
-
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         judged = [checked_judgments(member, groups) for member in self.members]
         return [self._combined(list(judgments)) for judgments in zip(*judged, strict=True)]
-
-    def usage(self) -> dict[str, float]:
-        return _total(map(_usage, self.members))
-
-    @property
-    def attach(self) -> Callable[..., None]:
-        """The members'; AttributeError where none has it."""
-        attached = [member.attach for member in self.members if hasattr(member, "attach")]
-        if not attached:
-            raise AttributeError("attach")
-
-        def attach(*where: Any) -> None:
-            for each in attached:
-                each(*where)
-
-        return attach
-
-    def begin_stage(self) -> None:
-        for member in self.members:
-            _tell(member, "begin_stage")
-
-    def close(self) -> None:
-        for member in self.members:
-            _tell(member, "close")
 
     def _combined(self, judgments: list[Judgment]) -> Judgment:
         """One group's judgment from the members'."""
@@ -170,7 +170,7 @@ class Ensemble:
 
     def _too_few(self, judgments: list[Judgment], k: int) -> str:
         missing = [(m, j.abstentions[k]) for m, j in zip(self.members, judgments, strict=True) if j.scores[k] is None]
-        failed = [f"{m.name}: {reason}" for m, reason in missing if reason not in getattr(m, "BY_DESIGN", ())]
+        failed = [f"{m.name}: {reason}" for m, reason in missing if reason not in m.EXPECTED_ABSTENTIONS]
         if not failed:
             return str(missing[0][1])
         few = "" if self.min_judges == len(self.members) else f"fewer than {self.min_judges} judges gave a score; "
@@ -203,7 +203,7 @@ def z_scores(scores: Sequence[float | None]) -> Scores:
     return [None if s is None else (s - center) / spread for s in scores]
 
 
-class _Wrapper:
+class _Wrapper(_JudgeOfJudges):
     """A judge around another one. `rescored` is what it does; the rest is the inner judge's.
 
     The inner judge's scores stay in the judgment's `details`, under `before_<wrapper>`.
@@ -212,17 +212,8 @@ class _Wrapper:
     KIND: ClassVar[str]
 
     def __init__(self, judge: dict[str, Any]) -> None:
-        self.inner: Judge = load_judge(judge["use"], judge.get("args") or {})
-        self.name = f"{self.KIND}({self.inner.name})"
-        self.version = ""
-
-    @property
-    def comparative(self) -> bool:
-        return bool(getattr(self.inner, "comparative", False))
-
-    @property
-    def needs_device(self) -> bool:
-        return bool(getattr(self.inner, "needs_device", True))
+        self.inner = load_judge(judge["use"], judge.get("args") or {})
+        super().__init__(self.KIND, [self.inner])
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         judgments = checked_judgments(self.inner, groups)
@@ -234,20 +225,6 @@ class _Wrapper:
     def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
         """The scores that each group is to have; None where the inner judge abstained."""
         raise NotImplementedError
-
-    def usage(self) -> dict[str, float]:
-        return _usage(self.inner)
-
-    @property
-    def attach(self) -> Any:
-        """The inner judge's; AttributeError where it has none."""
-        return self.inner.attach  # type: ignore[attr-defined]
-
-    def begin_stage(self) -> None:
-        _tell(self.inner, "begin_stage")
-
-    def close(self) -> None:
-        _tell(self.inner, "close")
 
 
 class LengthPenalty(_Wrapper):
@@ -440,8 +417,6 @@ class Cached(_Wrapper):
         super().__init__(judge)
         self.path = Path(path).expanduser()
         self.hits = 0
-        self.repeat = 0
-        """Another number is another draw, kept beside the first."""
 
     @staticmethod
     def check(judge: Any, path: Any) -> None:
@@ -463,7 +438,8 @@ class Cached(_Wrapper):
         return [known[key] for key in keys]
 
     def usage(self) -> dict[str, float]:
-        return _total([_usage(self.inner), {"cached": self.hits}])
+        used = super().usage()
+        return {**used, "cached": used.get("cached", 0) + self.hits}
 
     def _known(self, keys: Sequence[str]) -> dict[str, Judgment]:
         with closing(self._open()) as cache:
@@ -500,22 +476,6 @@ def _changed(judgment: Judgment, outcomes: Sequence[Outcome], kind: str) -> Judg
 
 def _lengths(group: CompletionGroup) -> list[int]:
     return [len(completion.token_ids) for completion in group.completions]
-
-
-def _usage(judge: Judge) -> dict[str, float]:
-    return getattr(judge, "usage", dict)()
-
-
-def _total(parts: Iterable[dict[str, float]]) -> dict[str, float]:
-    total: Counter[str] = Counter()
-    for part in parts:
-        total.update(part)  # it adds floats as well
-    return dict(total)
-
-
-def _tell(judge: Judge, what: str) -> None:
-    if callable(told := getattr(judge, what, None)):
-        told()
 
 
 def _check_nested(owner: str, judge: Any, known: Iterable[str] = ("use", "args")) -> None:

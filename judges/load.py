@@ -1,9 +1,8 @@
 """Finds the judge that a configuration names: one that comes with iterdpo, `path/to/file.py:name`,
 `package.module:name`, or a name that an installed package declares as an entry point of the group `iterdpo.judges`.
 
-A judge that comes with iterdpo is a class. Of these attributes it has those that it needs: `check(**args)` refuses bad
-arguments, `key(**args)` is what decides its scores where that is more than the arguments, and `SPEED_ONLY` names the
-arguments that decide nothing. An argument that is a mapping with a `use` of its own is a judge within a judge.
+A judge that comes with iterdpo is a class that derives from `JudgeBase`. An argument that is a mapping with a `use` of
+its own is a judge within a judge.
 
 `check_judge` and `judge_version` read source code without running it, so that a configuration is validated, and the
 key of its results known, without loading a model or importing torch.
@@ -27,7 +26,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from iterdpo.errors import JudgeError
-from iterdpo.judging.judge import Judge
+from iterdpo.judging.judge import JudgeBase
 from iterdpo.run.rundir import digest, directory_digest, sha256_file
 from judges.adapter import FACTS, METHODS, adapt, check_signature, kind_of, nearest
 
@@ -58,7 +57,7 @@ BUILT_IN = {
 ENTRY_POINTS = "iterdpo.judges"
 
 
-def load_judge(use: str, args: dict[str, Any]) -> Judge:
+def load_judge(use: str, args: dict[str, Any]) -> JudgeBase:
     """The judge that `use` names, made with `args`. What loads a model does so at its first judgment.
 
     Raises:
@@ -91,8 +90,7 @@ def check_judge(use: str, args: dict[str, Any]) -> None:
         check_signature(inspect.signature(made), args, use, constructor=True)
         for nested in _nested(args):
             check_judge(nested["use"], nested.get("args") or {})
-        if hasattr(made, "check"):
-            made.check(**args)
+        made.check(**args)
         return
     source = _locate(use)
     if source.file is None:
@@ -112,7 +110,7 @@ def check_judge(use: str, args: dict[str, Any]) -> None:
 
 def by_design(use: str, args: dict[str, Any]) -> tuple[str, ...]:
     """Reasons of abstentions that this judge, or one within it, means to give: not every completion was compared."""
-    own = getattr(_built_in(use), "BY_DESIGN", ()) if use in BUILT_IN else ()
+    own = _built_in(use).EXPECTED_ABSTENTIONS if use in BUILT_IN else ()
     inner = (by_design(judge["use"], judge.get("args") or {}) for judge in _nested(args))
     return (*own, *(reason for reasons in inner for reason in reasons))
 
@@ -164,17 +162,16 @@ def judge_version(use: str, args: dict[str, Any]) -> str:
         JudgeError: no such file or module.
     """
     if use in BUILT_IN:
-        made = _built_in(use)
-        decides = {k: v for k, v in args.items() if k not in getattr(made, "SPEED_ONLY", ())}
-        return digest([use, _content(made.key(**args) if hasattr(made, "key") else decides)])
+        return digest([use, _content(_built_in(use).key(**args))])
     source = _locate(use)
     code = use if source.file is None else _content(str(source.file.absolute()))
     return digest([code, source.name, _content(args)])
 
 
-def _built_in(use: str) -> Any:
+def _built_in(use: str) -> type[JudgeBase]:
     module, _, name = BUILT_IN[use].partition(":")
-    return getattr(importlib.import_module(module), name)
+    found: type[JudgeBase] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _nested(value: Any) -> Iterator[dict[str, Any]]:

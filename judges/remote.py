@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from iterdpo.errors import JudgeError
+from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import CompletionGroup, Judgment
 from judges.adapter import Abstention, judgment_from_outcomes
 from judges.llm.concurrency import in_own_loop, run_each
@@ -41,7 +42,7 @@ LONGEST_WAIT = 60.0
 
 
 @dataclass(eq=False, repr=False)
-class Remote:
+class Remote(JudgeBase):
     """Asks a server of yours; see the module for what goes to and fro.
 
     HTTP 408, 409, 425, 429 and 5xx, time-outs, connections that break and replies that are no JSON are tried again, and
@@ -68,6 +69,7 @@ class Remote:
 
     SPEED_ONLY = frozenset({"api_key_env", "timeout", "attempts", "concurrency", "batch_size"})
     needs_device = False
+    ahead = True
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url) if isinstance(self.url, str) else urlsplit("")
@@ -86,17 +88,7 @@ class Remote:
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise JudgeError(f"remote: {name} is {value!r}; it is a number of at least 1")
         self.name = f"remote:{parts.netloc}"
-        self.version = ""
         self._usage: dict[str, float] = {"calls": 0, "retries": 0, "failed": 0}
-
-    @classmethod
-    def check(cls, **args: Any) -> None:
-        """Refuse bad arguments: the constructor does, and asks nobody.
-
-        Raises:
-            JudgeError: naming the argument.
-        """
-        cls(**args)
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         """One judgment for each group.

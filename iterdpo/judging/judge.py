@@ -1,53 +1,99 @@
-"""The one protocol that every judge satisfies, and the checks on what it returns.
+"""The base class of every judge, and the checks on what a judge returns.
 
 A judge reads whole groups (the prompt as messages or text, the row's other columns, each completion with its
 tokens and finish reason) and answers with a `Judgment` a group: a score for each completion, higher is better,
 or an abstention with its reason. "Could not judge" is neither 0 nor a tie.
 
 Most people write less than this: a function that scores one completion or compares two, or a TRL reward
-function; `judges.load_judge` turns any of them into a `Judge`.
+function. `judges.load_judge` turns any of them into a `JudgeBase`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, ClassVar
 
 from iterdpo.errors import JudgeError
 from iterdpo.types import CompletionGroup, Judgment
 
+Waiting = Callable[[str], AbstractContextManager[Callable[[], None] | None]]
+"""A context manager that is entered while waiting, given a message. It yields a callback to poll, which raises if the
+run was cancelled, or None."""
 
-@runtime_checkable
-class Judge(Protocol):
+
+class JudgeBase(ABC):
+    """A judge. `name` and `judge` are needed; everything else has a default."""
+
     name: str
     """Shown in reports: `"reward_model:my-rm"`."""
+    version: str = ""
+    """Part of the key of this judge's results: if it changes, everything is judged again. `load_judge` sets it."""
+    comparative: bool = False
+    """Whether a score means "against the others of this group": evaluation then puts the candidate's completion and
+    the baseline's into one group."""
+    needs_device: bool = True
+    """False if it can judge while the sampler holds the accelerator."""
+    ahead: bool = False
+    """Whether a stage calls `judge_each` once for all of its groups, instead of `judge` once for each shard."""
+    repeat: int = 0
+    """Incremented to force a fresh sample; caches and fixed seeds must take it into account."""
+    trace: list[dict[str, Any]] | None = None
+    """If it is a list, a judge that asks a language model adds every question and reply to it."""
 
-    version: str
-    """Part of the key of this judge's results: change it and everything is judged again."""
+    SPEED_ONLY: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that change no score, and so are not part of the version."""
+    EXPECTED_ABSTENTIONS: ClassVar[tuple[str, ...]] = ()
+    """Reasons of abstentions that are part of how it judges and no failure: no budget counts them."""
 
+    @classmethod
+    def check(cls, *_: Any, **args: Any) -> None:
+        """Refuse bad arguments without loading a model or running a user's code. By default the constructor does.
+
+        Raises:
+            JudgeError: naming the argument.
+        """
+        cls(**args)
+
+    @classmethod
+    def key(cls, **args: Any) -> Any:
+        """What decides the scores, as a value of JSON; paths in it count with the content of their files."""
+        return {name: value for name, value in args.items() if name not in cls.SPEED_ONLY}
+
+    @abstractmethod
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         """One `Judgment` for each group, in their order. Raising stops the stage; to skip, abstain."""
-        ...
 
-    # A judge may also have:
-    # close()              give back what it holds of the device; called whenever another stage needs that
-    # comparative: bool    its scores mean "against the others of this group": evaluation then puts the candidate's
-    #                      completion and the baseline's into one group
-    # needs_device: bool   False where it may judge beside sampling
-    # begin_stage()        told when a stage begins; budgets and deadlines of its own begin anew
-    # repeat: int          another number asks for another draw: a cache or a fixed seed does not answer in its place
-    # usage() -> dict      totals of what it has used so far: calls, tokens_in, tokens_out, cost_usd, …
-    # judge_each(groups)   a generator of the same judgments from any iterable, asked in the place of `judge` for all
-    #                      of a stage: it may take groups of the next shard while the last of this one are under way
-    # attach(run_dir, waiting)   told where the run is, and a context to open while it waits for a person
+    def judge_each(self, groups: Iterable[CompletionGroup]) -> Generator[Judgment]:
+        """The same judgments one after the other, while it may take further groups. Used if `ahead` is set."""
+        for group in groups:
+            yield from self.judge([group])
+
+    def attach(self, run_dir: Path, waiting: Waiting) -> None:  # noqa: B027
+        """Called once with the run that it judges for, and a context to enter while it waits for a person."""
+
+    def begin_stage(self) -> None:  # noqa: B027
+        """Called when a stage begins. Budgets and deadlines of its own begin anew."""
+
+    def usage(self) -> dict[str, float]:
+        """Totals of what it has used so far: calls, tokens_in, tokens_out, cost_usd, …"""
+        return {}
+
+    def close(self) -> None:  # noqa: B027
+        """Give back what it holds of the device. Called if another stage needs that; it may be asked again later."""
+
+    def parts(self) -> Iterator[JudgeBase]:
+        """This judge, and all judges within it."""
+        yield self
 
 
-def checked_judgments(judge: Judge, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+def checked_judgments(judge: JudgeBase, groups: Sequence[CompletionGroup]) -> list[Judgment]:
     """`judge.judge(groups)`, held to the contract.
 
     Raises:
@@ -63,11 +109,13 @@ def checked_judgments(judge: Judge, groups: Sequence[CompletionGroup]) -> list[J
     return judgments
 
 
-def judgments_in_turn(load: Callable[[], Judge], shards: Iterable[Sequence[CompletionGroup]]) -> Generator[Judgment]:
+def judgments_in_turn(
+    load: Callable[[], JudgeBase], shards: Iterable[Sequence[CompletionGroup]]
+) -> Generator[Judgment]:
     """The judgments of all groups of `shards`, in order, held to the contract of `checked_judgments`.
 
     `load` gives the judge; it is called if there is anything to judge. A shard is read when the judge is done with the
-    one before, or earlier where it has a `judge_each`.
+    one before, or earlier if the judge may be `ahead`.
 
     Raises:
         JudgeError: as `checked_judgments`.
@@ -77,8 +125,7 @@ def judgments_in_turn(load: Callable[[], Judge], shards: Iterable[Sequence[Compl
     if first is None:
         return
     judge, shards = load(), itertools.chain([first], shards)
-    each = getattr(judge, "judge_each", None)
-    if each is None:
+    if not judge.ahead:
         for groups in shards:
             yield from checked_judgments(judge, groups)
         return
@@ -90,7 +137,7 @@ def judgments_in_turn(load: Callable[[], Judge], shards: Iterable[Sequence[Compl
             yield group
 
     noted = note_each()
-    with closing(each(noted)) as judgments:
+    with closing(judge.judge_each(noted)) as judgments:
         for judgment in judgments:
             if not taken:
                 raise JudgeError(f"judge {judge.name!r} returned more judgments than it has taken groups")
@@ -100,7 +147,7 @@ def judgments_in_turn(load: Callable[[], Judge], shards: Iterable[Sequence[Compl
         raise JudgeError(f"judge {judge.name!r} returned no judgments for the last groups")
 
 
-def _check_judgment(judge: Judge, group: CompletionGroup, judgment: Judgment) -> None:
+def _check_judgment(judge: JudgeBase, group: CompletionGroup, judgment: Judgment) -> None:
     count = len(group.completions)
     if judgment.prompt_id != group.prompt.id:
         raise JudgeError(
@@ -169,7 +216,7 @@ class NamedJudge:
     role: str
     use: str
     version: str
-    load: Callable[[], Judge]
+    load: Callable[[], JudgeBase]
     max_abstained: float = 1.0
     max_abstained_count: int | None = None
     stream: bool | None = None

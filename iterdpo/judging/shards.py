@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import JudgingStopped, UserError
-from iterdpo.judging.judge import Judge, NamedJudge, judgments_in_turn
+from iterdpo.judging.judge import JudgeBase, NamedJudge, judgments_in_turn
 from iterdpo.judging.stats import abstention_counts, printable
 from iterdpo.run.rundir import digest, read_jsonl, write_jsonl, write_text
 from iterdpo.types import CompletionGroup, Judgment
@@ -53,7 +53,7 @@ def judge_key(named: NamedJudge) -> dict[str, str]:
 
 def judge_shards(
     named: NamedJudge,
-    load: Callable[[], Judge],
+    load: Callable[[], JudgeBase],
     shards: Iterable[tuple[str, list[CompletionGroup]]],
     directory: Path,
     *,
@@ -113,7 +113,7 @@ class _Task:
     write: bool = True
 
 
-def _work_off(load: Callable[[], Judge], tasks: Iterable[_Task]) -> Generator[tuple[_Task, list[Judgment]]]:
+def _work_off(load: Callable[[], JudgeBase], tasks: Iterable[_Task]) -> Generator[tuple[_Task, list[Judgment]]]:
     """Each task in order with all of its judgments, as soon as they are there. The judge may be some tasks ahead."""
     tasks = iter(tasks)
     begun: deque[tuple[_Task, list[Judgment]]] = deque()
@@ -149,7 +149,7 @@ class EarlyJudge:
     an interruption (the run was cancelled in Prefect); the stage that comes later meets any other by itself.
     """
 
-    def __init__(self, named: NamedJudge, judge: Judge, directory: Path) -> None:
+    def __init__(self, named: NamedJudge, judge: JudgeBase, directory: Path) -> None:
         self.seconds = 0.0
         self._error: BaseException | None = None
         self._cancelled = False

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from iterdpo.data.prompts import column_value, content_of, json_value, load_rows
 from iterdpo.errors import DataError, UserError
-from iterdpo.judging.judge import Judge, checked_judgments
+from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.run.rundir import RunDir, digest, read_jsonl
 from iterdpo.seeds import derive_seed
 from iterdpo.types import CompletionGroup, Judgment, Prompt
@@ -28,11 +28,9 @@ from judges.audit.measure import (
     NOT_COLUMNS,
     LabelledPair,
     Winner,
-    close,
     completion_of,
     prompt_ids_of,
     read_labelled,
-    usage_of,
     used_since,
 )
 from judges.audit.stats import Estimate
@@ -118,8 +116,8 @@ def read_samples(
 
 
 def compare_judges(
-    make_a: Callable[[], Judge],
-    make_b: Callable[[], Judge],
+    make_a: Callable[[], JudgeBase],
+    make_b: Callable[[], JudgeBase],
     samples: Callable[[], Iterable[Sample]],
     *,
     advance: Callable[[int], None] = lambda count: None,
@@ -132,7 +130,7 @@ def compare_judges(
     a_judgments: list[Judgment] = []
     a = make_a()
     stopped, seconds_a, usage_a = _in_turn(a, samples(), lambda _, found: a_judgments.extend(found), advance)
-    close(a)
+    a.close()
     b = make_b()
     result = Agreement((a.name, b.name), (a.version, b.version), usage=(usage_a, {}), seconds=(seconds_a, 0.0))
 
@@ -145,7 +143,7 @@ def compare_judges(
         both = islice(samples(), len(a_judgments))
         stopped_b, seconds_b, usage_b = _in_turn(b, both, take, advance)
         result.usage, result.seconds, stopped = (usage_a, usage_b), (seconds_a, seconds_b), stopped or stopped_b
-    close(b)
+    b.close()
     result.stopped = stopped
     return result
 
@@ -206,13 +204,13 @@ def measure_agreement(
 
 
 def _in_turn(
-    judge: Judge,
+    judge: JudgeBase,
     samples: Iterable[Sample],
     take: Callable[[Sequence[Sample], Sequence[Judgment]], None],
     advance: Callable[[int], None],
 ) -> tuple[BaseException | None, float, dict[str, float]]:
     """Judge in blocks and hand each on; why it stopped early, the seconds, and what was used."""
-    before, seconds, done, stream = usage_of(judge), 0.0, 0, iter(samples)
+    before, seconds, done, stream = judge.usage(), 0.0, 0, iter(samples)
     stopped: BaseException | None = None
     try:
         while block := list(islice(stream, BLOCK)):

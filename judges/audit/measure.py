@@ -23,9 +23,10 @@ from iterdpo.data.preferences import Account, Content, Format, PreferenceData, R
 from iterdpo.data.prompts import column_value, json_value, load_rows
 from iterdpo.data.rendering import completion_token_ids, prompt_token_ids
 from iterdpo.errors import DataError
-from iterdpo.judging.judge import Judge, checked_judgments
+from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
+from judges.adapter import CustomJudge
 from judges.audit import stats as estimates
 from judges.audit.stats import NOTHING, Estimate
 
@@ -205,7 +206,7 @@ class Check:
 
 
 def check_judge_on(
-    judge: Judge,
+    judge: JudgeBase,
     pairs: Iterable[LabelledPair],
     *,
     seed: int = 0,
@@ -215,14 +216,14 @@ def check_judge_on(
 ) -> Check:
     """Judge the pairs in blocks. A judge that reads a prompt's completions together is shown each pair in both orders.
 
-    With `repeats` above 1 each pair is judged so often; a judge that has an attribute `repeat`, and each within it that
-    has one, finds its number there, so that a cache or a fixed seed does not answer in its place.
+    With `repeats` above 1 each pair is judged that many times. The `repeat` of the judge, and of each within it, is the
+    number of the draw, so that no cache and no fixed seed answers in its place.
 
     Ctrl-C, and whatever the data or the judge raise, end it early with the pairs of the finished blocks; `stopped` has
     the reason. Before a first block is finished, errors are raised.
     """
     check = Check(judge.name, judge.version)
-    before = usage_of(judge)
+    before = judge.usage()
     swap: bool | None = None  # not known before the first judgments
     stream = iter(pairs)
     try:
@@ -240,10 +241,10 @@ def check_judge_on(
                     j.swapped = look_at(pair, judgment, chosen_first=j.chosen_first)
                     j.chosen_first = not j.chosen_first
             for number in range(1, repeats):
-                set_hook(judge, "repeat", number)
+                draw_again(judge, number)
                 for pair, j, judgment in zip(block, judged, _judge(judge, block, judged), strict=True):
                     j.repeats.append(look_at(pair, judgment, chosen_first=j.chosen_first).verdict)
-            set_hook(judge, "repeat", 0)
+            draw_again(judge, 0)
             check.seconds += time.perf_counter() - started
             check.pairs += judged
             wrong = [Mistake(p, j) for p, j in zip(block, judged, strict=True) if _is_mistake(j)]
@@ -293,29 +294,14 @@ def orders(judged: JudgedPair) -> tuple[Verdict, Verdict] | None:
     return None if None in both else both
 
 
-def set_hook(judge: Any, name: Literal["repeat", "trace"], value: Any) -> bool:
-    """Set an attribute of the judge and of those within it, where they have it. Whether any has."""
-    having = [part for part in _parts(judge) if hasattr(part, name)]
-    for part in having:
-        setattr(part, name, value)
-    return bool(having)
+def draw_again(judge: JudgeBase, number: int) -> None:
+    """Have the judge, and those within it, answer the same question as draw `number`."""
+    for part in judge.parts():
+        part.repeat = number
 
 
-def usage_of(judge: Any) -> dict[str, float]:
-    """The judge's totals since it was made: `{"calls": 128, "tokens_in": 90112, "cost_usd": 0.04}`; empty without any."""
-    for part in (judge, getattr(judge, "owner", None)):
-        if callable(usage := getattr(part, "usage", None)):
-            return dict(usage())
-    return {}
-
-
-def used_since(before: dict[str, float], judge: Any) -> dict[str, float]:
-    return {name: amount - before.get(name, 0) for name, amount in usage_of(judge).items()}
-
-
-def close(judge: Any) -> None:
-    if callable(shut := getattr(judge, "close", None)):
-        shut()
+def used_since(before: dict[str, float], judge: JudgeBase) -> dict[str, float]:
+    return {name: amount - before.get(name, 0) for name, amount in judge.usage().items()}
 
 
 def _unjudged(pair: LabelledPair, seed: int, unit: str) -> JudgedPair:
@@ -325,24 +311,14 @@ def _unjudged(pair: LabelledPair, seed: int, unit: str) -> JudgedPair:
     return JudgedPair(pair.row, pair.prompt.id, pair.subset, pair.tie, chosen_first, (sizes[0], sizes[1]), nothing)
 
 
-def _judge(judge: Judge, block: Sequence[LabelledPair], judged: Sequence[JudgedPair]) -> list[Judgment]:
+def _judge(judge: JudgeBase, block: Sequence[LabelledPair], judged: Sequence[JudgedPair]) -> list[Judgment]:
     groups = [p.group(chosen_first=j.chosen_first) for p, j in zip(block, judged, strict=True)]
     return checked_judgments(judge, groups)
 
 
-def _parts(judge: Any) -> Iterator[Any]:
-    """The judge, and those within it: an ensemble's members, what a wrapper wraps, the user's object."""
-    yield judge
-    if (owner := getattr(judge, "owner", None)) is not None:
-        yield owner
-    for part in (getattr(judge, "inner", None), *getattr(judge, "members", ())):
-        if isinstance(part, Judge):
-            yield from _parts(part)
-
-
-def _compares(judge: Any) -> bool:
+def _compares(judge: JudgeBase) -> bool:
     """Whether a completion's score may depend on the others of its group, and so on their order."""
-    return bool(getattr(judge, "comparative", False)) or getattr(judge, "kind", None) == "groups"
+    return judge.comparative or (isinstance(judge, CustomJudge) and judge.kind == "groups")
 
 
 def _is_mistake(judged: JudgedPair) -> bool:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from iterdpo.errors import JudgeError
+from iterdpo.judging.judge import JudgeBase, Waiting
 from iterdpo.judging.stats import meetings
 from iterdpo.run.rundir import RunDir
 from iterdpo.seeds import derive_seed
@@ -57,7 +58,7 @@ T = TypeVar("T")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class _LLMJudge:
+class _LLMJudge(JudgeBase):
     """What the three have in common: the endpoint, the prompt, and how a reply is held to its form."""
 
     model: str
@@ -79,15 +80,10 @@ class _LLMJudge:
     """Of the judge's own sampling, and of everything that it draws."""
 
     kind: ClassVar[Kind]
-    comparative: ClassVar[bool] = False
+    ahead = True
 
     def __post_init__(self) -> None:
         self.name = f"{self.kind}:{Path(self.model).name}"
-        self.version = ""
-        self.repeat = 0
-        """Another number is another draw: the same question is asked anew, past the cache."""
-        self.trace: list[dict[str, Any]] | None = None
-        """Where it is a list, every question and reply is added to it."""
         self.client = Client(Endpoint(**(self.endpoint or {})), model=self.model)
         self.needs_device = self.serve is not None
         if self.needs_device == (self.client.base_url is not None):
@@ -100,15 +96,6 @@ class _LLMJudge:
         self.template = load_template(self.prompt, self.kind)
         self._texts: Sequence[str | None] = ()  # what further files say that decides the scores
         self._held: Constrain | None = None if self.constrain == "auto" else self.constrain
-
-    @classmethod
-    def check(cls, **args: Any) -> None:
-        """Refuse bad arguments; nothing is asked of the endpoint.
-
-        Raises:
-            JudgeError: naming the argument.
-        """
-        cls(**args)
 
     @classmethod
     def key(cls, **args: Any) -> Any:
@@ -165,7 +152,7 @@ class _LLMJudge:
         """Budgets and the deadline of the stage begin anew."""
         self.client.begin_stage()
 
-    def attach(self, run_dir: Path, waiting: object) -> None:
+    def attach(self, run_dir: Path, waiting: Waiting) -> None:
         """The server of a run's judge writes its log into the run."""
         if self.server is not None:
             self.server.log = RunDir(run_dir).log_path(f"judge-{self.kind}-{Path(self.model).name}")
@@ -243,7 +230,7 @@ class PairwiseJudge(_LLMJudge):
 
     kind = "pairwise"
     comparative = True
-    BY_DESIGN = (BY_LOT, NOT_MET)
+    EXPECTED_ABSTENTIONS = (BY_LOT, NOT_MET)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from iterdpo.errors import DataError, JudgeError
+from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
 from judges.adapter import Abstention, judgment_from_outcomes
 from judges.models.reward_model import check_choice, checkpoint_config, free_memory
@@ -19,7 +20,7 @@ from judges.models.reward_model import check_choice, checkpoint_config, free_mem
 PRECISIONS = ("bf16", "fp32")
 
 
-class ImplicitReward:
+class ImplicitReward(JudgeBase):
     """Scores completions by a trained policy and the reference that it was trained against. `load_judge` sets the version.
 
     The tokens scored are those that were sampled, where this policy's tokenizer gives the prompt the ids that the sampler
@@ -39,8 +40,6 @@ class ImplicitReward:
     """
 
     SPEED_ONLY = frozenset({"batch_size"})
-    comparative = False
-    needs_device = True
 
     def __init__(
         self,
@@ -53,7 +52,6 @@ class ImplicitReward:
         trust_remote_code: bool = False,
     ) -> None:
         self.name = f"implicit_reward:{Path(policy).name}"
-        self.version = ""
         self.policy = policy
         self.reference = reference
         self.beta = beta

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import JudgeError
+from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
 from judges.models.reward_model import DTYPES, check_choice, checkpoint_config, free_memory
 from judges.schedules import judgment_from_comparisons
@@ -25,7 +26,7 @@ PAIRRM_TOKENS = 2048
 PLACES = re.compile(r"\{(prompt|first|second)\}")
 
 
-class PairRanker:
+class PairRanker(JudgeBase):
     """Every two completions of a prompt in both orders, each with the probability that the first is better.
 
     A completion's score is its mean probability of being better than another one of the prompt, over both orders. Marks
@@ -46,7 +47,6 @@ class PairRanker:
 
     SPEED_ONLY = frozenset({"batch_size", "device"})
     comparative = True
-    needs_device = True
 
     def __init__(
         self,
@@ -61,7 +61,6 @@ class PairRanker:
         trust_remote_code: bool = False,
     ) -> None:
         self.name = f"pair_ranker:{Path(model).name}"
-        self.version = ""
         self.path = str(model)
         self.text = text
         self.text_pair = text_pair

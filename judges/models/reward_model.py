@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import JudgeError
+from iterdpo.judging.judge import JudgeBase
 from iterdpo.run.rundir import read_json
 from iterdpo.types import CompletionGroup, Judgment, Prompt
 from judges.adapter import Abstention, judgment_from_outcomes, nearest
@@ -24,7 +25,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("transformers", "vllm")
 
 
-class RewardModelJudge:
+class RewardModelJudge(JudgeBase):
     """Scores completions with a sequence classifier, in batches of similar length.
 
     A prompt of messages goes through the checkpoint's own chat template; a plain prompt and its completion are
@@ -62,7 +63,6 @@ class RewardModelJudge:
         trust_remote_code: bool = False,
     ) -> None:
         self.name = f"reward_model:{Path(model).name}"
-        self.version = ""
         self.path = str(model)
         self.weights = weights
         self.head = head

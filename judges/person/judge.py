@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from iterdpo.errors import JudgeError
+from iterdpo.judging.judge import JudgeBase, Waiting
 from iterdpo.run.rundir import digest
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment
@@ -23,15 +23,13 @@ from judges.person.store import Batch, Reviews, Task, Verdict
 from judges.schedules import Aggregate, all_pairs, judgment_from_comparisons, random_pairs
 
 Comparisons = int | Literal["all", "chain"]
-Waiting = Callable[[str], AbstractContextManager[Callable[[], None] | None]]
-"""Around the wait, with what is waited for; gives what to call now and then, which raises where the wait should end."""
 
 POLL_SECONDS = 0.5
 NOT_SHOWN = "not shown to a person"
 SKIPPED = "skipped by the reviewer"
 
 
-class Person:
+class Person(JudgeBase):
     """Asks a person which of two completions is better.
 
     Args:
@@ -47,9 +45,11 @@ class Person:
         JudgeError: naming the argument that is none of these.
     """
 
-    BY_DESIGN = (NOT_SHOWN,)
+    EXPECTED_ABSTENTIONS = (NOT_SHOWN,)
     comparative = True
-    needs_device = True  # not of its own: a person is better asked once for all than shard by shard beside sampling
+    needs_device = (
+        True  # though it needs none: a person is better asked once for all than shard by shard beside sampling
+    )
 
     def __init__(
         self,
@@ -74,7 +74,6 @@ class Person:
         if not isinstance(seed, int):
             raise JudgeError(f"judge 'person': seed = {seed!r}; a whole number")
         self.name = f"person:{who}" if who else "person"
-        self.version = ""
         self.comparisons = comparisons
         self.question = question
         self.who = who
@@ -82,11 +81,6 @@ class Person:
         self.seed = seed
         self._run_dir: Path | None = None
         self._waiting: Waiting | None = None
-
-    @classmethod
-    def check(cls, **args: Any) -> None:
-        """Refuse bad arguments, as the constructor does."""
-        cls(**args)
 
     def attach(self, run_dir: Path, waiting: Waiting) -> None:
         """The run that this judge works for, and what to put around its waits."""

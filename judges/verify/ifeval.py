@@ -19,16 +19,17 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from iterdpo.errors import JudgeError
+from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import CompletionGroup, Judgment
 from judges.adapter import Abstention, judgment_from_outcomes, nearest
 
 Relation = Literal["at least", "less than"]
 
 
-class Instructions:
+class Instructions(JudgeBase):
     """1 where a completion follows all of its prompt's instructions, else 0; or the share that it follows.
 
     Abstentions: a prompt without the columns, an unknown instruction, and arguments that do not fit it. Each judgment's
@@ -42,8 +43,7 @@ class Instructions:
         partial: give the share of instructions that are followed.
     """
 
-    needs_device: ClassVar[bool] = False
-    version: str = ""
+    needs_device = False
 
     def __init__(
         self,

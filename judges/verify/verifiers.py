@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from iterdpo.errors import ChildFailed, JudgeError
+from iterdpo.judging.judge import JudgeBase
 from iterdpo.run.worker import Done, JsonLinesWorker
 from iterdpo.types import CompletionGroup, Judgment
 from judges.adapter import Abstention, judgment_from_outcomes
@@ -38,19 +39,13 @@ from judges.verify.sandbox import REPORT, TIMED_OUT, SandboxError, require_sandb
 Score = float | Abstention
 
 
-class _Verifier:
+class _Verifier(JudgeBase):
     """Scores each completion by itself, `concurrency` at once, given what the prompt's column has."""
 
-    needs_device: ClassVar[bool] = False
-    name: str = "verifier"
-    version: str = ""
+    needs_device = False
+    name = "verifier"
     column: str | None = "gold"
     concurrency: int = 1
-
-    @classmethod
-    def check(cls, **args: Any) -> None:
-        """Refuse bad arguments: the constructor does, and loads nothing."""
-        cls(**args)
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         work = [(c.text, group) for group in groups for c in group.completions]

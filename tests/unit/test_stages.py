@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 
 from iterdpo.config import DPOConfig
 from iterdpo.experiment import Experiment, Policy
-from iterdpo.judging.judge import NamedJudge
+from iterdpo.judging.judge import JudgeBase, NamedJudge
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import RunDir, directory_digest, read_jsonl
 from iterdpo.stages import reference_policy, train_on_pairs
 from iterdpo.testing import build_tiny_checkpoint
 from iterdpo.training.launch import TRAIN_LOG, TrainSpec
+from iterdpo.types import CompletionGroup, Judgment
 
 INITIAL = Policy(Path("initial"), "d0", 0)
 
@@ -38,15 +39,19 @@ def reference(round: int, **dpo: Any) -> int:
 
 
 def test_what_a_judge_used_before_a_stage_is_not_counted_in_it() -> None:
-    class Judge:
+    class Counting(JudgeBase):
+        name = "counting"
         calls = 0
+
+        def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+            return []
 
         def usage(self) -> dict[str, float]:
             return {"calls": self.calls}
 
-    judge, named = Judge(), NamedJudge("train_judge", "mine", "1", lambda: judge)  # type: ignore[arg-type, return-value]
+    judge, named = Counting(), NamedJudge("train_judge", "mine", "1", lambda: judge)
     exp = object.__new__(Experiment)
-    exp._judges, exp._used = {"train_judge": judge}, {}  # type: ignore[dict-item]
+    exp._judges, exp._used = {"train_judge": judge}, {}
     judge.calls = 24
     exp.begin_stage(named)
     judge.calls = 72

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
 
 import httpx
 import pytest
 
 from iterdpo.errors import JudgeError
-from iterdpo.judging.judge import Judge, checked_judgments
+from iterdpo.judging.judge import JudgeBase, checked_judgments, judgments_in_turn
 from iterdpo.testing import make_group
 from iterdpo.testing_http import FakeEndpoint
 from iterdpo.types import Comparison, Completion, CompletionGroup, Judgment, Prompt
@@ -28,7 +30,7 @@ CHAT = CompletionGroup(
 
 def judged(made: Any, *groups: CompletionGroup, **args: Any) -> list[Judgment]:
     judge = adapt(made, name="mine", args=args)
-    assert isinstance(judge, Judge)
+    assert isinstance(judge, JudgeBase)
     return checked_judgments(judge, groups)
 
 
@@ -126,8 +128,55 @@ class TestClasses:
             def close(self) -> None:
                 closed.append(True)
 
-        adapt(Client, name="mine").close()  # type: ignore[attr-defined]
+        adapt(Client, name="mine").close()
         assert closed == [True]
+
+    def test_the_optional_members_of_a_users_object_are_taken_over(self, tmp_path: Path) -> None:
+        class Full:
+            comparative, needs_device, repeat = True, False, 0
+            told: ClassVar[list[Any]] = []
+
+            def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+                return [Judgment(g.prompt.id, [float(self.repeat)] * 2, [None] * 2) for g in groups]
+
+            def judge_each(self, groups: Iterable[CompletionGroup]) -> Iterator[Judgment]:
+                self.told.append("judge_each")
+                return (self.judge([group])[0] for group in groups)
+
+            def attach(self, run_dir: Path, waiting: Any) -> None:
+                self.told.append(run_dir)
+
+            async def begin_stage(self) -> None:
+                self.told.append("begin_stage")
+
+            def usage(self) -> dict[str, float]:
+                return {"calls": 3}
+
+        judge = adapt(Full, name="mine")
+        assert (judge.comparative, judge.needs_device) == (True, False)
+        judge.attach(tmp_path, lambda message: nullcontext())
+        judge.begin_stage()
+        judge.close()  # which it has not
+        judge.repeat = 7
+        assert judge.judge([CHAT])[0].scores == [7.0, 7.0]
+        assert [j.scores for j in judgments_in_turn(lambda: judge, [[CHAT], [CHAT]])] == [[7.0, 7.0]] * 2
+        assert Full.told == [tmp_path, "begin_stage", "judge_each"]
+        assert judge.usage() == {"calls": 3}
+
+    def test_what_derives_from_the_base_class_is_not_wrapped(self) -> None:
+        class Own(JudgeBase):
+            def __init__(self, factor: float = 1.0) -> None:
+                self.name, self.factor = "own", factor
+
+            def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+                return []
+
+        made = Own()
+        assert adapt(made, name="mine", version="1") is made
+        assert (made.name, made.version) == ("own", "1")
+        for source in (Own, lambda factor: Own(factor)):
+            judge: Any = adapt(source, name="mine", args={"factor": 2.0})
+            assert (type(judge), judge.factor) == (Own, 2.0)
 
 
 class TestComparing:
@@ -307,7 +356,7 @@ class TestCoroutines:
             group = make_group("x", ["a", "bb"])
             with ThreadPoolExecutor() as threads:  # as beside sampling
                 early = threads.submit(checked_judgments, judge, [group]).result()
-            judge.close()  # type: ignore[attr-defined]
+            judge.close()
             later = [checked_judgments(judge, [group]) for _ in range(2)]
         assert [[j.scores for j in judgments] for judgments in (early, *later)] == [[[1.0, 2.0]]] * 3
         assert judge.owner.closed == 1  # type: ignore[attr-defined]
@@ -328,10 +377,10 @@ class TestCoroutines:
         with ThreadPoolExecutor() as threads:
             early = threads.submit(checked_judgments, judge, [make_group("x", ["a"])])
             started.wait()
-            judge.close()  # type: ignore[attr-defined]
+            judge.close()
             assert early.result()[0].scores == [1.0]
         assert closed == []
-        judge.close()  # type: ignore[attr-defined]
+        judge.close()
         assert closed == [True]
 
     def test_a_plain_function_may_run_a_loop_of_its_own(self) -> None:

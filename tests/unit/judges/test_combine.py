@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iterdpo.errors import JudgeError
-from iterdpo.judging.judge import Judge, checked_judgments
+from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.testing import make_group
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
 from judges import check_judge, judge_version, load_judge
-from judges.audit.measure import set_hook
+from judges.audit.measure import draw_again
 from judges.combine import disagreement, tied, within_slope, z_scores
 
 MEMBER = '''
@@ -34,6 +35,9 @@ class Field:
         if field == "?":
             raise ValueError("no number")
         return float(field)
+
+    def attach(self, run_dir, waiting):
+        self.write("attached")
 
     def begin_stage(self):
         self.write("begun")
@@ -76,7 +80,7 @@ def field(tmp_path: Path) -> Any:
 
 def judged(use: str, *groups: CompletionGroup, **args: Any) -> list[Judgment]:
     judge = load_judge(use, args)
-    assert isinstance(judge, Judge)
+    assert isinstance(judge, JudgeBase)
     assert judge.version == judge_version(use, args)
     return checked_judgments(judge, groups)
 
@@ -146,22 +150,28 @@ class TestEnsemble:
         assert judge.needs_device
         [judgment] = judge.judge([group])
         assert [c.winner for c in judgment.comparisons] == ["first"]
-        assert not load_judge("ensemble", {"judges": [field(0)]}).comparative  # type: ignore[attr-defined]
-        assert load_judge("ensemble", {"judges": [field(0)], "standardize": "group"}).comparative  # type: ignore[attr-defined]
-        assert not load_judge("ensemble", {"judges": [field(0, "Groups")]}).needs_device  # type: ignore[attr-defined]
-        assert not hasattr(judge, "attach")  # it would pass for a judge that waits for a person
+        assert not load_judge("ensemble", {"judges": [field(0)]}).comparative
+        assert load_judge("ensemble", {"judges": [field(0)], "standardize": "group"}).comparative
+        assert not load_judge("ensemble", {"judges": [field(0, "Groups")]}).needs_device
 
     def test_the_verdicts_of_two_members_are_not_mixed(self, field: Any) -> None:
         members = [field(0, "Groups"), field(0, "Groups")]
         [judgment] = judged("ensemble", make_group("x", ["1", "0"]), judges=members)
         assert judgment.comparisons == []
 
-    def test_members_are_told_when_a_stage_begins_and_when_to_close(self, field: Any, tmp_path: Path) -> None:
+    def test_members_are_told_of_the_run_and_the_stage_and_when_to_close(self, field: Any, tmp_path: Path) -> None:
         wrapped = {"use": "z_score", "args": {"judge": field(1, log=True)}}
-        judge: Any = load_judge("ensemble", {"judges": [field(0, log=True), wrapped]})
+        judge = load_judge("ensemble", {"judges": [field(0, log=True), wrapped]})
+        judge.attach(tmp_path, lambda message: nullcontext())
         judge.begin_stage()
         judge.close()
-        assert (tmp_path / "member.py.log").read_text() == "begun\n" * 2 + "closed\n" * 2
+        assert (tmp_path / "member.py.log").read_text() == "attached\n" * 2 + "begun\n" * 2 + "closed\n" * 2
+        assert [part.name for part in judge.parts()] == [
+            judge.name,
+            "member.py:Field",
+            "z_score(member.py:Field)",
+            "member.py:Field",
+        ]
 
     @pytest.mark.parametrize(
         ("args", "complaint"),
@@ -232,7 +242,7 @@ class TestLength:
 
 def test_what_a_member_leaves_out_by_design_is_no_failure_of_the_ensemble(field: Any) -> None:
     ensemble = load_judge("ensemble", {"judges": [field(0), field(1)]})
-    ensemble.members[1].BY_DESIGN = ("ValueError: no number",)  # type: ignore[attr-defined]
+    ensemble.members[1].EXPECTED_ABSTENTIONS = ("ValueError: no number",)  # type: ignore[attr-defined]
     [judgment] = checked_judgments(ensemble, [make_group("x", ["1;?", "?;?", "2;3"])])
     assert judgment.abstentions == ["ValueError: no number", "member.py:Field: ValueError: no number", None]
 
@@ -327,7 +337,7 @@ class TestCached:
         cached = {"use": "cached", "args": {"judge": field(log=True), "path": str(tmp_path / "cache.sqlite")}}
         judge: Any = load_judge("ensemble", {"judges": [cached]})
         for repeat in (0, 1, 1, 0):
-            set_hook(judge, "repeat", repeat)
+            draw_again(judge, repeat)
             judge.judge([make_group("x", ["1", "2"])])
         assert (tmp_path / "member.py.log").read_text() == "1\n2\n" * 2
 

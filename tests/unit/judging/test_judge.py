@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from iterdpo.errors import JudgeError
-from iterdpo.judging.judge import Judge, checked_judgments, judgment_from_scores
+from iterdpo.judging.judge import JudgeBase, checked_judgments, judgment_from_scores
 from iterdpo.testing import make_group
 from iterdpo.types import CompletionGroup, Judgment
 
 GROUP = make_group("2+2?", ["4", "5"])
 
 
-class Answers:
+class Answers(JudgeBase):
     """A judge that gives prepared judgments."""
 
     name = "answers"
@@ -29,8 +31,17 @@ class Answers:
         return self.judgments
 
 
-def test_any_object_with_name_version_and_judge_is_a_judge() -> None:
-    assert isinstance(Answers(), Judge)
+def test_a_judge_has_a_default_for_everything_but_its_name_and_its_judgments(tmp_path: Path) -> None:
+    judge = Answers(Judgment(GROUP.prompt.id, [1.0, 0.0], [None, None]))
+    assert (judge.comparative, judge.needs_device, judge.ahead, judge.repeat) == (False, True, False, 0)
+    judge.attach(tmp_path, lambda message: nullcontext())
+    judge.begin_stage()
+    assert list(judge.judge_each([GROUP])) == judge.judgments
+    assert judge.usage() == {}
+    judge.close()
+    assert list(judge.parts()) == [judge]
+    with pytest.raises(TypeError, match="abstract"):
+        JudgeBase()  # type: ignore[abstract]
 
 
 def test_good_judgments_pass_unchanged() -> None:

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from iterdpo.errors import JudgeError, JudgingStopped
-from iterdpo.judging.judge import Judge, NamedJudge
+from iterdpo.judging.judge import JudgeBase, NamedJudge
 from iterdpo.judging.shards import RETRY, EarlyJudge, judge_key, judge_shards, read_judgments
 from iterdpo.run.rundir import write_jsonl
 from iterdpo.testing import make_group
 from iterdpo.types import CompletionGroup, Judgment
 
 
-class Fickle:
+class Fickle(JudgeBase):
     """Scores lengths; abstains on texts in `broken`. `asked` lists the prompts that it was asked about."""
 
     name, version = "fickle", "1"
@@ -45,11 +45,11 @@ SHARDS = [
 ]
 
 
-def named(judge: Judge, **limits: Any) -> NamedJudge:
+def named(judge: JudgeBase, **limits: Any) -> NamedJudge:
     return NamedJudge("train_judge", "fickle", "1", lambda: judge, **limits)
 
 
-def judged(judge: Judge, directory: Path, *, early: Path | None = None, **limits: Any) -> list[Judgment]:
+def judged(judge: JudgeBase, directory: Path, *, early: Path | None = None, **limits: Any) -> list[Judgment]:
     return judge_shards(named(judge, **limits), lambda: judge, SHARDS, directory, total=8, early=early)
 
 
@@ -100,6 +100,8 @@ def test_abstentions_by_design_use_up_no_budget_and_are_not_asked_again(tmp_path
 
 class Ahead(Fickle):
     """Answers for a group when it has taken the one `lead` behind it. `events` lists what it took and answered."""
+
+    ahead = True
 
     def __init__(self, *broken: str, lead: int = 3) -> None:
         super().__init__(*broken)
@@ -181,6 +183,8 @@ def test_a_judge_that_may_be_ahead_is_ended_where_the_budget_stops_the_stage_and
 )
 def test_a_judge_that_may_be_ahead_is_held_to_the_contract(tmp_path: Path, wrong: Any, message: str) -> None:
     class Wrong(Fickle):
+        ahead = True
+
         def judge_each(self, groups: Iterable[CompletionGroup]) -> Iterator[Judgment]:
             yield from wrong(self.judge(list(groups)))
 
@@ -190,6 +194,8 @@ def test_a_judge_that_may_be_ahead_is_held_to_the_contract(tmp_path: Path, wrong
 
 def test_a_judge_that_stops_taking_groups_is_an_error(tmp_path: Path) -> None:
     class Lazy(Fickle):
+        ahead = True
+
         def judge_each(self, groups: Iterable[CompletionGroup]) -> Iterator[Judgment]:
             yield from (self.judge([group])[0] for _, group in zip(range(2), groups, strict=False))
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from iterdpo.errors import DataError, UserError
+from iterdpo.judging.judge import JudgeBase
 from iterdpo.run.rundir import write_jsonl
 from iterdpo.types import Comparison, Completion, CompletionGroup, Judgment, Prompt
 from judges.audit import stats as estimates
@@ -51,7 +52,7 @@ def labelled(
         )
 
 
-class Faulty:
+class Faulty(JudgeBase):
     """Knows the truth of a pair with P = `right` (by whether the better is the longer), and tells it, except that with
     P = `blind` in each single look it names what comes first without reading."""
 
@@ -88,7 +89,7 @@ class Faulty:
         return Judgment(group.prompt.id, scores, [None, None], comparisons)
 
 
-class Scores:
+class Scores(JudgeBase):
     """Scores by a function of (group, a generator of the prompt's own)."""
 
     name, version = "scores", "1"
@@ -234,7 +235,7 @@ def test_labelled_ties_count_apart() -> None:
 
 
 def test_abstentions_lower_coverage_and_are_counted_by_reason() -> None:
-    class Picky:
+    class Picky(JudgeBase):
         name, version = "picky", "1"
 
         def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:

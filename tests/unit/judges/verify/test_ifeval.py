@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from iterdpo.errors import JudgeError
-from iterdpo.judging.judge import Judge, checked_judgments
+from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.testing import make_group
 from judges.verify.ifeval import CHECKS, Instructions, check_instruction, count_sentences, follows, loose_variants
 
@@ -153,7 +153,7 @@ class TestJudge:
     }
 
     def judgment(self, judge: Instructions, *completions: str, **columns: Any) -> Any:
-        assert isinstance(judge, Judge)
+        assert isinstance(judge, JudgeBase)
         return checked_judgments(judge, [make_group("q", completions, **columns)])[0]
 
     def test_all_instructions_or_the_share_of_them(self) -> None:

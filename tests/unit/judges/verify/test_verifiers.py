@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from iterdpo.errors import JudgeError
-from iterdpo.judging.judge import Judge, checked_judgments
+from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.testing import make_group
 from judges.verify import verifiers
 from judges.verify.sandbox import SandboxError, sandbox_problems
@@ -31,7 +31,7 @@ from judges.verify.verifiers import (
 
 
 def scores(judge: Any, *completions: str, **columns: Any) -> list[float | None]:
-    assert isinstance(judge, Judge)
+    assert isinstance(judge, JudgeBase)
     [judgment] = checked_judgments(judge, [make_group("q", completions, **columns)])
     return judgment.scores
 
