@@ -32,8 +32,8 @@ from judges.adapter import Abstention, judgment_from_outcomes
 from judges.llm.client import CallFailed, Client, refused
 from judges.llm.concurrency import in_own_loop, run_each
 from judges.llm.parsing import (
+    ReplyVerdict,
     Unclear,
-    Verdict,
     expected_score,
     parse_ranking,
     parse_scores,
@@ -287,12 +287,12 @@ class PairwiseJudge(_LLMJudge):
             winner: Any = "tie" if likely == 0.5 else "first" if likely > 0.5 else "second"
             return Comparison(first, second, winner, None, likely)
         form = self._limits(choices=self.labels, schema=_object({"verdict": {"enum": self.labels}}))
-        verdict: Verdict | Unclear = await self._ask(_whole(self._read), values, **form)
+        verdict: ReplyVerdict | Unclear = await self._ask(_whole(self._read), values, **form)
         if isinstance(verdict, Unclear):
             return Comparison(first, second, None, str(verdict))
         return Comparison(first, second, verdict)
 
-    def _read(self, text: str) -> Verdict | Unclear:
+    def _read(self, text: str) -> ReplyVerdict | Unclear:
         verdict = parse_verdict(text)
         return Unclear("a tie, which was not offered") if verdict == "tie" and not self.ties else verdict
 

@@ -285,7 +285,7 @@ def test_vllm_agrees_with_transformers_and_its_process_ends_with_close(tiny_mode
         )
     known = [s for j in plain for s in j.scores if s is not None]
     assert max(known) - min(known) > 3
-    process, log = judge._model._child.process, judge._model._child.log
+    process, log = judge._model._worker._child.process, judge._model._log
     judge.close()
     assert process.poll() is not None
     assert not log.exists()
