@@ -1,8 +1,9 @@
 # make quickstart   the main job: improve a 135M model over three rounds of iterative DPO, on a CPU, in minutes
 # make test         the tests
 # make lint         ruff, mypy, the import contract
+# make lock         constraints/ from .venv, after the tests passed with it
 #
-# Each makes what it needs: .venv with uv, then the install. EXTRA=gpu or EXTRA=cpu overrides what the machine suggests.
+# Each makes what it needs: .venv with uv, then the install, in the versions of constraints/. EXTRA=gpu or EXTRA=cpu overrides what the machine suggests.
 
 PYTHON ?= python3
 EXTRA ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
@@ -10,7 +11,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed-$(EXTRA)
 ARGS ?=
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test lint format lock clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/iterdpo quickstart $(ARGS)
@@ -28,9 +29,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+lock: $(INSTALLED)
+	tools/lock
+
 clean:
 	rm -rf .venv
 
-$(INSTALLED): pyproject.toml tools/install
+$(INSTALLED): pyproject.toml tools/install constraints/$(EXTRA).txt
 	PYTHON="$(PYTHON)" EXTRA="$(EXTRA)" tools/install
 	touch $@
