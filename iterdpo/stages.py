@@ -24,7 +24,7 @@ from iterdpo.experiment import Experiment, Pending, Policy, named_prompts
 from iterdpo.gate import decide
 from iterdpo.judging.judge import JudgeBase, NamedJudge
 from iterdpo.judging.shards import RETRY, EarlyJudge, group_shards, judge_key, judge_shards, read_groups, read_judgments
-from iterdpo.judging.stats import abstention_counts, judge_metrics, printable
+from iterdpo.judging.stats import AbstentionCounts, JudgeMetrics, printable
 from iterdpo.report.metrics import round_metrics
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import (
@@ -113,9 +113,10 @@ def judge(exp: Experiment, round: int) -> Manifest:
     usage = exp.used(named)
     exp.release_judges()
     shutil.rmtree(early, ignore_errors=True)
-    metrics = judge_metrics(read_groups(source), judgments)
+    metrics = JudgeMetrics().add(read_groups(source), judgments).result()
     return step.finish(
-        counts={**abstention_counts(judgments), "metrics": metrics, "usage": usage}, seconds={"streamed": streamed}
+        counts={**AbstentionCounts().add(judgments).result(), "metrics": metrics, "usage": usage},
+        seconds={"streamed": streamed},
     )
 
 
@@ -475,7 +476,7 @@ def _judge(
         stage.remark = f"{named.use.rpartition('/')[2]}: "
         stage.remark += f"mean score {sum(scores) / len(scores):.3f}" if scores else "nothing judged"
         if unjudged:
-            reason = next(iter(abstention_counts(judgments)["abstentions"]))
+            reason = next(iter(AbstentionCounts().add(judgments).result()["abstentions"]))
             stage.remark += f", {unjudged} abstentions ({printable(reason)[:80]})"
     return judgments
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from iterdpo.errors import JudgingStopped, UserError
 from iterdpo.judging.judge import JudgeBase, NamedJudge, judgments_in_turn
-from iterdpo.judging.stats import abstention_counts, printable
+from iterdpo.judging.stats import AbstentionCounts, printable
 from iterdpo.run.rundir import digest, read_jsonl, write_jsonl, write_text
 from iterdpo.types import CompletionGroup, Judgment
 
@@ -79,6 +79,7 @@ def judge_shards(
     allowed = min(
         int(named.max_abstained * total), total if named.max_abstained_count is None else named.max_abstained_count
     )
+    counted = AbstentionCounts(leave_out=named.by_design)
     retry = (directory / RETRY).exists()
 
     def tasks() -> Iterator[_Task]:
@@ -95,7 +96,7 @@ def judge_shards(
                 write_jsonl(task.target, (j.to_json() for j in fresh))
             judgments += fresh
             on_shard(fresh)
-            counts = abstention_counts(judgments, leave_out=named.by_design)
+            counts = counted.add(fresh).result()
             if counts["unjudged"] > allowed:
                 write_text(directory / RETRY, "")
                 raise JudgingStopped(_stopped(named, counts, total, allowed, directory))

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from iterdpo.types import Comparison, CompletionGroup, Judgment
 
+FloatArray = npt.NDArray[np.float64]
+BLOCK = 1 << 17
+"""Completions whose scores and lengths are kept, 16 bytes each, until they are summed up."""
+MOST_REASONS = 10_000
+"""Reasons that are told apart: each may quote its completion, and then there is another one for each."""
 POINTS = {"first": 1.0, "tie": 0.5, "second": 0.0}
 
 
@@ -61,32 +68,134 @@ def count_cycles(comparisons: Sequence[Comparison]) -> tuple[int, int]:
     return cycles, triads
 
 
-def judge_metrics(groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> dict[str, float | None]:
-    """How the judge behaved; None where nothing is there to tell by. See docs/metrics.md.
+class JudgeMetrics:
+    """How a stage's judge behaved, counted shard by shard: `JudgeMetrics().add(groups, judgments).result()`.
 
-    abstained           share of completions without a score
-    flip_rate           of the pairs shown in both orders and judged in both, the share whose winner changed with the
-                        order; from or to a tie counts
-    first_position      of the single comparisons with a winner, the share that went to the one shown first; 0.5 is fair
-    longer_wins         of the pairs of a prompt with different scores and lengths, the share where the longer has the
-                        higher score
-    length_correlation  Pearson's, of score and tokens, each minus its mean over the prompt's judged completions
-    intransitive        of three completions that all met decisively, the share that beat each other in a circle
+    It holds counts, and the scores and lengths of at most `BLOCK` completions.
     """
-    completions = sum(len(j.scores) for j in judgments)
-    comparisons = [c for j in judgments for c in j.comparisons]
-    decided = [c.winner for c in comparisons if c.winner in ("first", "second")]
-    flips = [flip for j in judgments for flip in _flips(j.comparisons)]
-    cycles = [count_cycles(j.comparisons) for j in judgments if len(j.scores) > 2]
-    longer, scores, lengths = _lengths(groups, judgments)
-    return {
-        "abstained": _share([s is None for j in judgments for s in j.scores]) if completions else None,
-        "flip_rate": _share(flips),
-        "first_position": _share([w == "first" for w in decided]),
-        "longer_wins": _share(longer),
-        "length_correlation": _correlation(scores, lengths),
-        "intransitive": sum(c for c, _ in cycles) / triads if (triads := sum(n for _, n in cycles)) else None,
-    }
+
+    def __init__(self) -> None:
+        self._count: Counter[str] = Counter()
+        self._lengths = _Correlation()
+
+    def add(self, groups: Iterable[CompletionGroup], judgments: Iterable[Judgment]) -> JudgeMetrics:
+        for group, judgment in zip(groups, judgments, strict=True):
+            self._add(group, judgment)
+        return self
+
+    def result(self) -> dict[str, float | None]:
+        """Each metric, or None without any data for it. See docs/metrics.md.
+
+        abstained           share of completions without a score
+        flip_rate           of the pairs shown in both orders and judged in both, the share whose winner changed with
+                            the order; from or to a tie counts
+        first_position      of the single comparisons with a winner, the share that went to the one shown first; 0.5 is
+                            fair
+        longer_wins         of the pairs of a prompt with different scores and lengths, the share in which the longer has
+                            the higher score
+        length_correlation  Pearson's, of score and tokens, each minus its mean over the prompt's judged completions
+        intransitive        of three completions that all met decisively, the share that beat each other in a circle
+        """
+        n = self._count
+
+        def share(part: str, whole: str) -> float | None:
+            return n[part] / n[whole] if n[whole] else None
+
+        return {
+            "abstained": share("abstained", "completions"),
+            "flip_rate": share("flips", "in both orders"),
+            "first_position": share("first", "decided"),
+            "longer_wins": share("longer wins", "of unlike length"),
+            "length_correlation": self._lengths.result(),
+            "intransitive": share("cycles", "triads"),
+        }
+
+    def _add(self, group: CompletionGroup, judgment: Judgment) -> None:
+        n = self._count
+        n["completions"] += len(judgment.scores)
+        n["abstained"] += judgment.scores.count(None)
+        if judgment.comparisons:
+            winners = [c.winner for c in judgment.comparisons]
+            n["first"] += winners.count("first")
+            n["decided"] += winners.count("first") + winners.count("second")
+            flips = _flips(judgment.comparisons)
+            n["flips"] += sum(flips)
+            n["in both orders"] += len(flips)
+            if len(judgment.scores) > 2:
+                cycles, triads = count_cycles(judgment.comparisons)
+                n["cycles"] += cycles
+                n["triads"] += triads
+        judged = [
+            (score, len(c.token_ids))
+            for score, c in zip(judgment.scores, group.completions, strict=True)
+            if score is not None
+        ]
+        for (s, m), (t, k) in itertools.combinations(judged, 2):
+            if s != t and m != k:
+                n["of unlike length"] += 1
+                n["longer wins"] += (s > t) == (m > k)
+        if len(judged) > 1:
+            scores, lengths = np.array(judged, dtype=float).T
+            self._lengths.add(scores - scores.mean(), lengths - lengths.mean())
+
+
+class AbstentionCounts:
+    """The counts of a manifest, judgment by judgment: completions, those without a score, and the commonest reasons.
+
+    Args:
+        leave_out: reasons that are not counted.
+    """
+
+    def __init__(self, *, leave_out: Collection[str] = ()) -> None:
+        self._leave_out = leave_out
+        self._completions = self._unjudged = 0
+        self._reasons: Counter[str] = Counter()
+
+    def add(self, judgments: Iterable[Judgment]) -> AbstentionCounts:
+        for judgment in judgments:
+            self._completions += len(judgment.scores)
+            for reason in judgment.abstentions:
+                if reason is None or reason in self._leave_out:
+                    continue
+                self._unjudged += 1
+                if reason in self._reasons or len(self._reasons) < MOST_REASONS:
+                    self._reasons[reason] += 1
+        return self
+
+    def result(self) -> dict[str, Any]:
+        """`{"completions": 512, "unjudged": 3, "abstentions": {"timed out after 60 s": 3}}`"""
+        return {
+            "completions": self._completions,
+            "unjudged": self._unjudged,
+            "abstentions": dict(self._reasons.most_common(20)),
+        }
+
+
+class _Correlation:
+    """Pearson's correlation of x and y, whose means are 0. Up to `BLOCK` points it is numpy's, beyond it is r of sums."""
+
+    def __init__(self) -> None:
+        self._x, self._y = array("d"), array("d")
+        self._sums = np.zeros(3)  # of x², xy and y² over the blocks that are full
+
+    def add(self, x: FloatArray, y: FloatArray) -> None:
+        self._x.extend(x)
+        self._y.extend(y)
+        if len(self._x) > BLOCK:
+            self._sums += self._products()
+            self._x, self._y = array("d"), array("d")
+
+    def result(self) -> float | None:
+        if not self._sums.any():
+            if not self._x or np.ptp(self._x) == 0 or np.ptp(self._y) == 0:
+                return None
+            return float(np.corrcoef(self._x, self._y)[0, 1])
+        xx, xy, yy = self._sums + self._products()
+        return float(xy / np.sqrt(xx * yy)) if xx and yy else None
+
+    def _products(self) -> FloatArray:
+        x, y = np.array(self._x), np.array(self._y)
+        return np.array([x @ x, x @ y, y @ y])
 
 
 def _flips(comparisons: Sequence[Comparison]) -> list[bool]:
@@ -95,54 +204,11 @@ def _flips(comparisons: Sequence[Comparison]) -> list[bool]:
     return [POINTS[one.winner] + POINTS[other.winner] != 1 for one, other in both if one.winner and other.winner]
 
 
-def _lengths(
-    groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]
-) -> tuple[list[bool], list[float], list[float]]:
-    longer: list[bool] = []
-    scores: list[float] = []
-    lengths: list[float] = []
-    for group, judgment in zip(groups, judgments, strict=True):
-        judged = [
-            (score, len(c.token_ids))
-            for score, c in zip(judgment.scores, group.completions, strict=True)
-            if score is not None
-        ]
-        for (s, m), (t, n) in itertools.combinations(judged, 2):
-            if s != t and m != n:
-                longer.append((s > t) == (m > n))
-        if len(judged) > 1:
-            values, tokens = np.array(judged, dtype=float).T
-            scores += list(values - values.mean())
-            lengths += list(tokens - tokens.mean())
-    return longer, scores, lengths
-
-
-def _correlation(x: list[float], y: list[float]) -> float | None:
-    if not x or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
-
-
 def _points(comparison: Comparison) -> float:
     assert comparison.winner is not None
     return POINTS[comparison.winner] if comparison.probability is None else comparison.probability
 
 
-def _share(values: Sequence[bool]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
 def printable(reason: str) -> str:
     """A reason for a terminal: it may quote a completion, and that may hold control characters."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in reason)
-
-
-def abstention_counts(judgments: Sequence[Judgment], *, leave_out: Collection[str] = ()) -> dict[str, Any]:
-    """The counts of a manifest: completions, those without a score, and the commonest reasons."""
-    given = (reason for j in judgments for reason in j.abstentions if reason is not None)
-    reasons = Counter(reason for reason in given if reason not in leave_out)
-    return {
-        "completions": sum(len(j.scores) for j in judgments),
-        "unjudged": reasons.total(),
-        "abstentions": dict(reasons.most_common(20)),
-    }

@@ -13,7 +13,7 @@ import pytest
 
 from iterdpo.errors import JudgeError
 from iterdpo.judging.judge import checked_judgments
-from iterdpo.judging.stats import judge_metrics
+from iterdpo.judging.stats import JudgeMetrics
 from iterdpo.testing import make_group
 from iterdpo.testing_http import FakeEndpoint
 from judges import load_judge
@@ -83,7 +83,7 @@ def test_a_judge_that_always_takes_the_first_says_tie_and_the_metrics_say_so(end
     groups = [make_group("One?", ["x", "y", "z"]), make_group("Two?", ["u", "v", "w"])]
     judgments = checked_judgments(make("pairwise", server), groups)
     assert [j.scores for j in judgments] == [[0.5] * 3] * 2
-    metrics = judge_metrics(groups, judgments)
+    metrics = JudgeMetrics().add(groups, judgments).result()
     assert (metrics["flip_rate"], metrics["first_position"]) == (1.0, 1.0)
 
 
@@ -176,7 +176,7 @@ def test_a_ranking_becomes_comparisons_in_the_order_shown(endpoint: Any) -> None
     [judgment] = checked_judgments(make("listwise", server), [group])
     assert server.requests == 2
     assert judgment.scores == [1.0, pytest.approx(0.5 / 3), pytest.approx(2 / 3), pytest.approx(0.5 / 3)]
-    assert judge_metrics([group], [judgment])["flip_rate"] == 0.0
+    assert JudgeMetrics().add([group], [judgment]).result()["flip_rate"] == 0.0
 
 
 def test_a_ranking_by_position_is_told_by_the_second_order(endpoint: Any) -> None:
@@ -184,7 +184,7 @@ def test_a_ranking_by_position_is_told_by_the_second_order(endpoint: Any) -> Non
     group = make_group("?", ["x", "y", "z"])
     [judgment] = checked_judgments(make("listwise", server), [group])
     assert judgment.scores == [0.5, 0.5, 0.5]
-    metrics = judge_metrics([group], [judgment])
+    metrics = JudgeMetrics().add([group], [judgment]).result()
     assert (metrics["flip_rate"], metrics["first_position"]) == (1.0, 1.0)
 
 
