@@ -42,9 +42,9 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from iterdpo.errors import JudgeError
+from iterdpo.judging.comparisons import judgment_from_comparisons
 from iterdpo.judging.judge import JudgeBase, Waiting, judgment_from_scores
 from iterdpo.types import Comparison, Completion, CompletionGroup, Judgment, Prompt
-from judges.schedules import judgment_from_comparisons
 
 Kind = Literal["groups", "batch", "score", "compare"]
 Bound = functools.partial[Any]

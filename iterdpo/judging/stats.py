@@ -1,4 +1,4 @@
-"""What comparisons say together, and what a stage's judgments tell about the judge that made them. Pure."""
+"""What a stage's judgments tell about the judge that made them. Pure."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import itertools
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from iterdpo.judging.comparisons import SHARES, count_cycles
 from iterdpo.types import Comparison, CompletionGroup, Judgment
 
 FloatArray = npt.NDArray[np.float64]
@@ -18,54 +19,6 @@ BLOCK = 1 << 17
 """Completions whose scores and lengths are kept, 16 bytes each, until they are summed up."""
 MOST_REASONS = 10_000
 """Reasons that are told apart: each may quote its completion, and then there is another one for each."""
-POINTS = {"first": 1.0, "tie": 0.5, "second": 0.0}
-
-
-class Met(NamedTuple):
-    """How completions i < j fared against each other over all orders: `Met(0, 2, points=1.0, reason=None)`.
-
-    `points` are those of i; j has the rest of 1. Where a comparison was not judged, `reason` says why.
-    """
-
-    i: int
-    j: int
-    points: float
-    reason: str | None = None
-
-
-def meetings(comparisons: Sequence[Comparison]) -> list[Met]:
-    """One `Met` for each two completions that were compared.
-
-    Hard verdicts that contradict each other are a tie; of probabilities the mean counts.
-    """
-    by_pair: dict[tuple[int, int], list[Comparison]] = {}
-    for c in comparisons:
-        by_pair.setdefault((min(c.first, c.second), max(c.first, c.second)), []).append(c)
-    met = []
-    for (i, j), shown in by_pair.items():
-        unjudged = next((c for c in shown if c.winner is None), None)
-        if unjudged is not None:
-            met.append(Met(i, j, 0.5, unjudged.reason or "the judge gave no reason"))
-            continue
-        points = [_points(c) if c.first == i else 1 - _points(c) for c in shown]
-        if all(c.probability is not None for c in shown):
-            met.append(Met(i, j, sum(points) / len(points)))
-        else:
-            met.append(Met(i, j, points[0] if len(set(points)) == 1 else 0.5))
-    return met
-
-
-def count_cycles(comparisons: Sequence[Comparison]) -> tuple[int, int]:
-    """(cycles, triads): of the three completions that all met decisively, how many are i > j > k > i."""
-    beats = {(m.i, m.j) if m.points > 0.5 else (m.j, m.i) for m in meetings(comparisons) if m.points != 0.5}
-    involved = sorted({k for pair in beats for k in pair})
-    cycles = triads = 0
-    for i, j, k in itertools.combinations(involved, 3):
-        wins = Counter(a for a, b in beats if {a, b} <= {i, j, k})
-        if wins.total() == 3:
-            triads += 1
-            cycles += max(wins.values()) == 1
-    return cycles, triads
 
 
 class JudgeMetrics:
@@ -94,7 +47,8 @@ class JudgeMetrics:
         longer_wins         of the pairs of a prompt with different scores and lengths, the share in which the longer has
                             the higher score
         length_correlation  Pearson's, of score and tokens, each minus its mean over the prompt's judged completions
-        intransitive        of three completions that all met decisively, the share that beat each other in a circle
+        intransitive        of three completions that were all compared decisively, the share in which each beat another
+                            one
         """
         n = self._count
 
@@ -201,12 +155,7 @@ class _Correlation:
 def _flips(comparisons: Sequence[Comparison]) -> list[bool]:
     shown = {(c.first, c.second): c for c in comparisons if c.winner is not None}
     both = [(c, shown[b, a]) for (a, b), c in shown.items() if a < b and (b, a) in shown]
-    return [POINTS[one.winner] + POINTS[other.winner] != 1 for one, other in both if one.winner and other.winner]
-
-
-def _points(comparison: Comparison) -> float:
-    assert comparison.winner is not None
-    return POINTS[comparison.winner] if comparison.probability is None else comparison.probability
+    return [SHARES[one.winner] + SHARES[other.winner] != 1 for one, other in both if one.winner and other.winner]
 
 
 def printable(reason: str) -> str:

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from iterdpo.errors import JudgeError
+from iterdpo.judging.comparisons import UNCOMPARED, Aggregate, judgment_from_comparisons, resolve_comparisons
 from iterdpo.judging.judge import JudgeBase, Waiting
-from iterdpo.judging.stats import meetings
 from iterdpo.run.rundir import RunDir
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
@@ -44,7 +44,7 @@ from judges.llm.reply import Reply
 from judges.llm.server import Server, ServerSettings
 from judges.llm.settings import Endpoint
 from judges.llm.templates import Kind, load_template, principles
-from judges.schedules import BY_LOT, NOT_MET, Aggregate, Knockout, all_pairs, judgment_from_comparisons, random_pairs
+from judges.schedules import LOST_COIN_FLIP, Knockout, all_pairs, random_pairs
 
 Constrain = Literal["auto", "structured_outputs", "json_schema", "none"]
 REVISION = 1
@@ -230,7 +230,7 @@ class PairwiseJudge(_LLMJudge):
 
     kind = "pairwise"
     comparative = True
-    EXPECTED_ABSTENTIONS = (BY_LOT, NOT_MET)
+    EXPECTED_ABSTENTIONS = (LOST_COIN_FLIP, UNCOMPARED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,14 +258,14 @@ class PairwiseJudge(_LLMJudge):
             while matches := knockout.matches():
                 fresh = await self._compare_all(group, matches)
                 comparisons += fresh
-                met = {(m.i, m.j): m for m in meetings(fresh)}
-                knockout.record([met[min(pair), max(pair)] for pair in matches])
+                results = {(r.i, r.j): r for r in resolve_comparisons(fresh)}
+                knockout.record([results[min(pair), max(pair)] for pair in matches])
             return knockout.judgment(group, comparisons)
         pairs = all_pairs(count)
         if self.schedule == "random_pairs":
             pairs = random_pairs(count, self.comparisons or 0, seed=self._seed(group, "pairs"))
         compared = await self._compare_all(group, pairs)
-        return judgment_from_comparisons(group, compared, aggregate=self.aggregate, lasting=refused)
+        return judgment_from_comparisons(group, compared, aggregate=self.aggregate, is_permanent=refused)
 
     async def _compare_all(self, group: CompletionGroup, pairs: Sequence[tuple[int, int]]) -> list[Comparison]:
         orders = [order for i, j in pairs for order in ((i, j), (j, i))]
@@ -405,7 +405,7 @@ class ListwiseJudge(_LLMJudge):
         shown = random.Random(self._seed(group, "order")).sample(distinct, len(distinct))
         asked = await asyncio.gather(*(self._rank(group, order) for order in (shown, shown[::-1])[: self.orders]))
         judged = [c for comparisons in asked for c in comparisons]
-        return judgment_from_comparisons(group, [*judged, *_of_twins(texts, judged)], lasting=refused)
+        return judgment_from_comparisons(group, [*judged, *_of_twins(texts, judged)], is_permanent=refused)
 
     async def _rank(self, group: CompletionGroup, shown: list[int]) -> list[Comparison]:
         count = len(shown)

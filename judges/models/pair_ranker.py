@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import JudgeError
+from iterdpo.judging.comparisons import judgment_from_comparisons
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
 from judges.models.reward_model import DTYPES, check_choice, checkpoint_config, free_memory
-from judges.schedules import judgment_from_comparisons
 
 PAIRRM_TOKENS = 2048
 """What PairRM was trained on at most: 1,224 tokens of a prompt and 412 of each completion."""

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from iterdpo.errors import JudgeError
+from iterdpo.judging.comparisons import Aggregate, judgment_from_comparisons
 from iterdpo.judging.judge import JudgeBase, Waiting
 from iterdpo.run.rundir import digest
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment
 from judges.person.store import Batch, Reviews, Task, Verdict
-from judges.schedules import Aggregate, all_pairs, judgment_from_comparisons, random_pairs
+from judges.schedules import all_pairs, random_pairs
 
 Comparisons = int | Literal["all", "chain"]
 

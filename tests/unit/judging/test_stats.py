@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from iterdpo.judging import stats
-from iterdpo.judging.stats import AbstentionCounts, JudgeMetrics, Met, count_cycles, meetings
+from iterdpo.judging.stats import AbstentionCounts, JudgeMetrics
 from iterdpo.testing import make_group
 from iterdpo.types import Comparison, Judgment
 
@@ -50,24 +50,6 @@ def test_a_verdict_flips_where_the_other_order_says_another_thing(
     assert metrics["flip_rate"] == flipped
     decided = [w for w in orders if w in ("first", "second")]
     assert metrics["first_position"] == (decided.count("first") / len(decided) if decided else None)
-
-
-def test_a_meeting_is_a_tie_where_the_orders_disagree_and_the_mean_of_probabilities() -> None:
-    assert meetings([Comparison(0, 1, "first"), Comparison(1, 0, "second")]) == [Met(0, 1, 1.0)]
-    assert meetings([Comparison(0, 1, "first"), Comparison(1, 0, "first")]) == [Met(0, 1, 0.5)]
-    # Of i = 0: 0.75 where it was first, 1 - 0.5 where it was second.
-    soft = [Comparison(0, 1, "first", probability=0.75), Comparison(1, 0, "tie", probability=0.5)]
-    assert meetings(soft) == [Met(0, 1, 0.625)]
-    assert meetings([Comparison(0, 1, "first"), Comparison(1, 0, None, "late")]) == [Met(0, 1, 0.5, "late")]
-
-
-def test_a_circle_is_three_that_beat_each_other() -> None:
-    circle = [Comparison(0, 1, "first"), Comparison(1, 2, "first"), Comparison(2, 0, "first")]
-    ladder = [Comparison(0, 1, "first"), Comparison(1, 2, "first"), Comparison(0, 2, "first")]
-    assert count_cycles(circle) == (1, 1)
-    assert count_cycles(ladder) == (0, 1)
-    assert count_cycles([*circle[:2], Comparison(2, 0, "tie")]) == (0, 0)  # not decisive
-    assert count_cycles(circle[:2]) == (0, 0)  # not all met
 
 
 def test_only_scored_completions_of_different_score_and_length_tell_whether_the_longer_wins() -> None:
