@@ -242,7 +242,7 @@ def _ours(job: dict[str, Any], pairs: list[Any]) -> tuple[list[float], float, li
     from iterdpo.config import DPOConfig
     from iterdpo.data.pairs import write_pairs
     from iterdpo.run.rundir import read_jsonl
-    from iterdpo.training.launch import TrainSpec
+    from iterdpo.training.launch import ReferenceInputs, TrainSpec
     from iterdpo.types import Completion, PreferencePair, Prompt
 
     if job["side"] == "without chunked_head":
@@ -268,18 +268,20 @@ def _ours(job: dict[str, Any], pairs: list[Any]) -> tuple[list[float], float, li
         write_pairs(root / "pairs", rows, summary="random pairs")
         spec = TrainSpec(
             name="benchmark",
-            policy=job["model"],
+            policy=Path(job["model"]),
             reference=None,
-            pairs=str(root / "pairs" / "train.parquet"),
+            pairs=root / "pairs" / "train.parquet",
             eval_pairs=None,
-            output=str(root / "policy"),
-            reference_output=str(root / "reference"),
+            output=root / "policy",
+            reference_output=root / "reference",
             attic=None,
-            reference_inputs={},
-            dpo=DPOConfig(**settings).model_dump(),
+            reference_inputs=ReferenceInputs(
+                reference="", pairs="", precision="", adapter=False, sampler_logps_tolerance=None, mismatched=None
+            ),
+            dpo=DPOConfig(**settings),
             seed=0,
-            pairs_cache=str(root / "cache"),
-            tracker_dir=str(root / "trackers"),
+            pairs_cache=root / "cache",
+            tracker_dir=root / "trackers",
         )
         reference_seconds = 0.0
         compute = trainer.Trainer._computed_logps

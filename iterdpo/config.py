@@ -11,10 +11,18 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from iterdpo.errors import ConfigError
 
@@ -160,39 +168,82 @@ class SentinelsConfig(Section):
     """Steps over which `chosen_drop` and `margin` are averaged."""
 
 
+class _Loss(Section):
+    uses_reference: ClassVar[bool] = True
+    compares_completions: ClassVar[bool] = True
+    """Whether a pair's loss depends on both of its completions together."""
+
+
+class SmoothedLoss(_Loss):
+    type: Literal["sigmoid", "sigmoid_norm", "robust"]
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Assumed probability that a label is flipped. With `sigmoid`, above 0 is conservative DPO."""
+
+
+class ExoPairLoss(_Loss):
+    type: Literal["exo_pair"]
+    label_smoothing: float = Field(0.001, gt=0, lt=0.5)
+    """Assumed probability that a label is flipped. At 0 the loss would be infinite."""
+
+
+class PlainLoss(_Loss):
+    type: Literal["ipo", "hinge", "nca_pair", "apo_zero", "apo_down", "sppo_hard"]
+
+
+class DPOPLoss(_Loss):
+    type: Literal["dpop"]
+    penalty_weight: float = Field(50.0, ge=0)
+    """The paper's lambda: weight of the penalty for a chosen completion that becomes less likely."""
+
+
+class SimPOLoss(_Loss):
+    uses_reference: ClassVar[bool] = False
+    type: Literal["simpo"]
+    gamma: float = Field(0.5, ge=0)
+    """Target reward margin. The authors use a tenth to eight tenths of `dpo.beta`."""
+
+
+class ORPOLoss(_Loss):
+    uses_reference: ClassVar[bool] = False
+    type: Literal["orpo"]
+
+
+class SFTLoss(_Loss):
+    uses_reference: ClassVar[bool] = False
+    compares_completions: ClassVar[bool] = False
+    type: Literal["sft"]
+
+
+class KTOLoss(_Loss):
+    compares_completions: ClassVar[bool] = False
+    type: Literal["kto"]
+    desirable_weight: float = Field(1.0, ge=0)
+    """Weight of desirable (chosen) completions."""
+    undesirable_weight: float = Field(1.0, ge=0)
+    """Weight of undesirable (rejected) completions."""
+
+
+Loss = SmoothedLoss | ExoPairLoss | PlainLoss | DPOPLoss | SimPOLoss | ORPOLoss | SFTLoss | KTOLoss
+LOSSES: dict[str, type[_Loss]] = {
+    name: kind for kind in get_args(Loss) for name in get_args(kind.model_fields["type"].annotation)
+}
+"""Every loss's name, with the model of its keys. Nothing else lists them."""
+
+
+def _loss_with_type(value: Any) -> Any:
+    """A bare name stands for the loss with its defaults; keys without a type are the default loss's."""
+    if isinstance(value, str):
+        return {"type": value}
+    return {"type": "sigmoid", **value} if isinstance(value, dict) else value
+
+
 class DPOConfig(Section):
-    loss: Literal[
-        "sigmoid",
-        "sigmoid_norm",
-        "robust",
-        "ipo",
-        "hinge",
-        "kto",
-        "orpo",
-        "simpo",
-        "sppo_hard",
-        "dpop",
-        "exo_pair",
-        "nca_pair",
-        "apo_zero",
-        "apo_down",
-        "sft",
-    ] = "sigmoid"
-    """The objective; docs/losses.md has each one's equation. `sigmoid` is DPO. `orpo`, `simpo` and `sft` have no
-    reference; `kto` takes unpaired data too; `sft` trains on the chosen alone."""
+    loss: Annotated[Loss, Field(discriminator="type"), BeforeValidator(_loss_with_type)] = SmoothedLoss(type="sigmoid")
+    """The objective, with the keys that it alone has; [losses.md](losses.md) has each one's equation. `sigmoid` is DPO.
+    `orpo`, `simpo` and `sft` have no reference; `kto` takes unpaired data too; `sft` trains on the chosen alone."""
     beta: float = Field(0.1, gt=0)
     """Strength of the pull towards the reference (Eq. 7 of arXiv:2305.18290). Smaller lets the policy move further.
     Its scale is the loss's own: about 2 to 10 for simpo and sigmoid_norm, 0.001 for sppo_hard."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Assumed probability that a label is flipped: conservative DPO; also of robust, sigmoid_norm and exo_pair."""
-    simpo_gamma: float = Field(0.5, ge=0)
-    """SimPO's target reward margin."""
-    dpop_lambda: float = Field(50.0, ge=0)
-    """DPO-positive's weight of the penalty for a chosen completion that becomes less likely."""
-    desirable_weight: float = Field(1.0, ge=0)
-    """KTO's weight of desirable (chosen) completions."""
-    undesirable_weight: float = Field(1.0, ge=0)
-    """KTO's weight of undesirable (rejected) completions."""
     nll_coefficient: float = Field(0.0, ge=0)
     """Weight of the chosen completion's mean token loss beside the objective (iterative RPO, arXiv:2404.19733)."""
     wpo: bool = False
@@ -259,20 +310,18 @@ class DPOConfig(Section):
 
     @model_validator(mode="after")
     def _the_objective_is_defined(self) -> DPOConfig:
-        smoothed = ("sigmoid", "sigmoid_norm", "robust", "exo_pair")
-        if self.label_smoothing and self.loss not in smoothed:
-            raise ValueError(
-                f"label_smoothing: {self.loss} has none; set it to 0, or take one of {', '.join(smoothed)}"
-            )
-        if self.loss == "exo_pair" and not self.label_smoothing:
-            raise ValueError("label_smoothing: exo_pair is not defined at 0; 0.001 is usual")
-        if self.wpo and self.loss in ("kto", "sft"):
-            raise ValueError(f"wpo: weighs pairs, which {self.loss} does not compare")
+        if self.wpo and not self.loss.compares_completions:
+            raise ValueError(f"wpo: weighs pairs, which {self.loss.type} does not compare; set dpo.wpo=false")
         if self.reference == "ema" and self.adapter is not None:
             raise ValueError("reference: ema averages whole checkpoints, and an adapter trains; set it to previous")
         if self.sampler_logps_tolerance is not None and self.reference != "previous":
             raise ValueError("sampler_logps_tolerance: the sampler is the policy `previous`; set reference to it")
         return self
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the objective compares the policy with a reference."""
+        return self.loss.uses_reference and self.reference != "none"
 
 
 class EvaluationConfig(Section):
@@ -416,9 +465,9 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _load(schema: type[AnyConfig], paths: tuple[str | Path, ...], overrides: list[str]) -> AnyConfig:
     values: dict[str, Any] = {}
     for path in paths:
-        values = merge(values, _read_yaml(Path(path)))
+        values = merge(_typed_loss(values), _read_yaml(Path(path)))
     for override in overrides:
-        values = assign(values, override)
+        values = assign(_typed_loss(values), override)
     other = OfflineConfig if schema is Config else Config
     wants = {"data"} if schema is Config else {"prompts", "judge"}
     if wants & values.keys() - schema.model_fields.keys():
@@ -427,6 +476,14 @@ def _load(schema: type[AnyConfig], paths: tuple[str | Path, ...], overrides: lis
             f"{_names(paths)}: has {sorted(wants & values.keys())[0]!r}: this is a configuration of `{command}`"
         )
     return parse_config(schema, values, source=_names(paths))
+
+
+def _typed_loss(values: dict[str, Any]) -> dict[str, Any]:
+    """`dpo.loss: ipo` as `{type: ipo}`, so that what comes later can add a key to it."""
+    match values:
+        case {"dpo": {"loss": str(name)} as dpo}:
+            return {**values, "dpo": {**dpo, "loss": {"type": name}}}
+    return values
 
 
 def _names(paths: tuple[str | Path, ...]) -> str:
@@ -478,29 +535,65 @@ def assign(values: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def explain(schema: type[BaseModel], error: Any) -> str:
-    """An error of pydantic's `ValidationError.errors()` in our words, with the nearest key where one is unknown."""
-    where = ".".join(str(part) for part in error["loc"])
+    """An error of pydantic's `ValidationError.errors()` in our words, with the nearest key if one is unknown."""
+    loc, section, others = _locate(schema, error["loc"])
+    where = ".".join(map(str, loc))
     match error["type"]:
         case "extra_forbidden":
-            known = _known_keys(schema, error["loc"][:-1])
-            near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+            owners = [name for name, keys in others.items() if loc[-1] in keys]
+            if owners:
+                union, tag = ".".join(map(str, loc[:-1])), error["loc"][-2]
+                return (
+                    f"unknown key {where!r}: it belongs to {', '.join(owners)}, and {union}.type is {tag!r}; remove it, "
+                    f"or set {union}={tag} to start from its defaults"
+                )
+            known = _keys(section)
+            near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
             return f"unknown key {where!r}; {hint}"
         case "missing":
             return f"missing key {where!r}"
+        case "union_tag_invalid":
+            name, names = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "")
+            near = difflib.get_close_matches(name, names.split(", "), n=1, cutoff=0.5)
+            return f"{where} = {name!r}: " + (
+                f"did you mean {near[0]!r}?" if near else f"input should be one of {names}"
+            )
         case "value_error":
             return str(error["ctx"]["error"]) if not where else f"{where}: {error['ctx']['error']}"
         case _:
             return f"{where} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _known_keys(schema: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    for part in loc:
-        annotation = schema.model_fields[part].annotation if part in schema.model_fields else None
-        sections = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if sections:
-            schema = sections[0]
-    return list(schema.model_fields)
+def _locate(
+    schema: type[BaseModel], loc: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], type[BaseModel], dict[str, list[str]]]:
+    """An error's key without the tag that pydantic adds for a union, the section that the key is in, and the keys of the
+    union's other members by their tag.
+    """
+    keys: list[Any] = []
+    others: dict[str, list[str]] = {}
+    for part in loc[:-1]:
+        if part in others:
+            schema = LOSSES[part]
+            continue
+        keys.append(part)
+        found = _sections(schema, part)
+        others = {name: list(kind.model_fields) for name, kind in LOSSES.items()} if len(found) > 1 else {}
+        schema = found[0] if found else schema
+    return (*keys, *loc[-1:]), schema, others
+
+
+def _sections(schema: type[BaseModel], key: Any) -> list[type[BaseModel]]:
+    annotation = schema.model_fields[key].annotation if key in schema.model_fields else None
+    return [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+
+
+def _keys(section: type[BaseModel]) -> list[str]:
+    """The keys of a section, and those of the losses in it with their path: `loss.gamma`."""
+    unions = [(key, found) for key in section.model_fields if len(found := _sections(section, key)) > 1]
+    nested = {f"{key}.{name}" for key, found in unions for kind in found for name in kind.model_fields}
+    return [*section.model_fields, *sorted(nested)]
 
 
 def _absolute(config: AnyConfig) -> AnyConfig:

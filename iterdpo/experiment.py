@@ -18,11 +18,11 @@ from iterdpo.errors import ConfigError
 from iterdpo.judging.judge import JudgeBase, NamedJudge
 from iterdpo.judging.shards import EarlyJudge
 from iterdpo.run.checkpoints import check_checkpoint, context_length, resolve_checkpoint
+from iterdpo.run.devices import reserve, visible_gpus
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import RunDir, directory_digest, read_jsonl, write_jsonl, write_text
-from iterdpo.run.supervise import reserve
 from iterdpo.sampling import Sampler, VLLMSampler
-from iterdpo.training.launch import check_training, visible_gpus
+from iterdpo.training.launch import check_training
 from iterdpo.types import Prompt
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 from iterdpo.config import OfflineConfig
@@ -17,12 +16,12 @@ from iterdpo.errors import ConfigError, DataError
 from iterdpo.experiment import Policy
 from iterdpo.report.metrics import round_metrics
 from iterdpo.run.checkpoints import check_checkpoint, resolve_checkpoint
+from iterdpo.run.devices import reserved_gpus
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import Manifest, RunDir, directory_digest, read_manifest
-from iterdpo.run.supervise import reserve
 from iterdpo.seeds import derive_seed
 from iterdpo.stages import train_on_pairs
-from iterdpo.training.launch import check_training, visible_gpus
+from iterdpo.training.launch import check_training
 from iterdpo.types import RoundRecord
 
 PART_OF_KEY = {"format", "limit", "heldout", "max_prompt_tokens", "max_completion_tokens"}
@@ -44,9 +43,9 @@ def train_round(config: OfflineConfig, *, progress: Progress, redo: bool = False
         policy = Policy(path, directory_digest(path), 0)
         pairs = prepare_pairs(config, run, policy, progress)
         progress.say(f"  {'pairs':<9} {describe_counts(pairs.counts)}")
-        if pairs.counts["kind"] == "unpaired" and config.dpo.loss != "kto":
+        if pairs.counts["kind"] == "unpaired" and config.dpo.loss.type != "kto":
             raise ConfigError(
-                f"{config.data.path}: unpaired data, and dpo.loss = {config.dpo.loss!r} compares pairs; set dpo.loss=kto"
+                f"{config.data.path}: unpaired data, and dpo.loss = {config.dpo.loss.type!r} compares pairs; set dpo.loss=kto"
             )
         run.write_config(config.model_dump())
         before = read_manifest(run.round_dir(1) / "policy")
@@ -60,23 +59,13 @@ def train_round(config: OfflineConfig, *, progress: Progress, redo: bool = False
             seed=derive_seed(config.seed, 1, "train"),
             trust_remote_code=config.model.trust_remote_code,
             progress=progress,
-            reserved=lambda: gpus.enter_context(_reserved(config.dpo.processes)),
+            reserved=lambda: gpus.enter_context(reserved_gpus(config.dpo.processes, say=progress.say)),
         )
         metrics = round_metrics(run, 1) | {"gate/decision": "promote", "gate/reason": "an offline round has no gate"}
         record = RoundRecord(1, "promote", metrics["gate/reason"], "round-001/policy", 1, trained.digest, {}, metrics)
         if run.record(1) != record:
             run.write_record(record)
         return before is None or before.digest != trained.digest
-
-
-@contextmanager
-def _reserved(count: int) -> Iterator[list[int]]:
-    descriptors = reserve(visible_gpus()[:count])
-    try:
-        yield descriptors
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
 
 
 def prepare_pairs(

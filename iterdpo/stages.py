@@ -42,7 +42,7 @@ from iterdpo.run.rundir import (
 )
 from iterdpo.sampling import SamplingParameters
 from iterdpo.seeds import derive_seed
-from iterdpo.training.launch import OPTIMIZER_STATE, TRAIN_LOG, TrainSpec, launch_training
+from iterdpo.training.launch import OPTIMIZER_STATE, TRAIN_LOG, ReferenceInputs, TrainSpec, launch_training
 from iterdpo.types import CompletionGroup, Judgment, Prompt, RoundRecord
 
 # Settings that change how fast or in how much memory a step runs, never what it computes.
@@ -249,27 +249,27 @@ def train_on_pairs(
     carried = Path(policy.path) / OPTIMIZER_STATE
     spec = TrainSpec(
         name=run.round_dir(round).name,
-        policy=str(policy.path),
-        reference=None if reference.digest == policy.digest else str(reference.path),
-        pairs=str(source / TRAIN),
-        eval_pairs=str(source / HELDOUT) if (source / HELDOUT).exists() else None,
-        output=str(directory),
-        reference_output=str(run.round_dir(round) / "reference"),
-        attic=str(run.attic) if run.redo else None,
-        reference_inputs={
-            "reference": reference.digest,
-            "pairs": pairs.digest,
-            "precision": dpo.precision,
-            "adapter": dpo.adapter is not None and dpo.adapter.quantize,  # its base is kept in fewer bits
-            "sampler_logps_tolerance": dpo.sampler_logps_tolerance,
-            "mismatched": seed if dpo.loss == "kto" else None,
-        },
-        dpo=dpo.model_dump(),
+        policy=policy.path,
+        reference=None if reference.digest == policy.digest else reference.path,
+        pairs=source / TRAIN,
+        eval_pairs=source / HELDOUT if (source / HELDOUT).exists() else None,
+        output=directory,
+        reference_output=run.round_dir(round) / "reference",
+        attic=run.attic if run.redo else None,
+        reference_inputs=ReferenceInputs(
+            reference=reference.digest,
+            pairs=pairs.digest,
+            precision=dpo.precision,
+            adapter=dpo.adapter is not None and dpo.adapter.quantize,
+            sampler_logps_tolerance=dpo.sampler_logps_tolerance,
+            mismatched=seed if dpo.loss.type == "kto" else None,
+        ),
+        dpo=dpo,
         seed=seed,
         trust_remote_code=trust_remote_code,
-        pairs_cache=str(run.round_dir(round) / "pairs.cache"),
-        tracker_dir=str(run.root / "trackers" / run.round_dir(round).name),
-        optimizer=str(carried) if dpo.optimizer_state == "carry" and carried.exists() else None,
+        pairs_cache=run.round_dir(round) / "pairs.cache",
+        tracker_dir=run.root / "trackers" / run.round_dir(round).name,
+        optimizer=carried if dpo.optimizer_state == "carry" and carried.exists() else None,
     )
     total = pairs.counts["kept"] * dpo.epochs
     log = directory / TRAIN_LOG

@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from iterdpo.config import AdapterConfig, Config, JudgeConfig, OfflineConfig
+from iterdpo.config import LOSSES, AdapterConfig, Config, DPOConfig, JudgeConfig, OfflineConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -82,7 +82,7 @@ def sections(model: type[BaseModel], key: str = "") -> Iterator[tuple[str, type[
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
     """The model of a field that is a section, `Section | None` too."""
-    kinds = get_args(field.annotation) or (field.annotation,)
+    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind not in LOSSES.values()]
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
@@ -101,11 +101,38 @@ def section(key: str, model: type[BaseModel]) -> list[str]:
     table = "\n".join(["| key | value | default | meaning |", "| --- | --- | --- | --- |", *rows])
     if not key:
         return [f"{model.__doc__}", table]
+    if model is DPOConfig:
+        return [f"### {key}", table, *loss_section(model.model_fields["loss"])]
     optional = [f"{model.__doc__} `null` unless given."] if model is AdapterConfig else []
     return [f"### {key}", *optional, table]
 
 
+def loss_section(field: FieldInfo) -> list[str]:
+    """The section `dpo.loss`, with a row for each key that some loss has."""
+    names: dict[type[BaseModel], list[str]] = {}
+    for name, model in LOSSES.items():
+        names.setdefault(model, []).append(f"`{name}`")
+    rows = [
+        f"| {', '.join(of)} {row(key, value)}"
+        for model, of in names.items()
+        for key, value in model.model_fields.items()
+        if key != "type"
+    ]
+    plain = ", ".join(", ".join(of) for model, of in names.items() if list(model.model_fields) == ["type"])
+    return [
+        "### dpo.loss",
+        " ".join((field.description or "").split()),
+        "A bare name takes the loss's defaults: `loss: ipo`. With keys it is a mapping: `loss: {type: simpo, gamma: 0.8}`. "
+        "Overrides do either: `dpo.loss=ipo` replaces the whole loss, `dpo.loss.gamma=0.8` changes one key of it. A key "
+        "of another loss is refused.",
+        "\n".join(["| type | key | value | default | meaning |", "| --- | --- | --- | --- | --- |", *rows]),
+        f"No keys of their own: {plain}.",
+    ]
+
+
 def row(name: str, field: FieldInfo) -> str:
+    if name == "loss":
+        return "| `loss` | name, or mapping | `sigmoid` | The objective: see [dpo.loss](#dpoloss). |"
     assert field.description, f"{name} has no docstring"
     default = "required" if field.is_required() else f"`{shown(field.get_default(call_default_factory=True))}`"
     cells = [f"`{name}`", value_of(field), default, " ".join(field.description.split())]

@@ -7,9 +7,6 @@
 Only the parent holds the pipe's writing end. When the parent ends, by SIGKILL too, the guard reads end-of-file and
 kills everything below it, and itself. What the command leaves behind when it ends goes too.
 
-`reserve` takes an flock for each GPU. The sampler and the trainer of a run share it, taking turns on the GPU; each
-guard inherits it, so that a GPU stays reserved until the last process that may run on it is gone.
-
 Run as `python -m iterdpo.run.supervise FD -- COMMAND ...`; imports only the standard library.
 """
 
@@ -17,15 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
@@ -78,7 +73,7 @@ def start(
 ) -> Child:
     """Start `command` under guard. Its stderr (and its stdout, unless `pipes`) is appended to `log`.
 
-    `pipes`: its stdin and stdout are pipes to the caller. `reserved`: descriptors from `reserve`, held while it lives.
+    `pipes`: its stdin and stdout are pipes to the caller. `reserved`: descriptors from `devices.reserve`, held while it lives.
     """
     read_end, write_end = os.pipe()
     guard = [sys.executable, "-S", "-E", "-P", str(Path(__file__)), str(read_end), "--", *command]
@@ -94,28 +89,6 @@ def start(
         )
     os.close(read_end)
     return Child(process, write_end, log)
-
-
-def reserve(devices: Sequence[str], *, on_wait: Callable[[str], None] = lambda device: None) -> list[int]:
-    """Reserve GPUs on this machine among iterdpo runs, in order; waits for one that is taken, after `on_wait(device)`.
-
-    Returns descriptors. The reservation ends when they are closed here and in every guard that inherited them.
-    """
-    held = []
-    for device in sorted(set(devices)):
-        name = "".join(c if c.isalnum() else "-" for c in device)
-        path = Path(tempfile.gettempdir()) / f"iterdpo-gpu-{name}.lock"
-        try:
-            descriptor = os.open(path, os.O_RDONLY)  # enough for a lock, and the file may be another user's
-        except FileNotFoundError:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait(device)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        held.append(descriptor)
-    return held
 
 
 def _guard(arguments: list[str]) -> int:

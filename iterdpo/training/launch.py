@@ -9,15 +9,15 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from iterdpo.config import DPOConfig
+from iterdpo.config import DPOConfig, Section
 from iterdpo.errors import ChildFailed, ConfigError
 from iterdpo.run import supervise
+from iterdpo.run.devices import visible_gpus
 from iterdpo.run.rundir import read_json, write_json
 
 TRAIN_LOG = "train_log.jsonl"
@@ -25,38 +25,54 @@ OPTIMIZER_STATE = "optimizer.pt"
 MALLOC = {"hugetlb": 1, "trim_threshold": 16 << 30, "mmap_threshold": 32 << 20, "top_pad": 64 << 20}
 
 
-@dataclass(frozen=True)
-class TrainSpec:
-    """What a training process is told. Paths are absolute; `dpo` holds the fields of `DPOConfig`.
+class ReferenceInputs(Section):
+    """The inputs of the step `reference`: all that its stored log-probabilities depend on."""
 
-    `reference` is None where it is the policy itself. `reference_inputs` key the stored log-probabilities; `attic` is
-    where such that were made with other inputs go (None refuses). `optimizer` is the state to go on from.
-    `pairs_cache` takes what makes large files of pairs quick to read. `name` is the round's, for trackers.
-    """
+    reference: str
+    """The reference policy's digest."""
+    pairs: str
+    """The digest of the step `pairs`."""
+    precision: str
+    adapter: str | Literal[False]
+    """`dpo.adapter.quantize`: the adapter's base may be kept in fewer bits. False without an adapter."""
+    sampler_logps_tolerance: float | None
+    mismatched: int | None
+    """The round's seed, which decides KTO's mismatched completions. None for another loss."""
+
+
+class TrainSpec(Section):
+    """One round's training, as its process reads it from a JSON file. Paths are absolute."""
 
     name: str
-
-    policy: str
-    reference: str | None
-    pairs: str
-    eval_pairs: str | None
-    output: str
-    reference_output: str
-    attic: str | None
-    reference_inputs: dict[str, Any]
-    dpo: dict[str, Any]
+    """The round's, for trackers."""
+    policy: Path
+    """The checkpoint to start from."""
+    reference: Path | None
+    """The reference's checkpoint. None if it is `policy` itself."""
+    pairs: Path
+    eval_pairs: Path | None
+    output: Path
+    """The directory to write the trained policy to."""
+    reference_output: Path
+    """The step with the reference log-probabilities."""
+    attic: Path | None
+    """Where reference log-probabilities with other inputs are moved. None refuses instead."""
+    reference_inputs: ReferenceInputs
+    dpo: DPOConfig
     seed: int
-    pairs_cache: str
-    tracker_dir: str
-    optimizer: str | None = None
+    pairs_cache: Path
+    """The directory for a copy of large files of pairs that is quick to read."""
+    tracker_dir: Path
+    optimizer: Path | None = None
+    """The optimizer state to continue from."""
     trust_remote_code: bool = False
 
     def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
+        write_json(path, self.model_dump(mode="json"))
 
-    @staticmethod
-    def read(path: Path) -> TrainSpec:
-        return TrainSpec(**read_json(path))
+    @classmethod
+    def read(cls, path: Path) -> TrainSpec:
+        return cls.model_validate(read_json(path))
 
 
 def check_training(dpo: DPOConfig) -> None:
@@ -94,17 +110,17 @@ def launch_training(
 ) -> None:
     """Run the round in a process of its own, and return when its policy is written. It dies with this process.
 
-    `reserved` are descriptors of `supervise.reserve`. `on_step` gets each line of the training log soon after it is
+    `reserved` are descriptors of `devices.reserve`. `on_step` gets each line of the training log soon after it is
     written; those of an earlier start come first.
 
     Raises:
         ChildFailed: with the end of its log.
     """
     spec.write(spec_path)
-    steps = Path(spec.output) / TRAIN_LOG
+    steps = spec.output / TRAIN_LOG
     seen = 0
     with supervise.start(
-        command(spec, spec_path), log=log, env=environment(processes=spec.dpo["processes"]), reserved=reserved
+        command(spec, spec_path), log=log, env=environment(processes=spec.dpo.processes), reserved=reserved
     ) as child:
         while True:
             status = child.poll()
@@ -118,7 +134,7 @@ def launch_training(
             time.sleep(0.2)
         if status != 0:
             raise ChildFailed(f"training failed (status {status})\n{child.log_tail()}\nThe whole log: {log}")
-    for left in Path(spec.output).glob("checkpoint-*"):
+    for left in spec.output.glob("checkpoint-*"):
         shutil.rmtree(left)
 
 
@@ -127,12 +143,12 @@ def command(spec: TrainSpec, spec_path: Path) -> list[str]:
 
     On CPUs alone accelerate starts processes that each believe to be the only one; torchrun does it right there.
     """
-    processes, module = spec.dpo["processes"], ["-m", "iterdpo.training.train", str(spec_path)]
-    if processes > 1 and not visible_gpus() and spec.dpo["accelerate_config"] is None:
+    processes, module = spec.dpo.processes, ["-m", "iterdpo.training.train", str(spec_path)]
+    if processes > 1 and not visible_gpus() and spec.dpo.accelerate_config is None:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *module]
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    if spec.dpo["accelerate_config"] is not None:
-        return [*launch, "--config_file", spec.dpo["accelerate_config"], *module]
+    if spec.dpo.accelerate_config is not None:
+        return [*launch, "--config_file", spec.dpo.accelerate_config, *module]
     options = [
         f"--num_processes={processes}",
         "--num_machines=1",
@@ -167,12 +183,3 @@ def environment(*, processes: int) -> dict[str, str]:
 def threads(processes: int) -> int:
     """Threads of each training process: the cores that this process may use, shared out."""
     return max(1, len(os.sched_getaffinity(0)) // processes)
-
-
-def visible_gpus() -> list[str]:
-    """Names of the NVIDIA GPUs that a child will see (`["0", "1"]`, or UUIDs), without importing torch."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [part.strip() for part in chosen.split(",") if part.strip() not in ("", "-1")]
-    count = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return [str(number) for number in range(count)]

@@ -18,18 +18,13 @@ version 1.16 throughout, and its `DPOTrainer` unless another is named. Where not
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PAIRED = (
-    *("sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "dpop", "exo_pair", "nca_pair", "apo_zero", "apo_down"),
-    *("sppo_hard", "orpo", "simpo", "sft"),
-)
-WITHOUT_REFERENCE = frozenset({"orpo", "simpo", "sft"})
-WITH_LABEL_SMOOTHING = frozenset({"sigmoid", "sigmoid_norm", "robust", "exo_pair"})
+from iterdpo.config import Loss
 
 
 class PairLogps(NamedTuple):
@@ -52,40 +47,24 @@ class PreferenceLoss(NamedTuple):
     rejected_rewards: Tensor  # [B], detached
 
 
-def preference_loss(
-    name: str,
-    logps: PairLogps,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
-    simpo_gamma: float = 0.5,
-    dpop_lambda: float = 50.0,
-) -> PreferenceLoss:
-    """The loss `name` of `PAIRED` on B pairs. simpo_gamma and dpop_lambda mean nothing to the other losses.
-
-    Raises:
-        ValueError: no such loss; a label_smoothing out of the loss's range, or for a loss that has none.
-    """
-    if label_smoothing and name in PAIRED and name not in WITH_LABEL_SMOOTHING:
-        raise ValueError(
-            f"the loss {name!r} has no label smoothing: set label_smoothing to 0, or take one of "
-            f"{', '.join(loss for loss in PAIRED if loss in WITH_LABEL_SMOOTHING)}"
-        )
-    match name:
+def preference_loss(loss: Loss, logps: PairLogps, *, beta: float, kl: Tensor | None = None) -> PreferenceLoss:
+    """`dpo.loss` on B pairs. `kl` is KTO's estimate, see `kl_estimate`; the other losses do not use it."""
+    keys = loss.model_dump(exclude={"type"})
+    match loss.type:
         case "sigmoid":
-            return dpo_loss(*logps[:4], beta=beta, label_smoothing=label_smoothing)
+            return dpo_loss(*logps[:4], beta=beta, **keys)
         case "sigmoid_norm":
-            return sigmoid_norm_loss(logps, beta=beta, label_smoothing=label_smoothing)
+            return sigmoid_norm_loss(logps, beta=beta, **keys)
         case "robust":
-            return robust_loss(logps, beta=beta, label_smoothing=label_smoothing)
+            return robust_loss(logps, beta=beta, **keys)
         case "ipo":
             return ipo_loss(logps, beta=beta)
         case "hinge":
             return hinge_loss(logps, beta=beta)
         case "dpop":
-            return dpop_loss(logps, beta=beta, dpop_lambda=dpop_lambda)
+            return dpop_loss(logps, beta=beta, **keys)
         case "exo_pair":
-            return exo_pair_loss(logps, beta=beta, label_smoothing=label_smoothing)
+            return exo_pair_loss(logps, beta=beta, **keys)
         case "nca_pair":
             return nca_pair_loss(logps, beta=beta)
         case "apo_zero":
@@ -97,10 +76,14 @@ def preference_loss(
         case "orpo":
             return orpo_loss(logps, beta=beta)
         case "simpo":
-            return simpo_loss(logps, beta=beta, gamma=simpo_gamma)
+            return simpo_loss(logps, beta=beta, **keys)
         case "sft":
             return sft_loss(logps)
-    raise ValueError(f"no loss is called {name!r}; there are {', '.join(PAIRED)}")
+        case "kto":
+            assert kl is not None
+            return kto_pair_loss(logps, kl, beta=beta, **keys)
+        case _:
+            assert_never(loss.type)
 
 
 def dpo_loss(
@@ -181,7 +164,7 @@ def hinge_loss(logps: PairLogps, *, beta: float) -> PreferenceLoss:
     return _detached(F.relu(1 - (chosen - rejected)), chosen, rejected)
 
 
-def dpop_loss(logps: PairLogps, *, beta: float, dpop_lambda: float = 50.0) -> PreferenceLoss:
+def dpop_loss(logps: PairLogps, *, beta: float, penalty_weight: float = 50.0) -> PreferenceLoss:
     """DPO-positive, Eq. 3 of arXiv:2402.13228: DPO that does not let the chosen completion lose probability.
 
         L = -log sigmoid(r(y_w) - r(y_l) - lambda * max(0, -r(y_w))), summed
@@ -189,7 +172,7 @@ def dpop_loss(logps: PairLogps, *, beta: float, dpop_lambda: float = 50.0) -> Pr
     lambda stands within beta, as in the paper, which has lambda = 50 and beta = 0.3. TRL has no such loss.
     """
     chosen, rejected = _rewards(logps, beta)
-    penalty = dpop_lambda * F.relu(-chosen)
+    penalty = penalty_weight * F.relu(-chosen)
     return _detached(-F.logsigmoid(chosen - rejected - penalty), chosen, rejected)
 
 
@@ -324,6 +307,22 @@ def kto_loss(
         desirable, desirable_weight * torch.sigmoid(-surplus), undesirable_weight * torch.sigmoid(surplus)
     )
     return losses, rewards.detach()
+
+
+def kto_pair_loss(
+    logps: PairLogps, kl: Tensor, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> PreferenceLoss:
+    """`kto_loss` of pairs: each completion is an example of its own, and a pair's loss is the mean over those it has."""
+    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+    desirable = torch.ones_like(logps.chosen, dtype=torch.bool)
+    chosen, chosen_rewards = kto_loss(logps.chosen, logps.reference_chosen, desirable, kl, beta=beta, **weights)
+    rejected, rejected_rewards = kto_loss(
+        logps.rejected, logps.reference_rejected, ~desirable, kl, beta=beta, **weights
+    )
+    both = torch.stack((chosen, rejected))  # [2, B]
+    present = torch.stack((logps.chosen_tokens > 0, logps.rejected_tokens > 0))
+    losses = torch.where(present, both, torch.zeros_like(both)).sum(dim=0) / present.sum(dim=0)
+    return PreferenceLoss(losses, chosen_rewards, rejected_rewards)
 
 
 def kl_estimate(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
 
+from iterdpo.config import AdapterConfig
 from iterdpo.data.pairs import TokenPairs
 from iterdpo.run.rundir import Step, fsync, read_json, sync_tree, write_json, write_text
 from iterdpo.seeds import derive_seed
@@ -37,10 +38,8 @@ from iterdpo.training.flops import forward_flops, matmul_peak
 from iterdpo.training.launch import OPTIMIZER_STATE, TRAIN_LOG, TrainSpec
 from iterdpo.training.logps import CompletionLogps, Scorer, Way, fastest_way
 from iterdpo.training.losses import (
-    WITHOUT_REFERENCE,
     PairLogps,
     kl_estimate,
-    kto_loss,
     nll_term,
     preference_loss,
     wpo_weights,
@@ -77,20 +76,20 @@ def train(spec: TrainSpec) -> None:
     dpo = spec.dpo
     on_cpu = not torch.cuda.is_available()  # unless told so, accelerate runs each of several CPU processes alone
     # The autocast is ours: accelerate's would turn all logits into float32.
-    accelerator = Accelerator(cpu=on_cpu, log_with=dpo["trackers"] or None, project_dir=spec.tracker_dir)
-    if accelerator.num_processes != dpo["processes"]:
+    accelerator = Accelerator(cpu=on_cpu, log_with=dpo.trackers or None, project_dir=spec.tracker_dir)
+    if accelerator.num_processes != dpo.processes:
         raise RuntimeError(
-            f"{dpo['processes']} training processes were asked for and this one sees {accelerator.num_processes}; "
+            f"{dpo.processes} training processes were asked for and this one sees {accelerator.num_processes}; "
             "nothing would be distributed. Check dpo.processes against dpo.accelerate_config"
         )
     set_seed(spec.seed)
-    if dpo["trackers"]:
+    if dpo.trackers:
         named: dict[str, dict[str, str]] = {
-            "wandb": {"name": spec.name, "dir": spec.tracker_dir},
+            "wandb": {"name": spec.name, "dir": str(spec.tracker_dir)},
             "mlflow": {"run_name": spec.name},
             "trackio": {"name": spec.name},
         }
-        accelerator.init_trackers(dpo["tracker_project"], flat(dpo), init_kwargs=named)
+        accelerator.init_trackers(dpo.tracker_project, flat(dpo.model_dump()), init_kwargs=named)
     Trainer(spec, accelerator).run()
     accelerator.end_training()  # takes the process group down while Python still runs
 
@@ -115,19 +114,19 @@ class Trainer:
 
     def __init__(self, spec: TrainSpec, accelerator: Accelerator) -> None:
         self.spec, self.dpo, self.accelerator = spec, spec.dpo, accelerator
-        self.output = Path(spec.output)
-        cache = Path(spec.pairs_cache)
-        self.training = TokenPairs(Path(spec.pairs), cache)
-        self.held_out = TokenPairs(Path(spec.eval_pairs), cache) if spec.eval_pairs else None
+        self.output = spec.output
+        cache = spec.pairs_cache
+        self.training = TokenPairs(spec.pairs, cache)
+        self.held_out = TokenPairs(spec.eval_pairs, cache) if spec.eval_pairs else None
         self.steps = plan_steps(
             self.training.groups,
-            epochs=self.dpo["epochs"],
-            pairs_per_step=self.dpo["pairs_per_step"],
+            epochs=self.dpo.epochs,
+            pairs_per_step=self.dpo.pairs_per_step,
             seed=spec.seed,
         )
-        self.with_reference = self.dpo["loss"] not in WITHOUT_REFERENCE and self.dpo["reference"] != "none"
-        self.partners = self._partners() if self.dpo["loss"] == "kto" else None
-        self.sentinels = Sentinels(self.dpo["sentinels"])
+        self.with_reference = self.dpo.uses_reference
+        self.partners = self._partners() if self.dpo.loss.type == "kto" else None
+        self.sentinels = Sentinels(self.dpo.sentinels)
         self.reference_logps: Any = None  # [N, 3] once known
         self.way: Any = None
         self.peak: float | None = None
@@ -137,26 +136,26 @@ class Trainer:
         base = adapter_base(self.spec.policy)
         if not self.with_reference:
             self.reference_logps = torch.zeros(self._count(), 3, device=self.accelerator.device)
-        elif self.spec.reference is not None and self.spec.reference != base:
+        elif self.spec.reference is not None and str(self.spec.reference) != base:
             reference = self._scorer(self._load(self.spec.reference)).to(self.accelerator.device).eval()
             self.reference_logps = self._reference_logps(reference)
             del reference
             self.accelerator.free_memory()
         model = self._load(self.spec.policy, trainable=True)
-        if self.dpo["adapter"] is not None and base is None:
-            model = with_new_adapter(model, **self.dpo["adapter"])
+        if self.dpo.adapter is not None and base is None:
+            model = with_new_adapter(model, **self.dpo.adapter.model_dump())
         elif base is not None:
-            _same_adapter(read_json(Path(self.spec.policy) / ADAPTER_CONFIG), self.dpo["adapter"], self.spec.policy)
-        if self.dpo["gradient_checkpointing"]:
+            _same_adapter(read_json(self.spec.policy / ADAPTER_CONFIG), self.dpo.adapter, self.spec.policy)
+        if self.dpo.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            if self.dpo["adapter"] is not None:
+            if self.dpo.adapter is not None:
                 model.enable_input_require_grads()
         scorer = self._scorer(model)
         scorer.train()
         optimizer = torch.optim.AdamW(
-            parameter_groups(scorer, self.dpo["weight_decay"]),
-            lr=self.dpo["learning_rate"],
-            betas=tuple(self.dpo["adam_betas"]),
+            parameter_groups(scorer, self.dpo.weight_decay),
+            lr=self.dpo.learning_rate,
+            betas=self.dpo.adam_betas,
             fused=True,
         )
         if self.spec.optimizer is not None:
@@ -179,7 +178,7 @@ class Trainer:
                     train_log.write(json.dumps(metrics) + "\n")
                     train_log.flush()
                 self._heed(metrics)
-                if (step + 1) % self.dpo["checkpoint_every"] == 0 and step + 1 < len(self.steps):
+                if (step + 1) % self.dpo.checkpoint_every == 0 and step + 1 < len(self.steps):
                     os.fsync(train_log.fileno())
                     self._checkpoint(step + 1)
         if self.held_out is not None:
@@ -191,13 +190,13 @@ class Trainer:
 
     # The model
 
-    def _load(self, path: str, *, trainable: bool = False) -> Any:
-        frozen = trainable and self.dpo["adapter"] is not None
+    def _load(self, path: Path, *, trainable: bool = False) -> Any:
+        frozen = trainable and self.dpo.adapter is not None
         return load_policy(
             path,
             trust_remote_code=self.spec.trust_remote_code,
-            dtype=torch.bfloat16 if frozen and self.dpo["precision"] == "bf16" else torch.float32,
-            quantize=self.dpo["adapter"]["quantize"] if frozen else "none",
+            dtype=torch.bfloat16 if frozen and self.dpo.precision == "bf16" else torch.float32,
+            quantize=self.dpo.adapter.quantize if self.dpo.adapter is not None and trainable else "none",
             trainable=trainable,
         )
 
@@ -205,17 +204,17 @@ class Trainer:
         """The model behind the fastest way to its log-probabilities, found on the first pairs."""
         if self.way is None:
             some = [self._read(int(i)) for i in self.steps[0][:2]]
-            allowed: tuple[Way, ...] = ("shared", "rows") if self.dpo["shared_prompts"] else ("rows",)
+            allowed: tuple[Way, ...] = ("shared", "rows") if self.dpo.shared_prompts else ("rows",)
             self.way = fastest_way(model.to(self.accelerator.device), grow_trees(some)[0], allowed=allowed)
             if self.accelerator.is_main_process:
                 log.info("log-probabilities the way %r", self.way)
         return Scorer(model, self.way)
 
     def _autocast(self) -> Any:
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.dpo["precision"] == "bf16")
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.dpo.precision == "bf16")
 
     def _saved_tensors(self) -> AbstractContextManager[Any]:
-        offload = self.dpo["activation_offload"] and self.accelerator.device.type == "cuda"
+        offload = self.dpo.activation_offload and self.accelerator.device.type == "cuda"
         return torch.autograd.graph.save_on_cpu(pin_memory=True) if offload else nullcontext()
 
     # The data
@@ -227,7 +226,7 @@ class Trainer:
         """Pair `index`, of those to train on and behind them those held out; without what the loss does not look at."""
         source, own = self._source(index)
         pair = source[own]
-        return TokenPair(pair.prompt, pair.chosen, []) if self.dpo["loss"] == "sft" else pair
+        return TokenPair(pair.prompt, pair.chosen, []) if self.dpo.loss.type == "sft" else pair
 
     def _source(self, index: int) -> tuple[TokenPairs, int]:
         if index < len(self.training):
@@ -236,7 +235,7 @@ class Trainer:
         return self.held_out, index - len(self.training)
 
     def _eval_steps(self) -> list[np.ndarray]:
-        size = self.dpo["pairs_per_step"]
+        size = self.dpo.pairs_per_step
         held_out = np.arange(len(self.training), self._count())
         return [held_out[i : i + size] for i in range(0, len(held_out), size)]
 
@@ -266,7 +265,7 @@ class Trainer:
         sizes = [t.tokens if shared else t.tokens + (len(t.branches) - 1) * len(t.prompt) for t in trees]
         return micro_batches(
             sizes,
-            budget=self.dpo["tokens_per_micro_batch"],
+            budget=self.dpo.tokens_per_micro_batch,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
@@ -279,14 +278,16 @@ class Trainer:
         """
         from safetensors.torch import load_file, save_file
 
-        attic = Path(self.spec.attic) if self.spec.attic else None
-        step = Step(Path(self.spec.reference_output), self.spec.reference_inputs, attic=attic)
+        step = Step(
+            self.spec.reference_output, self.spec.reference_inputs.model_dump(mode="json"), attic=self.spec.attic
+        )
         if step.manifest() is None:
-            steps = [*self.steps[: len(self.steps) // self.dpo["epochs"]], *self._eval_steps()]
+            steps = [*self.steps[: len(self.steps) // self.dpo.epochs], *self._eval_steps()]
             counts: dict[str, Any] = {"pairs": self._count()}
             logps = None
-            if self.dpo["sampler_logps_tolerance"] is not None and self.training.sampler_logps is not None:
-                logps, counts["sampler"] = self._sampler_logps(model, steps)
+            tolerance = self.dpo.sampler_logps_tolerance
+            if tolerance is not None and self.training.sampler_logps is not None:
+                logps, counts["sampler"] = self._sampler_logps(model, steps, tolerance)
             if logps is None:
                 logps = self._computed_logps(model, steps)
             if self.accelerator.is_main_process:
@@ -308,7 +309,9 @@ class Trainer:
                     logps[indices[batch], 2] = found
         return self.accelerator.reduce(logps, "sum")  # each pair was computed by one process
 
-    def _sampler_logps(self, model: Any, steps: Sequence[np.ndarray]) -> tuple[Tensor | None, dict[str, Any]]:
+    def _sampler_logps(
+        self, model: Any, steps: Sequence[np.ndarray], tolerance: float
+    ) -> tuple[Tensor | None, dict[str, Any]]:
         """The sampler's own log-probabilities, where over a few steps' pairs they are the policy's; and how far apart."""
         some = steps[:4]
         indices = np.concatenate(some)
@@ -316,7 +319,7 @@ class Trainer:
         theirs = torch.from_numpy(self.training.sampler_logps)
         tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in map(self._read, indices.tolist()))
         gap = float((ours - theirs[indices].double()).abs().sum()) / tokens
-        used = gap <= self.dpo["sampler_logps_tolerance"] and self.partners is None and self.held_out is None
+        used = gap <= tolerance and self.partners is None and self.held_out is None
         if self.accelerator.is_main_process:
             log.info(
                 "the sampler's log-probabilities are off by %.4f nats a token: %s", gap, "used" if used else "not used"
@@ -345,8 +348,8 @@ class Trainer:
         trees, places = self._step_trees(indices)
         kl = self._kl(indices) if self.partners is not None else None
         for group in self.optimizer.param_groups:
-            group["lr"] = self.dpo["learning_rate"] * learning_rate_factor(
-                step, len(self.steps), warmup_ratio=self.dpo["warmup_ratio"], schedule=self.dpo["lr_scheduler"]
+            group["lr"] = self.dpo.learning_rate * learning_rate_factor(
+                step, len(self.steps), warmup_ratio=self.dpo.warmup_ratio, schedule=self.dpo.lr_scheduler
             )
         batches = self._micro_batches(trees)
         statistics: list[Tensor] = []
@@ -360,13 +363,13 @@ class Trainer:
                 self.accelerator.backward(losses.sum() * weight)
             statistics.append(rows if batch else rows[:0])
             flops += batch_flops if batch else 0.0
-        grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.dpo["max_grad_norm"])
+        grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.dpo.max_grad_norm)
         metrics = summarize(self._gather(torch.cat(statistics))) | ({} if kl is None else {"kl": float(kl)})
         norm = float(grad_norm)
         applied = math.isfinite(norm) and math.isfinite(metrics["loss"])
         if applied:
             self.optimizer.step()
-        elif self.dpo["sentinels"]["non_finite"] == "stop":
+        elif self.dpo.sentinels.non_finite == "stop":
             raise RuntimeError(
                 f"step {step + 1}: loss {metrics['loss']}, gradient norm {norm}: not finite, and not applied. "
                 "Lower dpo.learning_rate, or set dpo.precision to fp32"
@@ -378,7 +381,7 @@ class Trainer:
         tokens = sum(tree.tokens for tree in trees)
         row: dict[str, Any] = {
             "step": step + 1,
-            "epoch": round((step + 1) * self.dpo["epochs"] / len(self.steps), 4),
+            "epoch": round((step + 1) * self.dpo.epochs / len(self.steps), 4),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
             **metrics,
@@ -411,7 +414,7 @@ class Trainer:
         scorer = self.accelerator.unwrap_model(self.policy)
         collated = scorer.collate([trees[i] for i in batch])
         with self._saved_tensors(), self._autocast():
-            found: CompletionLogps = self.policy(collated, aligned=self.dpo["wpo"])
+            found: CompletionLogps = self.policy(collated, aligned=self.dpo.wpo)
         lengths = torch.bincount(collated.branch, minlength=collated.branches)
         first = _first_branches(trees, batch)
         here = [p for p, (tree, _) in enumerate(places.chosen) if tree in first]
@@ -429,56 +432,20 @@ class Trainer:
         chosen_tokens, rejected_tokens = sides(lengths, 0)
         reference = self.reference_logps[torch.from_numpy(indices[here]).to(chosen.device)]
         logps = PairLogps(chosen, rejected, reference[:, 0], reference[:, 1], chosen_tokens, rejected_tokens)
-        if kl is not None:
-            losses, chosen_rewards, rejected_rewards = self._kto(logps, kl)
-        else:
-            losses, chosen_rewards, rejected_rewards = preference_loss(
-                self.dpo["loss"],
-                logps,
-                beta=self.dpo["beta"],
-                label_smoothing=self.dpo["label_smoothing"],
-                simpo_gamma=self.dpo["simpo_gamma"],
-                dpop_lambda=self.dpo["dpop_lambda"],
-            )
+        losses, chosen_rewards, rejected_rewards = preference_loss(self.dpo.loss, logps, beta=self.dpo.beta, kl=kl)
         if found.alignment is not None:
             losses = losses * wpo_weights(*sides(found.alignment / lengths, math.nan))
-        if self.dpo["nll_coefficient"]:
+        if self.dpo.nll_coefficient:
             nll = nll_term(chosen, chosen_tokens)
-            losses = losses + self.dpo["nll_coefficient"] * torch.where(chosen_tokens > 0, nll, torch.zeros_like(nll))
+            losses = losses + self.dpo.nll_coefficient * torch.where(chosen_tokens > 0, nll, torch.zeros_like(nll))
         nothing = torch.full_like(chosen, float("nan"))
-        if self.dpo["loss"] == "sft":
+        if self.dpo.loss.type == "sft":
             chosen_rewards = rejected_rewards = nothing
         change = chosen - reference[:, 0] if self.with_reference else nothing
         columns = (losses, chosen_rewards, rejected_rewards, chosen, rejected, change)
         statistics = torch.stack([column.detach().float() for column in columns], dim=1)
-        passes = 2 if self.dpo["adapter"] is not None else 3  # the weights' own gradient is a third of the work
+        passes = 2 if self.dpo.adapter is not None else 3  # the weights' own gradient is a third of the work
         return losses, statistics, passes * forward_flops(scorer.causal, collated)
-
-    def _kto(self, logps: PairLogps, kl: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each completion is an example of its own; a pair's loss is the mean of its sides."""
-        beta, weights = self.dpo["beta"], (self.dpo["desirable_weight"], self.dpo["undesirable_weight"])
-        found = []
-        for policy, reference, good in (
-            (logps.chosen, logps.reference_chosen, True),
-            (logps.rejected, logps.reference_rejected, False),
-        ):
-            desirable = torch.full_like(policy, good, dtype=torch.bool)
-            found.append(
-                kto_loss(
-                    policy,
-                    reference,
-                    desirable,
-                    kl,
-                    beta=beta,
-                    desirable_weight=weights[0],
-                    undesirable_weight=weights[1],
-                )
-            )
-        (chosen, chosen_rewards), (rejected, rejected_rewards) = found
-        both = torch.stack((chosen, rejected))
-        present = torch.stack((logps.chosen_tokens > 0, logps.rejected_tokens > 0))
-        losses = torch.where(present, both, torch.zeros_like(both)).sum(dim=0) / present.sum(dim=0)
-        return losses, chosen_rewards, rejected_rewards
 
     def _kl(self, indices: np.ndarray) -> Tensor:
         """KTO's estimate over a step, from mismatched prompts and completions."""
@@ -495,7 +462,7 @@ class Trainer:
 
     def _mfu(self, flops: float, seconds: float) -> float:
         if self.peak is None:
-            dtype = torch.bfloat16 if self.dpo["precision"] == "bf16" else torch.float32
+            dtype = torch.bfloat16 if self.dpo.precision == "bf16" else torch.float32
             self.peak = matmul_peak(self.accelerator.device, dtype)
         return flops / seconds / self.peak
 
@@ -542,7 +509,7 @@ class Trainer:
         done = int(found[-1].name.removeprefix("checkpoint-")) if found else 0
         if found:
             whole = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-            partial = self.dpo["adapter"] is not None and not whole
+            partial = self.dpo.adapter is not None and not whole
             self.accelerator.load_state(str(found[-1]), **({"strict": False} if partial else {}))
         if self.accelerator.is_main_process:
             kept = self.output / TRAIN_LOG
@@ -554,7 +521,7 @@ class Trainer:
     def _save(self) -> None:
         state = self.accelerator.get_state_dict(self.policy)
         if self.accelerator.is_main_process:
-            dtype = getattr(torch, self.dpo["save_dtype"])
+            dtype = getattr(torch, self.dpo.save_dtype)
             model = self.accelerator.unwrap_model(self.policy).model
             state = {name.removeprefix("model.").replace("._orig_mod", ""): tensor for name, tensor in state.items()}
             cast: dict[tuple[Any, ...], Tensor] = {}  # tied weights stay one
@@ -565,7 +532,7 @@ class Trainer:
             model.save_pretrained(self.output, state_dict=state)
             if (self.output / "config.json").exists():  # names the precision in memory
                 config = read_json(self.output / "config.json")
-                write_json(self.output / "config.json", {**config, "dtype": self.dpo["save_dtype"]})
+                write_json(self.output / "config.json", {**config, "dtype": self.dpo.save_dtype})
             if (adapter := self.output / ADAPTER_CONFIG).exists():  # PEFT writes a set, in another order each time
                 config = read_json(adapter)
                 targets = config["target_modules"]
@@ -573,10 +540,10 @@ class Trainer:
                     adapter, config | {"target_modules": targets if isinstance(targets, str) else sorted(targets)}
                 )
             for pattern in CARRIED_FILES:
-                for file in Path(self.spec.policy).glob(pattern):
+                for file in self.spec.policy.glob(pattern):
                     shutil.copy(file, self.output / file.name)
             (self.output / "README.md").unlink(missing_ok=True)  # PEFT's, with nothing in it
-            if self.dpo["optimizer_state"] == "carry":
+            if self.dpo.optimizer_state == "carry":
                 torch.save(self.optimizer.state_dict(), self.output / OPTIMIZER_STATE)
         self.accelerator.wait_for_everyone()
 
@@ -606,17 +573,17 @@ def summarize(rows: Tensor) -> dict[str, float]:
     return metrics
 
 
-def _same_adapter(trained: dict[str, Any], asked: dict[str, Any] | None, path: str) -> None:
-    """An adapter goes on as it was begun.
+def _same_adapter(trained: dict[str, Any], asked: AdapterConfig | None, path: Path) -> None:
+    """Check that training continues an adapter with the rank and alpha that it has.
 
     Raises:
-        RuntimeError: the configuration asks for another, or for none.
+        RuntimeError: the configuration has others, or no adapter.
     """
-    kept = {"r": trained["r"], "alpha": trained["lora_alpha"]}
-    if asked is None or any(asked[key] != value for key, value in kept.items()):
+    if asked is None or (asked.r, asked.alpha) != (trained["r"], trained["lora_alpha"]):
+        wanted = f"of r {asked.r} and alpha {asked.alpha}" if asked else "null"
         raise RuntimeError(
-            f"the policy {path} is an adapter of r {kept['r']} and alpha {kept['alpha']}, and dpo.adapter is {asked}; set "
-            "dpo.adapter to what it was trained with"
+            f"the policy {path} is an adapter of r {trained['r']} and alpha {trained['lora_alpha']}, and dpo.adapter is "
+            f"{wanted}; set dpo.adapter to what it was trained with"
         )
 
 

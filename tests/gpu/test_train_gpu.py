@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from iterdpo.data.pairs import write_pairs
+from iterdpo.run.devices import visible_gpus
 from iterdpo.testing import build_tiny_checkpoint
-from iterdpo.training.launch import TrainSpec, launch_training, visible_gpus
+from iterdpo.training.launch import ReferenceInputs, TrainSpec, launch_training
 from iterdpo.types import Completion, PreferencePair, Prompt
 
 pytestmark = pytest.mark.gpu
@@ -48,18 +49,20 @@ def run(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> list[dict[str, 
     settings = DPOConfig(**{"learning_rate": 1e-4, "checkpoint_every": 3, **dpo})
     spec = TrainSpec(
         name="round-001",
-        policy=str(model),
+        policy=model,
         reference=None,
-        pairs=str(pairs),
+        pairs=pairs,
         eval_pairs=None,
-        output=str(output),
-        reference_output=str(tmp_path / "reference"),
+        output=output,
+        reference_output=tmp_path / "reference",
         attic=None,
-        reference_inputs={},
-        dpo=settings.model_dump(),
+        reference_inputs=ReferenceInputs(
+            reference="", pairs="", precision="", adapter=False, sampler_logps_tolerance=None, mismatched=None
+        ),
+        dpo=settings,
         seed=0,
-        pairs_cache=str(tmp_path / "cache"),
-        tracker_dir=str(tmp_path / "trackers"),
+        pairs_cache=tmp_path / "cache",
+        tracker_dir=tmp_path / "trackers",
     )
     log: list[dict[str, Any]] = []
     launch_training(spec, spec_path=output / "train.json", log=tmp_path / "train.log", on_step=log.append)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from iterdpo.config import Config, OfflineConfig, load_config, load_offline_config, merge, parse_config
+from iterdpo.config import LOSSES, Config, OfflineConfig, load_config, load_offline_config, merge, parse_config
 from iterdpo.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +107,37 @@ def test_a_file_may_say_1e_5_too() -> None:
     assert load_config("run.yaml", "lr.yaml").dpo.learning_rate == 1e-5
 
 
+# The loss
+
+
+@pytest.mark.parametrize(
+    ("overrides", "loss"),
+    [
+        ([], {"type": "sigmoid", "label_smoothing": 0.0}),
+        (["dpo.loss=ipo"], {"type": "ipo"}),
+        (["dpo.loss={type: simpo, gamma: 0.75}"], {"type": "simpo", "gamma": 0.75}),
+        (["dpo.loss=simpo", "dpo.loss.gamma=0.75"], {"type": "simpo", "gamma": 0.75}),
+        (["dpo.loss.gamma=0.75", "dpo.loss.type=simpo"], {"type": "simpo", "gamma": 0.75}),
+        (["dpo.loss={type: simpo, gamma: 0.75}", "dpo.loss=ipo"], {"type": "ipo"}),
+        (["dpo.loss.label_smoothing=0.25"], {"type": "sigmoid", "label_smoothing": 0.25}),
+        (["dpo.loss=exo_pair"], {"type": "exo_pair", "label_smoothing": 0.001}),
+    ],
+)
+def test_a_loss_is_a_name_or_a_mapping_with_its_own_keys(overrides: list[str], loss: dict[str, Any]) -> None:
+    config = load_config("run.yaml", overrides=overrides)
+    assert config.dpo.loss.model_dump() == loss
+    assert parse_config(Config, config.model_dump(mode="json")) == config
+
+
+def test_a_key_is_added_to_the_loss_that_an_earlier_file_names() -> None:
+    write("ipo.yaml", {"dpo": {"loss": "ipo"}})
+    write("simpo.yaml", {"dpo": {"loss": "simpo"}})
+    write("gamma.yaml", {"dpo": {"loss": {"gamma": 0.75}}})
+    assert load_config("run.yaml", "simpo.yaml", "gamma.yaml").dpo.loss.model_dump() == {"type": "simpo", "gamma": 0.75}
+    assert load_config("run.yaml", "simpo.yaml", "gamma.yaml", "ipo.yaml").dpo.loss.type == "ipo"
+    assert "it belongs to simpo, and dpo.loss.type is 'ipo'" in refusal(files=("run.yaml", "ipo.yaml", "gamma.yaml"))
+
+
 # Refusals
 
 
@@ -124,7 +155,21 @@ def test_a_file_may_say_1e_5_too() -> None:
         ("dpo.beta=0", "dpo.beta = 0: input should be greater than 0"),
         ("dpo.beta=.nan", "dpo.beta = nan: input should be "),
         ("dpo.beta=much", "dpo.beta = 'much': input should be a valid number"),
-        ("dpo.label_smoothing=0.5", "dpo.label_smoothing = 0.5: input should be less than 0.5"),
+        ("dpo.loss.label_smoothing=0.5", "dpo.loss.label_smoothing = 0.5: input should be less than 0.5"),
+        ("dpo.loss=sigmod", "dpo.loss = 'sigmod': did you mean 'sigmoid'?"),
+        ("dpo.loss=dpo", "dpo.loss = 'dpo': did you mean 'dpop'?"),
+        (
+            "dpo.loss=zzz",
+            "dpo.loss = 'zzz': input should be one of sigmoid, sigmoid_norm, robust, exo_pair, ipo, hinge",
+        ),
+        ("dpo.loss=3", "dpo.loss = 3: input should be a valid dictionary"),
+        ("dpo.loss.zzz=3", "unknown key 'dpo.loss.zzz'; known keys: label_smoothing, type"),
+        (
+            "dpo.loss={type: exo_pair, label_smoothing: 0}",
+            "dpo.loss.label_smoothing = 0: input should be greater than 0",
+        ),
+        ("dpo.label_smoothing=0.1", "unknown key 'dpo.label_smoothing'; did you mean 'loss.label_smoothing'?"),
+        ("dpo={loss: kto, wpo: true}", "dpo: wpo: weighs pairs, which kto does not compare; set dpo.wpo=false"),
         (
             "dpo.reference=first",
             "dpo.reference = 'first': input should be 'previous', 'initial', 'ema', 'periodic' or 'none'",
@@ -144,6 +189,15 @@ def test_a_file_may_say_1e_5_too() -> None:
 )
 def test_a_wrong_value_is_refused_with_its_file_its_key_and_what_would_do(override: str, message: str) -> None:
     assert f"run.yaml: {message}" in refusal(override)
+
+
+@pytest.mark.parametrize("name", [name for name, keys in LOSSES.items() if "label_smoothing" not in keys.model_fields])
+def test_a_key_of_another_loss_is_refused_with_the_losses_that_have_it(name: str) -> None:
+    message = (
+        "unknown key 'dpo.loss.label_smoothing': it belongs to sigmoid, sigmoid_norm, robust, exo_pair, and "
+        f"dpo.loss.type is {name!r}; remove it, or set dpo.loss={name} to start from its defaults"
+    )
+    assert message in refusal(f"dpo.loss={name}", "dpo.loss.label_smoothing=0.1")
 
 
 def test_several_mistakes_are_told_at_once() -> None:

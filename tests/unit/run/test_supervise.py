@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import select
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -252,93 +248,3 @@ def test_the_environment_is_the_one_given() -> None:
 
 
 # GPUs
-
-
-@pytest.fixture
-def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the lock files are, away from those of runs on this machine."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
-
-
-def held(file: Path) -> bool:
-    if not file.exists():
-        return False
-    with open(file) as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
-
-
-@pytest.fixture
-def reserve(locks: Path) -> Iterator[Callable[..., list[int]]]:
-    """`supervise.reserve`; what is still held at the end is released."""
-    taken: list[int] = []
-
-    def reserve(*devices: str, **options: object) -> list[int]:
-        descriptors = supervise.reserve(devices, **options)  # type: ignore[arg-type]
-        taken.extend(descriptors)
-        return descriptors
-
-    yield reserve
-    for descriptor in taken:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-
-
-def test_a_reserved_gpu_is_held_until_it_is_released(locks: Path, reserve: Callable[..., list[int]]) -> None:
-    descriptors = reserve("3", "0", "3")
-    files = [locks / "iterdpo-gpu-0.lock", locks / "iterdpo-gpu-3.lock"]
-    assert len(descriptors) == 2
-    assert [held(file) for file in files] == [True, True]
-    os.close(descriptors[0])
-    assert [held(file) for file in files] == [False, True]
-
-
-def test_a_reservation_lasts_until_the_last_child_that_has_it_is_gone(
-    locks: Path, reserve: Callable[..., list[int]]
-) -> None:
-    (descriptor,) = reserve("GPU-8f2e/1")
-    (file,) = locks.glob("iterdpo-gpu-*.lock")
-    with start("exec sleep 1000", reserved=[descriptor]):
-        with start("exec sleep 1000", reserved=[descriptor]):
-            os.close(descriptor)
-            assert held(file)
-        assert held(file)
-    assert not held(file)
-
-
-def test_a_reservation_ends_with_a_process_that_is_killed(locks: Path) -> None:
-    code = f"""
-import os, signal, sys, tempfile
-from pathlib import Path
-sys.path.insert(0, {str(ROOT)!r})
-from iterdpo.run import supervise
-tempfile.tempdir = {str(locks)!r}
-supervise.start(["sh", "-c", "echo $$ > pids.txt; exec sleep 1000"], log=Path("log"), reserved=supervise.reserve(["3"]))
-while not Path("pids.txt").exists():
-    pass
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
-    gone(pids(locks, 1))
-    wait_for(lambda: not held(locks / "iterdpo-gpu-3.lock"), "the release", seconds=1.0)
-
-
-def test_who_wants_a_gpu_in_use_says_so_and_waits_until_it_is_free(
-    locks: Path, reserve: Callable[..., list[int]]
-) -> None:
-    (first,) = reserve("3")
-    said: list[str] = []
-    second = threading.Thread(target=reserve, args=["3", "4"], kwargs={"on_wait": said.append}, daemon=True)
-    second.start()
-    wait_for(lambda: said == ["3"], "that it waits")
-    second.join(0.1)
-    assert second.is_alive()
-    os.close(first)
-    second.join(2)
-    assert not second.is_alive()
-    assert said == ["3"]  # 4 was free
-    assert held(locks / "iterdpo-gpu-3.lock")

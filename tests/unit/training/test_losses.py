@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from iterdpo.config import LOSSES
 from iterdpo.training.losses import (
-    PAIRED,
-    WITH_LABEL_SMOOTHING,
-    WITHOUT_REFERENCE,
     PairLogps,
+    PreferenceLoss,
     dpo_loss,
+    exo_pair_loss,
     kl_estimate,
     kto_loss,
+    kto_pair_loss,
     nll_term,
     preference_loss,
+    robust_loss,
     wpo_weights,
 )
+
+PAIRED = [name for name in LOSSES if name != "kto"]
+WITHOUT_REFERENCE = {"orpo", "simpo", "sft"}
 
 # log-probabilities of whole completions: policy chosen, policy rejected, reference chosen, reference rejected
 ROWS = [
@@ -145,7 +151,7 @@ def test_losses_come_one_a_pair_and_rewards_carry_no_gradient() -> None:
 # a mean of -2 (reference -3) a token. Rejected: 2 tokens, -6 and -5, so r = -0.5, a mean of -3 (-2.5). h = 2.5.
 PAIR = (-8.0, -6.0, -12.0, -5.0, 4, 2)
 SWAPPED = (-6.0, -8.0, -5.0, -12.0, 2, 4)  # r = -0.5 and 2, h = -2.5
-SMOOTHING = {"sigmoid": 0.0, "sigmoid_norm": 0.0, "robust": 0.1, "exo_pair": 0.1}
+SMOOTHING = {"robust": {"label_smoothing": 0.1}, "exo_pair": {"label_smoothing": 0.1}}
 LENGTH_NORMALISED = {"sigmoid_norm", "ipo", "orpo", "simpo", "sft"}
 
 
@@ -174,8 +180,9 @@ def pairs(*rows: tuple[float, float, float, float, int, int], dtype: torch.dtype
     return PairLogps(*logps, *(torch.tensor(column) for column in columns[4:]))
 
 
-def loss_of(name: str, logps: PairLogps, *, beta: float = 0.5, **options: float) -> Any:
-    return preference_loss(name, logps, beta=beta, **{"label_smoothing": SMOOTHING.get(name, 0.0), **options})
+def loss_of(name: str, logps: PairLogps, *, beta: float = 0.5, **keys: float) -> PreferenceLoss:
+    loss: Any = LOSSES[name](type=name, **SMOOTHING.get(name, {}) | keys)
+    return preference_loss(loss, logps, beta=beta)
 
 
 SUMMED, AVERAGED, NO_REFERENCE, NONE = (2.0, -0.5), (0.5, -0.25), (-1.0, -1.5), (0.0, 0.0)  # rewards of PAIR
@@ -199,7 +206,7 @@ SUMMED, AVERAGED, NO_REFERENCE, NONE = (2.0, -0.5), (0.5, -0.25), (-1.0, -1.5), 
         ("ipo", {}, 0.5**2, 2.5**2, AVERAGED),
         ("hinge", {}, 0.0, 1 + 2.5, SUMMED),
         # the penalty 3 * max(0, -r_w) is 0, and 3 * 0.5 when swapped
-        ("dpop", {"dpop_lambda": 3.0}, nll(2.5), nll(-2.5 - 1.5), SUMMED),
+        ("dpop", {"penalty_weight": 3.0}, nll(2.5), nll(-2.5 - 1.5), SUMMED),
         ("exo_pair", {"label_smoothing": 0.1}, kl_of_coins(sigmoid(2.5), 0.9), kl_of_coins(sigmoid(-2.5), 0.9), SUMMED),
         ("nca_pair", {}, nll(2) + nll(-2) / 2 + nll(0.5) / 2, nll(-0.5) + nll(0.5) / 2 + nll(-2) / 2, SUMMED),
         ("apo_zero", {}, (1 - sigmoid(2)) + sigmoid(-0.5), (1 - sigmoid(-0.5)) + sigmoid(2), SUMMED),
@@ -214,14 +221,14 @@ SUMMED, AVERAGED, NO_REFERENCE, NONE = (2.0, -0.5), (0.5, -0.25), (-1.0, -1.5), 
             3 + 0.5 * math.log(1 + odds(-2) / odds(-3)),
             NO_REFERENCE,
         ),
-        ("simpo", {"simpo_gamma": 0.2}, nll(0.5 * (-2 + 3) - 0.2), nll(-0.5 - 0.2), NO_REFERENCE),
+        ("simpo", {"gamma": 0.2}, nll(0.5 * (-2 + 3) - 0.2), nll(-0.5 - 0.2), NO_REFERENCE),
         ("sft", {}, 2.0, 3.0, NONE),
     ],
 )
 def test_a_pair_worked_out_with_a_pocket_calculator(
     name: str, options: dict[str, float], loss: float, loss_when_swapped: float | None, rewards: tuple[float, float]
 ) -> None:
-    out = preference_loss(name, pairs(PAIR, SWAPPED), beta=0.5, **options)
+    out = loss_of(name, pairs(PAIR, SWAPPED), **options)
     assert out.losses[0].item() == pytest.approx(loss, rel=1e-12, abs=1e-12)
     if loss_when_swapped is not None:
         assert out.losses[1].item() == pytest.approx(loss_when_swapped, rel=1e-12)
@@ -280,7 +287,7 @@ def test_doubling_sums_and_lengths_leaves_the_length_normalised_losses_alone(nam
     assert same.all().item() is (name in LENGTH_NORMALISED)
 
 
-@pytest.mark.parametrize(("name", "options"), [("robust", {"label_smoothing": 0.0}), ("dpop", {"dpop_lambda": 0.0})])
+@pytest.mark.parametrize(("name", "options"), [("robust", {"label_smoothing": 0.0}), ("dpop", {"penalty_weight": 0.0})])
 def test_robust_without_noise_and_dpop_without_its_penalty_are_dpo(name: str, options: dict[str, float]) -> None:
     logps = pairs(*VARIED)
     torch.testing.assert_close(loss_of(name, logps, **options), dpo_loss(*logps[:4], beta=0.5), rtol=0, atol=1e-12)
@@ -301,8 +308,8 @@ def test_robust_on_flipped_labels_is_in_expectation_dpo_on_true_ones() -> None:
 
 def test_simpos_gamma_is_taken_off_the_margin_of_rewards() -> None:
     # beta = 4: a mean of -2 + 0.75 / 4 a token gives away what gamma = 0.75 demands
-    demanded = loss_of("simpo", pairs((-8.0 + 4 * 0.75 / 4, -6.0, 0.0, 0.0, 4, 2)), beta=4.0, simpo_gamma=0.75)
-    plain = loss_of("simpo", pairs((-8.0, -6.0, 0.0, 0.0, 4, 2)), beta=4.0, simpo_gamma=0.0)
+    demanded = loss_of("simpo", pairs((-8.0 + 4 * 0.75 / 4, -6.0, 0.0, 0.0, 4, 2)), beta=4.0, gamma=0.75)
+    plain = loss_of("simpo", pairs((-8.0, -6.0, 0.0, 0.0, 4, 2)), beta=4.0, gamma=0.0)
     assert demanded.losses.item() == pytest.approx(plain.losses.item(), abs=1e-12)
     assert plain.chosen_rewards.item() == -8.0  # 4 * -2: gamma is in no reward
 
@@ -329,8 +336,8 @@ def test_a_loss_with_a_target_is_0_and_flat_at_its_target(
 def test_dpop_penalises_a_chosen_completion_that_lost_probability_and_only_it() -> None:
     # Moving both completions of a pair down by 1 leaves DPO as it is; here r_w falls from 2 to 1.5, and from -0.5 to -1.
     lower = pairs(*((c - 1, r - 1, *rest) for c, r, *rest in (PAIR, SWAPPED)))
-    before = loss_of("dpop", pairs(PAIR, SWAPPED), dpop_lambda=5.0).losses
-    after = loss_of("dpop", lower, dpop_lambda=5.0).losses
+    before = loss_of("dpop", pairs(PAIR, SWAPPED), penalty_weight=5.0).losses
+    after = loss_of("dpop", lower, penalty_weight=5.0).losses
     assert after[0].item() == pytest.approx(before[0].item(), abs=1e-12)
     assert after[1].item() == pytest.approx(nll(-2.5 - 5 * 1.0), rel=1e-12)
 
@@ -363,28 +370,20 @@ def test_the_odds_of_a_nearly_certain_completion_keep_their_digits() -> None:
     assert losses.item() == pytest.approx(math.log(2) + math.log(1e12), abs=1e-10)
 
 
-def test_label_smoothing_is_refused_where_it_would_do_nothing() -> None:
-    for name in PAIRED:
-        if name not in WITH_LABEL_SMOOTHING:
-            with pytest.raises(ValueError, match=f"{name}' has no label smoothing: .* robust"):
-                preference_loss(name, pairs(PAIR), beta=0.1, label_smoothing=0.1)
-
-
 @pytest.mark.parametrize(
-    ("name", "label_smoothing", "message"),
+    ("loss", "label_smoothing", "message"),
     [
-        ("exo_pair", 0.0, "exo_pair needs a label_smoothing above 0 .* 0.001"),
-        ("exo_pair", 0.5, "exo_pair needs .* below 0.5: 0.5 is not"),
-        ("robust", 0.5, "robust needs .* below 0.5"),
-        ("robust", -0.1, "robust needs .* -0.1 is not"),
-        ("dpo", 0.0, "no loss is called 'dpo'; there are sigmoid, "),
+        (exo_pair_loss, 0.0, "exo_pair needs a label_smoothing above 0 .* 0.001"),
+        (exo_pair_loss, 0.5, "exo_pair needs .* below 0.5: 0.5 is not"),
+        (robust_loss, 0.5, "robust needs .* below 0.5"),
+        (robust_loss, -0.1, "robust needs .* -0.1 is not"),
     ],
 )
 def test_settings_under_which_a_loss_is_not_defined_are_refused(
-    name: str, label_smoothing: float, message: str
+    loss: Callable[..., PreferenceLoss], label_smoothing: float, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        preference_loss(name, pairs(PAIR), beta=0.1, label_smoothing=label_smoothing)
+        loss(pairs(PAIR), beta=0.1, label_smoothing=label_smoothing)
 
 
 def kto(kl: float = 0.5, **weights: float) -> tuple[list[float], list[float]]:
@@ -459,20 +458,25 @@ def test_wpo_weighs_a_pair_by_the_product_of_its_completions_weights() -> None:
     assert not weights.requires_grad
 
 
-def test_the_configuration_offers_the_losses_there_are_and_smooths_those_that_can_be() -> None:
-    from typing import get_args
+def test_a_pairs_kto_loss_is_the_mean_over_the_completions_that_it_has() -> None:
+    # PAIR's r are 2 and -0.5; beta * kl = 0.25
+    chosen, rejected = 1.25 * (1 - sigmoid(1.75)), 0.75 * (1 - sigmoid(0.75))
+    nan = math.nan
+    logps = pairs(PAIR, (*PAIR[:1], nan, *PAIR[2:4], 4, 0), (nan, *PAIR[1:4], 0, 2))
+    kl = torch.tensor(0.5, dtype=torch.float64)
+    out = kto_pair_loss(logps, kl, beta=0.5, desirable_weight=1.25, undesirable_weight=0.75)
+    assert out.losses.tolist() == pytest.approx([(chosen + rejected) / 2, chosen, rejected], rel=1e-12)
+    assert out.chosen_rewards.tolist()[:2] == [2.0, 2.0]
 
-    from iterdpo.config import DPOConfig
-    from iterdpo.errors import ConfigError
-    from iterdpo.training.losses import PAIRED, WITH_LABEL_SMOOTHING
 
-    offered = get_args(DPOConfig.model_fields["loss"].annotation)
-    assert set(offered) == {*PAIRED, "kto"}
-    smoothed = set()
-    for loss in offered:
-        try:
-            DPOConfig(loss=loss, label_smoothing=0.1)
-        except (ValueError, ConfigError):
-            continue
-        smoothed.add(loss)
-    assert smoothed == WITH_LABEL_SMOOTHING
+def test_the_losses_with_label_smoothing_are_these_four() -> None:
+    assert {name for name, keys in LOSSES.items() if "label_smoothing" in keys.model_fields} == {
+        "sigmoid",
+        "sigmoid_norm",
+        "robust",
+        "exo_pair",
+    }
+
+
+def test_the_losses_without_a_reference_are_these_three() -> None:
+    assert {name for name, keys in LOSSES.items() if not keys.uses_reference} == WITHOUT_REFERENCE

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from iterdpo.config import LOSSES
 from iterdpo.testing import build_tiny_checkpoint
 from iterdpo.training.losses import (
-    PAIRED,
-    WITHOUT_REFERENCE,
     PairLogps,
     PreferenceLoss,
+    exo_pair_loss,
     kl_estimate,
     kto_loss,
     nll_term,
@@ -28,7 +28,7 @@ from iterdpo.training.losses import (
 BETA = 0.3
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 # `DPOTrainer` has no dpop, orpo and simpo; its sft has a test of its own.
-IN_DPO_TRAINER = [name for name in PAIRED if name not in {"dpop", "orpo", "simpo", "sft"}]
+IN_DPO_TRAINER = [name for name in LOSSES if name not in {"dpop", "kto", "orpo", "simpo", "sft"}]
 
 PROMPTS = [[5, 17, 99], [42, 7], [200, 201, 202, 203]]
 # The middle pair goes on as its prompt ends. The model likes that: embeddings are tied.
@@ -108,12 +108,13 @@ def trl_loss(world: World, name: str, *, rows: slice = slice(None), wpo: bool = 
     return trainer.compute_loss(trainer.model, halves).detach()
 
 
-def our_loss(world: World, name: str, **settings: float) -> PreferenceLoss:
+def our_loss(world: World, name: str, **keys: float) -> PreferenceLoss:
     logps = world.logps
-    if name in WITHOUT_REFERENCE:
+    loss: Any = LOSSES[name](type=name, **{key: keys[key] for key in keys if key in LOSSES[name].model_fields})
+    if not loss.uses_reference:
         zeros = torch.zeros_like(logps.chosen)
         logps = logps._replace(reference_chosen=zeros, reference_rejected=zeros)
-    return preference_loss(name, logps, beta=BETA, **settings)
+    return preference_loss(loss, logps, beta=BETA)
 
 
 @pytest.mark.parametrize("row", [*range(len(PROMPTS))])
@@ -182,7 +183,7 @@ def test_rewards_are_trls_or_where_the_loss_is_length_normalised_trls_over_lengt
 def test_exo_without_label_smoothing_is_infinite_in_trl_and_refused_here(world: World) -> None:
     assert trl_loss(world, "exo_pair", eps=0.0).isinf()  # TRL's constructor refuses it, its loss does not
     with pytest.raises(ValueError, match="above 0"):
-        our_loss(world, "exo_pair")
+        exo_pair_loss(world.logps, beta=BETA, label_smoothing=0.0)
 
 
 def means(world: World) -> tuple[Tensor, Tensor]:
@@ -240,7 +241,7 @@ def test_simpo_is_trls_with_the_same_gamma(world: World, gamma: float) -> None:
         accelerator=world.trainer.accelerator,
     )
     theirs = PreferenceLoss(*CPOTrainer.cpo_loss(trainer, *means(world)))
-    torch.testing.assert_close(our_loss(world, "simpo", simpo_gamma=gamma), theirs, **CLOSE)
+    torch.testing.assert_close(our_loss(world, "simpo", gamma=gamma), theirs, **CLOSE)
 
 
 def trl_kto(world: World, desirable: Tensor, batch: dict[str, Tensor], weights: tuple[float, float]) -> tuple[Any, Any]:

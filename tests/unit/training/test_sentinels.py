@@ -11,7 +11,7 @@ from iterdpo.training.sentinels import Alarm, Sentinels
 
 
 def sentinels(**config: Any) -> Sentinels:
-    return Sentinels(SentinelsConfig(**config).model_dump())
+    return Sentinels(SentinelsConfig(**config))
 
 
 def alarms(watch: Sentinels, rows: list[dict[str, float]]) -> list[list[str]]:

@@ -17,7 +17,7 @@ from iterdpo.data.pairs import ABSENT, TokenPairs, pairs_table, write_pairs, wri
 from iterdpo.run.rundir import read_jsonl
 from iterdpo.testing import build_tiny_checkpoint
 from iterdpo.training.collate import TokenPair
-from iterdpo.training.launch import OPTIMIZER_STATE, TrainSpec
+from iterdpo.training.launch import OPTIMIZER_STATE, ReferenceInputs, TrainSpec
 from iterdpo.training.losses import PreferenceLoss
 from iterdpo.training.models import load_policy
 from iterdpo.training.train import learning_rate_factor, summarize, train
@@ -101,22 +101,30 @@ def run(
     output = tmp_path / "policy.partial"
     output.mkdir(parents=True, exist_ok=True)
     settings = {"learning_rate": 1e-3, "pairs_per_step": 4, "precision": "fp32", "checkpoint_every": 2, **dpo}
+    config = DPOConfig(**settings)
     train(
         TrainSpec(
             name="round-001",
-            policy=str(model),
-            reference=str(against) if against else None,
-            pairs=str(pairs),
-            eval_pairs=str(eval_pairs) if eval_pairs else None,
-            output=str(output),
-            reference_output=str(tmp_path / "reference"),
+            policy=model,
+            reference=against,
+            pairs=pairs,
+            eval_pairs=eval_pairs,
+            output=output,
+            reference_output=tmp_path / "reference",
             attic=None,
-            reference_inputs={"reference": str(against)},
-            dpo=DPOConfig(**settings).model_dump(),
+            reference_inputs=ReferenceInputs(
+                reference=str(against),
+                pairs=str(pairs),
+                precision=config.precision,
+                adapter=False,
+                sampler_logps_tolerance=config.sampler_logps_tolerance,
+                mismatched=None,
+            ),
+            dpo=config,
             seed=3,
-            pairs_cache=str(tmp_path / "cache"),
-            tracker_dir=str(tmp_path / "trackers"),
-            optimizer=str(optimizer) if optimizer else None,
+            pairs_cache=tmp_path / "cache",
+            tracker_dir=tmp_path / "trackers",
+            optimizer=optimizer,
         )
     )
     return output
@@ -177,30 +185,30 @@ def log_sigmoid(x: float) -> float:
 
 # The objective
 
-AT_THE_REFERENCE = [
-    ("sigmoid", {}, LOG_2),
-    ("sigmoid", {"label_smoothing": 0.3}, LOG_2),  # 0.7 log 2 + 0.3 log 2
-    ("sigmoid_norm", {"beta": 5.0}, LOG_2),
-    ("robust", {"label_smoothing": 0.1}, LOG_2),  # (0.9 log 2 - 0.1 log 2) / (1 - 0.2)
-    ("ipo", {"beta": 0.1}, 25.0),  # (1 / 0.2)^2
-    ("hinge", {}, 1.0),
-    ("dpop", {}, LOG_2),
-    ("exo_pair", {"label_smoothing": 0.1}, math.log(5 / 3)),  # log(0.5 / 0.9) / 2 + log(0.5 / 0.1) / 2
-    ("nca_pair", {}, 2 * LOG_2),
-    ("apo_zero", {}, 1.0),
-    ("apo_down", {}, 1.0),
-    ("sppo_hard", {"beta": 0.1}, 50.0),  # 2 (0.5 / 0.1)^2
-    ("kto", {}, 0.5),
-    ("kto", {"desirable_weight": 1.5, "undesirable_weight": 0.5}, 0.5),  # (1.5 / 2 + 0.5 / 2) / 2
-    ("kto", {"desirable_weight": 3.0}, 1.0),  # (3 / 2 + 1 / 2) / 2
+AT_THE_REFERENCE: list[tuple[dict[str, Any], float, float]] = [  # the loss, beta, its value
+    ({"type": "sigmoid"}, 0.1, LOG_2),
+    ({"type": "sigmoid", "label_smoothing": 0.3}, 0.1, LOG_2),  # 0.7 log 2 + 0.3 log 2
+    ({"type": "sigmoid_norm"}, 5.0, LOG_2),
+    ({"type": "robust", "label_smoothing": 0.1}, 0.1, LOG_2),  # (0.9 log 2 - 0.1 log 2) / (1 - 0.2)
+    ({"type": "ipo"}, 0.1, 25.0),  # (1 / 0.2)^2
+    ({"type": "hinge"}, 0.1, 1.0),
+    ({"type": "dpop"}, 0.1, LOG_2),
+    ({"type": "exo_pair", "label_smoothing": 0.1}, 0.1, math.log(5 / 3)),  # log(0.5 / 0.9) / 2 + log(0.5 / 0.1) / 2
+    ({"type": "nca_pair"}, 0.1, 2 * LOG_2),
+    ({"type": "apo_zero"}, 0.1, 1.0),
+    ({"type": "apo_down"}, 0.1, 1.0),
+    ({"type": "sppo_hard"}, 0.1, 50.0),  # 2 (0.5 / 0.1)^2
+    ({"type": "kto"}, 0.1, 0.5),
+    ({"type": "kto", "desirable_weight": 1.5, "undesirable_weight": 0.5}, 0.1, 0.5),  # (1.5 / 2 + 0.5 / 2) / 2
+    ({"type": "kto", "desirable_weight": 3.0}, 0.1, 1.0),  # (3 / 2 + 1 / 2) / 2
 ]
 
 
-@pytest.mark.parametrize(("loss", "settings", "expected"), AT_THE_REFERENCE)
+@pytest.mark.parametrize(("loss", "beta", "expected"), AT_THE_REFERENCE)
 def test_each_loss_begins_where_its_equation_has_the_policy_at_the_reference_and_falls(
-    tmp_path: Path, tiny_model: Path, grouped: Path, loss: str, settings: dict[str, Any], expected: float
+    tmp_path: Path, tiny_model: Path, grouped: Path, loss: dict[str, Any], beta: float, expected: float
 ) -> None:
-    log = log_of(run(tmp_path, tiny_model, grouped, loss=loss, pairs_per_step=8, epochs=4, **settings))
+    log = log_of(run(tmp_path, tiny_model, grouped, loss=loss, beta=beta, pairs_per_step=8, epochs=4))
     assert log[0]["loss"] == pytest.approx(expected, rel=1e-6)
     assert log[0]["rewards/chosen"] == log[0]["rewards/rejected"] == log[0]["logps/chosen_drop"] == 0.0
     assert log[-1]["loss"] < log[0]["loss"]
@@ -212,8 +220,9 @@ def test_losses_without_a_reference_begin_where_their_equations_have_the_policy(
     def odds(p: float) -> float:
         return p - math.log(1 - math.exp(p))
 
-    def first(loss: str, **settings: Any) -> dict[str, Any]:
-        output = run(tmp_path / loss, sharp, grouped, loss=loss, pairs_per_step=8, epochs=4, **settings)
+    def first(loss: str, settings: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
+        settings = {"loss": {"type": loss, **keys}, **(settings or {})}
+        output = run(tmp_path / loss, sharp, grouped, pairs_per_step=8, epochs=4, **settings)
         log = log_of(output)
         assert log[-1]["loss"] < log[0]["loss"]
         assert not (tmp_path / loss / "reference").exists()
@@ -225,11 +234,11 @@ def test_losses_without_a_reference_begin_where_their_equations_have_the_policy(
     assert row["loss"] == pytest.approx(-mean([w for w, _ in pairs]), rel=1e-5)
     assert not [name for name in row if name.startswith("rewards/") or name == "logps/rejected"]
 
-    row = first("simpo", beta=2.5, simpo_gamma=0.3)
+    row = first("simpo", {"beta": 2.5}, gamma=0.3)
     assert row["loss"] == pytest.approx(-mean([log_sigmoid(2.5 * (w - r) - 0.3) for w, r in pairs]), rel=1e-5)
     assert row["rewards/chosen"] == pytest.approx(2.5 * mean([w for w, _ in pairs]), rel=1e-5)
 
-    row = first("orpo", beta=0.4)
+    row = first("orpo", {"beta": 0.4})
     assert row["loss"] == pytest.approx(mean([-w - 0.4 * log_sigmoid(odds(w) - odds(r)) for w, r in pairs]), rel=1e-5)
 
 
@@ -288,7 +297,7 @@ def test_kto_takes_unpaired_examples_and_sees_in_a_pair_two_of_them(
     singles = [PreferencePair(r.prompt, r.prompt_ids, r.chosen, ABSENT) for r in rows]
     singles += [PreferencePair(r.prompt, r.prompt_ids, ABSENT, r.rejected) for r in rows]
     write_tables(tmp_path / "unpaired.parquet", [pairs_table(singles, "unpaired")])
-    settings = {"loss": "kto", "desirable_weight": 1.5, "epochs": 3}
+    settings = {"loss": {"type": "kto", "desirable_weight": 1.5}, "epochs": 3}
     unpaired = log_of(run(tmp_path / "a", tiny_model, tmp_path / "unpaired.parquet", pairs_per_step=16, **settings))
     paired = log_of(run(tmp_path / "b", tiny_model, grouped, pairs_per_step=8, **settings))
     for name in ("loss", "logps/chosen", "logps/rejected", "grad_norm", "rewards/chosen", "rewards/rejected"):

@@ -1,0 +1,62 @@
+"""The GPUs of this machine: which of them are visible, and their reservation among runs. Standard library only.
+
+A reservation is an flock for each GPU. The sampler and the trainer of a run share it and take turns on the GPU. Each
+guard of `iterdpo.run.supervise` inherits it, so that a GPU stays reserved until the last process that may use it ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def visible_gpus() -> list[str]:
+    """Names of the NVIDIA GPUs that a child will see (`["0", "1"]`, or UUIDs), without importing torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [part.strip() for part in chosen.split(",") if part.strip() not in ("", "-1")]
+    count = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return [str(number) for number in range(count)]
+
+
+@contextmanager
+def reserved_gpus(count: int, *, say: Callable[[str], None]) -> Iterator[list[int]]:
+    """The first `count` visible GPUs, or as many as there are, reserved while the context is open.
+
+    Yields the descriptors that `supervise.start(reserved=...)` takes. Waits for a GPU that another run has; `say` gets
+    a line about it.
+    """
+    descriptors = reserve(
+        visible_gpus()[:count], on_wait=lambda device: say(f"waiting for GPU {device}, which another run has")
+    )
+    try:
+        yield descriptors
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def reserve(devices: Sequence[str], *, on_wait: Callable[[str], None] = lambda device: None) -> list[int]:
+    """Reserve GPUs on this machine among iterdpo runs, in order; waits for one that is taken, after `on_wait(device)`.
+
+    Returns descriptors. The reservation ends when they are closed here and in every guard that inherited them.
+    """
+    held = []
+    for device in sorted(set(devices)):
+        name = "".join(c if c.isalnum() else "-" for c in device)
+        path = Path(tempfile.gettempdir()) / f"iterdpo-gpu-{name}.lock"
+        try:
+            descriptor = os.open(path, os.O_RDONLY)  # enough for a lock, and the file may be another user's
+        except FileNotFoundError:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait(device)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        held.append(descriptor)
+    return held
