@@ -19,11 +19,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from flows.api import open_experiment
-from iterdpo import stages
+from flows.api import open_run
 from iterdpo.config import Config, parse_config
-from iterdpo.run.rundir import write_jsonl
+from iterdpo.run.rundir import read_manifest, write_jsonl
 from iterdpo.sampling import SamplingParameters
+from iterdpo.stages.judge import judge
+from iterdpo.stages.sample import sample
 from iterdpo.testing import FakeSampler, build_tiny_checkpoint
 from iterdpo.testing_http import FakeEndpoint
 from iterdpo.types import Completion
@@ -92,12 +93,14 @@ def one_round(
         "sampling": {"n": K, "max_tokens": 64, "shard_size": PROMPTS},
         "judge": {"use": "pairwise", "args": args, "stream": stream},
     }
-    with open_experiment(parse_config(Config, values), sampler=Sleeper(seconds)) as exp, exp.run.lock():
-        exp.prompt_ids(exp.round_prompts(1)[0])  # the tokenizer's imports are not measured
+    with open_run(parse_config(Config, values), sampler=Sleeper(seconds)) as exp, exp.dir.lock():
+        exp.prompt_ids(next(iter(exp.prompts.of(1))))  # the tokenizer's imports are not measured
         policy = exp.initial
         began = time.perf_counter()
-        stages.sample(exp, 1, policy)
-        judged = stages.judge(exp, 1)
+        streaming = exp.streaming_judge(1)
+        completions = sample(exp, 1, policy, exp.prompts.of(1), streaming)
+        judged = read_manifest(judge(exp, 1, completions, exp.train_judge, streaming).path)
+        assert judged is not None
         return {
             "seconds": time.perf_counter() - began,
             **{name: judged.seconds[name] for name in ("streamed", "total")},

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import json
 import random
@@ -26,6 +27,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from iterdpo.judging.run_judge import RunJudge
 
 WORDS = [
     "the",
@@ -150,9 +153,9 @@ def judge_all(url: str, cache: str, calls: int, concurrency: int, directory: Pat
 
     def shards() -> Iterator[tuple[str, list[CompletionGroup]]]:
         for start in range(0, prompts, size):
-            yield f"shard-{start:06d}.jsonl", [group(n) for n in range(start, min(start + size, prompts))]
+            yield f"shard-{start:06d}", [group(n) for n in range(start, min(start + size, prompts))]
 
-    def note(fresh: Sequence[Judgment]) -> None:
+    def note(groups: Sequence[CompletionGroup], fresh: Sequence[Judgment]) -> None:
         nonlocal done
         done += CALLS_PER_PROMPT * len(fresh)
         if done >= 1000:
@@ -161,7 +164,13 @@ def judge_all(url: str, cache: str, calls: int, concurrency: int, directory: Pat
     named = NamedJudge("train_judge", "pairwise", "1", lambda: judge, max_abstained=0.0)
     total = 4 * prompts
     timed(
-        lambda: judge_shards(named, named.load, shards(), directory, total=total, on_shard=note),
+        lambda: judge_shards(
+            RunJudge(named, directory, lambda message: contextlib.nullcontext()),
+            shards(),
+            directory,
+            total=total,
+            on_shard=note,
+        ),
         CALLS_PER_PROMPT * prompts,
         peaks,
     )

@@ -67,18 +67,17 @@ def tiny_model(directory: Path) -> str:
 def start(directory: Path, model: str, heldout: int) -> dict[str, Any]:
     from iterdpo.config import OfflineConfig, parse_config
     from iterdpo.data.pairs import TRAIN, TokenPairs
-    from iterdpo.experiment import Policy
-    from iterdpo.offline import prepare_pairs
-    from iterdpo.run.checkpoints import resolve_checkpoint
     from iterdpo.run.progress import Progress
-    from iterdpo.run.rundir import RunDir, directory_digest, read_manifest
+    from iterdpo.run.rundir import read_manifest
+    from iterdpo.stages.offline import prepare_pairs
+    from iterdpo.stages.runs import OfflineRun
 
     data = {"path": str(directory / "pairs.jsonl"), "heldout": heldout}
     config = parse_config(OfflineConfig, {"run_dir": str(directory / "run"), "model": {"path": model}, "data": data})
-    run, path = RunDir(config.run_dir), resolve_checkpoint(model)
-    step = run.round_dir(1) / "pairs"
+    run = OfflineRun(config, progress=Progress(sys.stderr))
+    step = run.dir.round_dir(1) / "pairs"
     done = read_manifest(step) is not None
-    prepare_pairs(config, run, Policy(path, directory_digest(path), 0), Progress(sys.stderr))
+    prepare_pairs(config, run)
     measured: dict[str, Any] = {}
     if done:
         began = time.perf_counter()

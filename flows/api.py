@@ -8,18 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.loop import first_pending, plain_round, run_loop
-from iterdpo import stages
+from flows.loop import run_loop, run_round
 from iterdpo.config import Config, JudgeConfig, OfflineConfig, parse_config
 from iterdpo.errors import JudgeError, UserError
-from iterdpo.experiment import Experiment
 from iterdpo.judging.judge import NamedJudge
-from iterdpo.offline import train_round
 from iterdpo.report.page import refresh_report, write_report
 from iterdpo.run.progress import Progress
 from iterdpo.run.read import Run, read_run
 from iterdpo.run.rundir import RunDir, digest, read_manifest
 from iterdpo.sampling import Sampler
+from iterdpo.stages.judge import retry_judgments as judge_again
+from iterdpo.stages.offline import train_round
+from iterdpo.stages.plan import first_pending
+from iterdpo.stages.runs import IterativeRun
 from judges import load_judge
 from judges.adapter import adapt
 from judges.load import by_design, check_columns, check_judge, judge_version
@@ -28,7 +29,7 @@ AnyJudge = Callable[..., Any] | object
 """What `judges/adapter.py` turns into a judge: a function, a class or an object."""
 
 
-def open_experiment(
+def open_run(
     config: Config,
     *,
     judge: AnyJudge | None = None,
@@ -36,7 +37,7 @@ def open_experiment(
     sampler: Sampler | None = None,
     progress: Progress | None = None,
     redo: bool = False,
-) -> Experiment:
+) -> IterativeRun:
     """Everything a run works with, checked; nothing heavy is loaded.
 
     `judge` and `heldout_judge` stand in for those that the configuration names.
@@ -48,14 +49,14 @@ def open_experiment(
     heldout = None
     if heldout_judge is not None or config.evaluation.judge is not None:
         heldout = _named("heldout_judge", config.evaluation.judge, heldout_judge)
-    exp = Experiment(config, train_judge=train, heldout_judge=heldout, sampler=sampler, progress=progress, redo=redo)
+    run = IterativeRun(config, train_judge=train, heldout_judge=heldout, sampler=sampler, progress=progress, redo=redo)
 
-    evaluated, trained = ({c for p in part for c in p.columns} for part in (exp.prompts.heldout, exp.prompts.train))
+    evaluated, trained = run.prompts.heldout.columns(), run.prompts.train.columns()
     for section, given in ((config.judge, judge), (config.evaluation.judge, heldout_judge)):
         if section is not None and given is None:
             columns = evaluated if section is config.evaluation.judge else evaluated & trained
             check_columns(section.use, columns, section.args)
-    return exp
+    return run
 
 
 def run_rounds(
@@ -83,38 +84,35 @@ def run_rounds(
         UserError: bad input, found before anything is loaded; or another process works in the run directory.
         ChildFailed: the sampler or the trainer ended with an error. What was done stays done: call again.
     """
-    exp = open_experiment(
-        config, judge=judge, heldout_judge=heldout_judge, sampler=sampler, progress=progress, redo=redo
-    )
-    run_experiment(exp, prefect=prefect)
+    run = open_run(config, judge=judge, heldout_judge=heldout_judge, sampler=sampler, progress=progress, redo=redo)
+    continue_run(run, prefect=prefect)
     return read_run(config.run_dir)
 
 
-def run_experiment(exp: Experiment, *, prefect: bool = True, wait: bool = False) -> bool:
+def continue_run(run: IterativeRun, *, prefect: bool = True, wait: bool = False) -> bool:
     """Do what is left of a run. Returns whether there was anything to do.
 
     `wait`: where another process works in the run directory, wait for it to end rather than refuse.
     """
-    with exp.run.lock(wait=wait), exp:
-        exp.run.refresh()
-        refresh_report(exp.run.root)
-        pending = first_pending(exp)
+    with run.dir.lock(wait=wait), run:
+        run.dir.refresh()
+        refresh_report(run.dir.root)
+        pending = first_pending(run)
         if pending is None:
             return False
-        max_tokens = exp.max_model_len  # a prompt that is too long is found here
-        exp.run.write_config(exp.config.model_dump())
-        rounds = f"{exp.config.rounds} round{'s'[: exp.config.rounds > 1]}"
-        exp.progress.say(f"run {exp.run.root}: from {pending} on, {rounds}, context {max_tokens:,} tokens")
-        exp.warm_up()
+        max_tokens = run.max_model_len  # a prompt that is too long is found here
+        run.dir.write_config(run.config.model_dump())
+        rounds = f"{run.config.rounds} round{'s'[: run.config.rounds > 1]}"
+        run.progress.say(f"run {run.dir.root}: from {pending} on, {rounds}, context {max_tokens:,} tokens")
+        run.warm_up()
         if prefect:
             from flows.iterative_dpo import run_under_prefect
 
-            run_under_prefect(exp)
+            run_under_prefect(run)
             return True
-        one_round = plain_round(exp)
-        for record in run_loop(exp, one_round):
-            exp.progress.say(describe(record.metrics))
-            write_report(exp.run.root)
+        for record in run_loop(run, lambda t: run_round(run, t)):
+            run.progress.say(describe(record.metrics))
+            write_report(run.dir.root)
         return True
 
 
@@ -129,19 +127,19 @@ def retry_judgments(
     Raises:
         UserError: no run, no such judgments, or nothing that abstained.
     """
-    run = RunDir(run_dir)
-    exp = open_experiment(parse_config(Config, run.read_config()), progress=progress)
-    with exp.run.lock(), exp:
-        judged = {r: m for r in run.rounds() if (m := read_manifest(run.round_dir(r) / "judgments")) is not None}
+    directory = RunDir(run_dir)
+    run = open_run(parse_config(Config, directory.read_config()), progress=progress)
+    with directory.lock(), run:
+        judged = {r: m for r in directory.rounds() if (m := read_manifest(directory.round_dir(r) / "judgments"))}
         round = max(judged, default=0) if round is None else round
         if round not in judged:
             raise UserError(
-                f"{run.root}: round {round} has no finished judgments; a stage that stopped goes on by itself with the "
-                "command that began it"
+                f"{directory.root}: round {round} has no finished judgments; a stage that stopped goes on by itself with "
+                "the command that began it"
             )
         if not judged[round].counts["unjudged"]:
-            raise UserError(f"{run.root}: round {round}: nothing abstained, so there is nothing to judge again")
-        before, after = stages.retry_judgments(exp, round)
+            raise UserError(f"{directory.root}: round {round}: nothing abstained, so there is nothing to judge again")
+        before, after = judge_again(run, round)
     return round, before.counts, after.counts
 
 

@@ -121,24 +121,24 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _run_config(config: Config, arguments: argparse.Namespace) -> int:
-    from flows.api import describe, open_experiment, run_experiment
+    from flows.api import continue_run, describe, open_run
     from flows.plan import describe_plan
 
     progress = _progress()
-    exp = open_experiment(config, progress=progress, redo=arguments.redo)
+    run = open_run(config, progress=progress, redo=arguments.redo)
     if arguments.dry_run:
-        print(describe_plan(exp))
+        print(describe_plan(run))
         return 0
-    worked = run_experiment(exp, prefect=not arguments.no_prefect)
-    records = exp.run.records()
+    worked = continue_run(run, prefect=not arguments.no_prefect)
+    records = run.dir.records()
     if not worked:
-        progress.say(f"nothing to do: {exp.run.root} has its {records[-1].round} rounds (rounds=N adds more)")
+        progress.say(f"nothing to do: {run.dir.root} has its {records[-1].round} rounds (rounds=N adds more)")
         progress.say(describe(records[-1].metrics))
     if records[-1].decision == "stop":
         progress.say(f"stopped by the gate in round {records[-1].round}: {records[-1].reason}")
-    progress.say(f"report: {exp.run.root / 'report.html'}")
+    progress.say(f"report: {run.dir.root / 'report.html'}")
     initial = " (the initial one: no round was promoted)" if records[-1].policy_round == 0 else ""
-    progress.say(f"policy: {exp.run.root / 'policy'}{initial}")
+    progress.say(f"policy: {run.dir.root / 'policy'}{initial}")
     return 0
 
 

@@ -18,16 +18,17 @@ from prefect import flow, get_run_logger, task  # isort: skip
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.api import describe, open_experiment
-from flows.loop import Stages, dpo_round, first_pending, initial_round, pending_in, plain_round, run_loop
+from flows.api import describe, open_run
+from flows.loop import PLAIN, Stages, run_loop, run_round
 from flows.review import waiting
 from iterdpo.config import Config, parse_config
-from iterdpo.experiment import Experiment
 from iterdpo.report.page import refresh_report, write_report
 from iterdpo.report.plots import as_png, figures
 from iterdpo.run.progress import Progress
 from iterdpo.run.read import read_run
 from iterdpo.run.rundir import RunDir
+from iterdpo.stages.plan import first_pending, first_pending_of
+from iterdpo.stages.runs import IterativeRun
 from iterdpo.types import RoundRecord
 
 TABLE_COLUMNS = (
@@ -43,16 +44,16 @@ TABLE_COLUMNS = (
 )
 
 
-def run_under_prefect(exp: Experiment) -> None:
-    """Run an experiment that this process has opened, as a flow run of `iterative_dpo`."""
+def run_under_prefect(run: IterativeRun) -> None:
+    """Continue a run that this process has opened, as a flow run of `iterative_dpo`."""
 
-    @flow(name="iterative_dpo", flow_run_name=exp.run.root.name, validate_parameters=False, persist_result=False)
+    @flow(name="iterative_dpo", flow_run_name=run.dir.root.name, validate_parameters=False, persist_result=False)
     def iterative_dpo(config: dict[str, Any]) -> None:
-        iterate(exp)
+        iterate(run)
 
-    with prefect_api(exp.run.log_path("prefect")) as url:
-        exp.progress.say(f"  Prefect: {url.removesuffix('/api')}")
-        iterative_dpo(exp.config.model_dump())
+    with prefect_api(run.dir.log_path("prefect")) as url:
+        run.progress.say(f"  Prefect: {url.removesuffix('/api')}")
+        iterative_dpo(run.config.model_dump())
 
 
 @flow(name="add_rounds", flow_run_name="{config[run_dir]}", validate_parameters=False, persist_result=False)
@@ -63,45 +64,46 @@ def add_rounds(config: dict[str, Any], rounds: int = 1) -> str:
     directory also evaluates the initial policy.
     """
     logger = get_run_logger()
-    run = RunDir(config["run_dir"])
-    logger.info("waiting for %s, where another run may be at work", run.root)
-    with run.lock(wait=True):
-        run.refresh()
-        refresh_report(run.root)
-        done = max((record.round for record in run.records()), default=0)
+    directory = RunDir(config["run_dir"])
+    logger.info("waiting for %s, where another run may be at work", directory.root)
+    with directory.lock(wait=True):
+        directory.refresh()
+        refresh_report(directory.root)
+        done = max((record.round for record in directory.records()), default=0)
         settings: Config = parse_config(Config, {**config, "rounds": done + rounds})
-        with open(run.log_path("rounds"), "a", encoding="utf-8") as log:
-            exp = open_experiment(settings, progress=Progress(log))
-            with exp:
-                logger.info("round %d to %d, first %s", done + 1, done + rounds, first_pending(exp))
-                run.write_config(settings.model_dump())
-                exp.warm_up()
-                records = iterate(exp)
+        with (
+            open(directory.log_path("rounds"), "a", encoding="utf-8") as log,
+            open_run(settings, progress=Progress(log)) as run,
+        ):
+            logger.info("round %d to %d, first %s", done + 1, done + rounds, first_pending(run))
+            directory.write_config(settings.model_dump())
+            run.warm_up()
+            records = iterate(run)
     return describe(records[-1].metrics)
 
 
-def iterate(exp: Experiment) -> list[RoundRecord]:
+def iterate(run: IterativeRun) -> list[RoundRecord]:
     """The loop, inside a flow run."""
     do = prefect_stages()
-    exp.waiting = functools.partial(waiting, say=exp.progress.say)
+    run.waiting = functools.partial(waiting, say=run.progress.say)
 
-    @flow(name="round", flow_run_name=f"{exp.run.root.name} round {{round}}", validate_parameters=False)
+    @flow(name="round", flow_run_name=f"{run.dir.root.name} round {{round}}", validate_parameters=False)
     def one_round(round: int) -> None:
-        dpo_round(exp, round, do) if round else initial_round(exp, do)
+        run_round(run, round, do)
 
     def subflow(round: int) -> RoundRecord:
-        known = exp.run.record(round)
-        if known is not None and pending_in(exp, lambda: plain_round(exp)(round)) is None:
+        known = run.dir.record(round)
+        if known is not None and first_pending_of(run, round) is None:
             return known
         one_round(round)
-        record = exp.run.record(round)
+        record = run.dir.record(round)
         assert record is not None
         return record
 
     records = []
-    for record in run_loop(exp, subflow):
-        exp.progress.say(describe(record.metrics))
-        report(exp.run.root)
+    for record in run_loop(run, subflow):
+        run.progress.say(describe(record.metrics))
+        report(run.dir.root)
         records.append(record)
     return records
 
@@ -112,7 +114,7 @@ def prefect_stages() -> Stages:
     def as_task(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
         return task(name=name, task_run_name=f"{name} {{round}}", cache_policy=NO_CACHE, persist_result=False)(stage)
 
-    return Stages(**{name: as_task(name, stage) for name, stage in Stages()._asdict().items()})
+    return Stages(**{name: as_task(name, stage) for name, stage in PLAIN._asdict().items()})
 
 
 @task(name="report", cache_policy=NO_CACHE, persist_result=False)

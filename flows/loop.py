@@ -2,73 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from iterdpo import stages
-from iterdpo.experiment import Experiment, Pending, Policy
-from iterdpo.run.rundir import Manifest
+from iterdpo.data.round_prompts import Prompts
+from iterdpo.judging.run_judge import RunJudge
+from iterdpo.judging.shards import StreamingJudge
+from iterdpo.run.artifacts import Completions, Evaluation, Judgments, Pairs, PolicyCheckpoint
+from iterdpo.stages.evaluate import evaluate
+from iterdpo.stages.gate import gate
+from iterdpo.stages.judge import judge
+from iterdpo.stages.pair import pair
+from iterdpo.stages.reference import reference_policy
+from iterdpo.stages.runs import IterativeRun
+from iterdpo.stages.sample import sample
+from iterdpo.stages.train import train
 from iterdpo.types import RoundRecord
+
+Run = IterativeRun
 
 
 class Stages(NamedTuple):
     """The stages of a round; Prefect puts tasks in their place."""
 
-    sample: Callable[[Experiment, int, Policy], Manifest] = stages.sample
-    judge: Callable[[Experiment, int], Manifest] = stages.judge
-    pair: Callable[[Experiment, int], Manifest] = stages.pair
-    train: Callable[[Experiment, int, Policy], Manifest] = stages.train
-    evaluate: Callable[[Experiment, int, Policy, int | None], Manifest] = stages.evaluate
-    gate: Callable[[Experiment, int, Policy, Policy | None], RoundRecord] = stages.gate
+    sample: Callable[[Run, int, PolicyCheckpoint, Prompts, StreamingJudge], Completions] = sample
+    judge: Callable[[Run, int, Completions, RunJudge, StreamingJudge], Judgments] = judge
+    pair: Callable[[Run, int, Completions, Judgments], Pairs] = pair
+    train: Callable[[Run, int, Pairs, PolicyCheckpoint, PolicyCheckpoint], PolicyCheckpoint] = train
+    evaluate: Callable[[Run, int, PolicyCheckpoint, Mapping[str, Evaluation]], Evaluation] = evaluate
+    gate: Callable[[Run, int, Evaluation, PolicyCheckpoint, PolicyCheckpoint | None], RoundRecord] = gate
 
 
-def initial_round(exp: Experiment, do: Stages = Stages()) -> RoundRecord:  # noqa: B008  # immutable
+PLAIN = Stages()
+
+
+def initial_round(run: Run, do: Stages = PLAIN) -> RoundRecord:
     """Round 0: how the initial policy does, which every later round is compared with."""
-    do.evaluate(exp, 0, exp.initial, None)
-    return do.gate(exp, 0, exp.initial, None)
+    evaluation = do.evaluate(run, 0, run.initial, {})
+    return do.gate(run, 0, evaluation, run.initial, None)
 
 
-def dpo_round(exp: Experiment, t: int, do: Stages = Stages()) -> RoundRecord:  # noqa: B008
-    """Round t, from the policy that the round before left."""
-    policy = exp.policy_after(t - 1)  # pi_t
-    do.sample(exp, t, policy)  # y_1..y_K ~ pi_t(.|x)
-    do.judge(exp, t)  # a score per y, or an abstention
-    do.pair(exp, t)  # (x, y_w, y_l)
-    trained = do.train(exp, t, policy)  # pi_{t+1} <- DPO(pi_t)
-    candidate = Policy(exp.run.round_dir(t) / "policy", trained.digest, t)
-    do.evaluate(exp, t, candidate, policy.round)  # win rate, scores, KL, on held-out x
-    return do.gate(exp, t, candidate, policy)  # promote, keep or stop
+def dpo_round(run: Run, t: int, policy: PolicyCheckpoint, do: Stages = PLAIN) -> RoundRecord:
+    """Round t, from `policy`, which the round before left."""
+    streaming = run.streaming_judge(t)  # judges a shard while the next is sampled, if it needs no device
+    completions = do.sample(run, t, policy, run.prompts.of(t), streaming)  # y_1..y_K ~ pi_t(.|x)
+    judgments = do.judge(run, t, completions, run.train_judge, streaming)  # a score per y, or an abstention
+    pairs = do.pair(run, t, completions, judgments)  # (x, y_w, y_l)
+    reference = reference_policy(run, t, policy)  # pi_ref
+    candidate = do.train(run, t, pairs, policy, reference)  # pi_{t+1} <- DPO(pi_t)
+    against = run.evaluations(initial=0, previous=policy.round)
+    evaluation = do.evaluate(run, t, candidate, against)  # win rate, scores, KL, on held-out x
+    return do.gate(run, t, evaluation, candidate, policy)  # promote, keep or stop
 
 
-def run_loop(exp: Experiment, one_round: Callable[[int], RoundRecord]) -> Iterable[RoundRecord]:
+def run_round(run: Run, t: int, do: Stages = PLAIN) -> RoundRecord:
+    return dpo_round(run, t, run.policy_after(t - 1), do) if t else initial_round(run, do)
+
+
+def run_loop(run: Run, one_round: Callable[[int], RoundRecord]) -> Iterator[RoundRecord]:
     """Rounds 0 to `config.rounds`, or until the gate stops the run."""
-    for t in range(exp.config.rounds + 1):
+    for t in range(run.config.rounds + 1):
         record = one_round(t)
         yield record
         if record.decision == "stop":
             return
-
-
-def plain_round(exp: Experiment) -> Callable[[int], RoundRecord]:
-    return lambda t: dpo_round(exp, t) if t else initial_round(exp)
-
-
-def first_pending(exp: Experiment) -> str | None:
-    """The first step that is not done, or None where the run is complete. Loads nothing.
-
-    Raises:
-        StaleStepError: a step on disk was made with other settings.
-    """
-    return pending_in(exp, lambda: list(run_loop(exp, plain_round(exp))))
-
-
-def pending_in(exp: Experiment, walk: Callable[[], object]) -> str | None:
-    """The first step of `walk` that is not done, or None. The stages that it calls look, and do nothing."""
-    exp.looking = True
-    try:
-        walk()
-    except Pending as step:
-        return str(step)
-    finally:
-        exp.looking = False
-    return None

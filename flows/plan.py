@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 from flows.api import describe
-from flows.loop import first_pending
 from iterdpo.config import DPOConfig, OfflineConfig
-from iterdpo.experiment import Experiment
 from iterdpo.run.checkpoints import EMBEDDINGS
 from iterdpo.run.rundir import RunDir, read_manifest
+from iterdpo.stages.plan import first_pending
+from iterdpo.stages.runs import IterativeRun
 
 STEPS = ("completions", "judgments", "pairs", "reference", "policy", "evaluation")
 
@@ -19,25 +19,25 @@ STEPS = ("completions", "judgments", "pairs", "reference", "policy", "evaluation
 NOT_LINEAR = ("wpe.weight", "embed_positions.weight", "lm_head.weight", "embed_out.weight")
 
 
-def describe_plan(exp: Experiment) -> str:
+def describe_plan(run: IterativeRun) -> str:
     """The plan of `iterdpo run --dry-run`: what each round and the whole run cost. Loads a tokenizer, nothing more."""
-    config = exp.config
-    per_round, heldout = config.prompts.per_round, len(exp.prompts.heldout)
+    config = run.config
+    per_round, heldout = config.prompts.per_round, len(run.prompts.heldout)
     completions = per_round * config.sampling.n
     evaluated = heldout * config.evaluation.n
-    judges = len(exp.judges)
+    judges = len(run.judges)
     pairs = per_round
     if config.pairing.strategy == "all_pairs":
         pairs *= min(math.comb(config.sampling.n, 2), config.pairing.max_pairs_per_prompt or math.inf)  # type: ignore[assignment]
     rounds = config.rounds
-    policy = _policy_bytes(exp.model_path, config.dpo)
-    checkpoint = _checkpoint_bytes(exp.model_path, config.dpo)
+    policy = _policy_bytes(run.model_path, config.dpo)
+    checkpoint = _checkpoint_bytes(run.model_path, config.dpo)
     rows = [
-        ("model", str(exp.model_path)),
-        ("judge", f"{exp.judges[0].use}; evaluated by {exp.judges[-1].use}"),
-        ("prompts", f"{len(exp.prompts.train):,} to train on, {heldout:,} held out; {per_round:,} a round"),
-        ("context", f"{exp.max_model_len:,} tokens"),
-        ("rounds", f"{rounds}; next: {first_pending(exp) or 'nothing, all are done'}"),
+        ("model", str(run.model_path)),
+        ("judge", f"{run.judges[0].named.use}; evaluated by {run.judges[-1].named.use}"),
+        ("prompts", f"{len(run.prompts.train):,} to train on, {heldout:,} held out; {per_round:,} a round"),
+        ("context", f"{run.max_model_len:,} tokens"),
+        ("rounds", f"{rounds}; next: {first_pending(run) or 'nothing, all are done'}"),
         (
             "completions",
             f"{completions:,} a round and {evaluated:,} an evaluation; {_total(completions, evaluated, rounds):,} in all",
@@ -50,7 +50,7 @@ def describe_plan(exp: Experiment) -> str:
         ),
         (
             "disk",
-            f"about {_size(rounds * policy)} of policies in {exp.run.root}, and {_size(checkpoint)} more for a checkpoint",
+            f"about {_size(rounds * policy)} of policies in {run.dir.root}, and {_size(checkpoint)} more for a checkpoint",
         ),
     ]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)

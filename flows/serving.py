@@ -26,9 +26,9 @@ def serve(
 
     Raises:
         ConfigError: a cron string that is none.
-        UserError: what `open_experiment` finds wrong with the configuration, before anything is served.
+        UserError: what `open_run` finds wrong with the configuration, before anything is served.
     """
-    from flows.api import open_experiment
+    from flows.api import open_run
     from flows.iterative_dpo import add_rounds
 
     schedule = None
@@ -42,7 +42,7 @@ def serve(
             raise ConfigError(
                 f'--cron {cron!r} in {timezone}: not a cron string; "0 2 * * *" is two every night'
             ) from None
-    open_experiment(config)  # what can be wrong is said now, not at two in the night
+    open_run(config)  # what can be wrong is said now, not at two in the night
     name = name or Path(config.run_dir).name
     log = RunDir(config.run_dir).log_path("prefect")
     with prefect_api(log) as url:

@@ -6,7 +6,7 @@ several completions of one prompt are not independent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,7 +130,7 @@ def sequence_kl(
     return bootstrap_mean(means, confidence=confidence, samples=samples, seed=seed)
 
 
-def logp_gap(reported: Sequence[Sequence[float]], computed: Sequence[float]) -> float | None:
+def logp_gap(reported: Iterable[Sequence[float]], computed: Iterable[float]) -> float | None:
     """Mean over completions of |sum of the engine's token log-probabilities - the policy's own sum|, in nats a token.
 
     What is left when both are the same policy is rounding. None where there is no completion.

@@ -11,7 +11,7 @@ import gzip
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -113,19 +113,25 @@ def load_prompts(path: str, split: str = "train", column: str = "prompt", id_col
     return _read_prompts(path, split, column, id_column)[0]
 
 
-def check_lengths(prompts: Sequence[Prompt], lengths: Sequence[int], limit: int) -> None:
-    """Refuse prompts longer than `limit` tokens; `lengths` are theirs, in tokens.
+def check_lengths(lengths: Iterable[tuple[int, str]], limit: int) -> int:
+    """The length of the longest prompt, in tokens; `lengths` are (tokens, prompt id).
 
     Raises:
-        DataError: naming the longest.
+        DataError: prompts have more than `limit` tokens; it names the longest.
     """
-    over = [(length, p.id) for p, length in zip(prompts, lengths, strict=True) if length > limit]
+    count = over = longest = 0
+    longest_id = ""
+    for length, prompt_id in lengths:
+        count += 1
+        over += length > limit
+        if length > longest:
+            longest, longest_id = length, prompt_id
     if over:
-        longest, prompt_id = max(over)
         raise DataError(
-            f"prompt {prompt_id!r} has {longest:,} tokens, and {limit:,} fit ({len(over):,} of {len(prompts):,} "
+            f"prompt {longest_id!r} has {longest:,} tokens, and {limit:,} fit ({over:,} of {count:,} "
             "prompts are too long); raise sampling.engine.max_model_len, lower sampling.max_tokens, or remove them"
         )
+    return longest
 
 
 def load_rows(path: str, split: str, *, limit: int | None = None) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""Completions and judgments shard by shard, on disk, in order: each durable as soon as it is whole, none made twice.
+"""Judging shard by shard: each shard's judgments are durable as soon as they are whole, and none is made twice.
 
-`judge_shards` is a stage's judging, with its budget of abstentions. `EarlyJudge` judges a shard while the next is
+`judge_shards` is a stage's judging, with its budget of abstentions. `StreamingJudge` judges a shard while the next is
 sampled, and leaves what it made where the stage finds it.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import queue
+import shutil
 import threading
 import time
 from collections import deque
@@ -20,87 +21,72 @@ from typing import Any
 
 from iterdpo.errors import JudgingStopped, UserError
 from iterdpo.judging.judge import JudgeBase, NamedJudge, judgments_in_turn
+from iterdpo.judging.run_judge import RunJudge
 from iterdpo.judging.stats import AbstentionCounts, printable
-from iterdpo.run.rundir import digest, read_jsonl, write_jsonl, write_text
+from iterdpo.run.artifacts import read_completion_shard, read_judgment_shard, write_judgment_shard
+from iterdpo.run.rundir import digest, sha256_file, write_text
 from iterdpo.types import CompletionGroup, Judgment
 
 RETRY = ".retry"
-"""In a step under way: judge what abstained again. Written where the budget stopped a stage, and by `judge retry`."""
+"""In a step under way: judge what abstained again. Written if the budget stopped a stage, and by `judge retry`."""
+
+NamedShard = tuple[str, Sequence[CompletionGroup]]
+"""A shard's name, which is that of its judgments too, and its groups: `("shard-000000", [group, …])`."""
 
 
-def shard_paths(directory: Path) -> list[Path]:
-    return sorted(directory.glob("shard-*.jsonl"))
-
-
-def read_groups(directory: Path) -> list[CompletionGroup]:
-    return [group for shard in shard_paths(directory) for group in _groups(shard)]
-
-
-def group_shards(directory: Path) -> Iterator[tuple[str, list[CompletionGroup]]]:
-    """(name, groups) of each shard, read when it is asked for."""
-    for shard in shard_paths(directory):
-        yield shard.name, _groups(shard)
-
-
-def read_judgments(directory: Path) -> list[Judgment]:
-    return [judgment for shard in shard_paths(directory) for judgment in _judgments(shard)]
-
-
-def judge_key(named: NamedJudge) -> dict[str, str]:
-    """What of a judge goes into the key of its results."""
-    return {"use": named.use.rpartition("/")[2], "version": named.version}
+def completion_shards(directory: Path) -> Iterator[NamedShard]:
+    """Each shard of completions in `directory`, read when it is asked for."""
+    for path in sorted(directory.glob("shard-*.parquet")):
+        yield path.stem, read_completion_shard(path)
 
 
 def judge_shards(
-    named: NamedJudge,
-    load: Callable[[], JudgeBase],
-    shards: Iterable[tuple[str, list[CompletionGroup]]],
+    judge: RunJudge,
+    shards: Iterable[NamedShard],
     directory: Path,
     *,
     total: int,
-    early: Path | None = None,
-    on_shard: Callable[[Sequence[Judgment]], None] = lambda fresh: None,
-) -> list[Judgment]:
-    """Judge what is missing in `directory`. Returns all judgments, in the order of the groups.
+    load: Callable[[], JudgeBase] | None = None,
+    streamed: Callable[[str], Path] | None = None,
+    on_shard: Callable[[Sequence[CompletionGroup], Sequence[Judgment]], object] = lambda groups, judgments: None,
+) -> None:
+    """Judge what is missing in `directory`, in the order of the shards.
 
     Args:
-        named: which judge, and how many of the `total` completions it may leave without a score.
-        load: gives the judge; called where something is missing.
-        shards: see `group_shards`.
+        judge: which judge, and how many of the `total` completions it may leave without a score.
+        shards: see `completion_shards`; one at a time is in memory, or a few if the judge works ahead.
         directory: a step under way, or a directory within one.
         total: completions of all shards.
-        early: where an `EarlyJudge` left what it made.
-        on_shard: called with the judgments of each shard.
+        load: called in place of `judge.load` if anything is missing.
+        streamed: where a `StreamingJudge` left the judgments of the shard of this name, if it did.
+        on_shard: called with each shard's groups and judgments, in order, also if they were made before.
 
     Raises:
         JudgingStopped: more abstentions than allowed. What was judged stays.
     """
-    judgments: list[Judgment] = []
-    allowed = min(
-        int(named.max_abstained * total), total if named.max_abstained_count is None else named.max_abstained_count
-    )
-    counted = AbstentionCounts(leave_out=named.by_design)
+    named = judge.named
+    most = total if named.max_abstained_count is None else named.max_abstained_count
+    allowed = min(int(named.max_abstained * total), most)
     retry = (directory / RETRY).exists()
+    counted = AbstentionCounts(leave_out=named.by_design)
 
     def tasks() -> Iterator[_Task]:
         for name, groups in shards:
-            target = directory / name
-            made = target if target.exists() or early is None else early / _early_name(named, groups)
-            known = _judgments(made) if made.exists() else None
+            target = directory / f"{name}.jsonl"
+            made = target if target.exists() or streamed is None else streamed(name)
+            known = read_judgment_shard(made) if made.exists() else None
             missing = range(len(groups)) if known is None else _unjudged(known, named.by_design) if retry else ()
             yield _Task(target, groups, known or [], missing, write=retry or not target.exists())
 
-    with closing(_work_off(load, tasks())) as done:
-        for task, fresh in done:
+    with closing(_work_off(load or judge.load, tasks())) as done:
+        for task, judgments in done:
             if task.write:
-                write_jsonl(task.target, (j.to_json() for j in fresh))
-            judgments += fresh
-            on_shard(fresh)
-            counts = counted.add(fresh).result()
+                write_judgment_shard(task.target, judgments)
+            on_shard(task.groups, judgments)
+            counts = counted.add(judgments).result()
             if counts["unjudged"] > allowed:
                 write_text(directory / RETRY, "")
                 raise JudgingStopped(_stopped(named, counts, total, allowed, directory))
-    return judgments
 
 
 @dataclass
@@ -142,69 +128,87 @@ def _work_off(load: Callable[[], JudgeBase], tasks: Iterable[_Task]) -> Generato
     yield from done()
 
 
-class EarlyJudge:
-    """Judges shards in a thread of its own, in the order in which they are put, beside whatever else goes on.
+class StreamingJudge:
+    """Judges shards in a thread of its own, in the order in which they are put, while the next ones are sampled.
 
-    The thread has the context variables of whoever made it: a judge that waits for a person finds its Prefect run.
-    After a failure nothing more is judged. The next `put` raises it where it is the user's to mend, or no failure but
-    an interruption (the run was cancelled in Prefect); the stage that comes later meets any other by itself.
+    It is made for a round by the loop, started by the stage `sample` if there is anything to sample, and joined by
+    the stage `judge`. Its thread has the context variables of the caller of `start`: a judge that waits for a person
+    finds its Prefect run. After a failure nothing more is judged. The next `put` raises user errors and
+    interruptions; any other error is dropped here, and recurs when the stage judges the shard itself.
     """
 
-    def __init__(self, named: NamedJudge, judge: JudgeBase, directory: Path) -> None:
-        self.seconds = 0.0
+    def __init__(self, judge: RunJudge, directory: Path) -> None:
+        """`directory`: where judgments wait for the stage, in files named by content."""
+        self._judge, self._directory = judge, directory
+        self._seconds = 0.0
         self._error: BaseException | None = None
         self._cancelled = False
-        self._named, self._judge, self._directory = named, judge, directory
-        self._shards: queue.SimpleQueue[list[CompletionGroup] | None] = queue.SimpleQueue()
+        self._shards: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin, unless the judge may need the device that samples, or its configuration says not to."""
+        stream = self._judge.named.stream
+        if stream is False or (stream is None and self._judge.load().needs_device):
+            return
+        self._judge.begin_stage()
+        self._directory.mkdir(parents=True, exist_ok=True)
         run = contextvars.copy_context().run
-        self._thread = threading.Thread(target=run, args=[self._work], name="early-judge", daemon=True)
-        directory.mkdir(parents=True, exist_ok=True)
+        self._thread = threading.Thread(target=run, args=[self._work], name="streaming-judge", daemon=True)
         self._thread.start()
 
-    def put(self, groups: list[CompletionGroup]) -> None:
+    def put(self, shard: Path) -> None:
+        """Judge the completions in the file `shard`."""
         if isinstance(self._error, UserError) or not isinstance(self._error, Exception | None):
             raise self._error
-        self._shards.put(groups)
+        if self._thread is not None:
+            self._shards.put(shard)
 
-    def join(self) -> float:
-        """Wait for what was put. Returns the seconds that judging took."""
+    def join(self) -> float | None:
+        """Wait for the shards that were put. Returns the seconds that judging took; None if it never started."""
+        if self._thread is None:
+            return None
         self._shards.put(None)
         self._thread.join()
-        return self.seconds
+        return self._seconds
 
     def cancel(self) -> None:
         """Begin no further shard, and do not wait."""
         self._cancelled = True
         self._shards.put(None)
 
+    def path_of(self, shard: Path) -> Path:
+        """Where the judgments of this file of completions are left: the same judge and content, the same name."""
+        return self._directory / f"{digest([self._judge.key, sha256_file(shard)])}.jsonl"
+
+    def clear(self) -> None:
+        """Delete what the stage has taken over."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
     def _work(self) -> None:
-        while (groups := self._shards.get()) is not None:
+        while (shard := self._shards.get()) is not None:
             started = time.perf_counter()
             try:
-                with closing(_work_off(lambda: self._judge, self._tasks(groups))) as judged:
-                    for task, fresh in judged:
-                        write_jsonl(task.target, (j.to_json() for j in fresh))
+                with closing(_work_off(self._judge.load, self._tasks(shard))) as done:
+                    for task, judgments in done:
+                        write_judgment_shard(task.target, judgments)
                         if self._cancelled:
                             break
             except BaseException as error:
                 self._error = error
-            self.seconds += time.perf_counter() - started
+            self._seconds += time.perf_counter() - started
 
-    def _tasks(self, groups: list[CompletionGroup] | None) -> Iterator[_Task]:
-        """What `groups` and the shards that wait behind them lack."""
-        while groups is not None:
-            target = self._directory / _early_name(self._named, groups)
+    def _tasks(self, shard: Path | None) -> Iterator[_Task]:
+        """What `shard` and the shards that wait after it lack."""
+        while shard is not None:
+            target = self.path_of(shard)
             if not (self._cancelled or self._error is not None or target.exists()):
+                groups = read_completion_shard(shard)
                 yield _Task(target, groups, [], range(len(groups)))
             if self._shards.empty():
                 return
-            groups = self._shards.get()
+            shard = self._shards.get()
         self._shards.put(None)  # which ends the thread
-
-
-def _early_name(named: NamedJudge, groups: Sequence[CompletionGroup]) -> str:
-    """Named by content, so that it is found by whoever judges the same completions by the same judge."""
-    return f"{digest([judge_key(named), [g.to_json() for g in groups]])}.jsonl"
 
 
 def _unjudged(judgments: Sequence[Judgment], by_design: Collection[str]) -> list[int]:
@@ -215,16 +219,8 @@ def _unjudged(judgments: Sequence[Judgment], by_design: Collection[str]) -> list
 def _stopped(named: NamedJudge, counts: dict[str, Any], total: int, allowed: int, directory: Path) -> str:
     rows = "\n".join(f"  {count:>8,}  {printable(reason)}" for reason, count in counts["abstentions"].items())
     return (
-        f"{named.role.replace('_', ' ')} {named.use}: {counts['unjudged']:,} of {counts['completions']:,} completions "
-        f"could not be judged, and {allowed:,} of the stage's {total:,} may (max_abstained, max_abstained_count):\n"
-        f"{rows}\nWhat was judged is kept in {directory}. Once the cause is mended, the same command goes on, and asks "
-        "again only for what is missing"
+        f"{named.role.replace('_', ' ')} {named.use}: the judge abstained on {counts['unjudged']:,} of {counts['completions']:,} completions "
+        f"so far, and this stage allows {allowed:,} of its {total:,} (max_abstained, max_abstained_count):\n{rows}\n"
+        f"The judgments so far are kept in {directory}. Mend the cause and give the same command again: it asks only "
+        "for what is missing"
     )
-
-
-def _groups(shard: Path) -> list[CompletionGroup]:
-    return [CompletionGroup.from_json(row) for row in read_jsonl(shard)]
-
-
-def _judgments(shard: Path) -> list[Judgment]:
-    return [Judgment.from_json(row) for row in read_jsonl(shard)]

@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from iterdpo.errors import UserError
+from iterdpo.run.artifacts import read_groups, read_judgments
 from iterdpo.run.rundir import RunDir, read_json, read_jsonl
-from iterdpo.types import CompletionGroup, Judgment
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+COLUMNS = ("prompt_id", "prompt", "k", "text", "tokens", "finish_reason")
+EVALUATION_JUDGES = ("train_judge", "heldout_judge")
 
 
 def read_run(path: str | Path) -> Run:
@@ -70,13 +73,20 @@ class Run:
         return pd.DataFrame(rows, columns=None if rows else ["round", "step"])
 
     def completions(self, round: int) -> pd.DataFrame:
-        """A row for each sampled completion: prompt_id, prompt, k, text, tokens (how many), finish_reason, score, abstention.
+        """A row for each sampled completion: prompt_id, prompt, k, text, tokens (how many), finish_reason, score, abstention,
+        and the columns of the prompt file.
 
-        `score` is null where the judge abstained, for the reason in `abstention`; both are where it has not judged yet.
+        `score` is null if the judge abstained, for the reason in `abstention`; both are if it has not judged yet. A
+        column of the prompt file that has one of these names is called `column/<name>`.
         """
-        groups = self._step(round, "completions")
+        return _frame(self.completion_rows(round), ["score", "abstention"])
+
+    def completion_rows(self, round: int) -> Iterator[dict[str, Any]]:
+        """The rows of `completions`, one at a time."""
         judges = {"score": self.dir.round_dir(round) / "judgments"}
-        return _table(groups, judges).rename(columns={"score_abstention": "abstention"})
+        for row in _rows(self._step(round, "completions"), judges):
+            row["abstention"] = row.pop("score_abstention")
+            yield row
 
     def evaluation(self, round: int) -> pd.DataFrame:
         """A row for each completion of a held-out prompt, by the policy that `round` trained.
@@ -84,13 +94,17 @@ class Run:
         As `completions`, with the scores in `train_judge` and `heldout_judge` (null throughout without that judge)
         and the reasons in `train_judge_abstention` and `heldout_judge_abstention`.
         """
+        names = [f"{judge}{end}" for judge in EVALUATION_JUDGES for end in ("", "_abstention")]
+        return _frame(self.evaluation_rows(round), names)
+
+    def evaluation_rows(self, round: int) -> Iterator[dict[str, Any]]:
+        """The rows of `evaluation`, one at a time."""
         step = self._step(round, "evaluation")
-        judges = {name: step / "judgments" / name for name in ("train_judge", "heldout_judge")}
-        return _table(step / "completions", judges)
+        yield from _rows(step / "completions", {name: step / "judgments" / name for name in EVALUATION_JUDGES})
 
     def abstentions(self, round: int) -> dict[str, int]:
         """Why the training judge left completions of `round` without a score, and how often: the commonest first."""
-        judgments = (Judgment.from_json(row) for row in _shards(self._step(round, "judgments")))
+        judgments = read_judgments(self._step(round, "judgments"))
         return dict(Counter(reason for j in judgments for reason in j.abstentions if reason is not None).most_common())
 
     def pairs(self, round: int) -> Dataset:
@@ -131,16 +145,15 @@ class Run:
         )
 
 
-def _table(groups: Path, judges: dict[str, Path]) -> pd.DataFrame:
-    """A row for each completion in `groups`, with `<judge>` and `<judge>_abstention` columns."""
-    judged = {
-        name: {j.prompt_id: j for j in map(Judgment.from_json, _shards(path))} if path.exists() else {}
-        for name, path in judges.items()
-    }
-    rows = []
-    for group in map(CompletionGroup.from_json, _shards(groups)):
+def _rows(groups: Path, judges: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    """A row for each completion in `groups`, with `<judge>` and `<judge>_abstention`; a shard is in memory at a time."""
+    judged = {name: read_judgments(path) for name, path in judges.items()}
+    own = {*COLUMNS, *(f"{name}{end}" for name in judges for end in ("", "_abstention"))}
+    for group in read_groups(groups):
+        judgments = {name: next(rows, None) for name, rows in judged.items()}
+        columns = {f"column/{name}" if name in own else name: value for name, value in group.prompt.columns.items()}
         for k, completion in enumerate(group.completions):
-            row = {
+            row: dict[str, Any] = {
                 "prompt_id": group.prompt.id,
                 "prompt": group.prompt.text,
                 "k": k,
@@ -148,16 +161,13 @@ def _table(groups: Path, judges: dict[str, Path]) -> pd.DataFrame:
                 "tokens": len(completion.token_ids),
                 "finish_reason": completion.finish_reason,
             }
-            for name, by_prompt in judged.items():
-                judgment = by_prompt.get(group.prompt.id)
+            for name, judgment in judgments.items():
                 row[name] = None if judgment is None else judgment.scores[k]
                 row[f"{name}_abstention"] = None if judgment is None else judgment.abstentions[k]
-            rows.append(row)
-    names = ["prompt_id", "prompt", "k", "text", "tokens", "finish_reason"]
-    names += [column for name in judges for column in (name, f"{name}_abstention")]
-    return pd.DataFrame(rows, columns=names).astype(dict.fromkeys(judges, float))
+            yield row | columns
 
 
-def _shards(step: Path) -> Iterator[dict[str, Any]]:
-    for shard in sorted(step.glob("shard-*.jsonl")):
-        yield from read_jsonl(shard)
+def _frame(rows: Iterator[dict[str, Any]], judged: list[str]) -> pd.DataFrame:
+    found = list(rows)
+    frame = pd.DataFrame(found, columns=None if found else [*COLUMNS, *judged])
+    return frame.astype({name: float for name in judged if not name.endswith("abstention")})

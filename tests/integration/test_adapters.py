@@ -10,7 +10,7 @@ import torch
 
 from flows import run_rounds
 from iterdpo.config import Config, parse_config
-from iterdpo.judging.shards import read_groups
+from iterdpo.run.artifacts import read_groups
 from iterdpo.run.rundir import read_json, read_jsonl
 from iterdpo.sampling import SamplingParameters, VLLMSampler
 from iterdpo.testing import build_tiny_checkpoint
@@ -87,7 +87,7 @@ def test_a_rounds_policy_is_an_adapter_of_the_initial_checkpoint(run_dir: Path, 
 
 
 def test_the_second_round_samples_from_the_first_rounds_adapter(run_dir: Path, tiny_model: Path) -> None:
-    groups = read_groups(run_dir / "round-002" / "completions")
+    groups = list(read_groups(run_dir / "round-002" / "completions"))
     assert largest_gap(run_dir / "round-001" / "policy", groups) < 1e-3
     assert largest_gap(tiny_model, groups) > 0.1
     assert list((run_dir / "logs").glob(".merged*")) == []  # the scratch directory is gone

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def sampling(run: Path) -> bool:
-    return (run / "round-001" / "completions.partial" / "shard-0001.jsonl").exists()
+    return (run / "round-001" / "completions.partial" / "shard-000001.parquet").exists()
 
 
 def training(run: Path) -> bool:
@@ -27,7 +27,7 @@ def training(run: Path) -> bool:
 
 
 def evaluating(run: Path) -> bool:
-    return (run / "round-001" / "evaluation.partial" / "completions" / "shard-0000.jsonl").exists()
+    return (run / "round-001" / "evaluation.partial" / "completions" / "shard-000000.parquet").exists()
 
 
 def kill_when(workspace: Workspace, moment: Callable[[Path], bool], *options: str) -> None:
@@ -51,11 +51,11 @@ def test_a_run_killed_in_sampling_training_and_evaluation_ends_bit_identical(
     run = workspace.run_dir
 
     kill_when(workspace, sampling)  # with its Prefect server, which must go too
-    shards = sorted((run / "round-001" / "completions.partial").glob("shard-*.jsonl"))
+    shards = sorted((run / "round-001" / "completions.partial").glob("shard-*.parquet"))
     before = {shard.name: shard.stat().st_mtime_ns for shard in shards}
 
     kill_when(workspace, training, "--no-prefect")
-    after = {p.name: p.stat().st_mtime_ns for p in (run / "round-001" / "completions").glob("shard-*.jsonl")}
+    after = {p.name: p.stat().st_mtime_ns for p in (run / "round-001" / "completions").glob("shard-*.parquet")}
     assert before.items() <= after.items()  # no shard that was whole was sampled again
     steps = len(read_jsonl(run / "round-001" / "policy.partial" / "train_log.jsonl"))
     checkpoint = max((run / "round-001" / "policy.partial").glob("checkpoint-??????")).name

@@ -11,14 +11,17 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from flows.api import open_experiment
+from flows.api import open_run
 from flows.cli import main
-from iterdpo import stages
 from iterdpo.config import Config, parse_config
 from iterdpo.data.pairing import build_pairs
 from iterdpo.data.pairs import TRAIN
 from iterdpo.errors import StaleStepError
-from iterdpo.judging.shards import read_groups, read_judgments
+from iterdpo.run.artifacts import read_groups, read_judgments
+from iterdpo.run.rundir import read_manifest
+from iterdpo.stages.judge import judge
+from iterdpo.stages.pair import pair
+from iterdpo.stages.sample import sample
 from iterdpo.testing import FakeSampler
 from iterdpo.testing_http import FAULTS, FakeEndpoint
 from iterdpo.types import Comparison
@@ -109,15 +112,17 @@ def judged(
     import pyarrow.parquet as pq
 
     config = config_of(workspace, server, name, **endpoint)
-    with open_experiment(config, sampler=FakeSampler(reply)) as exp, exp.run.lock():
-        exp.run.write_config(config.model_dump())
+    with open_run(config, sampler=FakeSampler(reply)) as exp, exp.dir.lock():
+        exp.dir.write_config(config.model_dump())
         began = time.monotonic()
-        stages.sample(exp, 1, exp.initial)
-        manifest = stages.judge(exp, 1)
+        completions = sample(exp, 1, exp.initial, exp.prompts.of(1))
+        judgments = judge(exp, 1, completions, exp.train_judge)
+        manifest = read_manifest(judgments.path)
+        assert manifest is not None
         seconds = time.monotonic() - began
-        stages.pair(exp, 1)
+        pair(exp, 1, completions, judgments)
     directory = workspace.root / name / "round-001"
-    groups, judgments = read_groups(directory / "completions"), read_judgments(directory / "judgments")
+    groups, judgments = list(read_groups(directory / "completions")), list(read_judgments(directory / "judgments"))
     ids = {str(g.prompt.content): g.prompt.id for g in groups}
     best_worst, _ = build_pairs(groups, judgments, strategy="best_worst")
     return Judged(
@@ -235,7 +240,7 @@ def test_judge_retry_asks_again_for_what_abstained_and_nothing_else(
         unjudged = sum(score is None for j in broken for score in j.scores)
         assert f"round 1: {unjudged} completions without a score before, 0 now" in capsys.readouterr().out
 
-        whole = [read_judgments(workspace.root / name / "round-001" / "judgments") for name in ("run", "sound")]
+        whole = [list(read_judgments(workspace.root / name / "round-001" / "judgments")) for name in ("run", "sound")]
         assert whole[0] == whole[1]
 
         with pytest.raises(SystemExit, match="2"):

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from flows import run_rounds
-from flows.api import open_experiment
-from iterdpo import stages
+from flows.api import open_run
 from iterdpo.config import Config, parse_config
 from iterdpo.judging.judge import checked_judgments
-from iterdpo.judging.shards import read_judgments
-from iterdpo.run.rundir import Manifest, read_jsonl
+from iterdpo.run.artifacts import read_judgments
+from iterdpo.run.rundir import Manifest, read_jsonl, read_manifest
+from iterdpo.stages.judge import judge
+from iterdpo.stages.sample import sample
 from iterdpo.testing import FakeSampler, build_tiny_checkpoint, make_group
 from judges import load_judge
 from judges.llm.server import Server, ServerSettings
@@ -70,9 +71,12 @@ def sampler() -> FakeSampler:
 
 def judged(workspace: Workspace, use: str, args: dict[str, Any]) -> Manifest:
     """The first round of a run up to its judgments."""
-    with open_experiment(config(workspace, use, args), sampler=sampler()) as exp:
-        stages.sample(exp, 1, exp.initial)
-        return stages.judge(exp, 1)
+    with open_run(config(workspace, use, args), sampler=sampler()) as exp:
+        completions = sample(exp, 1, exp.initial, exp.prompts.of(1))
+        judgments = judge(exp, 1, completions, exp.train_judge)
+    manifest = read_manifest(judgments.path)
+    assert manifest is not None
+    return manifest
 
 
 def endpoint(base_url: str) -> dict[str, Any]:

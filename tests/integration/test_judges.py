@@ -12,7 +12,7 @@ import pytest
 from flows import run_rounds
 from iterdpo.config import Config, parse_config
 from iterdpo.errors import JudgingStopped
-from iterdpo.judging.shards import read_judgments
+from iterdpo.run.artifacts import read_judgments
 from iterdpo.run.rundir import read_jsonl, read_manifest, write_jsonl
 from iterdpo.testing import FakeSampler
 from iterdpo.testing_http import FakeEndpoint
@@ -128,6 +128,6 @@ def test_with_the_endpoint_down_the_stage_stops_and_goes_on_when_it_is_back(
             round_of(workspace, "pairwise", args)
         server.down = False
         run = round_of(workspace, "pairwise", args)
-    judgments = read_judgments(run / "round-001" / "judgments")
+    judgments = list(read_judgments(run / "round-001" / "judgments"))
     assert judgments
     assert not [s for j in judgments for s in j.scores if s is None]

@@ -10,6 +10,7 @@ import pytest
 
 from iterdpo.report.page import write_report
 from iterdpo.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, as_png, figures
+from iterdpo.run.artifacts import write_completion_shard
 from iterdpo.run.read import read_run
 from iterdpo.run.rundir import RunDir, write_jsonl
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt, RoundRecord
@@ -68,7 +69,7 @@ def build_run(root: Path, *, rounds: int = 4, hostile: bool = True) -> Path:
 
 def write_groups(step: Path, r: int, rng: random.Random, *, n: int, hostile: bool, judges: tuple[str, ...]) -> None:
     texts = [*HOSTILE, *PLAIN] if hostile else PLAIN
-    groups: list[dict[str, Any]] = []
+    groups: list[CompletionGroup] = []
     verdicts: dict[str, list[dict[str, Any]]] = {judge: [] for judge in judges}
     for i in range(24):
         prompt = Prompt(
@@ -76,17 +77,17 @@ def write_groups(step: Path, r: int, rng: random.Random, *, n: int, hostile: boo
         )
         picked = [texts[(i + k + r) % len(texts)] for k in range(n)]
         completions = [Completion(t, [1] * 40, [-1.0] * 40, "length" if i % 5 == 0 else "stop") for t in picked]
-        groups.append(CompletionGroup(prompt, [1, 2], completions).to_json())
+        groups.append(CompletionGroup(prompt, [1, 2], completions))
         for judge in judges:
             abstains = i % 7 == 3
             scores = [None if abstains else round(min(1.0, 0.3 + 0.12 * r + 0.2 * rng.random()), 3) for _ in picked]
             reasons = ["timed out after 30 s <script>window.pwned=1</script>" if abstains else None for _ in picked]
             verdicts[judge].append(Judgment(prompt.id, scores, reasons).to_json())
     (step / "completions").mkdir(parents=True)
-    write_jsonl(step / "completions" / "shard-0000.jsonl", groups)
+    write_completion_shard(step / "completions" / "shard-000000.parquet", groups)
     for judge, rows in verdicts.items():
         (step / "judgments" / judge).mkdir(parents=True)
-        write_jsonl(step / "judgments" / judge / "shard-0000.jsonl", rows)
+        write_jsonl(step / "judgments" / judge / "shard-000000.jsonl", rows)
 
 
 def round_metrics(r: int, *, last: bool, rng: random.Random) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from iterdpo.run.rundir import read_json, read_jsonl
+from iterdpo.run.artifacts import read_groups, read_judgments
+from iterdpo.run.rundir import read_json
 from iterdpo.testing import make_group
 from judges.person.judge import plan
 from judges.person.store import Reviews
@@ -326,9 +327,7 @@ def test_a_run_waits_paused_for_twenty_pairs_and_then_trains_by_itself(
     completed = {"iterative_dpo": "COMPLETED", "round": "COMPLETED"}
     assert states(prefect).items() >= completed.items()
     first = workspace.run_dir / "round-001"
-    groups = read_jsonl(first / "completions" / "shard-0000.jsonl")
-    judgments = read_jsonl(first / "judgments" / "shard-0000.jsonl")
-    for group, judgment in zip(groups, judgments, strict=True):
-        assert judgment["scores"] == [float("good" in c["text"]) for c in group["completions"]]
+    for group, judgment in zip(read_groups(first / "completions"), read_judgments(first / "judgments"), strict=True):
+        assert judgment.scores == [float("good" in c.text) for c in group.completions]
     assert read_json(first / "pairs" / "MANIFEST.json")["counts"]["kept"] == 20
     assert json.loads((first / "round.json").read_text())["decision"] in ("promote", "keep")

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from iterdpo.run.artifacts import read_groups
 from tests.integration.harness import Workspace, wait_for
 
 pytestmark = pytest.mark.slow
@@ -77,12 +78,7 @@ def test_two_triggers_at_once_add_a_round_each_the_second_from_the_firsts_policy
     assert second["inputs"]["policy"] == first["policy_digest"]
     assert not (workspace.run_dir / "round-003").exists()
     prompts = [
-        {
-            json.loads(line)["prompt"]["id"]
-            for shard in (workspace.run_dir / f"round-00{t}" / "completions").glob("*.jsonl")
-            for line in shard.read_text().splitlines()
-        }
-        for t in (1, 2)
+        {group.prompt.id for group in read_groups(workspace.run_dir / f"round-00{t}" / "completions")} for t in (1, 2)
     ]
     assert not prompts[0] & prompts[1]
 

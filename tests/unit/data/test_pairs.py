@@ -15,15 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from iterdpo import offline
 from iterdpo.config import OfflineConfig, parse_config
 from iterdpo.data import pairs, preferences
 from iterdpo.data.pairs import ABSENT, TokenPairs, pairs_table, write_pairs, write_tables
 from iterdpo.errors import DataError, StaleStepError
-from iterdpo.experiment import Policy
-from iterdpo.offline import describe_counts, prepare_pairs
-from iterdpo.run.progress import Progress
-from iterdpo.run.rundir import Manifest, RunDir
+from iterdpo.run.rundir import Manifest
+from iterdpo.stages import offline
+from iterdpo.stages.offline import describe_counts, prepare_pairs
+from iterdpo.stages.runs import OfflineRun
 from iterdpo.training.collate import TokenPair
 from iterdpo.types import Completion, Message, PreferencePair, Prompt
 
@@ -208,7 +207,7 @@ class Offline:
     """An offline round's configuration over a file of rows, and its first step."""
 
     def __init__(self, root: Path, model: Path) -> None:
-        self.root, self.policy, self.data = root, Policy(model, "digest", 0), root / "data.jsonl"
+        self.root, self.model, self.data = root, model, root / "data.jsonl"
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -218,12 +217,11 @@ class Offline:
             OfflineConfig,
             {
                 "run_dir": str(self.root / name),
-                "model": {"path": str(self.policy.path)},
+                "model": {"path": str(self.model)},
                 "data": {"path": str(self.data), **data},
             },
         )
-        run = RunDir(config.run_dir, redo=redo)
-        return prepare_pairs(config, run, self.policy, Progress(), processes=processes)
+        return prepare_pairs(config, OfflineRun(config, redo=redo), processes=processes)
 
     def files(self, name: str = "run") -> dict[str, bytes]:
         step = self.root / name / "round-001" / "pairs"

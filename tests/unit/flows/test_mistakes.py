@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.api import open_experiment
+from flows.api import open_run
 from flows.cli import main
 from iterdpo.config import Config, parse_config
 from iterdpo.errors import JudgeError
@@ -133,9 +133,9 @@ def test_a_heldout_judge_may_read_a_column_that_only_the_heldout_prompts_have(
     (tmp_path / "gold.py").write_text("def score(completion, gold):\n    return gold in completion\n")
     config["prompts"]["heldout_path"] = str(tmp_path / "heldout.jsonl")
     reads_gold = {"use": f"{tmp_path / 'gold.py'}:score"}
-    open_experiment(parse_config(Config, {**config, "evaluation": {"judge": reads_gold}}))
+    open_run(parse_config(Config, {**config, "evaluation": {"judge": reads_gold}}))
     with pytest.raises(JudgeError, match="asks for a column 'gold'"):
-        open_experiment(parse_config(Config, {**config, "judge": reads_gold}))
+        open_run(parse_config(Config, {**config, "judge": reads_gold}))
 
 
 def test_a_run_directory_that_cannot_be_written(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from iterdpo.errors import UserError
+from iterdpo.run.artifacts import write_completion_shard, write_judgment_shard
 from iterdpo.run.read import read_run
 from iterdpo.run.rundir import RunDir, write_json, write_jsonl
 from iterdpo.testing import make_group
@@ -18,17 +19,18 @@ def run_dir(tmp_path: Path) -> Path:
     run.root.mkdir()
     run.write_config({"rounds": 3, "model": {"path": "org/base"}})
     cats, dogs = make_group("cats?", ["yes", "no!"]), make_group("dogs?", ["perhaps", ""])
+    cats.prompt.columns.update({"gold": "yes", "score": 7})
 
     for step in (run.round_dir(0) / "evaluation", run.round_dir(1), run.round_dir(2)):
         (step / "completions").mkdir(parents=True)
-        write_jsonl(step / "completions" / "shard-0000.jsonl", [cats.to_json()])
-        write_jsonl(step / "completions" / "shard-0001.jsonl", [dogs.to_json()])
+        write_completion_shard(step / "completions" / "shard-000000.parquet", [cats])
+        write_completion_shard(step / "completions" / "shard-000001.parquet", [dogs])
     train_cats = Judgment(cats.prompt.id, [0.9, 0.1], [None, None])
     train_dogs = Judgment(dogs.prompt.id, [0.4, None], [None, "nothing to judge"])
     for judgments in (run.round_dir(1) / "judgments", run.round_dir(0) / "evaluation" / "judgments" / "train_judge"):
         judgments.mkdir(parents=True)
-        write_jsonl(judgments / "shard-0000.jsonl", [train_cats.to_json()])
-        write_jsonl(judgments / "shard-0001.jsonl", [train_dogs.to_json()])
+        write_judgment_shard(judgments / "shard-000000.jsonl", [train_cats])
+        write_judgment_shard(judgments / "shard-000001.jsonl", [train_dogs])
     policy = run.round_dir(1) / "policy"
     policy.mkdir()
     write_jsonl(policy / "train_log.jsonl", [{"step": 1, "loss": 0.69}, {"step": 2, "loss": 0.6}])
@@ -49,7 +51,9 @@ def test_metrics_are_indexed_by_round(run_dir: Path) -> None:
 
 def test_completions_have_a_row_each_with_the_score_or_the_reason_for_none(run_dir: Path) -> None:
     table = read_run(run_dir).completions(1)
-    assert list(table.columns) == ["prompt_id", "prompt", "k", "text", "tokens", "finish_reason", "score", "abstention"]
+    own = ["prompt_id", "prompt", "k", "text", "tokens", "finish_reason", "score", "abstention"]
+    assert set(table.columns) == {*own, "gold", "column/score"}
+    assert table.loc[0, ["gold", "column/score"]].tolist() == ["yes", 7]  # columns of the prompt file
     assert list(table["text"]) == ["yes", "no!", "perhaps", ""]
     assert list(table["k"]) == [0, 1, 0, 1]
     assert list(table["tokens"]) == [3, 3, 7, 0]

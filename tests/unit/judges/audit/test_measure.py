@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,8 @@ import pytest
 
 from iterdpo.errors import DataError, UserError
 from iterdpo.judging.judge import JudgeBase
-from iterdpo.run.rundir import write_jsonl
+from iterdpo.run.artifacts import write_completion_shard
+from iterdpo.run.rundir import RunDir, write_jsonl
 from iterdpo.types import Comparison, Completion, CompletionGroup, Judgment, Prompt
 from judges.audit import stats as estimates
 from judges.audit.agreement import Sample, compare_judges, measure_agreement, read_samples
@@ -538,13 +538,11 @@ def test_two_judges_read_pairs_completions_and_a_runs_shards(tmp_path: Path) -> 
     run = tmp_path / "run"
     for number in (1, 2):
         (run / f"round-00{number}" / "completions").mkdir(parents=True)
-        write_jsonl(
-            run / f"round-00{number}" / "completions" / "shard-00000.jsonl", [g.to_json() for g in groups(number, 2)]
-        )
-    (run / "run.json").write_text(json.dumps({"config": {}}))
+        write_completion_shard(run / f"round-00{number}" / "completions" / "shard-000000.parquet", groups(number, 2))
+    RunDir(run).write_config({})
     assert len(list(read_samples(str(run)))) == 2  # the last round
     assert len(list(read_samples(str(run), round=1))) == 1
     with pytest.raises(UserError, match="no completions of round 7; rounds with completions: 1, 2"):
         read_samples(str(run), round=7)
-    [shard] = read_samples(str(run / "round-001" / "completions" / "shard-00000.jsonl"))
+    [shard] = read_samples(str(run / "round-001" / "completions" / "shard-000000.parquet"))
     assert shard.group.prompt.id == "p-0"

@@ -1,0 +1,198 @@
+"""What stages hand to each other: frozen handles on finished steps, which stream their rows from disk.
+
+Completions lie in Parquet shards, a row a prompt, in columns of lists: token ids as int32, log-probabilities as
+float32. Judgments lie in JSON lines, a row a prompt, in shards of the same names. Both open with
+`datasets.load_dataset`. No handle holds rows: what iterates over one has a shard in memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iterdpo.run.rundir import Manifest, read_jsonl, write_jsonl, write_with
+from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyCheckpoint:
+    """A checkpoint of the lineage: `PolicyCheckpoint(path, digest="81f0…", round=2)`; round 0 is the initial policy."""
+
+    path: Path
+    digest: str
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """K completions of each of a round's prompts: `Completions(path, digest="5c1e…", prompts=128, completions=512)`."""
+
+    path: Path
+    digest: str
+    prompts: int
+    completions: int
+
+    @staticmethod
+    def of(path: Path, manifest: Manifest) -> Completions:
+        return Completions(path, manifest.digest, manifest.counts["prompts"], manifest.counts["completions"])
+
+    def __iter__(self) -> Iterator[CompletionGroup]:
+        return read_groups(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Judgments:
+    """A judge's scores or abstentions for `completions`: `Judgments(path, digest="b07a…", completions="5c1e…", flip_rate=0.1)`."""
+
+    path: Path
+    digest: str
+    completions: str
+    """The digest of what was judged."""
+    flip_rate: float | None = None
+    """Of the comparisons shown in both orders, the share whose winner changed with the order."""
+
+    @staticmethod
+    def of(path: Path, manifest: Manifest) -> Judgments:
+        flip_rate = manifest.counts["metrics"].get("flip_rate")
+        return Judgments(path, manifest.digest, manifest.inputs["completions"], flip_rate)
+
+    def __iter__(self) -> Iterator[Judgment]:
+        return read_judgments(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """A round's preference pairs on disk: `Pairs(path, digest="9d20…", kept=121)`; `kept` are those to train on."""
+
+    path: Path
+    digest: str
+    kept: int
+
+    @staticmethod
+    def of(path: Path, manifest: Manifest) -> Pairs:
+        return Pairs(path, manifest.digest, manifest.counts["kept"])
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How a policy does on the held-out prompts: `Evaluation(path, digest="e4c3…", round=2)`."""
+
+    path: Path
+    digest: str
+    round: int
+
+    @property
+    def completions(self) -> Path:
+        return self.path / "completions"
+
+    def judgments(self) -> dict[str, Path]:
+        """By role of the judge, where its judgments lie."""
+        return {role.name: role for role in sorted((self.path / "judgments").glob("*"))}
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}"
+
+
+def completion_shards(directory: Path) -> list[Path]:
+    return sorted(directory.glob("shard-*.parquet"))
+
+
+def read_groups(directory: Path) -> Iterator[CompletionGroup]:
+    """Every group in `directory`, a shard in memory at a time."""
+    return itertools.chain.from_iterable(map(read_completion_shard, completion_shards(directory)))
+
+
+def read_judgments(directory: Path) -> Iterator[Judgment]:
+    """Every judgment in `directory`, a shard in memory at a time."""
+    return itertools.chain.from_iterable(map(read_judgment_shard, sorted(directory.glob("shard-*.jsonl"))))
+
+
+def read_judgment_shard(path: Path) -> list[Judgment]:
+    return [Judgment.from_json(row) for row in read_jsonl(path)]
+
+
+def write_judgment_shard(path: Path, judgments: Iterable[Judgment]) -> None:
+    write_jsonl(path, (j.to_json() for j in judgments))
+
+
+def write_completion_shard(path: Path, groups: Sequence[CompletionGroup]) -> None:
+    """Write the groups as one Parquet file, durably, under a temporary name first."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    each = [c for g in groups for c in g.completions]
+    counts = [len(g.completions) for g in groups]
+    ids = [c.token_ids for c in each]
+    columns = {
+        "prompt_id": pa.array([g.prompt.id for g in groups], pa.string()),
+        "prompt": pa.array([_json(g.prompt.content) for g in groups], pa.string()),
+        "columns": pa.array([_json(g.prompt.columns) for g in groups], pa.string()),
+        "prompt_token_ids": _lists([g.prompt_ids for g in groups], pa.int32()),
+        "completions": _lists_of(pa.array([c.text for c in each], pa.string()), counts),
+        "token_ids": _lists_of(_lists(ids, pa.int32()), counts),
+        "logprobs": _lists_of(_lists([c.logprobs for c in each], pa.float32()), counts),
+        "finish_reasons": _lists_of(pa.array([c.finish_reason for c in each], pa.string()), counts),
+    }
+    table = pa.table(columns)
+    # Token ids neither repeat nor have an order that a dictionary or statistics would profit from.
+    settings = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+    write_with(path, lambda handle: pq.write_table(table, handle, **settings))
+
+
+def read_completion_shard(path: Path) -> list[CompletionGroup]:
+    """The groups of one shard, as they were sampled.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    import pyarrow.parquet as pq
+
+    read = pq.read_table(path)
+    table = {name: read[name].combine_chunks() for name in read.column_names}
+    offsets = table["token_ids"].offsets.to_pylist()
+    texts, reasons = table["completions"].values.to_pylist(), table["finish_reasons"].values.to_pylist()
+    ids, logprobs = _unnested(table["token_ids"].values), _unnested(table["logprobs"].values)
+    completions = list(map(Completion, texts, ids, logprobs, reasons))
+    prompts = map(
+        Prompt,
+        table["prompt_id"].to_pylist(),
+        map(json.loads, table["prompt"].to_pylist()),
+        map(json.loads, table["columns"].to_pylist()),
+    )
+    return [
+        CompletionGroup(prompt, prompt_ids, completions[start:end])
+        for prompt, prompt_ids, start, end in zip(
+            prompts, _unnested(table["prompt_token_ids"]), offsets, offsets[1:], strict=False
+        )
+    ]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _lists(rows: Sequence[Sequence[Any]], kind: pa.DataType) -> pa.ListArray:
+    import pyarrow as pa
+
+    return _lists_of(pa.array(list(itertools.chain.from_iterable(rows)), kind), [len(row) for row in rows])
+
+
+def _lists_of(values: pa.Array, lengths: Sequence[int]) -> pa.ListArray:
+    """`values` cut into lists of `lengths`."""
+    import pyarrow as pa
+
+    return pa.ListArray.from_arrays(pa.array([0, *itertools.accumulate(lengths)], pa.int32()), values)
+
+
+def _unnested(lists: pa.ListArray) -> list[list[Any]]:
+    """The lists as Python's: by way of one flat list, which is several times as quick as `to_pylist`."""
+    flat, offsets = lists.values.to_numpy().tolist(), lists.offsets.to_pylist()
+    return [flat[start:end] for start, end in itertools.pairwise(offsets)]

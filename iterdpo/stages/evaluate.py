@@ -1,0 +1,215 @@
+"""How a candidate does on the held-out prompts: win rate, scores, KL to the initial policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from iterdpo.errors import ChildFailed
+from iterdpo.evaluate import Scores, evaluation_metrics, logp_gap
+from iterdpo.judging.run_judge import RunJudge
+from iterdpo.judging.shards import NamedShard, completion_shards
+from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_groups, read_judgments, shard_name
+from iterdpo.run.rundir import Step, read_json, write_json
+from iterdpo.seeds import derive_seed
+from iterdpo.stages.judge import judge_with_progress
+from iterdpo.stages.runs import IterativeRun
+from iterdpo.stages.sample import batches, parameters_of, prompts_key, sample_shards, sampling_key
+from iterdpo.types import CompletionGroup
+
+Duels = list[list[Scores]]
+"""For each prompt, one pair of scores (candidate's, baseline's) a completion."""
+
+SCORED_AT_ONCE = 8192
+"""Completions whose log-probabilities are computed in one go: sorted by length, so that little is padding."""
+
+
+def evaluate(
+    run: IterativeRun, round: int, candidate: PolicyCheckpoint, against: Mapping[str, Evaluation]
+) -> Evaluation:
+    """The candidate on the held-out prompts, compared with the evaluations in `against` (`initial`, `previous`).
+
+    Raises:
+        ChildFailed: the engine does not sample from this policy.
+    """
+    step = evaluate_step(run, round, candidate, against)
+    if (manifest := step.manifest()) is None:
+        directory = step.begin()
+        if round == 0:
+            run.prompts.pin(0)
+        counts = _evaluate(run, directory, candidate, against)
+        manifest = step.finish(counts=counts)
+    return Evaluation(step.path, manifest.digest, round)
+
+
+def evaluate_step(
+    run: IterativeRun, round: int, candidate: PolicyCheckpoint, against: Mapping[str, Evaluation]
+) -> Step:
+    return run.dir.step(round, "evaluation", inputs(run, candidate, against))
+
+
+def inputs(run: IterativeRun, candidate: PolicyCheckpoint, against: Mapping[str, Evaluation]) -> dict[str, Any]:
+    n, temperature = _sampling(run)
+    return {
+        "model": run.initial.digest,
+        "policy": candidate.digest,
+        "prompts": prompts_key(run, run.prompts.heldout),
+        "sampling": sampling_key(run.config.sampling, n, temperature),
+        "evaluation": run.config.evaluation.model_dump(exclude={"judge", "max_logp_gap"}),
+        "judges": {judge.role: judge.key for judge in run.judges},
+        "baselines": {name: baseline.digest for name, baseline in against.items()},
+        "seed": run.config.seed,
+    }
+
+
+def _sampling(run: IterativeRun) -> tuple[int, float]:
+    """Completions a prompt, and their temperature. All greedy completions of a prompt would be one."""
+    section = run.config.evaluation
+    temperature = run.config.sampling.temperature if section.temperature is None else section.temperature
+    return (1 if temperature == 0 else section.n), temperature
+
+
+def _evaluate(
+    run: IterativeRun, directory: Path, candidate: PolicyCheckpoint, against: Mapping[str, Evaluation]
+) -> dict[str, int]:
+    section, completions = run.config.evaluation, directory / "completions"
+    completions.mkdir(exist_ok=True)
+    counts = sample_shards(
+        run,
+        completions,
+        "evaluate",
+        candidate,
+        run.prompts.heldout,
+        parameters_of(run.config.sampling, *_sampling(run)),
+        # The same seeds every round: what differs between rounds is the policy, not the luck of the draw.
+        lambda prompt_id: derive_seed(run.config.seed, "evaluate", prompt_id),
+    )
+    scores: dict[str, list[Scores]] = {}
+    duels: dict[str, dict[str, Duels]] = {}
+    for judge in run.judges:
+        target = directory / "judgments" / judge.role
+        target.mkdir(parents=True, exist_ok=True)
+        judge.begin_stage()
+        if judge.load().comparative:
+            duels[judge.role] = {name: _duels(run, judge, completions, b, target) for name, b in against.items()}
+            continue
+        total = counts["completions"]
+        judge_with_progress(run, "score", judge, completion_shards(completions), target, total=total)
+        scores[judge.role] = _scores(target)
+    run.release_judges()
+    logps = _sequence_logps(run, directory / "logps.json", candidate, completions, counts["completions"])
+    gap = _checked_gap(read_groups(completions), logps, limit=section.max_logp_gap)
+    metrics = evaluation_metrics(
+        list(read_groups(completions)),
+        scores,
+        {name: {r: _scores(path) for r, path in b.judgments().items()} for name, b in against.items()},
+        duels,
+        logps,
+        bootstrap={
+            "confidence": section.confidence,
+            "samples": section.bootstrap_samples,
+            "seed": derive_seed(run.config.seed, "bootstrap"),
+        },
+    )
+    write_json(directory / "metrics.json", metrics | {"sampler/logp_gap": gap})
+    return {"prompts": counts["prompts"], "completions": counts["completions"]}
+
+
+def _scores(directory: Path) -> list[Scores]:
+    return [judgment.scores for judgment in read_judgments(directory)]
+
+
+def _duels(run: IterativeRun, judge: RunJudge, candidates: Path, baseline: Evaluation, directory: Path) -> Duels:
+    """The candidate's completions against the baseline's, each with its counterpart, prompt by prompt.
+
+    Two completions of the same text tie, without a call of the judge.
+    """
+    target = directory / f"vs-round-{baseline.round:03d}"  # the same for two baselines that are one
+    target.mkdir(exist_ok=True)
+
+    def differing() -> Iterator[CompletionGroup]:
+        return (pair for group in _opponents(candidates, baseline.completions) for pair in group if not _twins(pair))
+
+    shards: Iterable[NamedShard] = (
+        (shard_name(number), asked) for number, asked in enumerate(batches(differing(), run.config.sampling.shard_size))
+    )
+    judge_with_progress(run, "compare", judge, shards, target, total=2 * sum(1 for _ in differing()))
+    judged = read_judgments(target)
+    return [
+        [[0.5, 0.5] if _twins(pair) else next(judged).scores for pair in group]
+        for group in _opponents(candidates, baseline.completions)
+    ]
+
+
+def _opponents(candidates: Path, baselines: Path) -> Iterator[list[CompletionGroup]]:
+    """For each prompt, a group of two for each completion: the candidate's and its counterpart."""
+    for ours, theirs in zip(read_groups(candidates), read_groups(baselines), strict=True):
+        pairs = zip(ours.completions, theirs.completions, strict=True)
+        yield [CompletionGroup(ours.prompt, ours.prompt_ids, [a, b]) for a, b in pairs]
+
+
+def _twins(pair: CompletionGroup) -> bool:
+    return pair.completions[0].text == pair.completions[1].text
+
+
+def _sequence_logps(
+    run: IterativeRun, note: Path, policy: PolicyCheckpoint, completions: Path, total: int
+) -> dict[str, list[list[float]]] | None:
+    """Sums of log policy(y|x) and log initial(y|x) of every completion, by prompt; None if the two are one."""
+    if policy.digest == run.initial.digest:
+        return None
+    if note.exists():
+        return read_json(note)
+    logps = {}
+    with run.progress.stage("kl", 2 * total, "completions") as stage:
+        for name, which in (("policy", policy), ("initial", run.initial)):
+            flat = _logps(run, which, completions, on_scored=stage.advance)
+            by_prompt = [[next(flat) for c in g.completions if c.token_ids] for g in read_groups(completions)]
+            logps[name] = [group for group in by_prompt if group]
+    write_json(note, logps)
+    return logps
+
+
+def _logps(run: IterativeRun, policy: PolicyCheckpoint, completions: Path, *, on_scored: Any) -> Iterator[float]:
+    """Log policy(y|x) of each completion that has tokens, in order, in nats."""
+    from iterdpo.training.logps import score_completions
+    from iterdpo.training.models import load_policy
+
+    rows = ((g.prompt_ids, c.token_ids) for g in read_groups(completions) for c in g.completions if c.token_ids)
+    model = load_policy(policy.path, trust_remote_code=run.config.model.trust_remote_code)
+    for batch in batches(rows, SCORED_AT_ONCE):
+        done = 0
+
+        def on_progress(scored: int) -> None:
+            nonlocal done
+            on_scored(scored - done)
+            done = scored
+
+        yield from score_completions(
+            model,
+            [prompt for prompt, _ in batch],
+            [completion for _, completion in batch],
+            precision=run.config.dpo.precision,
+            on_progress=on_progress,
+        )
+
+
+def _checked_gap(
+    groups: Iterable[CompletionGroup], logps: dict[str, list[list[float]]] | None, *, limit: float
+) -> float | None:
+    """The engine's log-probabilities against the policy's (see `logp_gap`); None if they were not computed.
+
+    Raises:
+        ChildFailed: they differ so much that the engine does not sample from this policy.
+    """
+    if logps is None:
+        return None
+    reported = (c.logprobs for g in groups for c in g.completions if c.token_ids)
+    gap = logp_gap(reported, (value for group in logps["policy"] for value in group))
+    if gap is not None and gap > limit:
+        raise ChildFailed(
+            f"the engine's log-probabilities differ from the policy's by {gap:.3f} nats a token on average (allowed: "
+            f"evaluation.max_logp_gap = {limit:g}): it does not sample from this policy, or its precision is too low"
+        )
+    return gap

@@ -1,0 +1,64 @@
+"""Promote, keep or stop: a round is sealed with its metrics and the policy that the next round starts from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from iterdpo.errors import StaleStepError
+from iterdpo.gate import Decision, decide
+from iterdpo.report.metrics import round_metrics
+from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
+from iterdpo.run.rundir import differing_keys
+from iterdpo.stages.runs import IterativeRun, OfflineRun
+from iterdpo.types import RoundRecord
+
+
+def gate(
+    run: IterativeRun,
+    round: int,
+    evaluation: Evaluation,
+    candidate: PolicyCheckpoint,
+    previous: PolicyCheckpoint | None,
+) -> RoundRecord:
+    """Seal the round. `previous` is the policy that it started from; round 0 has none, and promotes the initial one."""
+    assert evaluation.round == round
+    record = decision_record(run, round, candidate, previous)
+    if run.dir.record(round) != record:
+        run.dir.write_record(record)
+    return record
+
+
+def decision_record(
+    run: IterativeRun, round: int, candidate: PolicyCheckpoint, previous: PolicyCheckpoint | None
+) -> RoundRecord:
+    """The record that the round's finished steps and the gate's settings give.
+
+    Raises:
+        StaleStepError: the round was sealed with other settings of the gate.
+    """
+    settings = run.config.gate.model_dump()
+    known = run.dir.record(round)
+    if known is not None and not run.dir.redo:
+        differing = differing_keys({"gate": known.gate}, {"gate": settings})
+        if differing:
+            raise StaleStepError(f"round {round}", differing)
+    metrics = round_metrics(run.dir, round)
+    decision = Decision("promote", "the initial policy") if previous is None else decide(metrics, **settings)
+    kept = candidate if previous is None or decision.action == "promote" else previous
+    return round_record(run, round, decision, kept, settings, metrics)
+
+
+def round_record(
+    run: OfflineRun,
+    round: int,
+    decision: Decision,
+    kept: PolicyCheckpoint,
+    settings: dict[str, Any],
+    metrics: dict[str, Any],
+) -> RoundRecord:
+    """The record of a round that ended with `decision` and left the policy `kept`."""
+    path = kept.path
+    if path.is_relative_to(run.dir.root):
+        path = path.relative_to(run.dir.root)
+    metrics = metrics | {"gate/decision": decision.action, "gate/reason": decision.reason}
+    return RoundRecord(round, decision.action, decision.reason, str(path), kept.round, kept.digest, settings, metrics)

@@ -1,0 +1,61 @@
+"""(x, y_w, y_l): preference pairs from a round's completions and their judgments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from iterdpo.data.pairing import build_pairs
+from iterdpo.data.pairs import write_pairs
+from iterdpo.errors import DataError
+from iterdpo.run.artifacts import Completions, Judgments, Pairs
+from iterdpo.run.rundir import Step
+from iterdpo.seeds import derive_seed
+from iterdpo.stages.runs import IterativeRun
+
+
+def pair(run: IterativeRun, round: int, completions: Completions, judgments: Judgments) -> Pairs:
+    """Preference pairs, as `pairing` says.
+
+    Raises:
+        DataError: there is not one.
+    """
+    step = pair_step(run, round, judgments)
+    if (manifest := step.manifest()) is None:
+        directory = step.begin()
+        with run.progress.stage("pair", 0, "pairs") as stage:
+            pairs, counts = build_pairs(
+                list(completions),
+                list(judgments),
+                **run.config.pairing.model_dump(),
+                seed=derive_seed(run.config.seed, round, "pair"),
+            )
+            stage.to(len(pairs))
+            stage.remark = counts.summary()
+            if not pairs:
+                raise DataError(_nothing(round, counts.summary(), judgments))
+            write_pairs(directory, pairs, summary=counts.summary())
+        manifest = step.finish(counts=counts.to_json())
+    return Pairs.of(step.path, manifest)
+
+
+def pair_step(run: IterativeRun, round: int, judgments: Judgments) -> Step:
+    return run.dir.step(round, "pairs", inputs(run, judgments))
+
+
+def inputs(run: IterativeRun, judgments: Judgments) -> dict[str, Any]:
+    return {
+        "pairing": run.config.pairing.model_dump(),
+        "judgments": judgments.digest,
+        "completions": judgments.completions,
+        "seed": run.config.seed,
+    }
+
+
+def _nothing(round: int, summary: str, judgments: Judgments) -> str:
+    flips = judgments.flip_rate
+    order = f", whose verdict changed with the order in {flips:.0%} of the comparisons," if flips else ""
+    return (
+        f"round {round}: {summary}: nothing to train on. If completions tie, check the judge{order} or "
+        "pairing.min_margin, or sample more completions a prompt (sampling.n, with --redo); if none was judged, see "
+        f"the abstentions in {judgments.path}"
+    )

@@ -1,0 +1,211 @@
+"""What the stages of a run work with, checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any
+
+from iterdpo.config import Config, OfflineConfig
+from iterdpo.data.prompts import check_lengths
+from iterdpo.data.rendering import load_tokenizer, prompt_token_ids
+from iterdpo.data.round_prompts import RoundPrompts
+from iterdpo.errors import ConfigError
+from iterdpo.judging.judge import NamedJudge, Waiting
+from iterdpo.judging.run_judge import RunJudge
+from iterdpo.judging.shards import StreamingJudge
+from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
+from iterdpo.run.checkpoints import check_checkpoint, context_length, resolve_checkpoint
+from iterdpo.run.devices import reserved_gpus
+from iterdpo.run.progress import Progress
+from iterdpo.run.rundir import RunDir, directory_digest, read_manifest, write_text
+from iterdpo.sampling import Sampler, VLLMSampler
+from iterdpo.sampling.lazy import LazySampler
+from iterdpo.training.launch import check_training
+from iterdpo.types import Prompt
+
+
+class OfflineRun:
+    """What one offline round needs: a directory, a policy and the settings of its training.
+
+    Raises:
+        UserError: anything that would fail later and can be seen now.
+    """
+
+    def __init__(self, config: Config | OfflineConfig, *, progress: Progress | None = None, redo: bool = False) -> None:
+        self.settings = config
+        self.dir = RunDir(config.run_dir, redo=redo)
+        self.progress = progress or Progress()
+        self._open = ExitStack()
+        check_training(config.dpo)
+        self.model_path = resolve_checkpoint(config.model.path, revision=config.model.revision)
+        self.model_config = check_checkpoint(self.model_path, trust_remote_code=config.model.trust_remote_code)
+
+    @cached_property
+    def initial(self) -> PolicyCheckpoint:
+        return PolicyCheckpoint(self.model_path, self._initial_digest(), 0)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.model_path, trust_remote_code=self.settings.model.trust_remote_code)
+
+    @cached_property
+    def reserved(self) -> list[int]:
+        """The GPUs that sampling and training take turns on, reserved; waits for those that another run has."""
+        return self._open.enter_context(reserved_gpus(self._devices, say=self.progress.say))
+
+    @property
+    def _devices(self) -> int:
+        return self.settings.dpo.processes
+
+    def close(self) -> None:
+        self._open.close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _initial_digest(self) -> str:
+        """Hashing the initial policy reads all of it; a note in the run directory saves that on the next start."""
+        stamp = [
+            [p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(self.model_path.iterdir()) if p.is_file()
+        ]
+        note = self.dir.root / ".initial.json"
+        if note.exists():
+            known = json.loads(note.read_text())
+            if known["path"] == str(self.model_path) and known["stamp"] == stamp:
+                return str(known["digest"])
+        value = directory_digest(self.model_path)
+        if self.dir.root.exists():
+            write_text(note, json.dumps({"path": str(self.model_path), "stamp": stamp, "digest": value}))
+        return value
+
+
+class IterativeRun(OfflineRun):
+    """What the rounds of a run need beside that: prompts, judges, a sampler. Constructing one loads no model.
+
+    Args:
+        config: the run's configuration.
+        train_judge, heldout_judge: see `NamedJudge`; the second is None if the first evaluates too.
+        sampler: another sampler than the vLLM engine, for tests.
+        progress: where progress is shown.
+        redo: do steps that were made with other settings again, rather than refuse.
+
+    Raises:
+        UserError: anything that would fail later and can be seen now.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        train_judge: NamedJudge,
+        heldout_judge: NamedJudge | None = None,
+        sampler: Sampler | None = None,
+        progress: Progress | None = None,
+        redo: bool = False,
+    ) -> None:
+        super().__init__(config, progress=progress, redo=redo)
+        self.config = config
+        self.waiting: Waiting = self._say_waiting
+        """Prefect pauses the flow run meanwhile."""
+        judges = [train_judge, *([heldout_judge] if heldout_judge else [])]
+        self.judges = [RunJudge(named, self.dir.root, lambda message: self.waiting(message)) for named in judges]
+        self.train_judge = self.judges[0]
+        self.prompts = RoundPrompts(config.prompts, self.dir, rounds=config.rounds, seed=config.seed)
+        self._own_sampler = LazySampler(self._start_sampler)
+        self.sampler = sampler or self._own_sampler
+        self._streaming: list[StreamingJudge] = []
+
+    def policy_after(self, round: int) -> PolicyCheckpoint:
+        """The policy that stood when `round` had ended: the one that the next round starts from."""
+        record = self.dir.record(round)
+        assert record is not None, f"round {round} has not ended"
+        if record.policy_round == 0:
+            return self.initial
+        path = self.dir.root / record.policy
+        assert directory_digest(path) == record.policy_digest, f"{path} is not the policy that round {round} kept"
+        return PolicyCheckpoint(path, record.policy_digest, record.policy_round)
+
+    def evaluations(self, **rounds: int) -> dict[str, Evaluation]:
+        """The finished evaluations of these rounds, by name: `evaluations(initial=0, previous=2)`."""
+        found = {}
+        for name, round in rounds.items():
+            path = self.dir.round_dir(round) / "evaluation"
+            manifest = read_manifest(path)
+            assert manifest is not None, f"round {round} has no evaluation"
+            found[name] = Evaluation(path, manifest.digest, round)
+        return found
+
+    def streaming_judge(self, round: int) -> StreamingJudge:
+        """The training judge, to work while the round is sampled."""
+        self._streaming.append(StreamingJudge(self.train_judge, self.dir.round_dir(round) / "judgments.streaming"))
+        return self._streaming[-1]
+
+    @cached_property
+    def max_model_len(self) -> int:
+        """What the engine must hold, in tokens. Tokenizes the run's prompts.
+
+        Raises:
+            UserError: a prompt that leaves no room for `max_tokens` in the model's context.
+        """
+        config = self.config
+        limit = config.sampling.engine.max_model_len
+        context = context_length(self.model_config)
+        if limit is not None and context is not None and limit > context:
+            raise ConfigError(f"sampling.engine.max_model_len = {limit}: the model's context is {context} tokens")
+        available = min(x for x in (limit, context, 1 << 30) if x is not None)
+        parts = [*(self.prompts.of(t) for t in range(1, config.rounds + 1)), self.prompts.heldout]
+        lengths = ((len(self.prompt_ids(p)), p.id) for part in parts for p in part)
+        longest = check_lengths(lengths, available - config.sampling.max_tokens)
+        return limit or -(-(longest + config.sampling.max_tokens) // 64) * 64
+
+    def warm_up(self) -> None:
+        """Begin what takes long to start, without waiting: the sampler's process imports vLLM meanwhile."""
+        if self.sampler is self._own_sampler:
+            engine = self._own_sampler.started()
+            assert isinstance(engine, VLLMSampler)
+            engine.warm_up()
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        return prompt_token_ids(self.tokenizer, prompt.content)
+
+    def release_judges(self) -> None:
+        """Let judges that hold a device give it back."""
+        for judge in self.judges:
+            judge.release()
+
+    def close(self) -> None:
+        """End the sampler's process, if one was started, and give back judges and devices."""
+        self.sampler.close()
+        for streaming in self._streaming:
+            streaming.cancel()
+        try:
+            self.release_judges()
+        finally:
+            super().close()
+
+    @property
+    def _devices(self) -> int:
+        return max(self.config.sampling.engine.tensor_parallel_size, self.config.dpo.processes)
+
+    def _start_sampler(self) -> Sampler:
+        engine, adapter = self.config.sampling.engine, self.config.dpo.adapter
+        return VLLMSampler(
+            max_model_len=self.max_model_len,
+            log=self.dir.log_path("sampler"),
+            trust_remote_code=self.config.model.trust_remote_code,
+            adapter_rank=adapter.r if adapter is not None else None,
+            reserved=self.reserved,
+            say=self.progress.say,
+            **engine.model_dump(exclude={"max_model_len"}),
+        )
+
+    @contextmanager
+    def _say_waiting(self, message: str) -> Iterator[Callable[[], None] | None]:
+        self.progress.say(f"  {'waiting':<9} {message}")
+        yield None

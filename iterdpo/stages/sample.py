@@ -1,0 +1,154 @@
+"""y_1..y_K ~ pi_t(.|x): K completions of each of a round's prompts, shard by shard."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from iterdpo.config import SamplingConfig
+from iterdpo.data.round_prompts import Prompts
+from iterdpo.judging.shards import StreamingJudge
+from iterdpo.run.artifacts import (
+    Completions,
+    PolicyCheckpoint,
+    read_completion_shard,
+    shard_name,
+    write_completion_shard,
+)
+from iterdpo.run.rundir import Step
+from iterdpo.sampling import SamplingParameters
+from iterdpo.seeds import derive_seed
+from iterdpo.stages.runs import IterativeRun
+from iterdpo.types import CompletionGroup
+
+
+def sample(
+    run: IterativeRun, round: int, policy: PolicyCheckpoint, prompts: Prompts, streaming: StreamingJudge | None = None
+) -> Completions:
+    """K completions of each prompt, by `policy`. A `streaming` judge is given each shard as soon as it is durable."""
+    step = sample_step(run, round, policy, prompts)
+    if (manifest := step.manifest()) is None:
+        directory = step.begin()
+        run.prompts.pin(round)
+        parameters = parameters_of(run.config.sampling)
+        if streaming is not None:
+            streaming.start()
+        counts = sample_shards(
+            run,
+            directory,
+            "sample",
+            policy,
+            run.prompts.of(round),
+            parameters,
+            lambda prompt_id: derive_seed(run.config.seed, round, "sample", prompt_id),
+            on_shard=streaming.put if streaming is not None else None,
+        )
+        manifest = step.finish(counts=counts)
+    return Completions.of(step.path, manifest)
+
+
+def sample_step(run: IterativeRun, round: int, policy: PolicyCheckpoint, prompts: Prompts) -> Step:
+    return run.dir.step(round, "completions", inputs(run, policy, prompts))
+
+
+def inputs(run: IterativeRun, policy: PolicyCheckpoint, prompts: Prompts) -> dict[str, Any]:
+    sampling = run.config.sampling
+    return {
+        "model": run.initial.digest,
+        "policy": policy.digest,
+        "prompts": prompts_key(run, prompts),
+        "sampling": sampling_key(sampling, sampling.n, sampling.temperature),
+        "seed": run.config.seed,
+    }
+
+
+def prompts_key(run: IterativeRun, prompts: Prompts) -> dict[str, Any]:
+    section = run.config.prompts
+    return {
+        "per_round": section.per_round,
+        "heldout": section.heldout,
+        "column": section.column,
+        "content": prompts.digest(),
+    }
+
+
+def sampling_key(section: SamplingConfig, n: int, temperature: float) -> dict[str, Any]:
+    return {
+        "n": n,
+        "temperature": temperature,
+        **section.model_dump(include={"top_p", "top_k", "max_tokens", "shard_size"}),
+        "engine": section.engine.model_dump(include={"dtype", "extra"}),
+    }
+
+
+def parameters_of(
+    section: SamplingConfig, n: int | None = None, temperature: float | None = None
+) -> SamplingParameters:
+    return SamplingParameters(
+        n=section.n if n is None else n,
+        temperature=section.temperature if temperature is None else temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        max_tokens=section.max_tokens,
+    )
+
+
+def sample_shards(
+    run: IterativeRun,
+    directory: Path,
+    name: str,
+    policy: PolicyCheckpoint,
+    prompts: Prompts,
+    parameters: SamplingParameters,
+    seed_of: Callable[[str], int],
+    *,
+    on_shard: Callable[[Path], None] | None = None,
+) -> dict[str, int]:
+    """Sample the shards that `directory` lacks, each durable before the next begins. Returns the counts of all."""
+    counts = {"prompts": 0, "completions": 0, "tokens": 0, "truncated": 0}
+    begun = False
+
+    def groups_of(shard: Path, asked: list[Any]) -> list[CompletionGroup]:
+        nonlocal begun
+        if shard.exists():
+            return read_completion_shard(shard)
+        ids = [run.prompt_ids(prompt) for prompt in asked]
+        run.sampler.load(policy.path, policy.digest)
+        if not begun:
+            begun = True
+            stage.begin()
+        sampled = run.sampler.sample(ids, [seed_of(prompt.id) for prompt in asked], parameters)
+        groups = [CompletionGroup(*group) for group in zip(asked, ids, sampled, strict=True)]
+        write_completion_shard(shard, groups)
+        return groups
+
+    with run.progress.stage(name, len(prompts) * parameters.n, "completions") as stage:
+        for number, asked in enumerate(batches(prompts, run.config.sampling.shard_size)):
+            shard = directory / f"{shard_name(number)}.parquet"
+            groups = groups_of(shard, asked)
+            count(counts, groups)
+            if on_shard is not None:
+                on_shard(shard)
+            stage.to(counts["completions"])
+            if not begun:
+                stage.begin()
+        stage.remark = f"{counts['tokens'] / max(1, stage.done):.1f} tokens each"
+    run.sampler.release()
+    return counts
+
+
+def count(counts: dict[str, int], groups: list[CompletionGroup]) -> None:
+    each = [c for g in groups for c in g.completions]
+    counts["prompts"] += len(groups)
+    counts["completions"] += len(each)
+    counts["tokens"] += sum(len(c.token_ids) for c in each)
+    counts["truncated"] += sum(c.truncated for c in each)
+
+
+def batches(items: Any, size: int) -> Iterator[list[Any]]:
+    """`items` in lists of `size`; the last may be shorter."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch

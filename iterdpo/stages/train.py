@@ -1,0 +1,118 @@
+"""pi_{t+1} <- DPO(pi_t): the candidate, trained on a round's pairs in a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from iterdpo.data.pairs import HELDOUT, TRAIN
+from iterdpo.run.artifacts import Pairs, PolicyCheckpoint
+from iterdpo.run.rundir import Step
+from iterdpo.seeds import derive_seed
+from iterdpo.stages.runs import OfflineRun
+from iterdpo.training.launch import OPTIMIZER_STATE, TRAIN_LOG, ReferenceInputs, TrainSpec, launch_training
+
+SPEED_ONLY = {
+    "tokens_per_micro_batch",
+    "shared_prompts",
+    "gradient_checkpointing",
+    "activation_offload",
+    "checkpoint_every",
+    "processes",
+    "accelerate_config",
+    "trackers",
+    "tracker_project",
+    "sentinels",
+}
+"""Settings of `dpo` that change how fast or in how much memory a step runs, or what is watched; never what it computes."""
+
+
+def train(
+    run: OfflineRun, round: int, pairs: Pairs, policy: PolicyCheckpoint, reference: PolicyCheckpoint
+) -> PolicyCheckpoint:
+    """The candidate: `policy` after one DPO round on `pairs`, however they were made.
+
+    Raises:
+        ChildFailed: training ended with an error. Its last checkpoint stays.
+    """
+    step = train_step(run, round, pairs, policy, reference)
+    if (manifest := step.manifest()) is None:
+        _train(run, step.begin(), round, pairs, policy, reference)
+        manifest = step.finish(counts={"pairs": pairs.kept}, logs=[TRAIN_LOG, "train.json"])
+    return PolicyCheckpoint(step.path, manifest.digest, round)
+
+
+def train_step(
+    run: OfflineRun, round: int, pairs: Pairs, policy: PolicyCheckpoint, reference: PolicyCheckpoint
+) -> Step:
+    return run.dir.step(round, "policy", inputs(run, round, pairs, policy, reference))
+
+
+def inputs(
+    run: OfflineRun, round: int, pairs: Pairs, policy: PolicyCheckpoint, reference: PolicyCheckpoint
+) -> dict[str, Any]:
+    return {
+        "model": run.initial.digest,
+        "policy": policy.digest,
+        "dpo": run.settings.dpo.model_dump(exclude=SPEED_ONLY),
+        "reference": reference.digest,
+        "pairs": pairs.digest,
+        "seed": train_seed(run, round),
+    }
+
+
+def train_seed(run: OfflineRun, round: int) -> int:
+    return derive_seed(run.settings.seed, round, "train")
+
+
+def _train(
+    run: OfflineRun, directory: Path, round: int, pairs: Pairs, policy: PolicyCheckpoint, reference: PolicyCheckpoint
+) -> None:
+    dpo, place, seed = run.settings.dpo, run.dir.round_dir(round), train_seed(run, round)
+    heldout, carried = pairs.path / HELDOUT, policy.path / OPTIMIZER_STATE
+    spec = TrainSpec(
+        name=place.name,
+        policy=policy.path,
+        reference=None if reference.digest == policy.digest else reference.path,
+        pairs=pairs.path / TRAIN,
+        eval_pairs=heldout if heldout.exists() else None,
+        output=directory,
+        reference_output=place / "reference",
+        attic=run.dir.attic if run.dir.redo else None,
+        reference_inputs=ReferenceInputs(
+            reference=reference.digest,
+            pairs=pairs.digest,
+            precision=dpo.precision,
+            adapter=dpo.adapter is not None and dpo.adapter.quantize,  # its base is kept in fewer bits
+            sampler_logps_tolerance=dpo.sampler_logps_tolerance,
+            mismatched=seed if dpo.loss.type == "kto" else None,
+        ),
+        dpo=dpo,
+        seed=seed,
+        trust_remote_code=run.settings.model.trust_remote_code,
+        pairs_cache=place / "pairs.cache",
+        tracker_dir=run.dir.root / "trackers" / place.name,
+        optimizer=carried if dpo.optimizer_state == "carry" and carried.exists() else None,
+    )
+    total = pairs.kept * dpo.epochs
+    log = directory / TRAIN_LOG
+    rows, earlier = itertools.count(), log.read_text().count("\n") if log.exists() else 0
+    with run.progress.stage("train", total, "pairs") as stage:
+
+        def on_step(row: dict[str, Any]) -> None:
+            stage.to(min(total, row["step"] * dpo.pairs_per_step))
+            if next(rows) == earlier:
+                stage.begin()
+            margin = f", margin {row['rewards/margins']:.3f}" if "rewards/margins" in row else ""
+            stage.remark = f"loss {row['loss']:.3f}{margin}" if "loss" in row else "a step that was not finite: skipped"
+            for alarm in row.get("alarms", []):
+                run.progress.say(f"  {'alarm':<9} step {row['step']}: {alarm}")
+
+        launch_training(
+            spec,
+            spec_path=directory / "train.json",
+            log=run.dir.log_path("train"),
+            on_step=on_step,
+            reserved=run.reserved,
+        )
