@@ -30,21 +30,20 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import difflib
 import functools
 import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 from iterdpo.errors import JudgeError
 from iterdpo.judging.comparisons import judgment_from_comparisons
-from iterdpo.judging.judge import JudgeBase, Waiting, judgment_from_scores
+from iterdpo.judging.judge import JudgeBase, Waiting
 from iterdpo.types import Comparison, Completion, CompletionGroup, Judgment, Prompt
+from judges.base import Abstention, judgment_from_outcomes, nearest
 
 Kind = Literal["groups", "batch", "score", "compare"]
 Bound = functools.partial[Any]
@@ -52,21 +51,17 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 CONCURRENCY = 16
 METHODS = ("judge", "score", "compare")
-"""Of an object: the first that it has judges, and otherwise the object itself."""
-FACTS = (
+"""The first of these that an object has is called; otherwise the object itself."""
+OPTIONAL_PARAMETERS = (
     *("messages", "prompt_id", "token_count", "finish_reason"),
     *("a_token_count", "b_token_count", "a_finish_reason", "b_finish_reason"),
 )
-"""What a function may ask for beside the texts, where the row has no column of that name."""
+"""What a function may name besides the texts. A column of the same name wins."""
 SHAPES = (
     "`prompt, completion` to score one completion, `prompt, a, b` to compare two, `prompts, completions` for a "
     "TRL reward function, `groups` for the whole protocol"
 )
-VERDICTS: dict[str, Literal["first", "second", "tie"]] = {"a": "first", "b": "second", "tie": "tie"}
-
-
-class Abstention(str):
-    """Why there is no score: `Abstention("TimeoutError: 30 s")` stands where a raw score would."""
+WINNERS: dict[str, Literal["first", "second", "tie"]] = {"a": "first", "b": "second", "tie": "tie"}
 
 
 def adapt(made: Any, *, name: str, version: str = "", args: Mapping[str, Any] | None = None) -> JudgeBase:
@@ -103,8 +98,9 @@ class CustomJudge(JudgeBase):
                 setattr(self.owner, name, getattr(self, name))
         match self.kind:
             case "groups":
-                judged = self.function(groups=groups)
-                return self._run(judged) if inspect.iscoroutine(judged) else judged
+                judged: Any = self.function(groups=groups)
+                judgments: list[Judgment] = self._run(judged) if inspect.iscoroutine(judged) else judged
+                return judgments
             case "batch":
                 return _judge_batch(self.function, groups, self._run, self.name)
             case "score":
@@ -136,13 +132,6 @@ class CustomJudge(JudgeBase):
         if self._runner.get_loop().is_running():
             return returned.close()
         return self._run(returned)
-
-
-def judgment_from_outcomes(group: CompletionGroup, outcomes: Sequence[object]) -> Judgment:
-    """`judgment_from_scores`, where an `Abstention` among the raw scores gives its own reason."""
-    judgment = judgment_from_scores(group, outcomes)
-    own = [str(o) if isinstance(o, Abstention) else None for o in outcomes]
-    return replace(judgment, abstentions=[a or b for a, b in zip(own, judgment.abstentions, strict=True)])
 
 
 def check_signature(
@@ -179,15 +168,6 @@ def kind_of(parameters: Iterable[str]) -> Kind | None:
     if "completion" in names:
         return "score"
     return "compare" if {"a", "b"} <= names else None
-
-
-def nearest(wrong: str, known: Iterable[str], listing: str) -> str:
-    """`did you mean 'x'?`, or all that is known, led by `listing`."""
-    known = list(known)
-    near = difflib.get_close_matches(wrong, known, n=3, cutoff=0.5)
-    if near:
-        return f"did you mean {' or '.join(map(repr, near))}?"
-    return f"{listing}: {', '.join(known) or 'nothing'}"
 
 
 def _adapted(made: Any, args: dict[str, Any], name: str, *, produced: bool = False) -> JudgeBase:
@@ -249,7 +229,7 @@ def _judge_comparisons(function: Bound, groups: Sequence[CompletionGroup], run: 
 def _facts(
     wants: Iterable[str], prompt: Prompt, completion: Completion | None = None, **named: Completion
 ) -> dict[str, Any]:
-    """Those of `FACTS` that a function names. `**columns` alone gets none of them."""
+    """Those of `OPTIONAL_PARAMETERS` that a function names. `**columns` alone gets none of them."""
     facts: dict[str, Any] = {"messages": prompt.messages, "prompt_id": prompt.id}
     for prefix, c in {**({"": completion} if completion else {}), **named}.items():
         facts |= {f"{prefix}token_count": len(c.token_ids), f"{prefix}finish_reason": c.finish_reason}
@@ -259,8 +239,8 @@ def _facts(
 def _comparison(first: int, second: int, verdict: object) -> Comparison:
     if isinstance(verdict, Abstention):
         return Comparison(first, second, None, str(verdict))
-    if isinstance(verdict, str) and verdict in VERDICTS:
-        return Comparison(first, second, VERDICTS[verdict])
+    if isinstance(verdict, str) and verdict in WINNERS:
+        return Comparison(first, second, WINNERS[verdict])
     said = "None" if verdict is None else f"{str(verdict)[:80]!r}, not 'a', 'b', 'tie' or None"
     return Comparison(first, second, None, f"the judge returned {said}")
 
@@ -331,7 +311,8 @@ def _call_all(function: Bound, calls: Sequence[dict[str, Any]], run: Run) -> lis
         slots = asyncio.Semaphore(getattr(getattr(target, "__self__", target), "concurrency", CONCURRENCY))
         return await asyncio.gather(*(await_one(call, slots) for call in calls))
 
-    return run(await_all())
+    returned: list[Any] = run(await_all())
+    return returned
 
 
 def _raised(error: Exception) -> Abstention:

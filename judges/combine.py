@@ -32,7 +32,7 @@ from iterdpo.errors import JudgeError
 from iterdpo.judging.judge import JudgeBase, Waiting, checked_judgments
 from iterdpo.run.rundir import digest
 from iterdpo.types import CompletionGroup, Judgment
-from judges.adapter import Abstention
+from judges.base import Abstention, check_choice, is_number
 from judges.cache import SQLiteCache
 from judges.load import load_judge
 
@@ -119,11 +119,10 @@ class Ensemble(_JudgeOfJudges):
         for judge in judges:
             _check_nested("ensemble", judge, {"use", "args", "weight"})
             weight = judge.get("weight", 1)
-            if not _is_number(weight) or weight == 0:
+            if not is_number(weight) or weight == 0:
                 raise JudgeError(f"ensemble: {judge['use']} has weight {weight!r}; give a number other than 0")
-        if standardize not in STANDARDIZE:
-            raise JudgeError(f"ensemble: standardize is {standardize!r}; it is one of {', '.join(STANDARDIZE)}")
-        if max_disagreement is not None and not (_is_number(max_disagreement) and 0 <= max_disagreement <= 1):
+        check_choice("ensemble", "standardize", standardize, STANDARDIZE)
+        if max_disagreement is not None and not (is_number(max_disagreement) and 0 <= max_disagreement <= 1):
             raise JudgeError(f"ensemble: max_disagreement is {max_disagreement!r}; it is a share between 0 and 1")
         if min_judges is not None and min_judges not in range(1, len(judges) + 1):
             raise JudgeError(f"ensemble: min_judges is {min_judges!r}; it is a number from 1 to {len(judges)}")
@@ -323,7 +322,7 @@ class Clip(_Wrapper):
     def check(judge: Any, low: Any = None, high: Any = None) -> None:
         _check_nested("clip", judge)
         given = [bound for bound in (low, high) if bound is not None]
-        if not given or not all(map(_is_number, given)) or sorted(given) != given:
+        if not given or not all(map(is_number, given)) or sorted(given) != given:
             raise JudgeError(f"clip: low is {low!r} and high is {high!r}; give numbers for one or both, low first")
 
     def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
@@ -354,7 +353,7 @@ class TieBand(_Wrapper):
     def check(judge: Any, width: Any, length_ratio: Any = None) -> None:
         _check_nested("tie_band", judge)
         _check_not_negative("tie_band", width=width)
-        if length_ratio is not None and not (_is_number(length_ratio) and length_ratio >= 1):
+        if length_ratio is not None and not (is_number(length_ratio) and length_ratio >= 1):
             raise JudgeError(f"tie_band: length_ratio is {length_ratio!r}; it is a number of at least 1, such as 1.5")
 
     def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
@@ -487,9 +486,5 @@ def _check_nested(owner: str, judge: Any, known: Iterable[str] = ("use", "args")
 
 def _check_not_negative(owner: str, **numbers: Any) -> None:
     for name, value in numbers.items():
-        if not _is_number(value) or value < 0:
+        if not is_number(value) or value < 0:
             raise JudgeError(f"{owner}: {name} is {value!r}; it is a number, 0 or more")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 from iterdpo.errors import JudgeError
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.run.rundir import digest, directory_digest, sha256_file
-from judges.adapter import FACTS, METHODS, adapt, check_signature, kind_of, nearest
+from judges.adapter import METHODS, OPTIONAL_PARAMETERS, adapt, check_signature, kind_of
+from judges.base import nearest
 
 BUILT_IN = {
     "pairwise": "judges.llm.judges:PairwiseJudge",
@@ -143,7 +144,7 @@ def check_columns(use: str, columns: Iterable[str], args: Iterable[str] = ()) ->
     parameters = list(_signature(node.args).parameters.values())[itself:]
     if kind_of(p.name for p in parameters) not in ("score", "compare"):
         return
-    given = {"prompt", "completion", "a", "b", *FACTS, *columns, *(() if itself else args)}
+    given = {"prompt", "completion", "a", "b", *OPTIONAL_PARAMETERS, *columns, *(() if itself else args)}
     for p in parameters:
         if p.name not in given and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
             raise JudgeError(

@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 from iterdpo.errors import JudgeError
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import CompletionGroup, Judgment
-from judges.adapter import Abstention, judgment_from_outcomes
+from judges.base import Abstention, judgment_from_outcomes
 from judges.llm.concurrency import in_own_loop, run_each
 from judges.llm.transport import REFUSED, Failure, authorization, check_key_name, post, with_retries
 

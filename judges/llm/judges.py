@@ -28,7 +28,7 @@ from iterdpo.judging.judge import JudgeBase, Waiting
 from iterdpo.run.rundir import RunDir
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
-from judges.adapter import Abstention, judgment_from_outcomes
+from judges.base import Abstention, judgment_from_outcomes
 from judges.llm.client import CallFailed, Client, refused
 from judges.llm.concurrency import in_own_loop, run_each
 from judges.llm.parsing import (

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from iterdpo.errors import DataError, JudgeError
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
-from judges.adapter import Abstention, judgment_from_outcomes
-from judges.models.reward_model import check_choice, checkpoint_config, free_memory
+from judges.base import Abstention, check_choice, judgment_from_outcomes
+from judges.models.checkpoint import checkpoint_config, free_memory
 
 PRECISIONS = ("bf16", "fp32")
 

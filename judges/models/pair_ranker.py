@@ -19,10 +19,21 @@ from iterdpo.errors import JudgeError
 from iterdpo.judging.comparisons import judgment_from_comparisons
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
-from judges.models.reward_model import DTYPES, check_choice, checkpoint_config, free_memory
+from judges.base import check_choice
+from judges.models.checkpoint import (
+    DTYPES,
+    check_architecture,
+    checkpoint_config,
+    free_memory,
+    label_count,
+    load_classifier,
+    load_config_and_tokenizer,
+    token_limit,
+)
 
 PAIRRM_TOKENS = 2048
 """What PairRM was trained on at most: 1,224 tokens of a prompt and 412 of each completion."""
+REMEDY = "PairRM in its Hugging Face form (llm-blender/PairRM-hf), or a ...ForSequenceClassification that compares"
 PLACES = re.compile(r"\{(prompt|first|second)\}")
 
 
@@ -89,13 +100,8 @@ class PairRanker(JudgeBase):
         config = checkpoint_config(model, what)
         if config is None or _is_pairrm(config):
             return
-        architectures = config.get("architectures") or ["none"]
-        if not any("SequenceClassification" in name for name in architectures):
-            raise JudgeError(
-                f"{what}: its architecture is {', '.join(architectures)}; give PairRM in its Hugging Face form "
-                "(llm-blender/PairRM-hf), or a ...ForSequenceClassification that compares"
-            )
-        _check_one_label(what, len(config.get("id2label", ())) or config.get("num_labels", 2))
+        check_architecture(what, config.get("architectures"), ["SequenceClassification"], REMEDY)
+        _check_one_label(what, label_count(config))
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         """One judgment for each group. The first call loads the model.
@@ -134,43 +140,28 @@ class PairRanker(JudgeBase):
         free_memory()
 
     def _load(self) -> None:
-        import torch
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
         what = f"pair ranker {self.path}"
-        options = {"dtype": self.dtype, "use_safetensors": True, "output_loading_info": True, **self.source}
-        try:
-            config = AutoConfig.from_pretrained(self.path, **self.source)
-            tokenizer = AutoTokenizer.from_pretrained(self.path, **self.source)
-            self._pairrm = _is_pairrm(config.to_dict())
-            if self._pairrm:
-                from judges.models.pairrm import PairRM
+        config, tokenizer = load_config_and_tokenizer(what, self.path, **self.source)
+        self._pairrm = _is_pairrm(config.to_dict())
+        kind: Any
+        if self._pairrm:
+            from judges.models.pairrm import PairRM
 
-                options.pop("trust_remote_code")
-                model, report = PairRM.from_pretrained(self.path, **options)
-            else:
-                _check_one_label(what, config.num_labels)
-                model, report = AutoModelForSequenceClassification.from_pretrained(self.path, **options)
-        except (OSError, ValueError) as error:
-            if isinstance(error, JudgeError):
-                raise
-            raise JudgeError(f"{what}: cannot be loaded: {error}") from error
-        if report["missing_keys"]:
-            raise JudgeError(
-                f"{what}: has no weights for {', '.join(sorted(report['missing_keys'])[:3])}, which would be random; "
-                "give a checkpoint that was trained to compare"
-            )
+            kind, source = PairRM, {"revision": self.source["revision"]}  # PairRM is ours: no code to trust
+        else:
+            from transformers import AutoModelForSequenceClassification
+
+            _check_one_label(what, config.num_labels)
+            kind, source = AutoModelForSequenceClassification, self.source
+        model = load_classifier(what, kind, self.path, dtype=self.dtype, device=self.device, **source)
         if tokenizer.pad_token_id is None:
             raise JudgeError(f"{what}: its tokenizer has no pad token; set pad_token in its tokenizer_config.json")
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._model, self._tokenizer = model.to(device).eval(), tokenizer
+        self._model, self._tokenizer = model, tokenizer
 
     def _limit(self) -> int:
         if self._pairrm:
             return self.max_length or PAIRRM_TOKENS
-        config = self._model.config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None)
-        return min(n for n in (self.max_length, positions, self._tokenizer.model_max_length) if n)
+        return token_limit(self._model.config, self._tokenizer, self.max_length)
 
     def _row(self, prompt: Prompt, first: str, second: str) -> tuple[list[int], list[int]]:
         """Token ids of one comparison, and which text each belongs to (empty where the model does not tell)."""
@@ -202,7 +193,8 @@ class PairRanker(JudgeBase):
         batch = self._tokenizer.pad(columns, padding_side="right", return_tensors="pt").to(self._model.device)  # [B, T]
         with torch.inference_mode():
             logits = self._model(**batch)
-        return (logits if self._pairrm else logits.logits[:, 0]).float().tolist()
+        values: list[float] = (logits if self._pairrm else logits.logits[:, 0]).float().tolist()
+        return values
 
 
 def pairrm_texts(prompt: Prompt) -> tuple[str, str]:

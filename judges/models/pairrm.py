@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Model, DebertaV2PreTrainedModel
 
 
-class PairRM(DebertaV2PreTrainedModel):
+class PairRM(DebertaV2PreTrainedModel):  # type: ignore[misc, unused-ignore]  # transformers is Any here
     """Named as in the checkpoint: `pretrained_model`, `head_layer.1` and `head_layer.4`."""
 
     def __init__(self, config: Any) -> None:

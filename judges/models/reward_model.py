@@ -8,21 +8,29 @@ A reward model that writes its verdict is a language model: `use: pairwise` or `
 
 from __future__ import annotations
 
-import gc
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import JudgeError
 from iterdpo.judging.judge import JudgeBase
-from iterdpo.run.rundir import read_json
 from iterdpo.types import CompletionGroup, Judgment, Prompt
-from judges.adapter import Abstention, judgment_from_outcomes, nearest
+from judges.base import Abstention, check_choice, is_number, judgment_from_outcomes
+from judges.models.checkpoint import (
+    DTYPES,
+    check_architecture,
+    checkpoint_config,
+    free_memory,
+    label_count,
+    load_classifier,
+    load_config_and_tokenizer,
+    token_limit,
+)
 from judges.models.vllm_pooling import Pooler
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("transformers", "vllm")
+ARCHITECTURES = ("SequenceClassification", "RewardModel")
+REMEDY = "a checkpoint of a ...ForSequenceClassification"
 
 
 class RewardModelJudge(JudgeBase):
@@ -90,7 +98,7 @@ class RewardModelJudge(JudgeBase):
         """
         if self._model is None:
             self._load()
-        limit = self._limit()
+        limit = token_limit(self._config, self._tokenizer, self.max_length)
         rows = [self._token_ids(g.prompt, c.text) for g in groups for c in g.completions]
         long = Abstention(f"more than the {limit} tokens that the reward model reads")
         outcomes: list[Any] = [long if row else Abstention("neither prompt nor completion has a token") for row in rows]
@@ -113,43 +121,18 @@ class RewardModelJudge(JudgeBase):
         free_memory()
 
     def _load(self) -> None:
-        from transformers import AutoConfig, AutoTokenizer
-
-        try:
-            self._config = AutoConfig.from_pretrained(self.path, **self.source)
-            self._tokenizer = AutoTokenizer.from_pretrained(self.path, **self.source)
-        except (OSError, ValueError) as error:
-            raise JudgeError(f"reward model {self.path}: cannot be loaded: {error}") from error
-        _check_labels(self.path, self._config.num_labels, self.weights, self.head)
+        what = f"reward model {self.path}"
+        self._config, self._tokenizer = load_config_and_tokenizer(what, self.path, **self.source)
+        _check_labels(what, self._config.num_labels, self.weights, self.head)
         if self.backend == "vllm":
-            _check_architecture(self.path, self._config.architectures)
-            settings = {"max_model_len": self._limit(), "dtype": self.dtype, **self.source, **self.engine}
-            self._model = Pooler(self.path, settings)
+            check_architecture(what, self._config.architectures, ARCHITECTURES, REMEDY)
+            limit = token_limit(self._config, self._tokenizer, self.max_length)
+            self._model = Pooler(self.path, {"max_model_len": limit, "dtype": self.dtype, **self.source, **self.engine})
         else:
-            self._load_transformers()
+            from transformers import AutoModelForSequenceClassification as Auto
 
-    def _load_transformers(self) -> None:
-        import torch
-        from transformers import AutoModelForSequenceClassification
-
-        try:
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                self.path, dtype=self.dtype, use_safetensors=True, output_loading_info=True, **self.source
-            )
-        except (OSError, ValueError) as error:
-            raise JudgeError(f"reward model {self.path}: cannot be loaded: {error}") from error
-        if report["missing_keys"]:
-            raise JudgeError(
-                f"reward model {self.path}: has no weights for {', '.join(sorted(report['missing_keys'])[:3])}, which "
-                "would be random; give a checkpoint that was trained as a sequence classifier"
-            )
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = model.to(device).eval()
-        self._names_pad = model.config.get_text_config().pad_token_id is not None
-
-    def _limit(self) -> int:
-        positions = getattr(self._config.get_text_config(), "max_position_embeddings", None)
-        return min(n for n in (self.max_length, positions, self._tokenizer.model_max_length) if n)
+            self._model = load_classifier(what, Auto, self.path, dtype=self.dtype, device=self.device, **self.source)
+            self._names_pad = self._model.config.get_text_config().pad_token_id is not None
 
     def _token_ids(self, prompt: Prompt, completion: str) -> list[int]:
         tokenizer = self._tokenizer
@@ -195,7 +178,8 @@ class RewardModelJudge(JudgeBase):
             logits = self._model(
                 input_ids=input_ids.to(device), attention_mask=mask.to(device)
             ).logits.float()  # [B, labels]
-        return logits.tolist()
+        values: list[list[float]] = logits.tolist()
+        return values
 
 
 def check_reward_model(
@@ -208,18 +192,18 @@ def check_reward_model(
     engine: Any = None,
     **_: Any,
 ) -> None:
-    """Look at a checkpoint's config.json, without loading it. What may be a hub id is not looked up.
+    """Look at a checkpoint's config.json, without loading it. A hub id is not looked up.
 
     Raises:
-        JudgeError: no such directory, what is there is no sequence classifier, its labels make no score, or an argument
-            that is none of those that there are.
+        JudgeError: no such directory, a checkpoint that is no sequence classifier, labels that make no score, or an
+            unsupported argument value.
     """
     what = f"reward model {model}"
     check_choice(what, "dtype", dtype, DTYPES)
     check_choice(what, "backend", backend, BACKENDS)
     if weights is not None and head is not None:
         raise JudgeError(f"{what}: has both weights and head; a score comes from either")
-    if weights is not None and not (isinstance(weights, list) and weights and all(map(_is_finite, weights))):
+    if weights is not None and not (isinstance(weights, list) and weights and all(map(is_number, weights))):
         raise JudgeError(f"{what}: weights is {weights!r}; it is a list with a number for each label")
     if head is not None and (not isinstance(head, int) or head < 0):
         raise JudgeError(f"{what}: head is {head!r}; it is the number of a label, from 0")
@@ -228,63 +212,17 @@ def check_reward_model(
             raise JudgeError(f"{what}: {name} is for `backend: {owner}`, and the backend is {backend}; leave it out")
     config = checkpoint_config(model, what)
     if config is not None:
-        _check_architecture(model, config.get("architectures"))
-        _check_labels(model, len(config.get("id2label", ())) or config.get("num_labels", 2), weights, head)
+        check_architecture(what, config.get("architectures"), ARCHITECTURES, REMEDY)
+        _check_labels(what, label_count(config), weights, head)
 
 
-def free_memory() -> None:
-    """Give back, to the device too, what models that nobody holds any more took."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def checkpoint_config(model: str, what: str) -> dict[str, Any] | None:
-    """The config.json of the checkpoint directory `model`; None for what may be a hub id, which is not looked up.
-
-    Raises:
-        JudgeError: no such directory, or no checkpoint with safetensors weights there.
-    """
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        nested = len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())  # a hub id is `owner/name`
-        if nested or path.is_absolute() or path.is_file() or str(model).startswith("."):
-            beside = sorted(p.name for p in path.parent.iterdir() if p.is_dir()) if path.parent.is_dir() else []
-            raise JudgeError(f"{what}: no such directory; {nearest(path.name, beside, 'directories there')}")
-        return None
-    if not (path / "config.json").is_file():
-        raise JudgeError(f"{what}: no config.json there; give the directory of a Hugging Face checkpoint")
-    if not list(path.glob("*.safetensors")):
-        raise JudgeError(f"{what}: has no .safetensors file; convert its weights, which are never unpickled")
-    return read_json(path / "config.json")
-
-
-def check_choice(what: str, name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise JudgeError(f"{what}: {name} is {value!r}; it is one of {', '.join(choices)}")
-
-
-def _check_architecture(model: str, architectures: list[str] | None) -> None:
-    if not any("SequenceClassification" in name or "RewardModel" in name for name in architectures or ()):
-        raise JudgeError(
-            f"reward model {model}: its architecture is {', '.join(architectures or ['none'])}, which gives no scores; "
-            "give a checkpoint of a ...ForSequenceClassification"
-        )
-
-
-def _check_labels(model: str, count: int, weights: list[float] | None, head: int | None) -> None:
+def _check_labels(what: str, count: int, weights: list[float] | None, head: int | None) -> None:
     if weights is not None and len(weights) != count:
-        raise JudgeError(f"reward model {model}: has {count} labels, and there are {len(weights)} weights")
+        raise JudgeError(f"{what}: has {count} labels, and there are {len(weights)} weights")
     if head is not None and head >= count:
-        raise JudgeError(f"reward model {model}: has {count} labels, numbered from 0, and head is {head}")
+        raise JudgeError(f"{what}: has {count} labels, numbered from 0, and head is {head}")
     if weights is None and head is None and count not in (1, 2):
         raise JudgeError(
-            f"reward model {model}: has {count} labels; a score comes from one label, or from the log-odds of two; of "
+            f"{what}: has {count} labels; a score comes from one label, or from the log-odds of two; of "
             f"more, give `weights`, a list of {count} numbers, or `head`, the number of one"
         )
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from iterdpo.errors import JudgeError
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import CompletionGroup, Judgment
-from judges.adapter import Abstention, judgment_from_outcomes, nearest
+from judges.base import Abstention, judgment_from_outcomes, nearest
 
 Relation = Literal["at least", "less than"]
 

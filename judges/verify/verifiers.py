@@ -32,7 +32,7 @@ from iterdpo.errors import ChildFailed, JudgeError
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.run.worker import Done, JsonLinesWorker
 from iterdpo.types import CompletionGroup, Judgment
-from judges.adapter import Abstention, judgment_from_outcomes
+from judges.base import Abstention, judgment_from_outcomes
 from judges.verify.math_worker import Compare, Compared, WarmUp
 from judges.verify.sandbox import REPORT, TIMED_OUT, SandboxError, require_sandbox, run_python
 
