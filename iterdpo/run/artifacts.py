@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iterdpo.errors import DataError
 from iterdpo.run.rundir import Manifest, read_jsonl, write_jsonl, write_with
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
 
@@ -153,9 +154,13 @@ def read_completion_shard(path: Path) -> list[CompletionGroup]:
     Raises:
         DataError: the file is damaged.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    read = pq.read_table(path)
+    try:
+        read = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: damaged ({error}); delete it, and the same command samples it again") from None
     table = {name: read[name].combine_chunks() for name in read.column_names}
     offsets = table["token_ids"].offsets.to_pylist()
     texts, reasons = table["completions"].values.to_pylist(), table["finish_reasons"].values.to_pylist()

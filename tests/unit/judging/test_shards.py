@@ -1,19 +1,21 @@
-"""Judging shard by shard: what is kept, what is asked again, when it stops."""
+"""Judging shard by shard, and beside sampling: what is kept, what is asked again, when it stops."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from iterdpo.errors import JudgeError, JudgingStopped
+from iterdpo.errors import DataError, JudgeError, JudgingStopped
 from iterdpo.judging.judge import JudgeBase, NamedJudge
-from iterdpo.judging.shards import RETRY, EarlyJudge, judge_key, judge_shards, read_judgments
-from iterdpo.run.rundir import write_jsonl
+from iterdpo.judging.run_judge import RunJudge
+from iterdpo.judging.shards import RETRY, StreamingJudge, completion_shards, judge_shards
+from iterdpo.run.artifacts import read_judgments, write_completion_shard, write_judgment_shard
 from iterdpo.testing import make_group
 from iterdpo.types import CompletionGroup, Judgment
 
@@ -40,23 +42,50 @@ class Fickle(JudgeBase):
 
 
 SHARDS = [
-    ("shard-0000.jsonl", [make_group("1", ["a", "bb"]), make_group("2", ["x", "yy"])]),
-    ("shard-0001.jsonl", [make_group("3", ["c", "dd"]), make_group("4", ["e", "ff"])]),
+    ("shard-000000", [make_group("1", ["a", "bb"]), make_group("2", ["x", "yy"])]),
+    ("shard-000001", [make_group("3", ["c", "dd"]), make_group("4", ["e", "ff"])]),
 ]
 
 
-def named(judge: JudgeBase, **limits: Any) -> NamedJudge:
-    return NamedJudge("train_judge", "fickle", "1", lambda: judge, **limits)
+@pytest.fixture
+def sampled(tmp_path: Path) -> list[Path]:
+    """`SHARDS` as files of completions."""
+    directory = tmp_path / "completions"
+    directory.mkdir()
+    for name, groups in SHARDS:
+        write_completion_shard(directory / f"{name}.parquet", groups)
+    return sorted(directory.iterdir())
 
 
-def judged(judge: JudgeBase, directory: Path, *, early: Path | None = None, **limits: Any) -> list[Judgment]:
-    return judge_shards(named(judge, **limits), lambda: judge, SHARDS, directory, total=8, early=early)
+def within_run(judge: JudgeBase, *, version: str = "1", **settings: Any) -> RunJudge:
+    named = NamedJudge("train_judge", "fickle", version, lambda: judge, **settings)
+    return RunJudge(named, Path(), lambda message: nullcontext())
+
+
+def judged(
+    judge: JudgeBase, directory: Path, *, streamed: Callable[[str], Path] | None = None, **limits: Any
+) -> list[Judgment]:
+    """What lies in `directory` once the shards have been judged."""
+    directory.mkdir(exist_ok=True)
+    judge_shards(within_run(judge, **limits), SHARDS, directory, total=8, streamed=streamed)
+    return list(read_judgments(directory))
+
+
+def streaming_judge(judge: JudgeBase, tmp_path: Path, **settings: Any) -> StreamingJudge:
+    """One that works, whatever the judge needs."""
+    streaming = StreamingJudge(within_run(judge, stream=True, **settings), tmp_path / "streaming")
+    streaming.start()
+    return streaming
+
+
+def left_by(streaming: StreamingJudge, sampled: list[Path]) -> Callable[[str], Path]:
+    return lambda name: streaming.path_of(sampled[0].with_name(f"{name}.parquet"))
 
 
 def test_a_shard_that_is_there_is_not_judged_again(tmp_path: Path) -> None:
     first = judged(Fickle(), tmp_path)
     again = Fickle()
-    assert judged(again, tmp_path) == first == read_judgments(tmp_path)
+    assert judged(again, tmp_path) == first
     assert again.asked == []
 
 
@@ -86,7 +115,6 @@ def test_only_the_groups_that_abstained_are_asked_again(tmp_path: Path) -> None:
     mended = Fickle()
     assert [j.scores for j in judged(mended, tmp_path)] == [[1.0, 2.0]] * 4
     assert mended.asked == ["2", "4"]
-    assert [j.scores for j in read_judgments(tmp_path)] == [[1.0, 2.0]] * 4
 
 
 def test_abstentions_by_design_use_up_no_budget_and_are_not_asked_again(tmp_path: Path) -> None:
@@ -99,7 +127,7 @@ def test_abstentions_by_design_use_up_no_budget_and_are_not_asked_again(tmp_path
 
 
 class Ahead(Fickle):
-    """Answers for a group when it has taken the one `lead` behind it. `events` lists what it took and answered."""
+    """Answers for a group when it has taken the one `lead` after it. `events` lists what it took and answered."""
 
     ahead = True
 
@@ -122,18 +150,15 @@ class Ahead(Fickle):
             self.events.append("closed")
 
 
-def test_a_judge_that_may_be_ahead_takes_groups_of_the_next_shard_before_it_has_answered_for_this_one(
-    tmp_path: Path,
-) -> None:
+def test_a_judge_that_may_be_ahead_takes_groups_of_the_next_shard_before_it_answers(tmp_path: Path) -> None:
     judge = Ahead()
     seen: list[int] = []
     judge_shards(
-        named(judge),
-        lambda: judge,
+        within_run(judge),
         SHARDS,
         tmp_path,
         total=8,
-        on_shard=lambda fresh: seen.append(len(judge.events)),
+        on_shard=lambda groups, judgments: seen.append(len(judge.events)),
     )
     assert [j.scores for j in read_judgments(tmp_path)] == [[1.0, 2.0]] * 4
     assert judge.events == ["took 1", "took 2", "took 3", "took 4", "closed"]
@@ -144,7 +169,7 @@ def test_a_judge_that_may_be_ahead_takes_groups_of_the_next_shard_before_it_has_
 def test_a_judge_that_may_be_ahead_is_asked_for_what_is_missing_alone(tmp_path: Path, there: list[int]) -> None:
     judged(Fickle(), tmp_path)
     for number in {0, 1} - set(there):
-        (tmp_path / SHARDS[number][0]).unlink()
+        (tmp_path / f"{SHARDS[number][0]}.jsonl").unlink()
     judge = Ahead()
     assert [j.prompt_id for j in judged(judge, tmp_path)] == [g.prompt.id for _, groups in SHARDS for g in groups]
     assert judge.asked == [str(g.prompt.content) for n in {0, 1} - set(there) for g in SHARDS[n][1]]
@@ -152,20 +177,23 @@ def test_a_judge_that_may_be_ahead_is_asked_for_what_is_missing_alone(tmp_path: 
 
 @pytest.mark.parametrize("judge", [Fickle(), Ahead()])
 def test_a_shard_that_is_there_between_two_that_are_not_keeps_its_judgments(tmp_path: Path, judge: Fickle) -> None:
-    shards = [(f"shard-{n:04d}.jsonl", [make_group(str(n), ["a" * (n + 1)])]) for n in range(3)]
-    write_jsonl(tmp_path / shards[1][0], [Judgment(shards[1][1][0].prompt.id, [7.0], [None]).to_json()])
-    found = judge_shards(named(judge), lambda: judge, shards, tmp_path, total=3)
-    assert [j.scores for j in found] == [[1.0], [7.0], [3.0]]
+    shards = [(f"shard-{n:06d}", [make_group(str(n), ["a" * (n + 1)])]) for n in range(3)]
+    write_judgment_shard(tmp_path / f"{shards[1][0]}.jsonl", [Judgment(shards[1][1][0].prompt.id, [7.0], [None])])
+    judge_shards(within_run(judge), shards, tmp_path, total=3)
+    assert [j.scores for j in read_judgments(tmp_path)] == [[1.0], [7.0], [3.0]]
     assert judge.asked == ["0", "2"]
 
 
-def test_a_judge_that_may_be_ahead_is_ended_where_the_budget_stops_the_stage_and_asked_again_for_what_abstained(
-    tmp_path: Path,
-) -> None:
+def test_a_judge_that_may_be_ahead_is_ended_if_the_budget_stops_the_stage(tmp_path: Path) -> None:
     broken = Ahead("a", "e", lead=1)
     with pytest.raises(JudgingStopped):
         judged(broken, tmp_path, max_abstained=0.1)
     assert broken.events == ["took 1", "took 2", "closed"]
+
+
+def test_a_judge_that_may_be_ahead_is_asked_again_for_what_abstained(tmp_path: Path) -> None:
+    with pytest.raises(JudgingStopped):
+        judged(Ahead("a", "e", lead=1), tmp_path, max_abstained=0.1)
     judged(Ahead("e"), tmp_path, max_abstained=0.2)
     (tmp_path / RETRY).touch()
     mended = Ahead()
@@ -205,25 +233,79 @@ def test_a_judge_that_stops_taking_groups_is_an_error(tmp_path: Path) -> None:
 
 def test_a_budget_that_known_judgments_exceed_stops_before_the_judge_is_loaded(tmp_path: Path) -> None:
     judged(Fickle("a", "x"), tmp_path)
-    (tmp_path / SHARDS[1][0]).unlink()
-    judge = Ahead()
+    (tmp_path / f"{SHARDS[1][0]}.jsonl").unlink()
+    loaded: list[JudgeBase] = []
+    judge = RunJudge(
+        NamedJudge("train_judge", "fickle", "1", lambda: loaded.append(Ahead()) or loaded[-1], max_abstained=0.1),
+        tmp_path,
+        lambda message: nullcontext(),
+    )
     with pytest.raises(JudgingStopped):
-        judged(judge, tmp_path, max_abstained=0.1)
-    assert judge.events == []
+        judge_shards(judge, SHARDS, tmp_path, total=8)
+    assert loaded == []
 
 
-def test_a_shard_that_cannot_be_read_costs_nothing_of_those_before_it(tmp_path: Path) -> None:
-    def shards() -> Iterator[tuple[str, list[CompletionGroup]]]:
-        yield SHARDS[0]
-        raise ValueError("shard-0001.jsonl, line 3")
+def test_a_shard_that_cannot_be_read_costs_nothing_of_those_before_it(tmp_path: Path, sampled: list[Path]) -> None:
+    sampled[1].write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"shard-000001\.parquet: damaged"):
+        judge_shards(within_run(Fickle()), completion_shards(sampled[0].parent), tmp_path, total=8)
+    assert len(list(read_judgments(tmp_path))) == 2
 
+
+def test_judgments_of_files_are_those_of_their_groups_under_the_same_names(tmp_path: Path, sampled: list[Path]) -> None:
+    judge_shards(within_run(Fickle()), completion_shards(sampled[0].parent), tmp_path, total=8)
+    assert sorted(p.name for p in tmp_path.glob("shard-*")) == ["shard-000000.jsonl", "shard-000001.jsonl"]
+    assert list(read_judgments(tmp_path)) == judged(Fickle(), tmp_path / "of groups")
+
+
+def test_progress_hears_of_every_shard_judged_now_or_before(tmp_path: Path) -> None:
+    judged(Fickle(), tmp_path)
+    (tmp_path / f"{SHARDS[0][0]}.jsonl").unlink()
+    heard: list[tuple[Any, Any]] = []
     judge = Fickle()
-    with pytest.raises(ValueError, match="line 3"):
-        judge_shards(named(judge), lambda: judge, shards(), tmp_path, total=8)
-    assert len(read_judgments(tmp_path)) == 2
+    judge_shards(
+        within_run(judge),
+        SHARDS,
+        tmp_path,
+        total=8,
+        on_shard=lambda groups, judgments: heard.append((groups, judgments)),
+    )
+    assert [[g.prompt.content for g in groups] for groups, _ in heard] == [["1", "2"], ["3", "4"]]
+    assert [[j.scores for j in judgments] for _, judgments in heard] == [[[1.0, 2.0]] * 2] * 2
+    assert judge.asked == ["1", "2"]
 
 
-def test_shards_that_wait_are_judged_early_in_one_go(tmp_path: Path) -> None:
+# Beside sampling
+
+
+@pytest.mark.parametrize(
+    ("stream", "needs_device", "starts"),
+    [(None, True, False), (None, False, True), (False, False, False), (True, True, True)],
+)
+def test_judging_streams_if_the_judge_needs_no_device_or_the_configuration_says_so(
+    tmp_path: Path, sampled: list[Path], stream: bool | None, needs_device: bool, starts: bool
+) -> None:
+    judge = Fickle()
+    judge.needs_device = needs_device
+    streaming = StreamingJudge(within_run(judge, stream=stream), tmp_path / "streaming")
+    streaming.start()
+    streaming.put(sampled[0])
+    assert (streaming.join() is not None) == starts
+    assert judge.asked == (["1", "2"] if starts else [])
+    assert streaming.path_of(sampled[0]).exists() == starts
+
+
+def test_a_judge_that_the_configuration_keeps_from_streaming_is_not_loaded(tmp_path: Path) -> None:
+    def load() -> JudgeBase:
+        raise AssertionError("loaded")
+
+    judge = RunJudge(NamedJudge("train_judge", "fickle", "1", load, stream=False), tmp_path, lambda m: nullcontext())
+    streaming = StreamingJudge(judge, tmp_path / "streaming")
+    streaming.start()
+    assert streaming.join() is None
+
+
+def test_shards_that_wait_are_judged_in_one_go(tmp_path: Path, sampled: list[Path]) -> None:
     begin = threading.Event()
 
     class Waits(Ahead):
@@ -232,113 +314,103 @@ def test_shards_that_wait_are_judged_early_in_one_go(tmp_path: Path) -> None:
             yield from super().judge_each(groups)
 
     judge = Waits()
-    early = EarlyJudge(named(judge), judge, tmp_path / "early")
-    for _, groups in SHARDS:
-        early.put(groups)
+    streaming = streaming_judge(judge, tmp_path)
+    for shard in sampled:
+        streaming.put(shard)
     begin.set()
-    early.join()
+    streaming.join()
     assert judge.events == ["took 1", "took 2", "took 3", "took 4", "closed"]
-    assert [j.scores for j in judged(Fickle("a"), _made(tmp_path / "step"), early=tmp_path / "early")] == [
-        [1.0, 2.0]
-    ] * 4
+    found = judged(Fickle("a"), tmp_path / "step", streamed=left_by(streaming, sampled))
+    assert [j.scores for j in found] == [[1.0, 2.0]] * 4
 
 
-def test_an_early_judge_that_is_cancelled_ends_with_the_shard_that_it_is_at(tmp_path: Path) -> None:
+def test_a_streaming_judge_that_is_cancelled_ends_with_the_shard_that_it_is_at(
+    tmp_path: Path, sampled: list[Path]
+) -> None:
     begin = threading.Event()
 
     class Cancels(Ahead):
         def judge_each(self, groups: Iterable[CompletionGroup]) -> Iterator[Judgment]:
             begin.wait()
             for judgment in super().judge_each(groups):
-                early.cancel()
+                streaming.cancel()
                 yield judgment
 
     judge = Cancels()
-    early = EarlyJudge(named(judge), judge, tmp_path / "early")
-    for _, groups in SHARDS:
-        early.put(groups)
+    streaming = streaming_judge(judge, tmp_path)
+    for shard in sampled:
+        streaming.put(shard)
     begin.set()
-    early.join()
+    streaming.join()
     assert judge.events[:3] == ["took 1", "took 2", "took 3"]
     assert judge.asked == ["1", "2"]
 
 
-def test_what_was_judged_early_is_taken_over(tmp_path: Path) -> None:
-    judge = Fickle()
-    early = EarlyJudge(named(judge), judge, tmp_path / "early")
-    early.put(SHARDS[0][1])
-    assert early.join() > 0
+def test_what_was_judged_beside_sampling_is_taken_over(tmp_path: Path, sampled: list[Path]) -> None:
+    streaming = streaming_judge(Fickle(), tmp_path)
+    streaming.put(sampled[0])
+    seconds = streaming.join()
+    assert seconds is not None
+    assert seconds > 0
     rest = Fickle()
-    assert [j.scores for j in judged(rest, _made(tmp_path / "step"), early=tmp_path / "early")] == [[1.0, 2.0]] * 4
+    found = judged(rest, tmp_path / "step", streamed=left_by(streaming, sampled))
+    assert [j.scores for j in found] == [[1.0, 2.0]] * 4
     assert rest.asked == ["3", "4"]
+    streaming.clear()
+    assert not (tmp_path / "streaming").exists()
 
 
-def test_what_abstained_early_is_asked_again_once_the_stage_had_stopped(tmp_path: Path) -> None:
+def test_what_abstained_beside_sampling_is_asked_again_once_the_stage_had_stopped(
+    tmp_path: Path, sampled: list[Path]
+) -> None:
     broken = Fickle("a", "x", "c", "e")
-    early = EarlyJudge(named(broken), broken, tmp_path / "early")
-    for _, groups in SHARDS:
-        early.put(groups)
-    early.join()
-    step = _made(tmp_path / "step")
+    streaming = streaming_judge(broken, tmp_path)
+    for shard in sampled:
+        streaming.put(shard)
+    streaming.join()
+    streamed, step = left_by(streaming, sampled), tmp_path / "step"
     with pytest.raises(JudgingStopped):
-        judged(broken, step, early=tmp_path / "early", max_abstained=0.1)
+        judged(broken, step, streamed=streamed, max_abstained=0.1)
     mended = Fickle()
-    again = judged(mended, step, early=tmp_path / "early", max_abstained=0.1)
+    again = judged(mended, step, streamed=streamed, max_abstained=0.1)
     assert [j.scores for j in again] == [[1.0, 2.0]] * 4
     assert mended.asked == ["1", "2", "3", "4"]
     once_more = Fickle()  # the run was killed before the stage was done
-    assert judged(once_more, step, early=tmp_path / "early", max_abstained=0.1) == again
+    assert judged(once_more, step, streamed=streamed, max_abstained=0.1) == again
     assert once_more.asked == []
 
 
-def test_what_another_judge_judged_early_is_not(tmp_path: Path) -> None:
-    judge = Fickle()
-    other = NamedJudge("train_judge", "fickle", "2", lambda: judge)
-    early = EarlyJudge(other, judge, tmp_path / "early")
-    early.put(SHARDS[0][1])
-    early.join()
+def test_what_another_judge_judged_beside_sampling_is_not_taken_over(tmp_path: Path, sampled: list[Path]) -> None:
+    other = streaming_judge(Fickle(), tmp_path, version="2")
+    other.put(sampled[0])
+    other.join()
+    own = StreamingJudge(within_run(Fickle()), tmp_path / "streaming")
+    assert own.path_of(sampled[0]) != other.path_of(sampled[0])
     rest = Fickle()
-    judged(rest, _made(tmp_path / "step"), early=tmp_path / "early")
+    judged(rest, tmp_path / "step", streamed=left_by(own, sampled))
     assert rest.asked == ["1", "2", "3", "4"]
 
 
-def test_what_was_judged_early_of_other_completions_is_not_taken_over(tmp_path: Path) -> None:
-    judge = Fickle()
-    early = EarlyJudge(named(judge), judge, tmp_path / "early")
-    early.put([make_group("1", ["another", "bb"]), make_group("2", ["x", "yy"])])
-    early.join()
+def test_what_was_judged_of_other_completions_is_not_taken_over(tmp_path: Path, sampled: list[Path]) -> None:
+    before = sampled[0].read_bytes()
+    write_completion_shard(sampled[0], [make_group("1", ["another", "bb"]), make_group("2", ["x", "yy"])])
+    streaming = streaming_judge(Fickle(), tmp_path)
+    streaming.put(sampled[0])
+    streaming.join()
+    sampled[0].write_bytes(before)
     rest = Fickle()
-    assert judged(rest, _made(tmp_path / "step"), early=tmp_path / "early")[0].scores == [1.0, 2.0]
+    assert judged(rest, tmp_path / "step", streamed=left_by(streaming, sampled))[0].scores == [1.0, 2.0]
     assert rest.asked == ["1", "2", "3", "4"]
 
 
-def test_a_judge_is_the_same_wherever_its_file_lies() -> None:
-    keys = [judge_key(NamedJudge("train_judge", f"{place}my.py:f", "1", Fickle)) for place in ("", "here/", "../")]
-    assert keys == [{"use": "my.py:f", "version": "1"}] * 3
-
-
-def test_progress_hears_of_every_shard_judged_now_or_before(tmp_path: Path) -> None:
-    judged(Fickle(), tmp_path)
-    (tmp_path / SHARDS[0][0]).unlink()
-    heard: list[int] = []
-    judge = Fickle()
-    judge_shards(
-        named(judge), lambda: judge, SHARDS, tmp_path, total=8, on_shard=lambda fresh: heard.append(len(fresh))
-    )
-    assert (heard, judge.asked) == ([2, 2], ["1", "2"])
-
-
-def test_an_early_error_that_is_the_users_to_mend_comes_with_the_next_shard(tmp_path: Path) -> None:
-    class Refused(Fickle):
-        def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
-            raise JudgeError("no such model")
-
-    judge = Refused()
-    early = EarlyJudge(named(judge), judge, tmp_path / "early")
-    early.put(SHARDS[0][1])
-    early.join()
+def test_an_error_beside_sampling_that_is_the_users_to_mend_comes_with_the_next_shard(
+    tmp_path: Path, sampled: list[Path]
+) -> None:
+    streaming = streaming_judge(Failing(JudgeError("no such model")), tmp_path)
+    streaming.put(sampled[0])
+    streaming.join()
     with pytest.raises(JudgeError, match="no such model"):
-        early.put(SHARDS[1][1])
+        streaming.put(sampled[1])
 
 
 class Failing(Fickle):
@@ -355,38 +427,37 @@ class Failing(Fickle):
         return super().judge(groups)
 
 
-def test_an_interruption_of_the_early_judge_comes_with_the_next_shard(tmp_path: Path) -> None:
-    judge = Failing(KeyboardInterrupt("cancelled"))
-    early = EarlyJudge(named(judge), judge, tmp_path / "early")
-    early.put(SHARDS[0][1])
-    early.join()
+def test_an_interruption_of_the_streaming_judge_comes_with_the_next_shard(tmp_path: Path, sampled: list[Path]) -> None:
+    streaming = streaming_judge(Failing(KeyboardInterrupt("cancelled")), tmp_path)
+    streaming.put(sampled[0])
+    streaming.join()
     with pytest.raises(KeyboardInterrupt, match="cancelled"):
-        early.put(SHARDS[1][1])
+        streaming.put(sampled[1])
 
 
-def test_any_other_early_error_is_left_to_the_stage(tmp_path: Path) -> None:
+def test_any_other_error_beside_sampling_is_left_to_the_stage(tmp_path: Path, sampled: list[Path]) -> None:
     judge = Failing(OSError("no route"))
-    early = EarlyJudge(named(judge), judge, tmp_path / "early")
-    for _, groups in SHARDS:
-        early.put(groups)
-    early.join()
-    early.put(SHARDS[0][1])  # raises nothing
+    streaming = streaming_judge(judge, tmp_path)
+    for shard in sampled:
+        streaming.put(shard)
+    streaming.join()
+    streaming.put(sampled[0])  # raises nothing
     assert judge.asked == []  # after the error, nothing more
     rest = Fickle()
-    judged(rest, _made(tmp_path / "step"), early=tmp_path / "early")
+    judged(rest, tmp_path / "step", streamed=left_by(streaming, sampled))
     assert rest.asked == ["1", "2", "3", "4"]
 
 
-def test_what_was_judged_early_is_not_judged_early_again(tmp_path: Path) -> None:
+def test_what_was_judged_beside_sampling_is_not_judged_there_again(tmp_path: Path, sampled: list[Path]) -> None:
     judge = Fickle()
     for _ in range(2):  # the run was killed between the two
-        early = EarlyJudge(named(judge), judge, tmp_path / "early")
-        early.put(SHARDS[0][1])
-        early.join()
+        streaming = streaming_judge(judge, tmp_path)
+        streaming.put(sampled[0])
+        streaming.join()
     assert judge.asked == ["1", "2"]
 
 
-def test_a_cancelled_early_judge_begins_no_further_shard(tmp_path: Path) -> None:
+def test_a_cancelled_streaming_judge_begins_no_further_shard(tmp_path: Path, sampled: list[Path]) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     class Slow(Fickle):
@@ -396,20 +467,20 @@ def test_a_cancelled_early_judge_begins_no_further_shard(tmp_path: Path) -> None
             return super().judge(groups)
 
     judge = Slow()
-    early = EarlyJudge(named(judge), judge, tmp_path / "early")
-    for _, groups in SHARDS:
-        early.put(groups)
+    streaming = streaming_judge(judge, tmp_path)
+    for shard in sampled:
+        streaming.put(shard)
     assert begun.wait(10)
-    early.cancel()
+    streaming.cancel()
     go_on.set()
-    early.join()
+    streaming.join()
     assert judge.asked == ["1", "2"]
 
 
 WHERE = ContextVar("where", default="nowhere")
 
 
-def test_the_early_judge_has_the_context_of_the_caller(tmp_path: Path) -> None:
+def test_the_streaming_judge_has_the_context_of_the_caller(tmp_path: Path, sampled: list[Path]) -> None:
     seen: list[str] = []
 
     class Looking(Fickle):
@@ -418,13 +489,7 @@ def test_the_early_judge_has_the_context_of_the_caller(tmp_path: Path) -> None:
             return super().judge(groups)
 
     WHERE.set("in a flow run")
-    judge = Looking()
-    early = EarlyJudge(named(judge), judge, tmp_path / "early")
-    early.put(SHARDS[0][1])
-    early.join()
+    streaming = streaming_judge(Looking(), tmp_path)
+    streaming.put(sampled[0])
+    streaming.join()
     assert seen == ["in a flow run"]
-
-
-def _made(path: Path) -> Path:
-    path.mkdir()
-    return path
