@@ -6,44 +6,71 @@ several completions of one prompt are not independent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
-
-from iterdpo.types import CompletionGroup
+from numpy.typing import NDArray
 
 Scores = Sequence[float | None]
-"""Scores of one prompt's completions; None where the judge abstained."""
+"""Scores of one prompt's completions; None if the judge abstained."""
+
+TokenIds = Sequence[int] | NDArray[np.integer[Any]]
+"""The token ids of one completion."""
+
+HELD = 2**23
+"""N-grams and random draws that are held at a time (8 bytes each, with their copies some 300 MB)."""
+
+MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: multiplying by it permutes the 64-bit integers
 
 
 class Interval(NamedTuple):
-    """An estimate and its interval; all None where there is nothing to estimate from."""
+    """An estimate and its interval; all None if there is nothing to estimate from."""
 
     mean: float | None
     low: float | None
     high: float | None
 
 
+class Bootstrap(TypedDict):
+    """How intervals are drawn: `{"confidence": 0.95, "samples": 10_000, "seed": 0}`."""
+
+    confidence: float
+    samples: int
+    seed: int
+
+
 def evaluation_metrics(
-    groups: Sequence[CompletionGroup],
-    scores: dict[str, list[Scores]],
-    baselines: dict[str, dict[str, list[Scores]]],
-    duels: dict[str, dict[str, list[list[Scores]]]],
-    logps: dict[str, list[list[float]]] | None,
+    token_ids: Callable[[], Iterable[TokenIds]],
+    scores: Mapping[str, Iterable[Scores]],
+    baselines: Mapping[str, Mapping[str, Iterable[Scores]]],
+    duels: Mapping[str, Mapping[str, Iterable[Sequence[Scores]]]],
+    logps: Mapping[str, Iterable[Sequence[float]]] | None,
     *,
-    bootstrap: dict[str, Any],
+    prompts: int,
+    truncated: int,
+    bootstrap: Bootstrap,
 ) -> dict[str, Any]:
     """The metrics of docs/metrics.md that the held-out completions decide.
 
-    `scores` by role of the judge, prompt by prompt; `baselines` the same for the policies compared with, by name;
-    `duels`, by role and name, are those of a judge that compares: for each prompt the scores of (the candidate's
-    completion, the baseline's), as often as there are completions;
-    `logps` has `policy` and `initial`, summed over each completion, None where the policy is the initial one.
-    Win rates are by the held-out judge where there is one.
+    Memory does not grow with the tokens: of each prompt a number is held, and token ids are streamed. Whatever is
+    given as an Iterable is read more than once, so it must be a list or an object that starts over.
+
+    Args:
+        token_ids: called once for each reading; yields the token ids of every completion.
+        scores: by the judge's role, the scores of each prompt's completions.
+        baselines: the same for the policies compared with, by the policy's name.
+        duels: by role and name, those of a judge that compares: for each prompt, one (candidate score, baseline
+            score) pair per completion.
+        logps: `policy` and `initial`, of each prompt the log-probabilities summed over each completion; None if the
+            policy is the initial one.
+        prompts: how many prompts were completed.
+        truncated: how many completions reached the limit of tokens.
+        bootstrap: how intervals are drawn.
+
+    Win rates are by the held-out judge if there is one.
     """
-    completions = [c for g in groups for c in g.completions]
-    decider = "heldout_judge" if "heldout_judge" in scores | duels else "train_judge"
+    decider = "heldout_judge" if "heldout_judge" in {*scores, *duels} else "train_judge"
     metrics: dict[str, Any] = {"win_rate/judge": decider.removesuffix("_judge")}
     for role in ("train_judge", "heldout_judge"):
         value = mean_score(scores[role], **bootstrap) if role in scores else Interval(None, None, None)
@@ -56,31 +83,37 @@ def evaluation_metrics(
             value = win_rate(scores[decider], baselines[name][decider], **bootstrap)
         metrics |= _interval_keys(f"win_rate/vs_{name}", value)
     kl = Interval(0.0, 0.0, 0.0) if logps is None else sequence_kl(logps["policy"], logps["initial"], **bootstrap)
+    completions = tokens = 0
+    for ids in token_ids():
+        completions += 1
+        tokens += len(ids)
     return metrics | {
         **_interval_keys("kl/to_initial", kl),
-        "length/mean_tokens": sum(len(c.token_ids) for c in completions) / len(completions),
-        "length/truncated": sum(c.truncated for c in completions) / len(completions),
-        "distinct/1": distinct_n([c.token_ids for c in completions], 1),
-        "distinct/2": distinct_n([c.token_ids for c in completions], 2),
-        "evaluation/prompts": len(groups),
-        "evaluation/completions": len(completions),
+        "length/mean_tokens": tokens / completions,
+        "length/truncated": truncated / completions,
+        "distinct/1": distinct_n(token_ids, 1),
+        "distinct/2": distinct_n(token_ids, 2),
+        "evaluation/prompts": prompts,
+        "evaluation/completions": completions,
         "evaluation/unjudged": (
             sum(s is None for group in scores[decider] for s in group)
             if decider in scores
-            else max((sum(None in met for p in prompts for met in p) for prompts in duels[decider].values()), default=0)
+            else max(
+                (sum(None in duel for p in by_prompt for duel in p) for by_prompt in duels[decider].values()), default=0
+            )
         ),
     }
 
 
-def mean_score(groups: Sequence[Scores], *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0) -> Interval:
+def mean_score(groups: Iterable[Scores], *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0) -> Interval:
     """The mean over prompts of the mean score of a prompt's judged completions."""
-    means = [float(np.mean(judged)) for scores in groups if (judged := [s for s in scores if s is not None])]
+    means = (float(np.mean(judged)) for scores in groups if (judged := [s for s in scores if s is not None]))
     return bootstrap_mean(means, confidence=confidence, samples=samples, seed=seed)
 
 
 def win_rate(
-    candidate: Sequence[Scores],
-    baseline: Sequence[Scores],
+    candidate: Iterable[Scores],
+    baseline: Iterable[Scores],
     *,
     confidence: float = 0.95,
     samples: int = 10_000,
@@ -88,30 +121,33 @@ def win_rate(
 ) -> Interval:
     """The share of held-out prompts on which the candidate's completion beats the baseline's; a tie is half a win.
 
-    `candidate[i]` and `baseline[i]` are scores for the same prompt. With several completions, a prompt counts with
-    its share over all combinations; prompts on which either side has no score are left out.
+    Both yield the scores of the same prompts in the same order. With several completions, a prompt counts with its
+    share over all combinations; prompts on which either side has no score are left out.
     """
-    wins = []
-    for ours, theirs in zip(candidate, baseline, strict=True):
-        outcomes = [0.5 if a == b else float(a > b) for a in ours if a is not None for b in theirs if b is not None]
-        if outcomes:
-            wins.append(float(np.mean(outcomes)))
-    return bootstrap_mean(wins, confidence=confidence, samples=samples, seed=seed)
+    outcomes = (
+        [0.5 if a == b else float(a > b) for a in ours if a is not None for b in theirs if b is not None]
+        for ours, theirs in zip(candidate, baseline, strict=True)
+    )
+    return bootstrap_mean(
+        (float(np.mean(prompt)) for prompt in outcomes if prompt), confidence=confidence, samples=samples, seed=seed
+    )
 
 
-def duel_shares(prompts: Sequence[Sequence[Scores]]) -> list[float]:
+def duel_shares(prompts: Iterable[Sequence[Scores]]) -> Iterator[float]:
     """Of each prompt, the share of its duels that the candidate won; a tie is half a win.
 
     A duel is the scores of (the candidate's completion, the baseline's), which a judge gave side by side. Duels with
     an abstention are left out, and prompts that have no other.
     """
-    judged = [[(a, b) for a, b in duels if a is not None and b is not None] for duels in prompts]
-    return [sum(0.5 if a == b else float(a > b) for a, b in duels) / len(duels) for duels in judged if duels]
+    for duels in prompts:
+        judged = [(a, b) for a, b in duels if a is not None and b is not None]
+        if judged:
+            yield sum(0.5 if a == b else float(a > b) for a, b in judged) / len(judged)
 
 
 def sequence_kl(
-    policy_logps: Sequence[Sequence[float]],
-    initial_logps: Sequence[Sequence[float]],
+    policy_logps: Iterable[Sequence[float]],
+    initial_logps: Iterable[Sequence[float]],
     *,
     confidence: float = 0.95,
     samples: int = 10_000,
@@ -122,44 +158,104 @@ def sequence_kl(
         KL = E_y[ log policy(y|x) - log initial(y|x) ]
 
     from log-probabilities summed over each completion's tokens (no padding), grouped by prompt. Unbiased at
-    temperature 1; the estimate may be slightly negative where the policies are close.
+    temperature 1; the estimate may be slightly negative if the policies are close.
     """
-    means = [
+    means = (
         float(np.mean(np.subtract(ours, theirs))) for ours, theirs in zip(policy_logps, initial_logps, strict=True)
-    ]
+    )
     return bootstrap_mean(means, confidence=confidence, samples=samples, seed=seed)
 
 
 def logp_gap(reported: Iterable[Sequence[float]], computed: Iterable[float]) -> float | None:
     """Mean over completions of |sum of the engine's token log-probabilities - the policy's own sum|, in nats a token.
 
-    What is left when both are the same policy is rounding. None where there is no completion.
+    What is left if both are the same policy is rounding. None if there is no completion.
     """
-    gaps = [abs(sum(tokens) - whole) / len(tokens) for tokens, whole in zip(reported, computed, strict=True)]
-    return float(np.mean(gaps)) if gaps else None
+    gaps = (abs(sum(tokens) - whole) / len(tokens) for tokens, whole in zip(reported, computed, strict=True))
+    means = np.fromiter(gaps, float)
+    return float(means.mean()) if len(means) else None
 
 
-def distinct_n(token_ids: Sequence[Sequence[int]], n: int) -> float | None:
+def distinct_n(token_ids: Callable[[], Iterable[TokenIds]], n: int, *, held: int = HELD) -> float | None:
     """Distinct n-grams over all n-grams of the completions' tokens (Li et al., arXiv:1510.03055, Section 5.2).
 
-    1 where nothing repeats. It falls as text grows: compare equal amounts. None where no completion has n tokens.
+    1 if nothing repeats. It falls as text grows: compare equal amounts. None if no completion has n tokens.
+
+    `token_ids` is called once for each pass over the completions. A pass counts the n-grams whose hashes lie in a
+    range, which is halved as often as more than `held` distinct ones are found; the next pass has the next range. The
+    hash is one to one, so that the count is exact.
+
+    Raises:
+        ValueError: n token ids of this size do not fit into 64 bits; of three tokens each must be below 2^21.
     """
-    grams = [tuple(ids[i : i + n]) for ids in token_ids for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else None
+    total = sum(max(0, len(ids) - n + 1) for ids in token_ids())
+    distinct, first, width = 0, 0, 2**64
+    while total and first < 2**64:
+        last = min(first + width, 2**64) - 1
+        found = np.empty(0, np.uint64)
+        for hashes in _ngram_hashes(token_ids(), n, block=held // 2):
+            found = _distinct(np.concatenate([found, hashes[(first <= hashes) & (hashes <= last)]]))
+            while len(found) > held:
+                width //= 2
+                last = first + width - 1
+                found = found[found <= last]
+        distinct += len(found)
+        first = last + 1
+    return distinct / total if total else None
+
+
+def _ngram_hashes(token_ids: Iterable[TokenIds], n: int, *, block: int) -> Iterator[NDArray[np.uint64]]:
+    """A hash of each n-gram, equal for equal ones alone, computed for about `block` tokens at a time."""
+    bits = 64 // n
+    waiting: list[NDArray[np.uint64]] = []
+    tokens = 0
+
+    def hashes() -> NDArray[np.uint64]:
+        flat, ends = np.concatenate(waiting), np.cumsum([len(ids) for ids in waiting])
+        if bits < 64 and int(flat.max(initial=0)) >= 2**bits:
+            raise ValueError(
+                f"n-grams of {n} tokens are counted for token ids below {2**bits:,} only, not {flat.max():,}"
+            )
+        starts = np.arange(len(flat)) + n <= np.repeat(
+            ends, np.diff(ends, prepend=0)
+        )  # n-grams end with their completion
+        packed = np.zeros(len(flat), np.uint64)
+        for i in range(n):
+            packed[: len(flat) - i] |= flat[i:] << np.uint64(bits * i)
+        return packed[starts] * MIX
+
+    for ids in token_ids:
+        waiting.append(np.asarray(ids, np.uint64))
+        tokens += len(ids)
+        if tokens >= block:
+            yield hashes()
+            waiting, tokens = [], 0
+    if waiting:
+        yield hashes()
+
+
+def _distinct(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The sorted distinct `values`, which are overwritten. np.unique builds a hash table, which takes far longer."""
+    values.sort()
+    return values[np.append(True, values[1:] != values[:-1])] if len(values) else values
 
 
 def bootstrap_mean(
-    values: Sequence[float], *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
+    values: Iterable[float], *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """The mean of `values` with its percentile bootstrap interval."""
-    if not values:
+    """The mean of `values` with its percentile bootstrap interval.
+
+    Drawn by hand, since the figures of finished rounds come from these draws, and scipy.stats.bootstrap makes others.
+    """
+    data = np.fromiter(values, float)
+    if not len(data):
         return Interval(None, None, None)
-    data = np.asarray(values)
     generator = np.random.default_rng(seed)
-    means = np.concatenate(  # in blocks, so that thousands of prompts need no more memory than a few
+    rows = max(1, min(samples, HELD // len(data)))  # a row is a resample; the draws do not depend on the block's size
+    means = np.concatenate(
         [
-            data[generator.integers(len(data), size=(min(500, samples - start), len(data)))].mean(axis=1)
-            for start in range(0, samples, 500)
+            data[generator.integers(len(data), size=(min(rows, samples - start), len(data)))].mean(axis=1)
+            for start in range(0, samples, rows)
         ]
     )
     tail = (1 - confidence) / 2

@@ -101,11 +101,13 @@ def _evaluate(
     logps = _sequence_logps(run, directory / "logps.json", candidate, completions, counts["completions"])
     gap = _checked_gap(read_groups(completions), logps, limit=section.max_logp_gap)
     metrics = evaluation_metrics(
-        list(read_groups(completions)),
+        lambda: (c.token_ids for g in read_groups(completions) for c in g.completions),
         scores,
         {name: {r: _scores(path) for r, path in b.judgments().items()} for name, b in against.items()},
         duels,
         logps,
+        prompts=counts["prompts"],
+        truncated=counts["truncated"],
         bootstrap={
             "confidence": section.confidence,
             "samples": section.bootstrap_samples,

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from iterdpo.evaluate import Interval, Scores, bootstrap_mean, distinct_n, mean_score, sequence_kl, win_rate
+from iterdpo.evaluate import (
+    Bootstrap,
+    Interval,
+    Scores,
+    bootstrap_mean,
+    distinct_n,
+    duel_shares,
+    evaluation_metrics,
+    logp_gap,
+    mean_score,
+    sequence_kl,
+    win_rate,
+)
 
 NOTHING = Interval(None, None, None)
 
@@ -132,4 +146,99 @@ def test_kl_estimated_from_samples_agrees_with_the_closed_form() -> None:
     ],
 )
 def test_distinct_n_is_distinct_n_grams_over_all(token_ids: list[list[int]], n: int, expected: float | None) -> None:
-    assert distinct_n(token_ids, n) == expected
+    assert distinct_n(lambda: token_ids, n) == expected
+
+
+@pytest.mark.parametrize("held", [20, 100, 2_000])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_distinct_n_is_exact_however_few_ngrams_are_held_at_a_time(n: int, held: int) -> None:
+    generator = np.random.default_rng(5)
+    texts = [generator.integers(0, 12, size=length) for length in generator.integers(0, 30, size=40)]
+    grams = [tuple(text[i : i + n].tolist()) for text in texts for i in range(len(text) - n + 1)]
+    passes = 0
+
+    def stream() -> Iterator[np.ndarray]:
+        nonlocal passes
+        passes += 1
+        yield from texts
+
+    assert distinct_n(stream, n, held=held) == len(set(grams)) / len(grams)
+    if len(set(grams)) > held:
+        assert passes > 2  # one for the total, and at least two for the n-grams
+
+
+def test_tokens_too_large_to_be_counted_exactly_are_refused() -> None:
+    assert distinct_n(lambda: [[2**21 - 1, 0, 1]], 3) == 1.0
+    with pytest.raises(ValueError, match="below 2,097,152"):
+        distinct_n(lambda: [[2**21, 0, 1]], 3)
+
+
+def test_resamples_are_the_same_draws_whether_made_at_once_or_in_blocks() -> None:
+    values = np.random.default_rng(6).normal(size=3000)
+    tail = (1 - 0.95) / 2  # as floats have it
+    at_once = values[np.random.default_rng(7).integers(3000, size=(4000, 3000))].mean(axis=1)  # more than HELD draws
+    assert bootstrap_mean(values.tolist(), samples=4000, seed=7)[1:] == tuple(np.quantile(at_once, [tail, 1 - tail]))
+
+
+def test_the_memory_of_an_interval_does_not_grow_with_prompts_times_resamples() -> None:
+    values = np.random.default_rng(8).normal(size=100_000)
+    tracemalloc.start()
+    bootstrap_mean(values.tolist(), samples=200)  # 2e7 draws of 8 bytes, and as many values: 320 MB at once
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 150e6
+
+
+def test_duels_without_a_judged_one_leave_the_prompt_out() -> None:
+    assert list(duel_shares([[[1.0, 0.0], [0.5, 0.5]], [[None, 1.0]], [[0.0, 1.0], [None, 0.0]]])) == [0.75, 0.0]
+
+
+def test_the_gap_is_the_mean_over_completions_of_nats_a_token() -> None:
+    # |-3 + 4| / 2 = 0.5 and |-1 + 1| / 1 = 0
+    assert logp_gap([[-1.0, -2.0], [-1.0]], [-4.0, -1.0]) == 0.25
+    assert logp_gap([], []) is None
+
+
+def test_an_evaluation_has_the_figures_of_its_streams() -> None:
+    bootstrap = Bootstrap(confidence=0.95, samples=100, seed=0)
+    texts = [[1, 2], [1, 2, 3, 4], [1], [1]]  # two prompts, two completions each
+    found = evaluation_metrics(
+        lambda: iter(texts),
+        {"train_judge": [[1.0, None], [0.0, 0.0]], "heldout_judge": [[0.5, 0.5], [0.0, None]]},
+        {"initial": {"train_judge": [[2.0], [2.0]], "heldout_judge": [[0.0], [1.0]]}},
+        {},
+        {"policy": [[-1.0, -2.0], [-3.0, -1.0]], "initial": [[-2.0, -3.0], [-3.0, -1.0]]},
+        prompts=2,
+        truncated=1,
+        bootstrap=bootstrap,
+    )
+    assert {k: v for k, v in found.items() if not k.endswith(("_low", "_high"))} == {
+        "win_rate/judge": "heldout",
+        "score/train_judge": 0.5,
+        "score/heldout_judge": 0.25,
+        "win_rate/vs_initial": 0.5,  # both completions of the first prompt win, the judged one of the second loses
+        "win_rate/vs_previous": None,
+        "kl/to_initial": 0.5,  # (1 + 1) / 2 and 0
+        "length/mean_tokens": 2.0,
+        "length/truncated": 0.25,
+        "distinct/1": 4 / 8,
+        "distinct/2": 3 / 4,  # 12 | 12 23 34
+        "evaluation/prompts": 2,
+        "evaluation/completions": 4,
+        "evaluation/unjudged": 1,
+    }
+
+
+def test_a_judge_that_compares_decides_by_its_duels_and_has_no_score() -> None:
+    found = evaluation_metrics(
+        lambda: [[1, 2], [3, 4]],
+        {},
+        {"initial": {}, "previous": {}},
+        {"train_judge": {"initial": [[[1.0, 0.0]], [[None, None]]], "previous": [[[0.0, 1.0]], [[0.5, 0.5]]]}},
+        None,
+        prompts=2,
+        truncated=0,
+        bootstrap=Bootstrap(confidence=0.95, samples=100, seed=0),
+    )
+    assert (found["win_rate/vs_initial"], found["win_rate/vs_previous"]) == (1.0, 0.25)
+    assert (found["score/train_judge"], found["kl/to_initial"], found["evaluation/unjudged"]) == (None, 0.0, 1)
