@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 
 from iterdpo.config import LOSSES, DataConfig, SentinelsConfig
 from iterdpo.data.preferences import PreferenceData
+from judges.llm.server import ServerSettings
+from judges.llm.settings import Endpoint
+from judges.load import BUILT_IN
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -105,6 +112,37 @@ def test_the_table_of_sentinels_has_each_with_its_default_action() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*\| `(\w+)` \|$", table, flags=re.MULTILINE)
     actions = {n.removesuffix("_action"): v for n, v in SentinelsConfig() if n.endswith("_action")}
     assert dict(rows) == {"non_finite": SentinelsConfig().non_finite, **actions}
+
+
+def test_the_table_of_judges_arguments_has_each_once_with_its_default() -> None:
+    page = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
+    table = page.partition("| judge | argument | default | meaning |")[2]
+    rows = re.findall(r"^\| (`.*?`) \| `(\w+)` \| (?:`(.*)`|required) \|", table, flags=re.MULTILINE)
+    written = sorted(
+        (judge, argument, yaml.safe_load(default) if default else "required")
+        for judges, argument, default in rows
+        for judge in re.findall(r"\w+", judges)
+    )
+    code = [
+        (use, p.name, "required" if p.default is p.empty else p.default)
+        for use, place in BUILT_IN.items()
+        for p in inspect.signature(
+            attrgetter(place.partition(":")[2])(import_module(place.partition(":")[0]))
+        ).parameters.values()
+    ]
+    for name, model in (("endpoint", Endpoint), ("serve", ServerSettings)):
+        code += [(name, n, f.get_default(call_default_factory=True)) for n, f in model.model_fields.items()]
+    plain = ((j, a, list(default) if isinstance(default, tuple) else default) for j, a, default in code)
+    assert written == sorted(plain, key=lambda row: row[:2])
+
+
+def test_the_page_about_judges_lists_its_sections_and_has_no_long_table_cell() -> None:
+    page = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
+    contents = page.partition("\n## ")[0]
+    for heading in re.findall(r"^## (.+)$", page, flags=re.MULTILINE):
+        assert f"[{heading}](#" in contents
+    cells = [c for line in page.splitlines() if line.startswith("|") for c in re.split(r" \| ", line.strip("| "))]
+    assert max(map(len, cells)) <= 200
 
 
 def links(text: str) -> Iterator[str]:
