@@ -94,7 +94,7 @@ def one_round(
         "judge": {"use": "pairwise", "args": args, "stream": stream},
     }
     with open_run(parse_config(Config, values), sampler=Sleeper(seconds)) as exp, exp.dir.lock():
-        exp.prompt_ids(next(iter(exp.prompts.of(1))))  # the tokenizer's imports are not measured
+        exp.prompt_ids(list(exp.prompts.of(1)))  # the tokenizer's imports are not measured
         policy = exp.initial
         began = time.perf_counter()
         streaming = exp.streaming_judge(1)

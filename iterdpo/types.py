@@ -110,7 +110,13 @@ class Judgment:
     """What else the judge has to say, as JSON: the scores of single criteria, how many cycles its comparisons have."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            "prompt_id": self.prompt_id,
+            "scores": self.scores,
+            "abstentions": self.abstentions,
+            "comparisons": [asdict(c) for c in self.comparisons],
+            "details": self.details,
+        }
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> Judgment:

@@ -14,8 +14,8 @@ from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_groups, rea
 from iterdpo.run.rundir import Step, read_json, write_json
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.judge import judge_with_progress
-from iterdpo.stages.runs import IterativeRun
-from iterdpo.stages.sample import batches, parameters_of, prompts_key, sample_shards, sampling_key
+from iterdpo.stages.runs import IterativeRun, batches
+from iterdpo.stages.sample import parameters_of, prompts_key, sample_shards, sampling_key
 from iterdpo.types import CompletionGroup
 
 Duels = list[list[Scores]]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from iterdpo.config import Config, OfflineConfig
 from iterdpo.data.prompts import check_lengths
-from iterdpo.data.rendering import load_tokenizer, prompt_token_ids
+from iterdpo.data.rendering import load_tokenizer, prompts_token_ids
 from iterdpo.data.round_prompts import RoundPrompts
 from iterdpo.errors import ConfigError
 from iterdpo.judging.judge import NamedJudge, Waiting
@@ -25,6 +26,8 @@ from iterdpo.sampling import Sampler, VLLMSampler
 from iterdpo.sampling.lazy import LazySampler
 from iterdpo.training.launch import check_training
 from iterdpo.types import Prompt
+
+T = TypeVar("T")
 
 
 class OfflineRun:
@@ -160,7 +163,12 @@ class IterativeRun(OfflineRun):
             raise ConfigError(f"sampling.engine.max_model_len = {limit}: the model's context is {context} tokens")
         available = min(x for x in (limit, context, 1 << 30) if x is not None)
         parts = [*(self.prompts.of(t) for t in range(1, config.rounds + 1)), self.prompts.heldout]
-        lengths = ((len(self.prompt_ids(p)), p.id) for part in parts for p in part)
+        lengths = (
+            (len(ids), prompt.id)
+            for part in parts
+            for prompts in batches(part, 1024)
+            for ids, prompt in zip(self.prompt_ids(prompts), prompts, strict=True)
+        )
         longest = check_lengths(lengths, available - config.sampling.max_tokens)
         return limit or -(-(longest + config.sampling.max_tokens) // 64) * 64
 
@@ -171,8 +179,8 @@ class IterativeRun(OfflineRun):
             assert isinstance(engine, VLLMSampler)
             engine.warm_up()
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        return prompt_token_ids(self.tokenizer, prompt.content)
+    def prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        return prompts_token_ids(self.tokenizer, [prompt.content for prompt in prompts])
 
     def release_judges(self) -> None:
         """Let judges that hold a device give it back."""
@@ -209,3 +217,10 @@ class IterativeRun(OfflineRun):
     def _say_waiting(self, message: str) -> Iterator[Callable[[], None] | None]:
         self.progress.say(f"  {'waiting':<9} {message}")
         yield None
+
+
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """`items` in lists of `size`; the last may be shorter."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from iterdpo.run.artifacts import (
 from iterdpo.run.rundir import Step
 from iterdpo.sampling import SamplingParameters
 from iterdpo.seeds import derive_seed
-from iterdpo.stages.runs import IterativeRun
-from iterdpo.types import CompletionGroup
+from iterdpo.stages.runs import IterativeRun, batches
+from iterdpo.types import CompletionGroup, Prompt
 
 
 def sample(
@@ -110,11 +109,11 @@ def sample_shards(
     counts = {"prompts": 0, "completions": 0, "tokens": 0, "truncated": 0}
     begun = False
 
-    def groups_of(shard: Path, asked: list[Any]) -> list[CompletionGroup]:
+    def groups_of(shard: Path, asked: list[Prompt]) -> list[CompletionGroup]:
         nonlocal begun
         if shard.exists():
             return read_completion_shard(shard)
-        ids = [run.prompt_ids(prompt) for prompt in asked]
+        ids = run.prompt_ids(asked)
         run.sampler.load(policy.path, policy.digest)
         if not begun:
             begun = True
@@ -145,10 +144,3 @@ def count(counts: dict[str, int], groups: list[CompletionGroup]) -> None:
     counts["completions"] += len(each)
     counts["tokens"] += sum(len(c.token_ids) for c in each)
     counts["truncated"] += sum(c.truncated for c in each)
-
-
-def batches(items: Any, size: int) -> Iterator[list[Any]]:
-    """`items` in lists of `size`; the last may be shorter."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
