@@ -1,0 +1,64 @@
+"""What the judges by rule share: the loop over completions, the prompt's column, fenced blocks."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from iterdpo.errors import JudgeError
+from iterdpo.judging.judge import JudgeBase
+from iterdpo.types import CompletionGroup, Judgment
+from judges.base import Abstention, judgment_from_outcomes
+
+Score = float | Abstention
+
+
+class Verifier(JudgeBase):
+    """Scores each completion by itself, `concurrency` at once, given what the prompt's column has."""
+
+    needs_device = False
+    name = "verifier"
+    column: str | None = "gold"
+    concurrency: int = 1
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        work = [(c.text, group) for group in groups for c in group.completions]
+        if self.concurrency == 1:
+            scores: Iterator[Score] = iter([self._score(*item) for item in work])
+        else:
+            with ThreadPoolExecutor(self.concurrency) as pool:
+                scores = iter(list(pool.map(lambda item: self._score(*item), work)))
+        return [judgment_from_outcomes(group, [next(scores) for _ in group.completions]) for group in groups]
+
+    def _score(self, completion: str, group: CompletionGroup) -> Score:
+        if self.column is None:
+            return self.score(completion, None)
+        gold = group.prompt.columns.get(self.column)
+        if gold is None or gold == [] or gold == "":
+            missing = "is empty" if self.column in group.prompt.columns else "is missing"
+            return Abstention(f"the prompt's column {self.column!r} {missing}")
+        return self.score(completion, gold)
+
+    def score(self, completion: str, gold: Any) -> Score:
+        raise NotImplementedError
+
+
+def texts_of(gold: Any) -> list[str]:
+    return [str(text) for text in (gold if isinstance(gold, list | tuple) else [gold])]
+
+
+def check_positive(judge: str, **values: float) -> None:
+    for key, value in values.items():
+        if not value > 0:
+            raise JudgeError(f"judge {judge!r}: {key} is {value}; it must be more than 0")
+
+
+FENCE = re.compile(r"^[ \t]*```[ \t]*([^\s`]*)[^\n`]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """Fenced blocks: (language, content). A last one that is never closed, as of a truncated completion, counts."""
+    return [(m[1].lower(), textwrap.dedent(m[2])) for m in FENCE.finditer(text)]
