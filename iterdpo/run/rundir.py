@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -188,7 +189,7 @@ class RunDir:
                 "with that version, or choose another run_dir"
             )
         self.redo = redo
-        self.attic = self.root / "attic" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self.attic = self.root / "attic" / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
 
     def round_dir(self, round: int) -> Path:
         return self.root / f"round-{round:03d}"
@@ -324,13 +325,17 @@ def directory_digest(path: Path) -> str:
 
 
 def write_with(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write so that a reader, or a crash, sees the old content or the new, never a part. `write` fills the open file."""
+    """Write so that a reader, or a crash, sees the old content or the new, never a part. Afterwards it is on disk.
+
+    `write` fills the open file.
+    """
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     with open(fresh, "wb") as handle:
         write(handle)
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(fresh, path)
+    fsync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

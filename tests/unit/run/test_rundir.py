@@ -526,3 +526,21 @@ def test_a_run_directory_that_cannot_be_written_is_said_in_a_line(tmp_path: Path
     ):
         pass
     assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("note", [{"config": {}, "versions": {}}, {"format": 1, "config": {}}])
+def test_a_run_of_another_format_is_refused_in_one_sentence(tmp_path: Path, note: dict[str, Any]) -> None:
+    write_json(tmp_path / "run.json", note)
+    with pytest.raises(UserError, match=r"begun by a version of iterdpo whose files this one cannot read; finish") as e:
+        RunDir(tmp_path)
+    assert str(tmp_path) in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_a_run_of_this_format_is_opened_again(tmp_path: Path) -> None:
+    RunDir(tmp_path).write_config({"rounds": 3})
+    assert RunDir(tmp_path).read_config() == {"rounds": 3}
+
+
+def test_two_attics_of_one_process_are_two_directories(tmp_path: Path) -> None:
+    assert RunDir(tmp_path).attic != RunDir(tmp_path).attic

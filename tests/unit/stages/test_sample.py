@@ -1,0 +1,194 @@
+"""Sampling: what decides a round's completions, what is sampled again, what a streaming judge is given."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from iterdpo.errors import StaleStepError
+from iterdpo.run.artifacts import Completions, shard_name
+from iterdpo.run.rundir import read_jsonl, read_manifest
+from iterdpo.stages.runs import IterativeRun
+from iterdpo.stages.sample import batches, inputs, parameters_of, sample
+from tests.unit.stages.harness import PER_ROUND, SHARD_SIZE, K, Lengths, Room
+
+
+def sampled(run: IterativeRun) -> Completions:
+    return sample(run, 1, run.initial, run.prompts.of(1))
+
+
+def key(run: IterativeRun) -> dict[str, Any]:
+    return inputs(run, run.initial, run.prompts.of(1))
+
+
+def test_the_key_has_the_policies_the_prompts_the_sampling_and_the_seed(room: Room) -> None:
+    run = room.open()
+    assert key(run) == {
+        "model": run.initial.digest,
+        "policy": run.initial.digest,
+        "prompts": {"per_round": 6, "heldout": 4, "column": "prompt", "content": run.prompts.of(1).digest()},
+        "sampling": {
+            "n": 2,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "max_tokens": 16,
+            "shard_size": 4,
+            "engine": {"dtype": "bfloat16", "extra": {}},
+        },
+        "seed": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling": {"n": 3}},
+        {"sampling": {"temperature": 0.5}},
+        {"sampling": {"top_p": 0.9}},
+        {"sampling": {"top_k": 5}},
+        {"sampling": {"max_tokens": 8}},
+        {"sampling": {"shard_size": 2}},
+        {"sampling": {"engine": {"dtype": "float32"}}},
+        {"sampling": {"engine": {"extra": {"quantization": "fp8"}}}},
+        {"prompts": {"per_round": 5}},
+        {"prompts": {"heldout": 3}},
+        {"seed": 1},
+    ],
+)
+def test_the_key_changes_with_what_decides_the_completions(room: Room, changes: dict[str, Any]) -> None:
+    assert key(room.open(**changes)) != key(room.open())
+
+
+def test_the_key_changes_with_the_policy_and_the_prompts(room: Room) -> None:
+    run = room.open()
+    policy = type(run.initial)(run.initial.path, "another", 1)
+    assert inputs(run, policy, run.prompts.of(1)) != inputs(run, run.initial, run.prompts.of(1))
+    assert inputs(run, run.initial, run.prompts.of(2)) != inputs(run, run.initial, run.prompts.of(1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling": {"engine": {"max_num_seqs": 2, "kv_cache_gib": 2, "gpu_memory_utilization": 0.5}}},
+        {"version": "2"},
+        {"dpo": {"learning_rate": 1e-3}},
+        {"gate": {"minimum": 0.9}},
+        {"evaluation": {"n": 2}},
+        {"rounds": 3},
+    ],
+)
+def test_the_key_is_the_same_if_the_completions_are(room: Room, changes: dict[str, Any]) -> None:
+    assert key(room.open(**changes)) == key(room.open())
+
+
+def test_completions_lie_in_shards_by_prompt_in_the_order_of_the_round(room: Room) -> None:
+    run = room.open()
+    completions = sampled(run)
+    names = sorted(p.name for p in completions.path.glob("shard-*"))
+    assert names == ["shard-000000.parquet", "shard-000001.parquet"]
+    assert (completions.prompts, completions.completions) == (PER_ROUND, K * PER_ROUND)
+    assert [g.prompt for g in completions] == list(run.prompts.of(1))
+    assert [[c.text for c in g.completions] for g in completions] == [["ab", "abab"]] * PER_ROUND
+    assert [g.prompt_ids for g in completions] == [run.prompt_ids(p) for p in run.prompts.of(1)]
+    assert room.sampler.asked == [SHARD_SIZE, PER_ROUND - SHARD_SIZE]
+
+
+def test_counts_are_of_all_that_was_sampled(room: Room) -> None:
+    manifest = read_manifest(sampled(room.open(sampling={"max_tokens": 3})).path)
+    assert manifest is not None
+    assert manifest.counts == {"prompts": 6, "completions": 12, "tokens": 6 * (2 + 3), "truncated": 6}
+
+
+def test_prompts_of_the_round_are_written_down(room: Room) -> None:
+    run = room.open()
+    sampled(run)
+    rows = read_jsonl(run.dir.round_dir(1) / "prompts.jsonl")
+    assert [row["id"] for row in rows] == [p.id for p in run.prompts.of(1)]
+
+
+def test_what_is_sampled_is_not_sampled_again(room: Room) -> None:
+    first = sampled(room.open())
+    room.sampler.asked.clear()
+    assert sampled(room.open()) == first
+    assert room.sampler.asked == []
+
+
+def test_other_settings_are_refused_and_with_redo_the_old_goes_to_the_attic(room: Room) -> None:
+    first = sampled(room.open())
+    with pytest.raises(StaleStepError, match=r"round-001/completions was made with sampling\.n = 2"):
+        sampled(room.open(sampling={"n": 3}))
+    run = room.open(sampling={"n": 3}, redo=True)
+    again = sampled(run)
+    assert again.completions == 3 * PER_ROUND
+    kept = read_manifest(run.dir.attic / "round-001" / "completions")
+    assert kept is not None
+    assert kept.digest == first.digest
+
+
+def test_a_shard_that_is_there_is_not_sampled_again(room: Room) -> None:
+    reply = room.sampler.reply
+
+    def fails(ids: list[int], k: int) -> str:
+        if len(room.sampler.asked) == 2:
+            raise RuntimeError("the engine died")
+        return reply(ids, k)
+
+    room.sampler.reply = fails
+    with pytest.raises(RuntimeError, match="the engine died"):
+        sampled(room.open())
+    room.sampler.reply, room.sampler.asked = reply, []
+    completions = sampled(room.open())
+    assert room.sampler.asked == [PER_ROUND - SHARD_SIZE]
+    assert [g.prompt for g in completions] == list(room.open().prompts.of(1))
+
+
+def test_a_streaming_judge_is_given_each_shard_while_the_next_is_sampled(room: Room) -> None:
+    room.judge = Lengths(needs_device=False)
+    run = room.open()
+    streaming = run.streaming_judge(1)
+    sample(run, 1, run.initial, run.prompts.of(1), streaming)
+    assert streaming.join() is not None
+    assert [len(groups) for groups in room.judge.asked] == [SHARD_SIZE, PER_ROUND - SHARD_SIZE]
+    for number in range(2):
+        assert streaming.path_of(run.dir.round_dir(1) / "completions" / f"{shard_name(number)}.parquet").exists()
+
+
+def test_a_shard_that_an_earlier_start_left_is_given_to_the_streaming_judge_too(room: Room) -> None:
+    sampled(room.open())
+    run = room.open()
+    step = run.dir.round_dir(1) / "completions"
+    (step / "MANIFEST.json").unlink()
+    step.rename(step.with_name("completions.partial"))
+    step.with_name("completions.partial").joinpath("STEP.json").write_text(json.dumps(key(run)))
+    room.judge = Lengths(needs_device=False)
+    room.sampler.asked.clear()
+    run = room.open()
+    streaming = run.streaming_judge(1)
+    sample(run, 1, run.initial, run.prompts.of(1), streaming)
+    assert streaming.join() is not None
+    assert room.sampler.asked == []
+    assert len(room.judge.asked) == 2
+
+
+def test_no_judge_streams_if_everything_is_sampled(room: Room) -> None:
+    sampled(room.open())
+    room.judge = Lengths(needs_device=False)
+    run = room.open()
+    streaming = run.streaming_judge(1)
+    sample(run, 1, run.initial, run.prompts.of(1), streaming)
+    assert streaming.join() is None
+
+
+def test_evaluation_may_sample_another_number_at_another_temperature(room: Room) -> None:
+    section = room.open(sampling={"top_k": 7}).config.sampling
+    default, other = parameters_of(section), parameters_of(section, 1, 0.0)
+    assert (default.n, default.temperature, default.top_k, default.max_tokens) == (K, 1.0, 7, 16)
+    assert (other.n, other.temperature, other.top_k, other.max_tokens) == (1, 0.0, 7, 16)
+
+
+def test_batches_are_of_one_size_but_the_last() -> None:
+    assert list(batches(iter(range(5)), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(batches([], 2)) == []

@@ -1,0 +1,191 @@
+"""Training a round: what decides the policy, what the trainer is told, what the screen says. No process is started."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from iterdpo.errors import StaleStepError
+from iterdpo.run.artifacts import Pairs, PolicyCheckpoint
+from iterdpo.run.progress import Progress
+from iterdpo.run.rundir import read_jsonl, read_manifest
+from iterdpo.seeds import derive_seed
+from iterdpo.stages import train as stage
+from iterdpo.stages.runs import IterativeRun
+from iterdpo.stages.train import SPEED_ONLY, inputs, train
+from iterdpo.testing import build_tiny_checkpoint
+from iterdpo.training.launch import OPTIMIZER_STATE, TRAIN_LOG, TrainSpec
+from tests.unit.stages.harness import Room, without_training
+
+PAIRS = Pairs(Path("pairs"), "9d20", kept=24)
+POLICY = PolicyCheckpoint(Path("policy"), "81f0", 1)
+REFERENCE = PolicyCheckpoint(Path("reference"), "c3aa", 0)
+
+
+def key(run: IterativeRun, round: int = 2) -> dict[str, Any]:
+    return inputs(run, round, PAIRS, POLICY, REFERENCE)
+
+
+def test_the_key_has_the_policies_the_pairs_the_rounds_seed_and_the_section(room: Room) -> None:
+    run = room.open()
+    found = key(run)
+    assert {name: value for name, value in found.items() if name != "dpo"} == {
+        "model": run.initial.digest,
+        "policy": "81f0",
+        "reference": "c3aa",
+        "pairs": "9d20",
+        "seed": derive_seed(0, 2, "train"),
+    }
+    assert found["dpo"].keys() == run.config.dpo.model_dump().keys() - SPEED_ONLY
+    assert found["seed"] != key(run, 1)["seed"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dpo": {"learning_rate": 1e-3}},
+        {"dpo": {"beta": 0.5}},
+        {"dpo": {"loss": "ipo"}},
+        {"dpo": {"epochs": 2}},
+        {"dpo": {"pairs_per_step": 4}},
+        {"dpo": {"precision": "bf16"}},
+        {"dpo": {"adapter": {"r": 4}}},
+        {"seed": 1},
+    ],
+)
+def test_the_key_changes_with_what_decides_the_policy(room: Room, changes: dict[str, Any]) -> None:
+    assert key(room.open(**changes)) != key(room.open())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dpo": {"tokens_per_micro_batch": 128, "gradient_checkpointing": True, "checkpoint_every": 1}},
+        {"dpo": {"sentinels": {"margin": 1.0}}},
+        {"gate": {"minimum": 0.9}},
+    ],
+)
+def test_the_key_is_the_same_if_only_speed_memory_or_what_is_watched_differ(
+    room: Room, changes: dict[str, Any]
+) -> None:
+    assert key(room.open(**changes)) == key(room.open())
+
+
+def test_a_policy_that_is_trained_is_not_trained_again(room: Room) -> None:
+    run = room.open()
+    sealed = without_training(run, 2, PAIRS, POLICY, REFERENCE)
+    assert train(run, 2, PAIRS, POLICY, REFERENCE) == sealed
+
+
+def test_other_settings_are_refused(room: Room) -> None:
+    without_training(room.open(), 2, PAIRS, POLICY, REFERENCE)
+    with pytest.raises(StaleStepError, match=r"round-002/policy was made with dpo\.beta = 0\.1"):
+        train(room.open(dpo={"beta": 0.5}), 2, PAIRS, POLICY, REFERENCE)
+
+
+Launch = Callable[..., None]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[TrainSpec]:
+    """What the trainer's process would be told; a checkpoint is there as soon as it is."""
+    told: list[TrainSpec] = []
+
+    def launch(spec: TrainSpec, **_: Any) -> None:
+        told.append(spec)
+        build_tiny_checkpoint(spec.output)
+
+    monkeypatch.setattr(stage, "launch_training", launch)
+    return told
+
+
+def test_the_trainer_is_told_of_the_policy_the_reference_and_the_pairs(room: Room, told: list[TrainSpec]) -> None:
+    run = room.open()
+    trained = train(run, 2, PAIRS, POLICY, REFERENCE)
+    place, (spec,) = run.dir.round_dir(2), told
+    assert (spec.policy, spec.reference, spec.pairs, spec.eval_pairs) == (
+        Path("policy"),
+        Path("reference"),
+        Path("pairs/train.parquet"),
+        None,
+    )
+    assert (spec.output, spec.reference_output) == (place / "policy.partial", place / "reference")
+    assert (spec.name, spec.seed, spec.attic, spec.optimizer) == ("round-002", derive_seed(0, 2, "train"), None, None)
+    assert (spec.reference_inputs.reference, spec.reference_inputs.pairs) == ("c3aa", "9d20")
+    assert (trained.path, trained.round) == (place / "policy", 2)
+    manifest = read_manifest(trained.path)
+    assert manifest is not None
+    assert manifest.counts == {"pairs": 24}
+
+
+def test_with_redo_the_old_goes_to_the_attic_that_the_trainer_is_told_of(room: Room, told: list[TrainSpec]) -> None:
+    train(room.open(), 2, PAIRS, POLICY, REFERENCE)
+    run = room.open(dpo={"beta": 0.5}, redo=True)
+    train(run, 2, PAIRS, POLICY, REFERENCE)
+    assert (run.dir.attic / "round-002" / "policy" / "MANIFEST.json").exists()
+    assert told[1].attic == run.dir.attic
+
+
+def test_a_reference_that_is_the_policy_is_not_loaded_beside_it(room: Room, told: list[TrainSpec]) -> None:
+    train(room.open(), 2, PAIRS, POLICY, POLICY)
+    assert told[0].reference is None
+
+
+def test_moments_are_carried_from_a_policy_that_has_some(room: Room, tmp_path: Path, told: list[TrainSpec]) -> None:
+    before = PolicyCheckpoint(tmp_path / "before", "81f0", 1)
+    before.path.mkdir()
+    run = room.open(dpo={"optimizer_state": "carry"})
+    train(run, 1, PAIRS, before, before)
+    (before.path / OPTIMIZER_STATE).touch()
+    train(run, 2, PAIRS, before, before)
+    train(room.open(redo=True), 2, PAIRS, before, before)
+    assert [spec.optimizer for spec in told] == [None, before.path / OPTIMIZER_STATE, None]
+
+
+def test_the_rate_of_training_leaves_out_the_steps_of_an_earlier_start(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def launch(spec: TrainSpec, on_step: Callable[[dict[str, Any]], None], **_: Any) -> None:
+        nonlocal now
+        log = spec.output / TRAIN_LOG
+        earlier = read_jsonl(log) if log.exists() else []
+        for row in earlier:  # at once, when the process comes up
+            on_step(row)
+        for step in range(len(earlier) + 1, len(earlier) + 4):
+            now += 60 if step == len(earlier) + 1 else 2  # the first with the start-up
+            log.write_text("".join(json.dumps({"step": s, "loss": 0.5}) + "\n" for s in range(1, step + 1)))
+            on_step({"step": step, "loss": 0.5})
+        if not earlier:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("iterdpo.run.progress.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(stage, "launch_training", launch)
+    screen = io.StringIO()
+    run = room.open(dpo={"pairs_per_step": 4}, progress=Progress(screen))
+    with pytest.raises(KeyboardInterrupt):
+        train(run, 1, PAIRS, POLICY, POLICY)
+    train(run, 1, PAIRS, POLICY, POLICY)
+    first, second = (line for line in screen.getvalue().splitlines() if " s to start" in line)
+    for line, count in ((first, "12 pairs"), (second, "24 pairs")):
+        assert count in line
+        assert "64.0 s, 60.0 s to start, 2.0 pairs/s" in line
+
+
+def test_alarms_and_steps_that_were_not_finite_are_shown(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(spec: TrainSpec, on_step: Callable[[dict[str, Any]], None], **_: Any) -> None:
+        on_step({"step": 1, "loss": 0.5, "rewards/margins": 51.0, "alarms": ["margin 51.0 is above 50"]})
+        on_step({"step": 2})
+
+    monkeypatch.setattr(stage, "launch_training", launch)
+    screen = io.StringIO()
+    train(room.open(progress=Progress(screen)), 1, PAIRS, POLICY, POLICY)
+    assert "alarm     step 1: margin 51.0 is above 50" in screen.getvalue()
+    assert "a step that was not finite: skipped" in screen.getvalue()
