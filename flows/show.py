@@ -34,11 +34,11 @@ def show_completions(
     rows = run.evaluation_rows(round) if heldout else run.completion_rows(round)
     shown = 0
     for prompt_id, group in groupby(rows, key=lambda row: row["prompt_id"]):
-        first = next(group)
-        if prompt and not (prompt_id.startswith(prompt) or prompt in first["prompt"]):
+        completions = list(group)
+        if prompt and not (prompt_id.startswith(prompt) or prompt in completions[0]["prompt"]):
             continue
-        yield _prompt(first)
-        yield from map(_completion, [first, *group])
+        yield _prompt(completions[0])
+        yield from map(_completion, completions)
         shown += 1
         if shown == limit:
             return

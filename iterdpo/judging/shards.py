@@ -7,6 +7,7 @@ sampled, and leaves what it made where the stage finds it.
 from __future__ import annotations
 
 import contextvars
+import itertools
 import queue
 import shutil
 import threading
@@ -15,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -102,30 +102,30 @@ class _Task:
 
 def _work_off(load: Callable[[], JudgeBase], tasks: Iterable[_Task]) -> Generator[tuple[_Task, list[Judgment]]]:
     """Each task in order with all of its judgments, as soon as they are there. The judge may be some tasks ahead."""
-    tasks = iter(tasks)
+    for incomplete, run in itertools.groupby(tasks, key=lambda task: bool(task.missing)):
+        if incomplete:
+            yield from _judged(load, run)
+        else:
+            yield from ((task, list(task.known)) for task in run)
+
+
+def _judged(load: Callable[[], JudgeBase], tasks: Iterable[_Task]) -> Generator[tuple[_Task, list[Judgment]]]:
+    """Tasks of which each lacks something, judged."""
     begun: deque[tuple[_Task, list[Judgment]]] = deque()
 
-    def missing(first: _Task) -> Iterator[list[CompletionGroup]]:
-        for task in chain([first], tasks):
+    def missing() -> Iterator[list[CompletionGroup]]:
+        for task in tasks:
             begun.append((task, []))
             yield [task.groups[i] for i in task.missing]
 
-    def done() -> Iterator[tuple[_Task, list[Judgment]]]:
-        while begun and len(begun[0][1]) == len(begun[0][0].missing):
-            task, fresh = begun.popleft()
-            judged = {**dict(enumerate(task.known)), **dict(zip(task.missing, fresh, strict=True))}
-            yield task, [judged[i] for i in range(len(task.groups))]
-
-    for task in tasks:
-        if not task.missing:  # needs no judge yet
-            yield task, list(task.known)
-            continue
-        with closing(judgments_in_turn(load, missing(task))) as judgments:
-            for judgment in judgments:
-                yield from done()  # those before it in which nothing was missing
-                begun[0][1].append(judgment)
-                yield from done()
-    yield from done()
+    with closing(judgments_in_turn(load, missing())) as judgments:
+        for judgment in judgments:
+            task, fresh = begun[0]
+            fresh.append(judgment)
+            if len(fresh) == len(task.missing):
+                begun.popleft()
+                judged = {**dict(enumerate(task.known)), **dict(zip(task.missing, fresh, strict=True))}
+                yield task, [judged[i] for i in range(len(task.groups))]
 
 
 class StreamingJudge:
