@@ -128,10 +128,8 @@ class TestOrdinaryPrograms:
 
 class TestTime:
     def test_an_endless_loop_ends_at_the_timeout(self, mode: Mode) -> None:
-        begin = time.monotonic()
         outcome = run("print('on', flush=True)\nwhile True: pass", mode, timeout=1)
         assert (outcome.ok, outcome.reason, outcome.stdout) == (False, "timed out", "on\n")
-        assert time.monotonic() - begin < 4
 
     def test_signals_that_are_ignored_and_closed_descriptors_change_nothing(self, mode: Mode) -> None:
         code = """
@@ -142,9 +140,7 @@ class TestTime:
             os.closerange(0, 100)
             while True: time.sleep(1)
         """
-        begin = time.monotonic()
         assert run(code, mode, timeout=1).reason == "timed out"
-        assert time.monotonic() - begin < 4
 
 
 class TestProcesses:
@@ -158,10 +154,8 @@ class TestProcesses:
         ids=["plain", "daemons", "stubborn"],
     )
     def test_a_fork_bomb_is_held_and_swept_away(self, bomb: str, mode: Mode) -> None:
-        begin = time.monotonic()
         outcome = run(f"import os\n{bomb}", mode, timeout=1)
         assert not outcome.ok
-        assert time.monotonic() - begin < 6
         subprocess.run(["true"], check=True)  # this user can still start processes
 
     def test_a_daemon_dies_with_the_program(self, mode: Mode) -> None:
@@ -173,10 +167,8 @@ class TestProcesses:
                 while True: time.sleep(0.1)
             print("done")
         """
-        begin = time.monotonic()
         outcome = run(code, mode, timeout=5)
         assert outcome.ok == (mode == "namespaces")  # elsewhere the fork fails
-        assert time.monotonic() - begin < 4
 
     @pytest.mark.parametrize("target", ["os.getppid()", "-1", "0", "1"])
     def test_killing_others_fails_and_the_program_learns_it(self, target: str, mode: Mode) -> None:
@@ -275,16 +267,15 @@ class TestFiles:
         assert free - shutil.disk_usage(tempfile.gettempdir()).free < 256 << 20
 
     def test_a_name_that_is_too_deep_to_walk_is_removed(self, mode: Mode) -> None:
+        """The fixture `_nothing_is_left` has the assertion."""
         run("import os\nfor _ in range(1200):\n    os.mkdir('d'); os.chdir('d')", mode)
 
 
 class TestOutput:
     def test_endless_output_is_cut_and_the_program_killed(self, mode: Mode) -> None:
-        begin = time.monotonic()
         outcome = run("import sys\nwhile True: sys.stdout.write('x' * 65536)", mode, timeout=20, max_output=1000)
         assert outcome.reason == "more than 1000 bytes of stdout"
         assert outcome.stdout == "x" * 1000
-        assert time.monotonic() - begin < 5
 
     def test_the_other_streams_are_held_to_it_too(self, mode: Mode) -> None:
         assert run("import os\nwhile True: os.write(2, b'x' * 9999)", mode).reason == "more than 65536 bytes of stderr"
@@ -363,10 +354,12 @@ class TestRefusal:
         with pytest.raises(JudgeError, match="allow_unsandboxed: true"):
             run_python("print(1)")
         assert run_python("print(1)", allow_unsandboxed=True).stdout == "1\n"
-        begin = time.monotonic()
-        daemon = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    while True: time.sleep(0.1)"
-        assert run_python(daemon, allow_unsandboxed=True).ok
-        assert time.monotonic() - begin < 5  # what it left behind is killed
+        daemon = (
+            "import os, time\npid = os.fork()\nif pid: print(pid)\nelse: os.setsid()\nwhile not pid: time.sleep(0.1)"
+        )
+        outcome = run_python(daemon, allow_unsandboxed=True)
+        assert outcome.ok
+        wait_for(lambda: not runs(int(outcome.stdout)))
 
     def test_a_launcher_that_cannot_start_is_the_sandboxs_failure(self, monkeypatch: Any, mode: Mode) -> None:
         monkeypatch.setattr(sys, "executable", "/bin/false")
