@@ -53,7 +53,7 @@ GARBAGE: tuple[str | None, ...] = (
     "V\u0435rdict: A",  # a Cyrillic e
     "Verdict: \u0392",  # a Greek B
     "Verdict: \U0001d400",  # a mathematical A
-    "Ver\u200bdict: \u202eA\u202c\nVerdict: \uff22",  # both, behind marks that are not seen and in full width
+    "Ver\u200bdict: \u202eA\u202c\nVerdict: \uff22",  # both, with invisible marks and in full width
 )
 """Replies with status 200 and a content that says nothing, or both; only a parser can tell."""
 
@@ -63,7 +63,7 @@ class FakeEndpoint:
 
     Args:
         reply: from a request's body to the reply: its text, or a mapping. `{"text": ..., "logprobs": {"A": -0.1, "B":
-            -2.3}}` gives the first token's log-probabilities (a list of mappings: each token's), which are sent where
+            -2.3}}` gives the first token's log-probabilities (a list of mappings: each token's), which are sent if
             the request asked for `logprobs`; `finish_reason` and `usage` replace what else is said of the text. A
             mapping with `status` is sent as it is: `{"status": 404, "body": "no such model", "headers": {...}}`.
         latency: seconds before an answer.
@@ -279,7 +279,7 @@ async def _break_off(request: web.Request, data: bytes, length: int) -> web.Stre
 
 
 def _token(logprobs: dict[str, float]) -> Body:
-    """One generated token, its alternatives beside it, as OpenAI and vLLM give them."""
+    """One generated token with its alternatives, as OpenAI and vLLM give them."""
     ranked = sorted(logprobs.items(), key=lambda item: -item[1])
     top = [{"token": t, "logprob": p, "bytes": list(t.encode())} for t, p in ranked]
     return {**top[0], "top_logprobs": top}

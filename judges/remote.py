@@ -1,4 +1,4 @@
-"""A judge behind an HTTP address: `use: remote`, `args: {url: "http://localhost:8001/judge"}`.
+"""A judge at an HTTP address: `use: remote`, `args: {url: "http://localhost:8001/judge"}`.
 
 It is sent, by POST, some groups at a time:
 
@@ -100,7 +100,7 @@ class Remote(JudgeBase):
         return list(self.judge_each(groups))
 
     def judge_each(self, groups: Iterable[CompletionGroup]) -> Generator[Judgment]:
-        """The same one after the other, while requests with further groups are under way."""
+        """The same judgments one after the other, while requests with further groups are under way."""
         headers = {"Content-Type": "application/json", **authorization(self.api_key_env, owner="remote")}
         with closing(in_own_loop(self._ask_each(groups, headers))) as answers:
             for judgments in answers:

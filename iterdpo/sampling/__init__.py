@@ -1,4 +1,4 @@
-"""Sampling from the policy: the protocol, and the vLLM engine behind it."""
+"""Sampling from the policy: the protocol, and the vLLM engine that implements it."""
 
 from iterdpo.sampling.base import Sampler, SamplingParameters
 from iterdpo.sampling.client import VLLMSampler

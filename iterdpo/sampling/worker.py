@@ -1,16 +1,11 @@
-"""The process that holds the vLLM engine. `client.py` starts it and speaks to it in JSON lines.
-
-start    a new engine with the policy's weights
-load     wake up, and take other weights, or another adapter, in place
-sample   completions with tokens and log-probabilities
-release  sleep: give the GPU's memory back (a CPU has nothing to give)
+"""The process that holds the vLLM engine. `client.py` starts it and sends it the requests of `base.py`.
 
 A reply depends on the weights and the request alone. Each prompt has its own seed, all prompts of a request are in
 flight together, and what the prefix cache held before is dropped, so that the batches that the engine forms, and
 with them the last bits of the arithmetic, are the same in an engine that has just started.
 
-A policy that is a LoRA adapter stays one where vLLM applies it (`native`), and is merged into its base otherwise:
-where vLLM cannot, and on a CPU, whose kernels gather a copy of the adapter for every token. On two cores, a model
+A policy that is a LoRA adapter stays one if vLLM applies it (`native`), and is merged into its base otherwise: if
+vLLM cannot, and on a CPU, whose kernels gather a copy of the adapter for every token. On two cores, a model
 of 100 million weights with r = 16 sampled 25 times slower so; merging it takes 3 seconds a round.
 """
 
@@ -105,7 +100,7 @@ class Worker:
                 self._merge(policy)
 
     def _added(self, policy: str) -> Any:
-        """The adapter as requests name it. Added here, where a refusal does not end the engine."""
+        """The adapter as requests name it. Added now, because a refusal during sampling would end the engine."""
         from vllm.lora.request import LoRARequest
 
         self.adapters += 1  # never an id again: vLLM takes two adapters of one id for the same
@@ -150,7 +145,7 @@ class Worker:
 def repack_output_head(model: Any) -> None:
     """Pack the output head for the CPU again, from the weights as they are now.
 
-    vLLM 0.32 packs it once. A head that is tied to the embeddings has no weights of its own to reload, so its packed
+    vLLM 0.32 packs it once. A head that is tied to the embeddings has no weights to reload, so its packed
     copy stays that of the first policy, and the engine samples from new layers under an old head.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead

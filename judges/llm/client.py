@@ -65,7 +65,7 @@ class Client:
 
     def __init__(self, endpoint: Endpoint, *, model: str, base_url: str | None = None) -> None:
         self.base_url = base_url or endpoint.base_url
-        """Where to call. A judge that starts its own server sets it then, before the client is opened."""
+        """The address to call. A judge that starts its own server sets it before the client is opened."""
         self.endpoint = endpoint
         self.model = model
         self._totals: dict[str, float] = dict.fromkeys(
@@ -79,7 +79,7 @@ class Client:
         self.begin_stage()
 
     def begin_stage(self) -> None:
-        """Start the deadline, the budgets and the count of failures anew. Not while calls are under way."""
+        """Reset the deadline, the budgets and the count of failures. Not to be called while calls are under way."""
         assert not self._flights, "a stage begins when the calls of the one before are done"
         self._stage_began: float | None = None  # at the first request since it was opened
         self._stage_used = 0.0  # seconds, until it was closed
@@ -93,7 +93,7 @@ class Client:
 
         assert self._session is None, "a Client is open in one event loop at a time"
         if self.base_url is None:
-            raise JudgeError("endpoint: missing key 'base_url'; where the model is served: http://localhost:8000/v1")
+            raise JudgeError("endpoint: missing key 'base_url', the address of the server: http://localhost:8000/v1")
         try:
             self.base_url = checked_url(self.base_url)
         except ValueError as error:
@@ -163,7 +163,7 @@ class Client:
             except BaseException as error:
                 if isinstance(error, Exception):
                     flight.set_exception(error)
-                    flight.exception()  # taken note of, so that asyncio does not warn where nobody else waits
+                    flight.exception()  # retrieved, so that asyncio does not warn if no other call waits for it
                 else:
                     flight.cancel()
                 raise
@@ -376,7 +376,7 @@ def _kept_reply(text: str) -> Reply:
 
 
 def _proxy(url: str) -> str | None:
-    """The environment's proxy for `url`; none to this machine, where iterdpo's own servers are."""
+    """The environment's proxy for `url`; None for this machine, on which iterdpo's own servers run."""
     parts = urlsplit(url)
     host = str(parts.hostname)
     return None if host in ("localhost", "127.0.0.1", "::1") or proxy_bypass(host) else getproxies().get(parts.scheme)

@@ -1,8 +1,8 @@
 """Language models as judges, over any OpenAI-compatible endpoint: pairwise, by a rubric, or ranking all at once.
 
-A verdict is constrained by the server's decoder where it can (`structured_outputs` of vLLM, JSON schemas elsewhere),
-parsed otherwise, or soft: read off the probabilities of the verdict's tokens. What gives no verdict abstains, with its
-reason; it never becomes a number. Prompts are files that users copy and edit (judges/llm/prompts).
+A verdict is constrained by the server's decoder if that can (`structured_outputs` of vLLM, JSON schemas elsewhere),
+parsed otherwise, or soft: read off the probabilities of the verdict's tokens. A reply without a verdict is an abstention
+with its reason; it never becomes a number. Prompts are files that users copy and edit (judges/llm/prompts).
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from judges.schedules import LOST_COIN_FLIP, Knockout, all_pairs, random_pairs
 
 Constrain = Literal["auto", "structured_outputs", "json_schema", "none"]
 REVISION = 1
-"""Of what this module asks and how it reads replies. Part of every version: raise it where scores could change."""
+"""Number of the prompts' and parsers' revision, part of every version: raise it if scores could change."""
 REASONING_TOKENS = 512
 CUT = "cut off at max_tokens"
 FIRST_TOKEN: dict[str, Any] = {"logprobs": True, "top_logprobs": 20, "max_tokens": 1}
-"""What is asked for where probabilities are read. 20 candidates are the most that OpenAI's API gives."""
+"""Request fields for reading probabilities. 20 candidates are the most that OpenAI's API gives."""
 
 T = TypeVar("T")
 
@@ -66,16 +66,16 @@ class _LLMJudge(JudgeBase):
     prompt: str
     """A shipped prompt, or a file of your own."""
     endpoint: Mapping[str, Any] | None = None
-    """Where it answers and how it may be asked; see `judges.llm.settings.Endpoint`."""
+    """The server's address and limits; see `judges.llm.settings.Endpoint`."""
     serve: Mapping[str, Any] | None = None
     """Start a vLLM server for it here in place of an endpoint; see `judges.llm.server.ServerSettings`."""
     constrain: Constrain = "auto"
-    """How replies are held to their form. `auto` takes vLLM's structured outputs where vLLM answers, and lets the judge
-    reason first, parsing its last line, where another server does."""
+    """How replies are held to their form. `auto` takes vLLM's structured outputs if vLLM answers; with another server the judge
+    may reason first, and its last line is parsed."""
     temperature: float = 0.0
     """Of the judge's own sampling."""
     max_tokens: int | None = None
-    """Of a reply. Default: what the form needs, and 512 where the judge may reason."""
+    """Longest reply. Default: what the form needs, and 512 if the judge may reason."""
     seed: int = 0
     """Of the judge's own sampling, and of everything that it draws."""
 
@@ -88,7 +88,7 @@ class _LLMJudge(JudgeBase):
         self.needs_device = self.serve is not None
         if self.needs_device == (self.client.base_url is not None):
             raise JudgeError(
-                f"judge {self.kind!r}: give either `endpoint: {{base_url: http://…/v1}}`, where a server answers, or "
+                f"judge {self.kind!r}: give either `endpoint: {{base_url: http://…/v1}}`, the address of a server, or "
                 "`serve: {}`, to start one here"
             )
         self.server = None if self.serve is None else Server(self.model, ServerSettings(**self.serve))
@@ -99,7 +99,7 @@ class _LLMJudge(JudgeBase):
 
     @classmethod
     def key(cls, **args: Any) -> Any:
-        """What decides the scores: not where the model answers, nor how fast it may be asked."""
+        """What decides the scores: neither the server's address nor its limits."""
         judge = cls(**args)
         rest = {k: v for k, v in args.items() if k not in ("endpoint", "serve", "prompt", "constitution", "rubric")}
         rest["model"] = os.path.expanduser(judge.model)  # a checkpoint counts with its content, if it is found
@@ -118,7 +118,7 @@ class _LLMJudge(JudgeBase):
     def judge_each(self, groups: Iterable[CompletionGroup]) -> Generator[Judgment]:
         """The same one after the other, while those of further groups are under way.
 
-        Where the endpoint is down, what was taken abstains; then it gets another chance, a server of ours another start.
+        If the endpoint is down, the groups taken so far abstain; then it gets another chance, and our own server a new start.
         """
         rest = iter(groups)
 
@@ -161,12 +161,12 @@ class _LLMJudge(JudgeBase):
         return self.client.usage()
 
     def close(self) -> None:
-        """Give the device back, where this judge has its own server. The next judgment wakes it."""
+        """Give the device back, if this judge has its own server. The next judgment wakes it."""
         if self.server is not None:
             self.server.release()
 
     async def _ask(self, read: Callable[[Reply], T | Unclear], values: Mapping[str, Any], **body: Any) -> T | Unclear:
-        """What `read` makes of the reply, or why there is none. One that says nothing is not kept to answer again."""
+        """`read` of the reply, or why there is none. A reply that `read` finds unclear is not kept in the cache."""
         # Another checkpoint may have come to lie at the same path; the version knows its content.
         salt = f"{self.version if self.server else ''} {self.repeat or ''}".strip()
         body = {"temperature": self.temperature, "seed": self.seed, **body}
@@ -220,7 +220,7 @@ class PairwiseJudge(_LLMJudge):
     comparisons: int | None = None
     """Pairs a prompt of `random_pairs`."""
     aggregate: Aggregate = "win_rate"
-    """A knock-out has scores of its own."""
+    """How comparisons become scores; a knock-out scores in its own way."""
     soft: bool = False
     """Read the probability of a win off the verdict's token in place of a verdict."""
     ties: bool = True

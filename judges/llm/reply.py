@@ -61,7 +61,7 @@ def read_reply(data: bytes, estimate: tuple[int, int]) -> Reply | Failure:
 
 
 def _top_logprobs(choice: dict[str, Any]) -> list[dict[str, float]]:
-    """As in `Reply`. Where several tokens have the same text, the likeliest counts; malformed ones are left out."""
+    """As in `Reply`. If several tokens have the same text, the likeliest counts; malformed ones are left out."""
     found: list[dict[str, float]] = []
     try:
         for position in choice["logprobs"]["content"]:

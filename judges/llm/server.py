@@ -1,7 +1,7 @@
 """A vLLM server for a judge's model, started on this machine for as long as a stage judges.
 
-It is a child that dies with this process. Between stages it sleeps, where there is a GPU (its weights move to the
-host's memory and the GPU is free for sampling and training), and is ended where there is none.
+It is a child that dies with this process. Between stages it sleeps if there is a GPU (its weights move to the host's
+memory and the GPU is free for sampling and training); without one it is ended.
 """
 
 from __future__ import annotations

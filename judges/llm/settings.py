@@ -26,7 +26,7 @@ class Endpoint(Section):
     model_config = ConfigDict(hide_input_in_errors=True)
 
     base_url: str | None = None
-    """Where the endpoint is, up to and with /v1: `http://localhost:8000/v1`."""
+    """The address of the endpoint, up to and with /v1: `http://localhost:8000/v1`."""
     api_key_env: str | None = None
     """The NAME of the environment variable that holds the key. The key itself is read for each request, and is kept
     nowhere."""
@@ -44,8 +44,8 @@ class Endpoint(Section):
     """Seconds for all calls of a stage; those in which it waits for the next shard to be sampled do not count. When they
     are over, the calls that remain fail at once."""
     attempts: int = Field(6, ge=1)
-    """Attempts of one call, where the error deserves another: HTTP 408, 409, 425, 429 and 5xx, time-outs, connections
-    that break, replies that are cut off."""
+    """Attempts of one call after errors that may pass: HTTP 408, 409, 425, 429 and 5xx, time-outs, broken connections,
+    replies that are cut off."""
     backoff: float = Field(0.5, gt=0)
     """Seconds before the second attempt, at most; they double with each further one. Drawn between 0 and that."""
     max_backoff: float = Field(30, gt=0)

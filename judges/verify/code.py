@@ -14,7 +14,7 @@ from judges.verify.sandbox import REPORT, TIMED_OUT, SandboxError, require_sandb
 
 
 class CodeTests(Verifier):
-    """The share of its tests that a program passes; or, without `partial`, 1 where it passes all, else 0.
+    """The share of its tests that a program passes; or, without `partial`, 1 if it passes all, else 0.
 
     The program is the completion's last fenced block of Python, else its last fenced block without a language, else
     the whole completion. It runs in `judges.verify.sandbox`, with the standard library alone. The prompt's column has
@@ -31,7 +31,7 @@ class CodeTests(Verifier):
     program that is written to search its own process for those marks could still report them, and one that compares
     equal to everything passes any assertion: only tests of stdin and stdout cannot be reached from within.
 
-    Only where the sandbox itself fails does a completion abstain, or where the tests are not valid Python.
+    A completion abstains only if the sandbox itself fails, or if the tests are not valid Python.
 
     Args:
         column: the prompt's column with the tests.
@@ -40,7 +40,7 @@ class CodeTests(Verifier):
         memory_mb: memory of each process.
         partial: give a share of the tests, instead of 1 or 0.
         concurrency: programs at once.
-        allow_unsandboxed: run the programs where this machine has no sandbox, too.
+        allow_unsandboxed: run the programs even if this machine has no sandbox.
     """
 
     SPEED_ONLY: ClassVar[frozenset[str]] = frozenset({"concurrency", "allow_unsandboxed"})

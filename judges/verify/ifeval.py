@@ -1,7 +1,7 @@
 """Whether a completion follows instructions that a program can check, in IFEval's vocabulary (arXiv:2311.07911).
 
 The prompt's columns are IFEval's: `instruction_id_list` names the instructions, `kwargs` has for each of them its
-arguments, where keys that are null or unknown to the instruction are left aside.
+arguments, in which keys that are null or unknown to the instruction are ignored.
 
     {"instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
      "kwargs": [{}, {"relation": "at least", "num_words": 300}]}
@@ -30,7 +30,7 @@ Relation = Literal["at least", "less than"]
 
 
 class Instructions(JudgeBase):
-    """1 where a completion follows all of its prompt's instructions, else 0; or the share that it follows.
+    """1 if a completion follows all of its prompt's instructions, else 0; or the share that it follows.
 
     Abstentions: a prompt without the columns, an unknown instruction, and arguments that do not fit it. Each judgment's
     `details["followed"]` has for each completion the instructions that it follows.
@@ -39,7 +39,7 @@ class Instructions(JudgeBase):
         column: the prompt's column with the list of instructions.
         kwargs_column: the one with the list of their arguments.
         strict: check the completion as it is. Otherwise, as the paper's loose accuracy does, an instruction counts as
-            followed where it holds with or without the first line, the last line, and asterisks.
+            followed if it holds with or without the first line, the last line, and asterisks.
         partial: give the share of instructions that are followed.
     """
 

@@ -1,8 +1,8 @@
-"""The inside of the sandbox: confines a child of its own and runs a program there. Started by `judges.verify.sandbox`.
+"""The inside of the sandbox: confines a child process and runs a program in it. Started by `judges.verify.sandbox`.
 
     run_python --(stdin: the request, then a lifeline)--> launcher --> init, PID 1 of its namespaces --> program
 
-`namespaces`: the program has processes, a network, and a file system of its own. It sees the Python installation,
+`namespaces`: the program has its own processes, network, and file system. It sees the Python installation,
 /usr and /lib, read-only, and a folder in memory; there is no other process, no interface, and no other file. When the
 program ends, or the lifeline does, init is killed, and the kernel kills whatever is left below it.
 
@@ -12,6 +12,9 @@ denies it sockets, processes, and signals to others, so that it stays one proces
 `none`: resource limits alone.
 
 Run as `python -s -P -S jail.py STATUS REPORT`, two descriptors; imports only what starts fast.
+
+Written by hand, at the kernel's interface, because the Landlock and seccomp packages on PyPI are unmaintained, and the
+launcher must not need any package that the confined interpreter does not see.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ def _enter(request: dict[str, Any], status: int, report: int) -> None:
     """Returns in the confined program's process alone; the launcher and init watch, and end in here."""
     own = request["mode"] == "namespaces"
     with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # where memory runs out, this goes first
+        file.write("1000")  # if memory runs out, this goes first
     if own:
         _unshare()
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -125,7 +128,7 @@ def _unshare() -> None:
 
 
 def _build_root(readable: list[str]) -> None:
-    """A root of its own in memory: read-only system files, some devices, and /scratch."""
+    """A new root in memory: read-only system files, some devices, and /scratch."""
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
     os.mkdir("/tmp/old")
@@ -160,7 +163,7 @@ def _show(path: str) -> None:
 
 
 def _become_nobody() -> None:
-    """As root, become a user that nobody else is: the limit on processes does not bind root, and counts by user."""
+    """As root, become a user that no one else is: the limit on processes does not bind root, and counts by user."""
     if os.geteuid() != 0:
         return
     os.setgroups([])
@@ -233,7 +236,7 @@ def _landlock(readable: tuple[str, ...], scratch: str) -> None:
     _call("landlock_restrict_self", libc.syscall(446, descriptor, 0))
 
 
-Call = tuple[int | None, int | None]  # its numbers on x86_64 and on aarch64; None where it does not exist
+Call = tuple[int | None, int | None]  # its numbers on x86_64 and on aarch64; None if it does not exist
 KERNEL: dict[str, Call] = {  # ways to more of the kernel than a program needs
     "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
     "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
@@ -340,7 +343,8 @@ def _read_request() -> dict[str, Any]:
             data += more
         return data
 
-    return marshal.loads(read(int.from_bytes(read(8), "little")))
+    request: dict[str, Any] = marshal.loads(read(int.from_bytes(read(8), "little")))
+    return request
 
 
 def _say(status: int, line: str) -> None:
@@ -349,8 +353,8 @@ def _say(status: int, line: str) -> None:
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
-    encode = lambda text: None if text is None else text.encode()  # noqa: E731
-    done = libc.mount(encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(data))
+    names = [None if text is None else text.encode() for text in (source, target, kind, data)]
+    done = libc.mount(*names[:3], ctypes.c_ulong(flags), names[3])
     _call(f"mount of {target}", done)
 
 

@@ -12,10 +12,10 @@ from judges.verify.base import Score, Verifier, fenced_blocks
 
 
 class JSONSchema(Verifier):
-    """1 where the completion is JSON that satisfies a schema, of any draft that `$schema` names (else the newest).
+    """1 if the completion is JSON that satisfies a schema, of any draft that `$schema` names (else the newest).
 
-    Where the completion has one fenced block of JSON, that block counts. NaN and infinities are no JSON. A reference
-    out of the schema is never fetched: it abstains.
+    If the completion has one fenced block of JSON, that block counts. NaN and infinities are no JSON. A reference out of
+    the schema is never fetched: the completion abstains.
 
     Args:
         schema: the schema itself.

@@ -10,7 +10,7 @@ from judges.verify.base import Score, Verifier, texts_of
 
 
 class ExactMatch(Verifier):
-    """1 where the completion is the gold text, or one of them where the column has a list.
+    """1 if the completion is the gold text, or one of them if the column has a list.
 
     Args:
         column: the prompt's column with the gold text.
@@ -36,10 +36,10 @@ class ExactMatch(Verifier):
 
 
 class Regex(Verifier):
-    """1 where the completion has a match of a pattern, in the syntax of the package `regex` (Python's, and more).
+    """1 if the completion has a match of a pattern, in the syntax of the package `regex` (Python's, and more).
 
     Flags stand in the pattern: `(?i)` for either case, `(?m)` and `(?s)` for lines. A match that takes longer than
-    two seconds abstains, and so does a pattern of a column that is none.
+    two seconds abstains, and so does an invalid pattern in a column.
 
     Args:
         pattern: the pattern.

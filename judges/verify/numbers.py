@@ -12,10 +12,10 @@ from judges.verify.base import Score, Verifier, texts_of
 
 
 class NumericMatch(Verifier):
-    """1 where the completion's last number is the gold number, or one of them where the column has a list.
+    """1 if the completion's last number is the gold number, or one of them if the column has a list.
 
     After `####`, as GSM8K writes it, the first number counts instead. Thousands separators, fractions, percent signs,
-    powers of ten, currencies and units are understood (see `last_number`). Where one side alone has a percent sign,
+    powers of ten, currencies and units are understood (see `last_number`). If one side alone has a percent sign,
     50% is both 50 and 0.5. A completion without a number scores 0; a gold text without one abstains.
 
     Args:
@@ -72,8 +72,8 @@ def last_number(text: str) -> tuple[Fraction, bool] | None:
     """The last number of a text, or the first after its last `####`, exactly, and whether a percent sign follows it.
 
     `"so 1,234.5 km."` is 1234.5, `"-3/4"` is -0.75, `"1 1/2"` is 1.5, `"2.5e-3"` and `"2.5 × 10^-3"` are 0.0025,
-    `"−$5"` (a Unicode minus) is -5. A hyphen after a digit or before a space is none: `"10-5"` and `"10 - 5"` end in 5. A digit that is
-    part of a name or an exponent is no number: `"5 m^2"` is 5.
+    `"−$5"` (a Unicode minus) is -5. A hyphen after a digit or before a space is no sign:
+    `"10-5"` and `"10 - 5"` end in 5. A digit that is part of a name or an exponent is no number: `"5 m^2"` is 5.
     """
     text = text.translate({0x2212: "-", 0x2013: "-", 0xFF0D: "-"})
     marked = text.rpartition("####")[2] if "####" in text else None

@@ -1,7 +1,7 @@
-"""Runs Python programs that nobody has read, so that whatever they do, this machine and this process go on unharmed.
+"""Runs untrusted Python programs so that this machine and this process go on unharmed, whatever the programs do.
 
 `run_python(code)` runs a program as `python program.py` would, with the standard library alone, and returns what it
-printed and how it ended. Around each program stand, on Linux:
+printed and how it ended. On Linux each program is limited in:
 
 - files: it sees the Python installation, /usr and /lib, read-only, and a scratch folder (its working directory, HOME
   and TMPDIR) that is deleted afterwards. There is no other file: no home directory, no /tmp, no /proc.
@@ -11,12 +11,14 @@ printed and how it ended. Around each program stand, on Linux:
 - environment: empty. No descriptor but stdin, stdout, stderr, and REPORT is open.
 - limits: wall time, CPU time, memory of each process, number of processes, size of files, and what it may print.
 
-Namespaces do this, made with user namespaces where this process is not root. Where a container forbids them, Landlock
-(Linux 6.2) and a system call filter do: there a program cannot start processes, nor change modes of files, its files
-are limited in size one by one only, and it may know that other processes exist. Where neither works, `run_python`
-refuses, unless `allow_unsandboxed`.
+Namespaces do this, made with user namespaces if this process is not root. If a container forbids them, Landlock (Linux
+6.2) and a system call filter do: then a program cannot start processes, nor change modes of files, its files are limited
+in size one by one only, and it may know that other processes exist. If neither works, `run_python` refuses, unless
+`allow_unsandboxed`.
 
-It is a wall of the kernel's, not a virtual machine: a program that exploits a bug of the kernel gets through.
+The kernel enforces this, not a virtual machine: a program that exploits a bug of the kernel gets through.
+
+Written by hand because bubblewrap is not installed everywhere and needs namespaces, which many containers forbid.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ START_SECONDS = 60.0  # for the launcher, on a machine with much else to do; the
 class Outcome:
     """How a program ended: `Outcome(ok=False, exit=-9, stdout="", stderr="", report="", reason="timed out")`.
 
-    `exit` is its status, or -N where signal N ended it. `ok` is an exit with status 0 within the limits; `reason` says
+    `exit` is its status, or -N if signal N ended it. `ok` is an exit with status 0 within the limits; `reason` says
     what else happened. What it printed is cut at `max_output` bytes.
     """
 
@@ -64,7 +66,7 @@ class Outcome:
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself failed: nothing is known of the program."""
+    """The sandbox itself failed, so that nothing is known about the program."""
 
 
 def run_python(
@@ -84,9 +86,9 @@ def run_python(
         stdin: what it reads from its standard input.
         timeout: seconds of wall time, from the moment it starts.
         memory_mb: address space of each of its processes, and so of its threads' stacks too.
-        max_output: bytes of stdout, of stderr and of the report each; it is killed where it writes more.
+        max_output: bytes of stdout, of stderr and of the report each; it is killed if it writes more.
         max_processes: processes and threads at once, its own included.
-        allow_unsandboxed: run it where there is no sandbox, too, as a child process of this user with limits alone.
+        allow_unsandboxed: run it even if there is no sandbox, as a child process of this user with limits alone.
 
     Raises:
         JudgeError: this machine offers no sandbox.
@@ -106,7 +108,7 @@ def require_sandbox() -> None:
     """
     if problems := sandbox_problems():
         raise JudgeError(
-            f"this machine cannot confine a program that nobody has read ({'; '.join(problems)}). Allow user "
+            f"this machine cannot confine an untrusted program ({'; '.join(problems)}). Allow user "
             "namespaces (in a container: --cap-add SYS_ADMIN with --security-opt seccomp=unconfined), or run on Linux "
             "6.2 or newer with Landlock. Or accept by name that completions run as this user, with all of its rights: "
             "allow_unsandboxed: true"
@@ -114,7 +116,7 @@ def require_sandbox() -> None:
 
 
 def sandbox_problems() -> list[str]:
-    """Why there is no sandbox on this machine, layer by layer; empty where there is one."""
+    """Why there is no sandbox on this machine, layer by layer; empty if there is one."""
     mode, problems = sandbox_mode()
     return [] if mode else problems
 
@@ -197,13 +199,13 @@ def _run(
             except subprocess.TimeoutExpired:
                 launcher.kill()
                 launcher.wait()
-            if request["scratch"]:  # where the launcher never came to do it
+            if request["scratch"]:  # if the launcher did not get to it
                 shutil.rmtree(request["scratch"], ignore_errors=True)
     return _outcome(streams, reason, max_output)
 
 
 def _follow(names: dict[int, str], timeout: float, max_output: int) -> tuple[dict[str, bytearray], str | None]:
-    """Read what the descriptors bring until the status ends; and why that was not waited for, if so."""
+    """What the descriptors bring until the status ends, and why reading stopped earlier, if it did."""
     streams = {name: bytearray() for name in names.values()}
     deadline, started = time.monotonic() + START_SECONDS, False
     with selectors.DefaultSelector() as selector:

@@ -14,7 +14,7 @@ def verdict_probability(top_logprobs: Mapping[str, float]) -> float | Unclear:
     """P(first) from the alternatives for a verdict's token: the mass of `A` over that of `A` and `B`.
 
     Spaces, quotes and the tokenizers' marks for a space (`▁A`, `ĠA`) around the letter are ignored. All other tokens
-    are left out of the sum. Where only one of both is among the alternatives, it has all of the mass.
+    are left out of the sum. If only one of both is among the alternatives, it has all of the mass.
     """
     mass = _mass(top_logprobs, {"A", "B"})
     return mass["A"] / (mass["A"] + mass["B"]) if mass else NOTHING
@@ -24,7 +24,7 @@ def expected_score(top_logprobs: Mapping[str, float], low: int, high: int) -> fl
     """The mean of the scores `low` to `high` under the probabilities of their tokens, renormalised.
 
     Raises:
-        ValueError: the scale leaves 0 to 9, where a score can be several tokens, and "1" the beginning of "10".
+        ValueError: the scale leaves 0 to 9: a score could be several tokens, and "1" the beginning of "10".
     """
     if not 0 <= low < high <= 9:
         raise ValueError(f"expected scores need a scale within 0 to 9, of single digits, not {low} to {high}")
@@ -33,7 +33,7 @@ def expected_score(top_logprobs: Mapping[str, float], low: int, high: int) -> fl
 
 
 def _mass(top_logprobs: Mapping[str, float], wanted: Collection[str]) -> dict[str, float]:
-    """Probabilities of the wanted tokens, up to a common factor; empty where none has any."""
+    """Probabilities of the wanted tokens, up to a common factor; empty if none has any."""
     found = [(t.strip(" \t\r\n▁ĠĊ\"'`*([{"), p) for t, p in top_logprobs.items()]
     found = [(t, p) for t, p in found if t in wanted and math.isfinite(p)]
     if not found:

@@ -121,7 +121,7 @@ def _permutation(labels: Sequence[str], count: int) -> list[int] | Unclear:
 
 
 def _numbered(lines: list[str], count: int) -> list[int] | None:
-    """The ranking of lines `1. Completion 2`, where there are `count` of them, numbered so, and no others."""
+    """The ranking of lines `1. Completion 2`, if there are `count` of them, numbered so, and no others."""
     places = [(i, match) for i, line in enumerate(lines) if (match := _PLACE.fullmatch(line))]
     if [match[1] for _, match in places] != [str(k + 1) for k in range(count)] or count < 2:
         return None

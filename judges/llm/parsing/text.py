@@ -223,7 +223,7 @@ def is_stated(before: str) -> bool:
 
 
 def unwrapped(text: str, spell: Callable[[dict[str, Any]], list[str]]) -> str:
-    """`text` with each JSON object for which `spell` has lines replaced by them, or left out where it is a mention."""
+    """`text` with each JSON object for which `spell` has lines replaced by them, or left out if it is a mention."""
     kept, position = [], 0
     for start, end, value in _objects(text):
         if lines := spell(value):

@@ -123,7 +123,7 @@ def _spelled_verdict(value: dict[str, Any]) -> list[str]:
     keys = [key for key in _VERDICT_KEYS if key in value]
     if not keys:
         return []
-    # "verdict" beside "answer" is the verdict; of two others, neither is the verdict more than the other.
+    # "verdict" next to "answer" is the verdict; of two others, neither is the verdict more than the other.
     strong = [key for key in keys if "verdict" in key or key == "winner"] or keys
     return [f"Verdict: {in_line(value[key])}" for key in strong]
 
@@ -154,7 +154,7 @@ def _bracketed_label(value: str) -> bool:
 
 
 def _framed_verdict(line: str) -> ReplyVerdict | Unclear | None:
-    """What `Verdict: …` in the line says. None where there is none, or an `Answer: …` that is no verdict."""
+    """What `Verdict: …` in the line says. None if there is none, or an `Answer: …` that is no verdict."""
     frames = list(_FRAME.finditer(line))
     if not frames or not is_stated(line[: frames[0].start()]):
         bracketed = re.search(r"\[\[\s*(\w+)\s*\]\][\s.!]*$", line)
@@ -232,7 +232,7 @@ def _looks_alike(text: str) -> bool:
 
 
 def _bare_verdict(line: str, *, alone: bool) -> ReplyVerdict | None:
-    """What a line says that is nothing but a verdict. `Completion A` may be a heading, except where it is `alone`."""
+    """What a line says that is nothing but a verdict. `Completion A` may be a heading, except if it is `alone`."""
     line = line.strip()
     if lead := re.match(r"(?:[-•·]\s+|[0-9]{1,2}[.)]\s+)", line):
         line = line[lead.end() :]
