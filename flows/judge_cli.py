@@ -87,7 +87,9 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from judges.audit.measure import check_judge_on, measure, read_labelled
+    from judges.audit.check import check_judge_on
+    from judges.audit.figures import measure
+    from judges.audit.labelled import read_labelled
     from judges.audit.render import check_plots, check_sentence, check_tables, mistakes_shown, plain
     from judges.load import check_columns
 
@@ -145,7 +147,7 @@ def _check(arguments: argparse.Namespace) -> int:
         sentence=check_sentence(report),
         tables=check_tables(report),
         settings=settings,
-        figures=lambda: check_plots(report, check),
+        figures=lambda: check_plots(report),
         examples=mistakes_shown(check.mistakes),
         examples_title="The mistakes it is surest of",
         on_terminal=0,
@@ -216,7 +218,7 @@ def _try(arguments: argparse.Namespace) -> int:
     from iterdpo.judging.judge import checked_judgments
     from iterdpo.run.rundir import digest
     from iterdpo.types import CompletionGroup, Prompt
-    from judges.audit.measure import completion_of, prompt_ids_of
+    from judges.audit.labelled import completion_of, prompt_ids_of
     from judges.load import check_columns
 
     use, args = _named(arguments.judge, arguments.args, arguments.role)

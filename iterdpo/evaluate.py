@@ -7,10 +7,12 @@ several completions of one prompt are not independent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+
+from iterdpo.stats import NOTHING, Estimate, bootstrap_mean
 
 Scores = Sequence[float | None]
 """Scores of one prompt's completions; None if the judge abstained."""
@@ -19,17 +21,9 @@ TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 """The token ids of one completion."""
 
 HELD = 2**23
-"""N-grams and random draws that are held at a time (8 bytes each, with their copies some 300 MB)."""
+"""N-grams that are held at a time (8 bytes each, with their copies some 300 MB)."""
 
 MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: multiplying by it permutes the 64-bit integers
-
-
-class Interval(NamedTuple):
-    """An estimate and its interval; all None if there is nothing to estimate from."""
-
-    mean: float | None
-    low: float | None
-    high: float | None
 
 
 class Bootstrap(TypedDict):
@@ -73,16 +67,16 @@ def evaluation_metrics(
     decider = "heldout_judge" if "heldout_judge" in {*scores, *duels} else "train_judge"
     metrics: dict[str, Any] = {"win_rate/judge": decider.removesuffix("_judge")}
     for role in ("train_judge", "heldout_judge"):
-        value = mean_score(scores[role], **bootstrap) if role in scores else Interval(None, None, None)
+        value = mean_score(scores[role], **bootstrap) if role in scores else NOTHING
         metrics |= _interval_keys(f"score/{role}", value)
     for name in ("initial", "previous"):
-        value = Interval(None, None, None)
+        value = NOTHING
         if name in duels.get(decider, {}):
             value = bootstrap_mean(duel_shares(duels[decider][name]), **bootstrap)
         elif name in baselines and decider in scores:
             value = win_rate(scores[decider], baselines[name][decider], **bootstrap)
         metrics |= _interval_keys(f"win_rate/vs_{name}", value)
-    kl = Interval(0.0, 0.0, 0.0) if logps is None else sequence_kl(logps["policy"], logps["initial"], **bootstrap)
+    kl = Estimate(0.0, 0.0, 0.0) if logps is None else sequence_kl(logps["policy"], logps["initial"], **bootstrap)
     completions = tokens = 0
     for ids in token_ids():
         completions += 1
@@ -105,7 +99,7 @@ def evaluation_metrics(
     }
 
 
-def mean_score(groups: Iterable[Scores], *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0) -> Interval:
+def mean_score(groups: Iterable[Scores], *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0) -> Estimate:
     """The mean over prompts of the mean score of a prompt's judged completions."""
     means = (float(np.mean(judged)) for scores in groups if (judged := [s for s in scores if s is not None]))
     return bootstrap_mean(means, confidence=confidence, samples=samples, seed=seed)
@@ -118,7 +112,7 @@ def win_rate(
     confidence: float = 0.95,
     samples: int = 10_000,
     seed: int = 0,
-) -> Interval:
+) -> Estimate:
     """The share of held-out prompts on which the candidate's completion beats the baseline's; a tie is half a win.
 
     Both yield the scores of the same prompts in the same order. With several completions, a prompt counts with its
@@ -152,7 +146,7 @@ def sequence_kl(
     confidence: float = 0.95,
     samples: int = 10_000,
     seed: int = 0,
-) -> Interval:
+) -> Estimate:
     """KL(policy || initial) in nats a completion, estimated on the policy's own completions y ~ policy:
 
         KL = E_y[ log policy(y|x) - log initial(y|x) ]
@@ -240,28 +234,5 @@ def _distinct(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values[np.append(True, values[1:] != values[:-1])] if len(values) else values
 
 
-def bootstrap_mean(
-    values: Iterable[float], *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
-) -> Interval:
-    """The mean of `values` with its percentile bootstrap interval.
-
-    Drawn by hand, since the figures of finished rounds come from these draws, and scipy.stats.bootstrap makes others.
-    """
-    data = np.fromiter(values, float)
-    if not len(data):
-        return Interval(None, None, None)
-    generator = np.random.default_rng(seed)
-    rows = max(1, min(samples, HELD // len(data)))  # a row is a resample; the draws do not depend on the block's size
-    means = np.concatenate(
-        [
-            data[generator.integers(len(data), size=(min(rows, samples - start), len(data)))].mean(axis=1)
-            for start in range(0, samples, rows)
-        ]
-    )
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(data.mean()), float(low), float(high))
-
-
-def _interval_keys(name: str, interval: Interval) -> dict[str, float | None]:
-    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+def _interval_keys(name: str, estimate: Estimate) -> dict[str, float | None]:
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

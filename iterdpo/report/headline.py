@@ -6,9 +6,6 @@ and an interval with one half in it distinguishes nothing, whatever the scores d
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import pandas as pd
 
 from iterdpo.run.read import Run
@@ -171,15 +168,16 @@ def _range(low: float, high: float) -> str:
     return f"{percent(low)[:-2]} to {percent(high)}"
 
 
-def _wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def _wilson(share: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share observed in n independent cases."""
-    centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(share * n), n).proportion_ci(0.95, method="wilson")
+    return interval.low, interval.high
 
 
 def _confidence(run: Run) -> float:
-    evaluation: dict[str, Any] = run.config.get("evaluation") or {}
-    return evaluation.get("confidence", 0.95)
+    return float((run.config.get("evaluation") or {}).get("confidence", 0.95))
 
 
 def _word(n: int) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from iterdpo.data.prompts import column_value, content_of, json_value, load_rows
 from iterdpo.errors import DataError, UserError
@@ -21,20 +21,13 @@ from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.run.artifacts import completion_shards, read_completion_shard, read_groups
 from iterdpo.run.rundir import RunDir, digest
 from iterdpo.seeds import derive_seed
+from iterdpo.stats import Estimate, clustered_bootstrap, clustered_mean
 from iterdpo.types import CompletionGroup, Judgment, Prompt
-from judges.audit import stats as estimates
-from judges.audit.measure import (
-    BLOCK,
-    EXAMPLES,
-    NOT_COLUMNS,
-    LabelledPair,
-    Winner,
-    completion_of,
-    prompt_ids_of,
-    read_labelled,
-    used_since,
-)
-from judges.audit.stats import Estimate
+from judges.audit.check import BLOCK, EXAMPLES, used_since
+from judges.audit.labelled import NOT_COLUMNS, LabelledPair, completion_of, prompt_ids_of, read_labelled
+from judges.audit.stats import kappa, kendall, spearman
+
+Winner = Literal["first", "second", "tie"] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +130,14 @@ def compare_judges(
     b = make_b()
     result = Agreement((a.name, b.name), (a.version, b.version), usage=(usage_a, {}), seconds=(seconds_a, 0.0))
 
-    def take(block: Sequence[Sample], judgments: Sequence[Judgment]) -> None:
+    def record(block: Sequence[Sample], judgments: Sequence[Judgment]) -> None:
         at = result.groups
         for sample, ours, theirs in zip(block, a_judgments[at : at + len(block)], judgments, strict=True):
-            _take(result, sample, ours, theirs)
+            _record(result, sample, ours, theirs)
 
     if not isinstance(stopped, KeyboardInterrupt):
         both = islice(samples(), len(a_judgments))
-        stopped_b, seconds_b, usage_b = _in_turn(b, both, take, advance)
+        stopped_b, seconds_b, usage_b = _in_turn(b, both, record, advance)
         result.usage, result.seconds, stopped = (usage_a, usage_b), (seconds_a, seconds_b), stopped or stopped_b
     b.close()
     result.stopped = stopped
@@ -157,7 +150,7 @@ def measure_agreement(
     """The figures of a comparison, over every two completions of a prompt that both judges judged.
 
     agreement          the share on which both say the same: first, second, or tie
-    kappa              Cohen's, of the same (see `estimates.kappa`)
+    kappa              Cohen's, of the same (see `kappa`)
     kendall, spearman  mean over prompts of the correlation of the scores within the prompt
     opposite           the share where one says first and the other second
     accuracy_a, _b     where there are labels: the share judged right; a tie is half right
@@ -170,7 +163,7 @@ def measure_agreement(
     prompts = [prompt for _, _, prompt in both]
 
     def share(values: Sequence[float], names: Sequence[str], bounds: tuple[float, float] = (0.0, 1.0)) -> Estimate:
-        return estimates.mean(values, names, bounds=bounds, confidence=confidence)
+        return clustered_mean(values, names, bounds=bounds, confidence=confidence)
 
     def correlation(of: Callable[[Sequence[float], Sequence[float]], float | None]) -> Estimate:
         found = [(value, prompt) for prompt, x, y in agreement.scores if (value := of(x, y)) is not None]
@@ -192,12 +185,12 @@ def measure_agreement(
         },
         "figures": {
             "agreement": share([float(x == y) for x, y, _ in both], prompts),
-            "kappa": estimates.bootstrap(
-                estimates.kappa(*codes, categories=3), prompts, confidence=confidence, samples=samples, seed=seed
+            "kappa": clustered_bootstrap(
+                kappa(*codes, categories=3), prompts, confidence=confidence, samples=samples, seed=seed
             ),
             "opposite": share([float({x, y} == {"first", "second"}) for x, y, _ in both], prompts),
-            "kendall": correlation(estimates.kendall),
-            "spearman": correlation(estimates.spearman),
+            "kendall": correlation(kendall),
+            "spearman": correlation(spearman),
             "accuracy_a": share(credit[0], names),
             "accuracy_b": share(credit[1], names),
             "accuracy_gain": share([theirs - ours for ours, theirs in zip(*credit, strict=True)], names, (-1.0, 1.0)),
@@ -209,7 +202,7 @@ def measure_agreement(
 def _in_turn(
     judge: JudgeBase,
     samples: Iterable[Sample],
-    take: Callable[[Sequence[Sample], Sequence[Judgment]], None],
+    record: Callable[[Sequence[Sample], Sequence[Judgment]], None],
     advance: Callable[[int], None],
 ) -> tuple[BaseException | None, float, dict[str, float]]:
     """Judge in blocks and hand each on; why it stopped early, the seconds, and what was used."""
@@ -220,7 +213,7 @@ def _in_turn(
             started = time.perf_counter()
             judgments = checked_judgments(judge, [sample.group for sample in block])
             seconds += time.perf_counter() - started
-            take(block, judgments)
+            record(block, judgments)
             done += len(block)
             advance(len(block))
     except (Exception, KeyboardInterrupt) as error:  # for the caller to raise, once what is judged is reported
@@ -230,7 +223,7 @@ def _in_turn(
     return stopped, seconds, used_since(before, judge)
 
 
-def _take(result: Agreement, sample: Sample, a: Judgment, b: Judgment) -> None:
+def _record(result: Agreement, sample: Sample, a: Judgment, b: Judgment) -> None:
     result.groups += 1
     id = sample.group.prompt.id
     scored = [(x, y) for x, y in zip(a.scores, b.scores, strict=True) if x is not None and y is not None]

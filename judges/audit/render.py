@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from iterdpo.run.rundir import write_text
+from iterdpo.stats import Estimate
 from judges.audit.agreement import Difference
-from judges.audit.measure import Check, Mistake
-from judges.audit.stats import Estimate
+from judges.audit.check import Mistake
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,7 @@ CHECK_ROWS = (
     Row("length_bias", "length bias, the difference", points),
     Row("accuracy_chosen_longer", "accuracy where the better is longer", percent),
     Row("accuracy_chosen_shorter", "accuracy where the better is shorter", percent),
-    Row("length_correlation", "correlation of score and length", number),
+    Row("length_rank_correlation", "correlation of score and length", number),
     Row("ece", "calibration error (ECE)", number),
     Row("ece_tempered", "ECE with the best temperature", number),
     Row("brier", "Brier score (a coin: 0.250)", number),
@@ -232,11 +232,11 @@ def _cost(cost: dict[str, Any], units: int, title: str = "Cost", unit: str = "pa
 
 
 def _mistake(mistake: Mistake) -> Example:
-    pair, look = mistake.pair, mistake.judged.look
-    assert look.probability is not None
-    chosen, rejected = (f"score {score:.4g}" for score in look.scores)
+    pair, judgment = mistake.pair, mistake.judged.judgment
+    assert judgment.probability is not None
+    chosen, rejected = (f"score {score:.4g}" for score in judgment.scores)
     return Example(
-        f"Row {pair.row:,}: the judge gives the better completion {percent(look.probability)}",
+        f"Row {pair.row:,}: the judge gives the better completion {percent(judgment.probability)}",
         pair.prompt.text,
         [
             Side("better by the label", pair.chosen.text, chosen),
@@ -363,7 +363,7 @@ def write_page(
     write_text(Path(path), page)
 
 
-def check_plots(report: dict[str, Any], check: Check) -> list[tuple[str, str, Figure]]:
+def check_plots(report: dict[str, Any]) -> list[tuple[str, str, Figure]]:
     plots = []
     if report["reliability"]:
         caption = "On the dashed line the judge is right as often as it claims. Bars are intervals, areas the numbers of pairs."

@@ -1,107 +1,26 @@
-"""Figures with intervals, for what is measured on pairs: pure functions of arrays.
+"""Calibration and agreement of judges, from arrays. Pure.
 
-Pairs of one prompt are not independent, so every interval is over prompts. A share, or a mean of values that are
-bounded, has Agresti and Coull's interval; everything else one of the bootstrap.
+`p` is everywhere the judge's probability that the completion labelled better is the better one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from statistics import NormalDist
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.special import expit
+from scipy.stats import kendalltau, spearmanr
 
-Floats = NDArray[np.float64]
-Statistic = Callable[[Floats], float]
-"""A figure of all observations, given a weight for each: [n] -> a number, NaN where it is not defined."""
+from iterdpo.stats import NOTHING, Estimate, Floats, Statistic, clustered_mean, resampled_weights
 
 BINS = 10
 
 
-class Estimate(NamedTuple):
-    """A figure, its interval, and how many observations are behind it: `Estimate(0.71, 0.68, 0.74, n=812)`.
-
-    All but `n` are None where there is nothing to estimate from.
-    """
-
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int = 0
-
-
-NOTHING = Estimate(None, None, None, 0)
-
-
-def mean(
-    values: Sequence[float] | Floats,
-    prompts: Sequence[str],
-    *,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    confidence: float = 0.95,
-) -> Estimate:
-    """The mean of `values`, which lie within `bounds`; of zeros and ones it is a share. `prompts[i]` is value i's.
-
-    Agresti and Coull's interval (The American Statistician 52, 1998), whose centre is Wilson's: z² observations are
-    added, half of them at each bound, and the normal interval is taken. It stays honest where all values are equal,
-    and near the bounds. Beyond the paper, the variance is that between prompts, so that any bounded values may stand
-    for zeros and ones and several pairs may share a prompt; the added observations are prompts of the mean size.
-    """
-    if not len(values):
-        return NOTHING
-    bottom, top = bounds
-    x = (np.asarray(values, dtype=float) - bottom) / (top - bottom)
-    _, prompt = np.unique(np.asarray(prompts), return_inverse=True)
-    count = prompt.max() + 1
-    size = len(x) / count
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    total = len(x) + z * z * size
-    centre = (x.sum() + z * z * size / 2) / total
-    between = np.bincount(prompt, weights=x - centre)
-    variance = ((between**2).sum() + z * z * size**2 / 2 * (centre**2 + (1 - centre) ** 2)) / total**2
-    half = z * math.sqrt(variance)
-    low, high = max(0.0, centre - half), min(1.0, centre + half)
-    back = [float(bottom + (top - bottom) * v) for v in (x.mean(), low, high)]
-    return Estimate(back[0], back[1], back[2], len(x))
-
-
-def bootstrap(
-    statistic: Statistic,
-    prompts: Sequence[str],
-    *,
-    confidence: float = 0.95,
-    samples: int = 1_000,
-    seed: int = 0,
-) -> Estimate:
-    """`statistic` of all observations, with its percentile bootstrap interval over prompts."""
-    if not len(prompts):
-        return NOTHING
-    value = statistic(np.ones(len(prompts)))
-    if math.isnan(value):
-        return Estimate(None, None, None, len(prompts))
-    drawn = [statistic(weights) for weights in _resamples(prompts, samples, seed)]
-    defined = [v for v in drawn if not math.isnan(v)]
-    if not defined:
-        return Estimate(value, None, None, len(prompts))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(defined, [tail, 1 - tail])
-    return Estimate(float(value), float(low), float(high), len(prompts))
-
-
-def _resamples(prompts: Sequence[str], samples: int, seed: int) -> Iterator[Floats]:
-    """Weights of the observations where as many prompts as there are were drawn with replacement."""
-    _, prompt = np.unique(np.asarray(prompts), return_inverse=True)
-    count = int(prompt.max()) + 1
-    generator = np.random.default_rng(seed)
-    for _ in range(samples):
-        drawn = np.bincount(generator.integers(count, size=count), minlength=count)
-        yield drawn[prompt].astype(float)
-
-
-# Calibration. `p` is everywhere the judge's probability that the completion labelled better is the better one.
+# Calibration
 
 
 def calibration_error(
@@ -130,10 +49,13 @@ def calibration_error(
         return NOTHING
 
     def gaps(weights: Floats) -> Floats:
-        return np.bincount(bin, weights=weights * (right - claimed), minlength=bins) / weights.sum()
+        found: Floats = np.bincount(bin, weights=weights * (right - claimed), minlength=bins) / weights.sum()
+        return found
 
     found = gaps(np.ones(len(bin)))
-    noise = np.stack([gaps(weights) for weights in _resamples(prompts, samples, seed)]) - found  # [samples, bins]
+    noise = (
+        np.stack([gaps(weights) for weights in resampled_weights(prompts, samples, seed)]) - found
+    )  # [samples, bins]
     value = float(np.abs(found).sum())
 
     def least(share: float) -> float:
@@ -184,7 +106,7 @@ def reliability(p: ArrayLike, prompts: Sequence[str], *, bins: int = BINS) -> li
                 "to": 0.5 + 0.5 * (int(b) + 1) / bins,
                 "pairs": int(inside.sum()),
                 "confidence": float(confidence[inside].mean()),
-                "accuracy": mean(right[inside], names[inside].tolist()),
+                "accuracy": clustered_mean(right[inside], names[inside].tolist()),
             }
         )
     return table
@@ -200,20 +122,13 @@ def best_temperature(differences: ArrayLike) -> float | None:
     if scale == 0.0:
         return None
 
-    def slope(sharpness: float) -> float:  # of the log-likelihood in 1 / T, which is concave there
-        return float((d * sigmoid(-d * sharpness)).sum())
+    def slope(log_sharpness: float) -> float:  # of the log-likelihood in 1 / T, which is concave there
+        return float((d * expit(-d * math.exp(log_sharpness))).sum())
 
-    low, high = 1e-6 / scale, 1e6 / scale
+    low, high = (math.log(bound / scale) for bound in (1e-6, 1e6))
     if slope(low) <= 0 or slope(high) >= 0:
         return None
-    for _ in range(100):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
-    return 1 / low
-
-
-def sigmoid(x: ArrayLike) -> Floats:
-    return 0.5 * (1 + np.tanh(np.asarray(x, dtype=float) / 2))  # does not overflow
+    return math.exp(-brentq(slope, low, high))
 
 
 def _binned(p: ArrayLike, bins: int) -> tuple[Floats, Floats, NDArray[np.intp]]:
@@ -265,18 +180,14 @@ def kappa(first: ArrayLike, second: ArrayLike, *, categories: int) -> Statistic:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Correlation of the ranks, equals sharing their mean rank. None where one side has no order."""
-    ranks = []
-    for values in (x, y):
-        _, place, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[place])
-    if len(x) < 2 or min(np.ptp(r) for r in ranks) == 0:
-        return None
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    """Correlation of the ranks, equals sharing their mean rank. None if one side has no order."""
+    return _correlation(spearmanr, x, y)
 
 
 def kendall(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Kendall's tau-b, which allows for ties (Kendall 1945). None where one side has no order."""
-    signs = [np.sign(np.subtract.outer(values, values)) for values in (np.asarray(x, float), np.asarray(y, float))]
-    norm = math.sqrt((signs[0] ** 2).sum() * (signs[1] ** 2).sum())
-    return float((signs[0] * signs[1]).sum() / norm) if norm else None
+    """Kendall's tau-b, which allows for ties (Kendall 1945). None if one side has no order."""
+    return _correlation(kendalltau, x, y)
+
+
+def _correlation(of: Callable[..., Any], x: Sequence[float], y: Sequence[float]) -> float | None:
+    return None if len(set(x)) < 2 or len(set(y)) < 2 else float(of(x, y).statistic)

@@ -18,6 +18,7 @@ from typing import Any
 from iterdpo.errors import JudgeError
 from iterdpo.judging.comparisons import judgment_from_comparisons
 from iterdpo.judging.judge import JudgeBase
+from iterdpo.stats import sigmoid
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
 from judges.base import check_choice
 from judges.models.checkpoint import (
@@ -221,7 +222,7 @@ def pairrm_texts(prompt: Prompt) -> tuple[str, str]:
 def _comparison(first: int, second: int, logit: float) -> Comparison:
     if not math.isfinite(logit):
         return Comparison(first, second, None, f"the pair ranker gave {logit}")
-    probability = 0.5 * (1.0 + math.tanh(0.5 * logit))  # the sigmoid, which cannot overflow
+    probability = sigmoid(logit)
     winner = "first" if logit > 0 else "second" if logit < 0 else "tie"
     return Comparison(first, second, winner, probability=probability)  # type: ignore[arg-type]
 

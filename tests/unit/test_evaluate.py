@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tracemalloc
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,9 +10,7 @@ import pytest
 
 from iterdpo.evaluate import (
     Bootstrap,
-    Interval,
     Scores,
-    bootstrap_mean,
     distinct_n,
     duel_shares,
     evaluation_metrics,
@@ -22,23 +19,22 @@ from iterdpo.evaluate import (
     sequence_kl,
     win_rate,
 )
-
-NOTHING = Interval(None, None, None)
+from iterdpo.stats import NOTHING, Estimate
 
 
 def test_a_win_is_1_a_tie_is_half_and_a_loss_is_0() -> None:
-    assert win_rate([[0.9], [0.2], [0.5], [0.5]], [[0.1], [0.3], [0.5], [0.4]]).mean == (1 + 0 + 0.5 + 1) / 4
+    assert win_rate([[0.9], [0.2], [0.5], [0.5]], [[0.1], [0.3], [0.5], [0.4]]).value == (1 + 0 + 0.5 + 1) / 4
 
 
 def test_a_prompt_counts_once_with_its_share_over_all_combinations() -> None:
     # first prompt: 3 against {1, 3} is 1 + 0.5, 2 against {1, 3} is 1 + 0: 2.5 of 4. Second: a loss.
-    assert win_rate([[3.0, 2.0], [0.0]], [[1.0, 3.0], [1.0]]).mean == (2.5 / 4 + 0) / 2
+    assert win_rate([[3.0, 2.0], [0.0]], [[1.0, 3.0], [1.0]]).value == (2.5 / 4 + 0) / 2
 
 
 def test_abstentions_are_left_out_and_are_no_losses() -> None:
     candidate: list[Scores] = [[1.0, None], [None], [2.0], [None, None]]
     baseline: list[Scores] = [[0.0], [5.0], [None], [None]]
-    assert win_rate(candidate, baseline) == Interval(1.0, 1.0, 1.0)
+    assert win_rate(candidate, baseline) == Estimate(1.0, 1.0, 1.0, 1)
 
 
 def test_where_nothing_was_judged_there_is_no_win_rate() -> None:
@@ -50,11 +46,11 @@ def test_where_nothing_was_judged_there_is_no_win_rate() -> None:
 def test_the_two_sides_of_a_comparison_add_up_to_1() -> None:
     generator = np.random.default_rng(0)
     ours, theirs = (generator.integers(0, 4, size=(30, 3)).astype(float).tolist() for _ in range(2))
-    one, other = win_rate(ours, theirs).mean, win_rate(theirs, ours).mean
+    one, other = win_rate(ours, theirs).value, win_rate(theirs, ours).value
     assert one is not None
     assert other is not None
     assert one + other == pytest.approx(1)
-    assert win_rate(ours, ours).mean == pytest.approx(0.5)
+    assert win_rate(ours, ours).value == pytest.approx(0.5)
 
 
 def test_prompts_without_a_partner_are_an_error() -> None:
@@ -64,56 +60,13 @@ def test_prompts_without_a_partner_are_an_error() -> None:
 
 def test_the_mean_score_is_over_prompts_and_not_over_completions() -> None:
     # means 2, 4 and none; over completions it would be (1 + 3 + 4) / 3
-    assert mean_score([[1.0, 3.0], [4.0, None], [None]]).mean == 3.0
-
-
-def test_the_interval_of_two_values_is_what_enumeration_gives() -> None:
-    # resamples of (0, 1): means 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4; the middle 40 % is all 1/2
-    assert bootstrap_mean([0.0, 1.0], confidence=0.95) == Interval(0.5, 0.0, 1.0)
-    assert bootstrap_mean([0.0, 1.0], confidence=0.40) == Interval(0.5, 0.5, 0.5)
-
-
-def test_one_prompt_has_an_interval_of_no_width() -> None:
-    assert bootstrap_mean([0.7], samples=100) == Interval(0.7, pytest.approx(0.7), pytest.approx(0.7))
-
-
-def test_the_interval_of_many_prompts_is_the_normal_one() -> None:
-    values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
-    mean, low, high = bootstrap_mean(values.tolist(), samples=10_000)
-    half = 1.959964 * values.std() / math.sqrt(400)
-    assert (mean, low, high) == (
-        pytest.approx(values.mean()),
-        pytest.approx(values.mean() - half, abs=0.05 * half),
-        pytest.approx(values.mean() + half, abs=0.05 * half),
-    )
-
-
-@pytest.mark.parametrize("confidence", [0.80, 0.95])
-def test_intervals_cover_the_truth_as_often_as_they_say(confidence: float) -> None:
-    generator = np.random.default_rng(2)
-    trials, prompts, truth = 500, 100, 0.4
-    covered = 0
-    for trial in range(trials):
-        wins = (generator.random(prompts) < truth).astype(float)
-        _, low, high = bootstrap_mean(wins.tolist(), confidence=confidence, samples=500, seed=trial)
-        assert low is not None
-        assert high is not None
-        covered += low <= truth <= high
-    # a standard deviation of `covered / trials` is 0.018 at 80 % and 0.010 at 95 %; a percentile interval of 100
-    # coin flips is itself off by about a point
-    assert covered / trials == pytest.approx(confidence, abs=0.045)
-
-
-def test_intervals_are_the_same_for_the_same_seed_and_differ_for_another() -> None:
-    values = np.random.default_rng(3).normal(size=50).tolist()
-    assert bootstrap_mean(values, seed=1) == bootstrap_mean(values, seed=1)
-    assert bootstrap_mean(values, seed=1) != bootstrap_mean(values, seed=2)
+    assert mean_score([[1.0, 3.0], [4.0, None], [None]]).value == 3.0
 
 
 def test_kl_is_the_mean_over_prompts_of_the_difference_of_log_probabilities() -> None:
     # first prompt: (-1 + 2.5 - 2 + 2) / 2 = 0.75; second: -3 + 2.5 = -0.5
-    assert sequence_kl([[-1.0, -2.0], [-3.0]], [[-2.5, -2.0], [-2.5]]).mean == 0.125
-    assert sequence_kl([[-4.0, -5.0]], [[-4.0, -5.0]]) == Interval(0.0, 0.0, 0.0)
+    assert sequence_kl([[-1.0, -2.0], [-3.0]], [[-2.5, -2.0], [-2.5]]).value == 0.125
+    assert sequence_kl([[-4.0, -5.0]], [[-4.0, -5.0]]) == Estimate(0.0, 0.0, 0.0, 1)
 
 
 def test_kl_estimated_from_samples_agrees_with_the_closed_form() -> None:
@@ -126,7 +79,7 @@ def test_kl_estimated_from_samples_agrees_with_the_closed_form() -> None:
     drawn = np.random.default_rng(4).choice(len(p), p=p, size=(prompts, completions, 3))
     interval = sequence_kl(np.log(p)[drawn].sum(-1).tolist(), np.log(q)[drawn].sum(-1).tolist(), samples=1000)
     error = math.sqrt(3 * float(p @ (ratio - p @ ratio) ** 2) / (prompts * completions))  # one standard error
-    assert interval.mean == pytest.approx(exact, abs=4 * error)
+    assert interval.value == pytest.approx(exact, abs=4 * error)
     assert interval.low is not None
     assert interval.high is not None
     assert interval.low < exact < interval.high
@@ -171,22 +124,6 @@ def test_tokens_too_large_to_be_counted_exactly_are_refused() -> None:
     assert distinct_n(lambda: [[2**21 - 1, 0, 1]], 3) == 1.0
     with pytest.raises(ValueError, match="below 2,097,152"):
         distinct_n(lambda: [[2**21, 0, 1]], 3)
-
-
-def test_resamples_are_the_same_draws_whether_made_at_once_or_in_blocks() -> None:
-    values = np.random.default_rng(6).normal(size=3000)
-    tail = (1 - 0.95) / 2  # as floats have it
-    at_once = values[np.random.default_rng(7).integers(3000, size=(4000, 3000))].mean(axis=1)  # more than HELD draws
-    assert bootstrap_mean(values.tolist(), samples=4000, seed=7)[1:] == tuple(np.quantile(at_once, [tail, 1 - tail]))
-
-
-def test_the_memory_of_an_interval_does_not_grow_with_prompts_times_resamples() -> None:
-    values = np.random.default_rng(8).normal(size=100_000)
-    tracemalloc.start()
-    bootstrap_mean(values.tolist(), samples=200)  # 2e7 draws of 8 bytes, and as many values: 320 MB at once
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 150e6
 
 
 def test_duels_without_a_judged_one_leave_the_prompt_out() -> None:

@@ -16,7 +16,7 @@ from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.testing import make_group
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
 from judges import check_judge, judge_version, load_judge
-from judges.audit.measure import draw_again
+from judges.audit.check import draw_again
 from judges.combine import disagreement, tied, within_slope, z_scores
 
 MEMBER = '''

@@ -1,0 +1,131 @@
+"""Estimates with their intervals. Pure functions of arrays.
+
+Plain statistics come from scipy where they are needed. What is here is by hand for two reasons: several completions of
+one prompt are not independent, so intervals are over prompts, which scipy does not offer; and `bootstrap_mean`
+has drawn the figures of finished rounds, which scipy's draws would change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Statistic = Callable[[Floats], float]
+"""A figure of all observations, given a weight for each: [n] -> a number, NaN if it is not defined."""
+
+DRAWS = 2**23
+"""Random draws that `bootstrap_mean` holds at a time, 16 bytes each."""
+
+
+class Estimate(NamedTuple):
+    """A figure, its interval, and how many observations it was made from: `Estimate(0.71, 0.68, 0.74, n=812)`.
+
+    All but `n` are None if there is nothing to estimate from.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int = 0
+
+
+NOTHING = Estimate(None, None, None, 0)
+
+
+def bootstrap_mean(
+    values: Iterable[float], *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
+) -> Estimate:
+    """The mean of `values` with its percentile bootstrap interval.
+
+    Drawn by hand, since the figures of finished rounds come from these draws, and scipy.stats.bootstrap makes others.
+    """
+    data = np.fromiter(values, float)
+    if not len(data):
+        return NOTHING
+    generator = np.random.default_rng(seed)
+    rows = max(1, min(samples, DRAWS // len(data)))  # a row is a resample; the draws do not depend on the block's size
+    means = np.concatenate(
+        [
+            data[generator.integers(len(data), size=(min(rows, samples - start), len(data)))].mean(axis=1)
+            for start in range(0, samples, rows)
+        ]
+    )
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Estimate(float(data.mean()), float(low), float(high), len(data))
+
+
+def clustered_mean(
+    values: Sequence[float] | Floats,
+    prompts: Sequence[str],
+    *,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    confidence: float = 0.95,
+) -> Estimate:
+    """The mean of `values`, which lie within `bounds`; of zeros and ones it is a share. `prompts[i]` is value i's.
+
+    Agresti and Coull's interval (The American Statistician 52, 1998), whose centre is Wilson's: z² observations are
+    added, half of them at each bound, and the normal interval is taken. It stays honest where all values are equal,
+    and near the bounds. Beyond the paper, the variance is that between prompts, so that any bounded values may stand
+    for zeros and ones and several pairs may share a prompt; the added observations are prompts of the mean size.
+    """
+    if not len(values):
+        return NOTHING
+    bottom, top = bounds
+    x = (np.asarray(values, dtype=float) - bottom) / (top - bottom)
+    _, prompt = np.unique(np.asarray(prompts), return_inverse=True)
+    count = prompt.max() + 1
+    size = len(x) / count
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    total = len(x) + z * z * size
+    centre = (x.sum() + z * z * size / 2) / total
+    between = np.bincount(prompt, weights=x - centre)
+    variance = ((between**2).sum() + z * z * size**2 / 2 * (centre**2 + (1 - centre) ** 2)) / total**2
+    half = z * math.sqrt(variance)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    back = [float(bottom + (top - bottom) * v) for v in (x.mean(), low, high)]
+    return Estimate(back[0], back[1], back[2], len(x))
+
+
+def clustered_bootstrap(
+    statistic: Statistic,
+    prompts: Sequence[str],
+    *,
+    confidence: float = 0.95,
+    samples: int = 1_000,
+    seed: int = 0,
+) -> Estimate:
+    """`statistic` of all observations, with its percentile bootstrap interval over prompts."""
+    if not len(prompts):
+        return NOTHING
+    value = statistic(np.ones(len(prompts)))
+    if math.isnan(value):
+        return Estimate(None, None, None, len(prompts))
+    drawn = [statistic(weights) for weights in resampled_weights(prompts, samples, seed)]
+    defined = [v for v in drawn if not math.isnan(v)]
+    if not defined:
+        return Estimate(value, None, None, len(prompts))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(defined, [tail, 1 - tail])
+    return Estimate(float(value), float(low), float(high), len(prompts))
+
+
+def resampled_weights(prompts: Sequence[str], samples: int, seed: int) -> Iterator[Floats]:
+    """Weights of the observations after as many prompts as there are were drawn with replacement."""
+    _, prompt = np.unique(np.asarray(prompts), return_inverse=True)
+    count = int(prompt.max()) + 1
+    generator = np.random.default_rng(seed)
+    for _ in range(samples):
+        drawn = np.bincount(generator.integers(count, size=count), minlength=count)
+        yield drawn[prompt].astype(float)
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + e^-x), written so that it cannot overflow."""
+    return 0.5 * (1.0 + math.tanh(0.5 * x))

@@ -1,0 +1,215 @@
+"""How good a judge is: figures with intervals, from the records that check.py makes of labelled pairs. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import expit
+
+from iterdpo.seeds import derive_seed
+from iterdpo.stats import NOTHING, Estimate, Floats, clustered_bootstrap, clustered_mean
+from judges.audit.check import FROM_SCORES, FROM_VERDICTS, JudgedPair, PairJudgment, orders
+from judges.audit.stats import (
+    best_temperature,
+    calibrated_error,
+    calibration_error,
+    reliability,
+    symmetric_rank_correlation,
+)
+
+CREDIT = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0}
+SUBSET_FIGURES = ("accuracy", "accuracy_decided", "tie_rate", "coverage", "flip_rate")
+
+
+def measure(
+    pairs: Sequence[JudgedPair], *, seed: int = 0, confidence: float = 0.95, samples: int = 1_000
+) -> dict[str, Any]:
+    """The figures of a check, as `{"counts": …, "figures": {name: Estimate}, "subsets": …, "reliability": …, …}`.
+
+    Intervals are over prompts (see judges/audit/stats.py); a figure that nothing is there to tell by is None.
+
+    Of the pairs that are labelled with a winner:
+
+    accuracy                 the share judged right, of those judged; a tie is half right
+    accuracy_decided         of those judged with a winner
+    accuracy_agreeing        of those with the same winner in both orders
+    tie_rate                 ties, of those judged
+    longer_wins              of those decided with different lengths: the longer one won
+    longer_is_better         of the same pairs: the label says that the longer one is better
+    length_bias              the difference of these two: what the judge likes in length beyond what the label does
+    accuracy_chosen_longer   accuracy_decided where the chosen is the longer one
+    accuracy_chosen_shorter  and where it is the shorter one
+    ece, brier               calibration error (see `calibration_error`), mean squared error, of the
+                             probability that the chosen is better
+    ece_tempered             on one half of the prompts, of sigmoid(d / T) with the T that fits the other half best
+
+    Of all pairs:
+
+    coverage                 judged, not abstained
+    tie_agreement            of those labelled a tie and judged: judged a tie
+    flip_rate                of those judged in both orders: another verdict in the other order, to or from a tie too
+    first_position           of the single comparisons with a winner: the one shown first won; 0.5 is fair
+    position_bias            first_position - 0.5
+    first_index              of the groups with a winner: the completion that came first in the group won
+    length_rank_correlation       Spearman's, of score difference and length difference
+    self_consistency         over repeats: the share of a pair's verdicts that are its commonest
+    """
+    reasons = Counter(reason for p in pairs if p.judgment.verdict is None for reason in p.judgment.reasons)
+    by_subset: dict[str, list[JudgedPair]] = {}
+    for pair in pairs:
+        if pair.subset is not None:
+            by_subset.setdefault(pair.subset, []).append(pair)
+    probable = [p for p in pairs if not p.tie and p.judgment.probability is not None]
+    probabilities = [p.judgment.probability for p in probable if p.judgment.probability is not None]
+    return {
+        "counts": {
+            "pairs": len(pairs),
+            "prompts": len({p.prompt_id for p in pairs}),
+            "labelled_ties": sum(p.tie for p in pairs),
+            "judged": sum(p.judgment.verdict is not None for p in pairs),
+            "ties": sum(p.judgment.verdict == "tie" for p in pairs),
+        },
+        "figures": {
+            **_shares(pairs, confidence),
+            **_lengths(pairs, seed, confidence, samples),
+            **_calibration(probable, seed, confidence, samples),
+        },
+        "subsets": {
+            name: {"pairs": len(some), **{k: _shares(some, confidence)[k] for k in SUBSET_FIGURES}}
+            for name, some in sorted(by_subset.items())
+        },
+        "calibration": {
+            "probability": Counter(p.judgment.source for p in probable).most_common(1)[0][0] if probable else None,
+            "temperature": _temperature(probable, seed),
+            "ece_if_calibrated": calibrated_error(probabilities, seed=seed),
+        },
+        "reliability": reliability(probabilities, [p.prompt_id for p in probable]),
+        "abstentions": dict(reasons.most_common()),
+    }
+
+
+def _shares(pairs: Sequence[JudgedPair], confidence: float) -> dict[str, Estimate]:
+    def share(rows: Iterable[tuple[float, JudgedPair]]) -> Estimate:
+        found = list(rows)
+        return clustered_mean([v for v, _ in found], [p.prompt_id for _, p in found], confidence=confidence)
+
+    judged = [(p.judgment.verdict, p) for p in pairs if p.judgment.verdict is not None]
+    labelled = [(verdict, p) for verdict, p in judged if not p.tie]
+    decided = [(verdict, p) for verdict, p in labelled if verdict != "tie"]
+    both = [(found, p) for p in pairs if (found := orders(p)) is not None]
+    judgments = [(judgment, order, p) for p in pairs for judgment, order in _judgments(p)]
+    single = [(s, p) for judgment, _, p in judgments for s in judgment.shown if s.verdict in ("chosen", "rejected")]
+    first = share((float((s.verdict == "chosen") == s.chosen_first), p) for s, p in single)
+    repeated = [([p.judgment.verdict, *p.repeats], p) for p in pairs if p.repeats]
+    return {
+        "accuracy": share((CREDIT[verdict], p) for verdict, p in labelled),
+        "accuracy_decided": share((CREDIT[verdict], p) for verdict, p in decided),
+        "accuracy_agreeing": share(
+            (CREDIT[a], p) for (a, b), p in both if not p.tie and a is not None and a == b != "tie"
+        ),
+        "coverage": share((float(p.judgment.verdict is not None), p) for p in pairs),
+        "tie_rate": share((float(verdict == "tie"), p) for verdict, p in labelled),
+        "tie_agreement": share((float(verdict == "tie"), p) for verdict, p in judged if p.tie),
+        "flip_rate": share((float(a != b), p) for (a, b), p in both),
+        "first_position": first,
+        "position_bias": _less_half(first),
+        "first_index": share(
+            (float((judgment.verdict == "chosen") == order), p)
+            for judgment, order, p in judgments
+            if judgment.verdict in ("chosen", "rejected")
+        ),
+        "self_consistency": share((max(Counter(v).values()) / len(v), p) for v, p in repeated),
+    }
+
+
+def _less_half(share: Estimate) -> Estimate:
+    value, low, high = (None if v is None else v - 0.5 for v in share[:3])
+    return Estimate(value, low, high, share.n)
+
+
+def _judgments(pair: JudgedPair) -> list[tuple[PairJudgment, bool]]:
+    """The judgments of a pair, each with whether the chosen came first in it."""
+    swapped = [] if pair.swapped is None else [(pair.swapped, not pair.chosen_first)]
+    return [(pair.judgment, pair.chosen_first), *swapped]
+
+
+def _lengths(pairs: Sequence[JudgedPair], seed: int, confidence: float, samples: int) -> dict[str, Estimate]:
+    uneven = [
+        (p.judgment.verdict == "chosen", p.lengths[0] > p.lengths[1], p.prompt_id)
+        for p in pairs
+        if not p.tie and p.judgment.verdict in ("chosen", "rejected") and p.lengths[0] != p.lengths[1]
+    ]
+
+    def share(rows: Iterable[tuple[float, str]], *, bounds: tuple[float, float] = (0.0, 1.0)) -> Estimate:
+        found = list(rows)
+        return clustered_mean([v for v, _ in found], [p for _, p in found], bounds=bounds, confidence=confidence)
+
+    judged = [p for p in pairs if p.judgment.verdict is not None]
+    correlation = NOTHING
+    if judged:
+        scores = [p.judgment.difference for p in judged]
+        lengths = [p.lengths[0] - p.lengths[1] for p in judged]
+        correlation = clustered_bootstrap(
+            symmetric_rank_correlation(scores, lengths),
+            [p.prompt_id for p in judged],
+            confidence=confidence,
+            samples=samples,
+            seed=seed,
+        )
+    return {
+        "longer_wins": share((float(right == longer), prompt) for right, longer, prompt in uneven),
+        "longer_is_better": share((float(longer), prompt) for _, longer, prompt in uneven),
+        "length_bias": share(
+            ((float(right == longer) - float(longer), prompt) for right, longer, prompt in uneven), bounds=(-1.0, 1.0)
+        ),
+        "accuracy_chosen_longer": share((float(right), prompt) for right, longer, prompt in uneven if longer),
+        "accuracy_chosen_shorter": share((float(right), prompt) for right, longer, prompt in uneven if not longer),
+        "length_rank_correlation": correlation,
+    }
+
+
+def _calibration(pairs: Sequence[JudgedPair], seed: int, confidence: float, samples: int) -> dict[str, Estimate]:
+    def error(some: Sequence[JudgedPair], p: Floats) -> Estimate:
+        prompts = [pair.prompt_id for pair in some]
+        return calibration_error(p, prompts, confidence=confidence, samples=samples, seed=seed)
+
+    p = np.array([pair.judgment.probability for pair in pairs], np.float64)
+    other = [pair for pair in pairs if not _fits(pair, seed)]
+    temperature = _temperature(pairs, seed)
+    tempered = NOTHING
+    if temperature is not None and other:
+        tempered = error(other, expit(_differences(other) / temperature))
+    return {
+        "ece": error(pairs, p),
+        "ece_tempered": tempered,
+        "brier": clustered_mean((1 - p) ** 2, [pair.prompt_id for pair in pairs], confidence=confidence),
+    }
+
+
+def _temperature(pairs: Sequence[JudgedPair], seed: int) -> float | None:
+    """The best one of half of the prompts. None where there is none, or where the verdicts carry no degree."""
+    if any(pair.judgment.source == FROM_VERDICTS for pair in pairs):
+        return None
+    return best_temperature(_differences([pair for pair in pairs if _fits(pair, seed)]))
+
+
+def _fits(pair: JudgedPair, seed: int) -> bool:
+    """Whether the pair's prompt is of the half that the temperature is fitted to."""
+    return derive_seed(seed, "temperature", pair.prompt_id) % 2 == 0
+
+
+def _differences(pairs: Sequence[JudgedPair]) -> Floats:
+    """Score of the chosen minus that of the rejected; of probabilities, the log-odds. [pairs]"""
+
+    def difference(judgment: PairJudgment) -> float:
+        if judgment.source == FROM_SCORES:
+            return judgment.difference
+        assert judgment.probability is not None
+        p = min(max(judgment.probability, 1e-6), 1 - 1e-6)
+        return math.log(p / (1 - p))
+
+    return np.array([difference(pair.judgment) for pair in pairs], np.float64)
