@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from iterdpo.data.prompts import load_rows
+from iterdpo.data.rows import load_rows
 from iterdpo.run.rundir import write_jsonl
 
 TURN = "\n\nAssistant:"

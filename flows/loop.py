@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from iterdpo.data.round_prompts import Prompts
+from iterdpo.data.prompts import PromptFile
 from iterdpo.judging.run_judge import RunJudge
 from iterdpo.judging.shards import StreamingJudge
 from iterdpo.run.artifacts import Completions, Evaluation, Judgments, Pairs, PolicyCheckpoint
@@ -25,7 +25,7 @@ Run = IterativeRun
 class Stages(NamedTuple):
     """The stages of a round; Prefect puts tasks in their place."""
 
-    sample: Callable[[Run, int, PolicyCheckpoint, Prompts, StreamingJudge], Completions] = sample
+    sample: Callable[[Run, int, PolicyCheckpoint, PromptFile, StreamingJudge], Completions] = sample
     judge: Callable[[Run, int, Completions, RunJudge, StreamingJudge], Judgments] = judge
     pair: Callable[[Run, int, Completions, Judgments], Pairs] = pair
     train: Callable[[Run, int, Pairs, PolicyCheckpoint, PolicyCheckpoint], PolicyCheckpoint] = train

@@ -28,8 +28,8 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from iterdpo.data.pairs import ABSENT, Kind, pairs_table
-from iterdpo.data.prompts import column_value, content_of, load_rows
 from iterdpo.data.rendering import common_length, completion_token_ids, prompt_token_ids
+from iterdpo.data.rows import column_value, content_of, load_rows
 from iterdpo.errors import DataError
 from iterdpo.run.rundir import digest
 from iterdpo.run.supervise import PR_SET_PDEATHSIG

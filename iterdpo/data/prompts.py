@@ -1,116 +1,201 @@
-"""Which prompts a round sees, and which are held out; and the reader of every data file.
+"""Which prompts a round sees, and which are held out, of files with millions of them.
 
-Every choice orders prompts by a hash of (seed, purpose, prompt id): nothing depends on the order of the file.
+Every choice orders prompts by a hash of (seed, purpose, prompt id): nothing depends on the order of the file. The texts
+stay on disk, one line `[id, content, columns]` of canonical JSON a prompt; in memory are about 40 bytes of each.
 """
 
 from __future__ import annotations
 
-import csv
-import difflib
-import gzip
+import hashlib
 import json
-import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import shutil
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from functools import cached_property
+from json.decoder import scanstring  # type: ignore[attr-defined]
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from iterdpo.config import PromptsConfig
+from iterdpo.data.rows import column_value, content_of, json_value, load_rows, source_stamp
 from iterdpo.errors import DataError
-from iterdpo.run.rundir import canonical, digest, sha256_file
-from iterdpo.seeds import derive_seed
-from iterdpo.types import Message, Prompt
+from iterdpo.run.rundir import canonical, digest, fsync, read_json, sync_tree, write_json
+from iterdpo.seeds import derive_seeds
+from iterdpo.types import Prompt
 
-FORMATS = ("json", "jsonl", "csv", "parquet")
-SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev", "eval"}
-NOT_DATA = {"MANIFEST.json", "STEP.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+CHUNK = 1024  # lines that are read at a time
+LINES, INDEX, NAMES = "prompts.jsonl", "index.npz", "columns.json"
+ARRAYS = ("ends", "ids", "contents", "columns")
+Array = NDArray[Any]
+
+
+class PromptFile:
+    """Prompts on disk in a fixed order. Iterating reads them one by one; a slice is a `PromptFile` again.
+
+    `for prompt in prompts`, `len(prompts)`, `prompts[128:256]`, `prompts.digest()`, `prompts.columns()`
+    """
+
+    def __init__(self, lines: _Lines, rows: Array) -> None:
+        self._lines = lines
+        self._rows = rows  # [N] int32, which lines, in order
+
+    @staticmethod
+    def open(path: Path) -> PromptFile:
+        """The prompts that `write` wrote down."""
+        lines = _Lines(open(path, "rb"))  # noqa: SIM115  # read for as long as the prompts are
+        return PromptFile(lines, np.arange(len(lines), dtype=np.int32))
+
+    @staticmethod
+    def of(prompts: Iterable[Prompt]) -> PromptFile:
+        """Prompts from memory, in a temporary file that has no name."""
+        lines = _write(prompts, tempfile.TemporaryFile())  # noqa: SIM115  # it lives as long as they do
+        return PromptFile(lines, np.arange(len(lines), dtype=np.int32))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return map(_prompt, self._lines.read(self._rows))
+
+    def __getitem__(self, part: slice) -> PromptFile:
+        return PromptFile(self._lines, self._rows[part])
+
+    def columns(self) -> set[str]:
+        """The names of the columns that any of the prompts has."""
+        index = self._lines.index
+        return {name for kind in np.unique(index.columns[self._rows]) for name in index.names[kind]}
+
+    def digest(self) -> str:
+        """What identifies the prompts: a hash of ids, contents and columns, in order; `digest([[id, …], …])`."""
+        text = hashlib.sha256(b"[")
+        for number, line in enumerate(self._lines.read(self._rows)):
+            if line.startswith(b"{"):
+                prompt = _prompt(line)
+                line = canonical([prompt.id, prompt.content, prompt.columns]).encode() + b"\n"
+            text.update(b"," + line[:-1] if number else line[:-1])
+        text.update(b"]")
+        return text.hexdigest()[:16]
+
+    def write(self, path: Path) -> None:
+        """Write the prompts down, for `open`. A reader, or a crash, sees the old content or the new, never a part."""
+        fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        with open(fresh, "wb") as handle:
+            handle.writelines(self._lines.read(self._rows))
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(fresh, path)
+        fsync(path.parent)
+
+    @property
+    def ids(self) -> Array:
+        """A hash of each prompt's id, [N] uint64."""
+        return self._lines.ids[self._rows]
+
+    @property
+    def contents(self) -> Array:
+        """A hash of each prompt's content, [N] uint64."""
+        return self._lines.index.contents[self._rows]
+
+    def seeds(self, seed: int, *purpose: int | str) -> Array:
+        """`derive_seed(seed, *purpose, id)` of each prompt, [N] uint32."""
+        return self._lines.seeds(seed, *purpose)[self._rows]
+
+    def _among(self, which: Array) -> PromptFile:
+        """Those at the positions `which`, or where a mask is true."""
+        return PromptFile(self._lines, self._rows[which])
 
 
 @dataclass
 class PromptSet:
     """A run's prompts. No held-out prompt, by id or by content, is in `train`.
 
-    `PromptSet(train=[…], heldout=[…], dropped={"repeated": 12, "in_heldout": 3})`; `dropped` counts rows of the file.
+    `PromptSet(train, heldout, dropped={"repeated": 12, "in_heldout": 3})`; `dropped` counts rows of the file.
     """
 
-    train: list[Prompt]
-    heldout: list[Prompt]
+    train: PromptFile
+    heldout: PromptFile
     dropped: dict[str, int]
+    rows: int
+    """Of the file."""
+
+    def summary(self) -> str:
+        """`kept 80 of 105 prompts to train on (5 repeated, 20 held out)`."""
+        repeated = self.dropped["repeated"]
+        left = {"repeated": repeated, "held out": self.rows - repeated - len(self.train)}
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in left.items() if number)
+        return f"kept {len(self.train):,} of {self.rows:,} prompts to train on" + (f" ({reasons})" if reasons else "")
 
 
-def split_prompts(config: PromptsConfig, seed: int, *, pinned: list[Prompt] | None = None) -> PromptSet:
+def split_prompts(
+    config: PromptsConfig, seed: int, *, pinned: PromptFile | None = None, cache: Path | None = None
+) -> PromptSet:
     """Read the prompts and hold some out: `heldout` of them by hash, or as many of `heldout_path`'s.
 
-    `pinned` are the held-out prompts of a run that has begun: they stay, whatever was added to the file since.
+    `pinned` are the held-out prompts of a run that has begun: they stay, whatever was added to the file since. In the
+    directory `cache` what was read is kept, so that files that have not changed are not read again.
 
     Raises:
         DataError: a file that cannot be read, or too few prompts for the held-out set and one round.
     """
-    prompts, repeated = _read_prompts(config.path, config.split, config.column, config.id_column)
+    prompts, rows = read_prompts(config.path, config.split, config.column, config.id_column, cache)
     pool = prompts
     if config.heldout_path is not None:
-        pool, _ = _read_prompts(config.heldout_path, config.split, config.column, config.id_column)
-    heldout = pinned or _ordered(pool, seed, "heldout")[: config.heldout]
-    if pinned and not {digest(p.content) for p in pinned} & {digest(p.content) for p in pool}:
+        pool, _ = read_prompts(config.heldout_path, config.split, config.column, config.id_column, cache)
+    heldout = pinned or _first(pool, config.heldout, seed, "heldout")
+    if pinned and not np.isin(pinned.contents, pool.contents).any():
         raise DataError(
             f"{config.heldout_path or config.path}: none of the {len(pinned):,} prompts that this run holds out is in it. "
             "Other prompts are another run: choose another run_dir, or name the file that has them in "
             "prompts.heldout_path"
         )
 
-    apart = heldout if pool is prompts else [*heldout, *pool]  # all of heldout_path, also what `heldout` leaves unused
-    ids, contents = {p.id for p in apart}, {digest(p.content) for p in apart}
-    train = [p for p in prompts if p.id not in ids and digest(p.content) not in contents]
+    apart = np.isin(prompts.ids, heldout.ids) | np.isin(prompts.contents, heldout.contents)
+    own = np.isin(prompts.ids, heldout.ids).sum() if pool is prompts else 0
+    if pool is not prompts:  # all of heldout_path, also what `heldout` leaves unused
+        apart |= np.isin(prompts.ids, pool.ids) | np.isin(prompts.contents, pool.contents)
+    train = prompts._among(~apart)
     if len(train) < config.per_round:
         raise DataError(
             f"{config.path}: {len(prompts):,} different prompts leave {len(train):,} to train on beside the "
             f"{len(heldout):,} held out, and a round needs {config.per_round:,}; add prompts, or lower "
             "prompts.per_round or prompts.heldout"
         )
-    own = {p.id for p in heldout} if pool is prompts else set()
-    in_heldout = sum(p.id not in own for p in prompts) - len(train)
-    return PromptSet(train, heldout, {"repeated": repeated, "in_heldout": in_heldout})
+    dropped = {"repeated": rows - len(prompts), "in_heldout": int(apart.sum() - own)}
+    return PromptSet(train, heldout, dropped, rows)
 
 
 def next_prompts(
-    prompts: PromptSet, used: Mapping[str, int], *, round: int, per_round: int, seed: int, reuse: bool
-) -> list[Prompt]:
+    prompts: PromptSet, used: Iterable[PromptFile], *, round: int, per_round: int, seed: int, reuse: bool
+) -> PromptFile:
     """The prompts of `round`: `per_round` of those used least so far, in a seeded order.
 
-    `used` counts, by id, the rounds before that saw a prompt; a prompt that is not in it is new, also where it was
-    added to the file since. With `reuse`, every prompt has its turn before one comes again, in another order.
+    `used` are the prompts of each round before; a prompt that is in none of them is new, even if it was added to the
+    file since. With `reuse`, every prompt has its turn before one comes again, in another order.
 
     Raises:
         DataError: fewer unused prompts are left than the round needs.
     """
-    fresh = sum(not used.get(p.id) for p in prompts.train)
-    count = len(prompts.train)
-    if count < per_round or (fresh < per_round and not reuse):
+    train = prompts.train
+    times = _occurrences(train.ids, np.concatenate([np.zeros(0, np.uint64), *(earlier.ids for earlier in used)]))
+    total, fresh = len(train), int((times == 0).sum())
+    if total < per_round or (fresh < per_round and not reuse):
         raise DataError(
-            f"round {round} needs {per_round:,} prompts, and {fresh:,} of {count:,} are left after "
+            f"round {round} needs {per_round:,} prompts, and {fresh:,} of {total:,} are left after "
             f"{round - 1} rounds; add prompts, lower prompts.per_round, or set prompts.reuse=true"
         )
-
-    def turn(prompt: Prompt) -> tuple[int, int]:
-        times = used.get(prompt.id, 0)
-        return times, derive_seed(seed, "order", times, prompt.id)
-
-    return sorted(prompts.train, key=turn)[:per_round]
-
-
-def load_prompts(path: str, split: str = "train", column: str = "prompt", id_column: str | None = None) -> list[Prompt]:
-    """The different prompts of a data set, in its order.
-
-    An id is the value of `id_column`, or else a hash of the prompt, and then repeated prompts are dropped. The other
-    columns travel in `Prompt.columns`; what JSON cannot hold becomes text.
-
-    Raises:
-        DataError: a file that cannot be read, a column that is missing, a prompt that is neither text nor messages,
-            is empty or ends with an assistant turn, or an id that occurs twice.
-    """
-    return _read_prompts(path, split, column, id_column)[0]
+    chosen: list[Array] = []
+    for turn in np.unique(times):
+        if sum(map(len, chosen)) < per_round:
+            (at,) = np.nonzero(times == turn)
+            seeds = train.seeds(seed, "order", int(turn))[at]
+            chosen.append(at[np.argsort(seeds, kind="stable")])  # of equal seeds, the first in the file
+    return train._among(np.concatenate(chosen)[:per_round])
 
 
 def check_lengths(lengths: Iterable[tuple[int, str]], limit: int) -> int:
@@ -134,92 +219,53 @@ def check_lengths(lengths: Iterable[tuple[int, str]], limit: int) -> int:
     return longest
 
 
-def load_rows(path: str, split: str, *, limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a data set, one at a time, so that its size does not matter: the first `limit` of them, or all.
+def read_prompts(
+    path: str, split: str = "train", column: str = "prompt", id_column: str | None = None, cache: Path | None = None
+) -> tuple[PromptFile, int]:
+    """The different prompts of a data set, in its order; and how many rows it has.
 
-    `path` is a .json, .jsonl or .csv file (also .gz), a .parquet file, a directory of such files, or a hub id. Of a
-    directory, the files named for `split` are read (`train.jsonl`, `train-00000-of-00002.parquet`), or all where no
-    name tells of a split. CSV values are text.
-
-    Raises:
-        DataError: a file that is missing, empty or broken (with the line, also while iterating), or a data set that
-            the hub does not give.
-    """
-    rows = islice(_rows(path, split), limit)
-    first = next(rows, None)
-    if first is None:
-        raise DataError(f"{path}: no rows in it")
-    return chain([first], rows)
-
-
-def source_digest(path: str, split: str) -> str:
-    """A hash of what `load_rows` reads: the bytes of its files, wherever they lie, or a hub data set's fingerprint.
+    An id is the value of `id_column`, or else a hash of the prompt, and then repeated prompts are dropped. The other
+    columns travel in `Prompt.columns`; what JSON cannot hold becomes text.
 
     Raises:
-        DataError: a file that is missing or cannot be read, or a data set that the hub does not give.
+        DataError: a file that cannot be read, a column that is missing, a prompt that is neither text nor messages,
+            is empty or ends with an assistant turn, or an id that occurs twice.
     """
-    files = _local_files(path, split)
-    if files is None:
-        return _hub_dataset(path, split)._fingerprint
-    try:
-        return digest([sha256_file(file) for file in files])
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-
-
-def column_value(row: dict[str, Any], column: str, where: str, remedy: str) -> Any:
-    """`row[column]`.
-
-    Raises:
-        DataError: the row has no such column; it names those there are and the nearest.
-    """
-    if column in row:
-        return row[column]
-    near = difflib.get_close_matches(column, row, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise DataError(f"{where}: no column {column!r}, only {', '.join(map(repr, row))}; {hint}{remedy}")
-
-
-def content_of(value: Any, where: str) -> str | list[Message]:
-    """`value` as text or chat messages, without keys that are null, as Parquet fills in.
-
-    Raises:
-        DataError: it is neither, or its text cannot be written as UTF-8.
-    """
-    content: str | list[Message]
-    if isinstance(value, str):
-        content, texts = value, [value]
-    elif isinstance(value, list) and all(isinstance(m, dict) for m in value):
-        content = [_message(m, f"{where}: message {number}") for number, m in enumerate(value, 1)]
-        texts = [text for message in content for text in message.values()]
+    rows = _prompts_of_rows(path, split, column, id_column)
+    if cache is None:
+        lines = _write(rows, tempfile.TemporaryFile())  # noqa: SIM115  # it lives as long as the prompts
     else:
+        stamp = digest([path, split, column, id_column, source_stamp(path, split)])
+        lines = _kept(rows, cache, digest(path), stamp)
+    _, first = np.unique(lines.ids, return_index=True)
+    if id_column is not None and len(first) < len(lines):
+        again = int(np.setdiff1d(np.arange(len(lines)), first)[0])
+        before = int(np.nonzero(lines.ids == lines.ids[again])[0][0])
+        (prompt_id,) = map(_id, lines.read(np.array([again])))
         raise DataError(
-            f"{where} is {_shown(value)}; it must be text, or a list of messages such as "
-            '{"role": "user", "content": "2+2?"}'
+            f"{path}: row {again + 1}: id {prompt_id!r} in column {id_column!r} is row {before + 1}'s already; ids must "
+            "be unique, or leave prompts.id_column out"
         )
-    try:
-        for text in texts:
-            text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where} has half of a surrogate pair, {error.object[error.start]!r}; write the whole"
-        ) from None
-    return content
+    return PromptFile(lines, np.sort(first).astype(np.int32)), len(lines)
 
 
-def _message(value: dict[str, Any], where: str) -> Message:
-    message = {key: item for key, item in value.items() if item is not None}
-    for key in ("role", "content", *message):
-        if not isinstance(message.get(key), str):
-            raise DataError(f"{where}: {key!r} is {_shown(message.get(key))}; it must be text")
-    return message
+def _occurrences(values: Array, among: Array) -> Array:
+    """How often each value is among others, [N] int64."""
+    found, counts = np.unique(among, return_counts=True)
+    at = np.minimum(np.searchsorted(found, values), max(len(found) - 1, 0))
+    return np.where(found[at] == values, counts[at], 0) if len(found) else np.zeros(len(values), np.int64)
 
 
-def _read_prompts(path: str, split: str, column: str, id_column: str | None) -> tuple[list[Prompt], int]:
-    """The different prompts, and how many rows repeated one."""
-    found: dict[str, Prompt] = {}
-    seen_in: dict[str, int] = {}
-    repeated = 0
+def _first(prompts: PromptFile, number: int, seed: int, purpose: str) -> PromptFile:
+    """The first `number` prompts in the order of (seed derived from the id, id)."""
+    seeds = prompts.seeds(seed, purpose)
+    last = np.sort(seeds)[:number][-1:]  # several may have this seed
+    (at,) = np.nonzero(seeds <= last) if len(last) else (np.zeros(0, np.int64),)
+    order = sorted(zip(seeds[at].tolist(), (prompt.id for prompt in prompts._among(at)), at.tolist(), strict=True))
+    return prompts._among(np.array([row for _, _, row in order[:number]], np.int64))
+
+
+def _prompts_of_rows(path: str, split: str, column: str, id_column: str | None) -> Iterator[Prompt]:
     for number, row in enumerate(load_rows(path, split), 1):
         where = f"{path}: row {number}"
         content = content_of(column_value(row, column, where, "set prompts.column"), f"{where}, column {column!r}")
@@ -232,218 +278,125 @@ def _read_prompts(path: str, split: str, column: str, id_column: str | None) -> 
             )
         if id_column is None:
             prompt_id = f"p-{digest(content)}"
-            if prompt_id in found:
-                repeated += 1
-                continue
         else:
             prompt_id = str(column_value(row, id_column, where, "set prompts.id_column"))
-            if prompt_id in found:
-                raise DataError(
-                    f"{where}: id {prompt_id!r} in column {id_column!r} is row {seen_in[prompt_id]}'s already; ids must "
-                    "be unique, or leave prompts.id_column out"
-                )
-            seen_in[prompt_id] = number
-        columns = {k: json_value(v) for k, v in row.items() if k not in (column, id_column)}
-        found[prompt_id] = Prompt(prompt_id, content, columns)
-    return list(found.values()), repeated
+        yield Prompt(prompt_id, content, {k: json_value(v) for k, v in row.items() if k not in (column, id_column)})
 
 
-def _ordered(prompts: list[Prompt], seed: int, *purpose: int | str) -> list[Prompt]:
-    return sorted(prompts, key=lambda p: (derive_seed(seed, *purpose, p.id), p.id))
+# Lines of a file
 
 
-def json_value(value: Any) -> Any:
-    """`value` where JSON can have it, else its text."""
-    try:
-        canonical(value).encode()
-    except (TypeError, ValueError):
-        return str(value).encode(errors="replace").decode()
-    return value
+@dataclass(frozen=True)
+class _Index:
+    """What finds, compares and orders M lines without reading them again."""
+
+    names: list[list[str]]  # the sets of columns that occur
+    ends: Array  # [M] int64, in bytes
+    ids: Array  # [M] uint64, hashes
+    contents: Array  # [M] uint64, hashes
+    columns: Array  # [M] uint32, which of `names` a line has
 
 
-def _shown(value: Any) -> str:
-    return "missing or null" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
+class _Lines:
+    """A file of prompts, a line each. The index of a file that was not written here is made when it is needed."""
+
+    def __init__(self, handle: IO[bytes], index: _Index | None = None) -> None:
+        self._handle = handle
+        self._seeds: dict[tuple[int | str, ...], Array] = {}
+        self.ends = _line_ends(handle) if index is None else index.ends
+        if index is not None:
+            self.index, self.ids = index, index.ids
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def read(self, rows: Array | None = None) -> Iterator[bytes]:
+        """The lines `rows`, in that order, or all of them."""
+        rows = np.arange(len(self)) if rows is None else rows
+        file = self._handle.fileno()
+        for at in range(0, len(rows), CHUNK):
+            some = rows[at : at + CHUNK]
+            begins, ends = np.where(some > 0, self.ends[some - 1], 0), self.ends[some]
+            start, size = int(begins.min()), int(ends.max() - begins.min())
+            if size <= 2 * (ends - begins).sum():  # they lie close together
+                block = os.pread(file, size, start)
+                begins, ends = begins - start, ends - start
+                yield from (block[b:e] for b, e in zip(begins.tolist(), ends.tolist(), strict=True))
+            else:
+                yield from (os.pread(file, e - b, b) for b, e in zip(begins.tolist(), ends.tolist(), strict=True))
+
+    def seeds(self, seed: int, *purpose: int | str) -> Array:
+        """`derive_seed(seed, *purpose, id)` of every line, [M] uint32; kept, since each round asks again."""
+        if (seed, *purpose) not in self._seeds:
+            self._seeds[seed, *purpose] = derive_seeds(seed, *purpose, items=map(_id, self.read()))
+        return self._seeds[seed, *purpose]
+
+    @cached_property
+    def ids(self) -> Array:
+        return np.fromiter((_hash(_id(line)) for line in self.read()), np.uint64, len(self))
+
+    @cached_property
+    def index(self) -> _Index:
+        return _write(map(_prompt, self.read()), open(os.devnull, "wb")).index
 
 
-# Files
+def _write(prompts: Iterable[Prompt], handle: IO[bytes]) -> _Lines:
+    """Write a line for each prompt."""
+    ends, ids, contents, columns = array("q"), array("Q"), array("Q"), array("I")
+    names: dict[tuple[str, ...], int] = {}
+    end = 0
+    for prompt in prompts:
+        content = canonical(prompt.content)
+        line = f"[{canonical(prompt.id)},{content},{canonical(prompt.columns)}]\n".encode()
+        end += handle.write(line)
+        ends.append(end)
+        ids.append(_hash(prompt.id))
+        contents.append(_hash(content))
+        columns.append(names.setdefault(tuple(prompt.columns), len(names)))
+    handle.flush()
+    arrays = (np.frombuffer(a, a.typecode) if a else np.zeros(0, a.typecode) for a in (ends, ids, contents, columns))
+    return _Lines(handle, _Index(list(map(list, names)), *arrays))
 
 
-def _rows(path: str, split: str) -> Iterator[dict[str, Any]]:
-    files = _local_files(path, split)
-    if files is None:
-        return iter(_hub_dataset(path, split))
-    return chain.from_iterable(map(_file_rows, files))
+def _kept(prompts: Iterable[Prompt], cache: Path, name: str, stamp: str) -> _Lines:
+    """The lines and their index in `cache`, made if there are none for this stamp; those of other stamps go."""
+    place = cache / f"{name}-{stamp}"
+    if not place.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=".", dir=cache))
+        try:
+            with open(fresh / LINES, "wb") as handle:
+                index = _write(prompts, handle).index
+            np.savez(fresh / INDEX, **{field: getattr(index, field) for field in ARRAYS})
+            write_json(fresh / NAMES, index.names)
+            sync_tree(fresh)
+            for old in cache.glob(f"{name}-*"):
+                shutil.rmtree(old)
+            os.replace(fresh, place)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    with np.load(place / INDEX) as arrays:
+        index = _Index(read_json(place / NAMES), *(arrays[field] for field in ARRAYS))
+    return _Lines(open(place / LINES, "rb"), index)  # read for as long as the prompts are
 
 
-def _local_files(path: str, split: str) -> list[Path] | None:
-    """The files that are read; None where the path is a hub id."""
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return _data_files(local, split)
-    if local.exists():
-        return [local]
-    # a hub id is one or two plain names; "v1.5" is no file's suffix
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1 or re.search(r"\.[a-zA-Z]\w*$", path):
-        raise DataError(f"{path}: no such file or directory; relative paths start at the current directory")
-    return None
+def _line_ends(handle: IO[bytes]) -> Array:
+    found, end = [np.zeros(0, np.int64)], 0
+    while block := handle.read(1 << 24):
+        found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + end + 1)
+        end += len(block)
+    return np.concatenate(found)
 
 
-def _hub_dataset(path: str, split: str) -> Any:
-    """A memory-mapped `datasets.Dataset`."""
-    import datasets
-    import huggingface_hub
-
-    try:
-        if not (huggingface_hub.constants.HF_HUB_OFFLINE or datasets.config.HF_DATASETS_OFFLINE):
-            huggingface_hub.dataset_info(path, timeout=8)  # load_dataset retries a wrong name for half a minute
-        return datasets.load_dataset(path, split=split)
-    except Exception as error:  # every layer of the hub's client has errors of its own
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(
-            f"{path}: no such file, and as a hub data set, split {split!r}, it cannot be loaded "
-            f"({type(error).__name__}: {reason}); check the name, the split and the network, or download it and give "
-            "the file"
-        ) from error
+def _prompt(line: bytes) -> Prompt:
+    value = json.loads(line)
+    return Prompt(**value) if isinstance(value, dict) else Prompt(*value)  # an object: pinned by version 0.1
 
 
-def _data_files(directory: Path, split: str) -> list[Path]:
-    hidden = (".", "_")
-    files = sorted(f for f in directory.iterdir() if _format(f) in FORMATS and f.is_file())
-    files = [f for f in files if not f.name.startswith(hidden) and f.name not in NOT_DATA]
-    if not files:
-        raise DataError(f"{directory}: no .json, .jsonl, .csv or .parquet file in it; name the directory that has them")
-    words = {f: re.split(r"[-._]", f.name) for f in files}
-    named = [f for f in files if re.split(r"[-.]", f.name)[0] == split] or [f for f in files if split in words[f]]
-    if not named and any(SPLIT_NAMES & set(w) for w in words.values()):
-        raise DataError(
-            f"{directory}: no file is named for split {split!r}, only {', '.join(f.name for f in files)}; set the split"
-        )
-    return named or files
+def _id(line: bytes) -> str:
+    """The id alone: the rest of the line is not decoded."""
+    return scanstring(line.decode(), 2)[0] if line.startswith(b'["') else _prompt(line).id
 
 
-def _format(file: Path) -> str:
-    return file.name.lower().removesuffix(".gz").rpartition(".")[2]
-
-
-def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
-    kind = _format(file)
-    if kind not in FORMATS:
-        raise DataError(f"{file}: unknown kind of file; give .json, .jsonl, .csv (also .gz) or .parquet")
-    if kind == "parquet":
-        yield from _parquet_rows(file)
-        return
-    opener: Any = gzip.open if file.name.lower().endswith(".gz") else open
-    try:
-        with opener(file, "rt", encoding="utf-8-sig", newline="") as handle:
-            yield from _csv_rows(handle, file) if kind == "csv" else _json_rows(handle, file)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from error
-
-
-def _json_rows(handle: TextIO, file: Path) -> Iterator[dict[str, Any]]:
-    """One object a line, or one list of objects, whatever the file's suffix: both are found as .json."""
-    while (head := handle.read(1)).isspace():
-        pass
-    handle.seek(0)
-    line = 0
-    try:
-        if head == "[":
-            for number, row in enumerate(_json_items(handle), 1):
-                yield _object(row, f"{file}: item {number}")
-            return
-        for line, text in enumerate(handle, 1):
-            if text.strip():
-                yield _object(json.loads(text), f"{file}:{line}")
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{file}:{line or error.lineno}: not valid JSON: {error.msg} at column {error.colno}; write one object a "
-            "line, or one list of objects"
-        ) from None
-
-
-def _json_items(handle: TextIO) -> Iterator[Any]:
-    """The items of a JSON list, decoded one by one, so that a large file is never in memory.
-
-    Raises:
-        json.JSONDecodeError: with the line and column in the file.
-    """
-    decoder = json.JSONDecoder()
-    text, at = "", 0  # what is in memory, and up to where it is decoded
-    line, column = 1, 0  # where in the file `text` begins
-
-    def fill() -> bool:
-        """Forget what is decoded and read on; False at the end of the file."""
-        nonlocal text, at, line, column
-        last = text.rfind("\n", 0, at)
-        line, column = line + text.count("\n", 0, at), at - last - 1 if last >= 0 else column + at
-        more = handle.read(max(1 << 20, len(text)))
-        text, at = text[at:] + more, 0
-        return bool(more)
-
-    def mark() -> str:
-        """The next character that is no white space; "" at the end of the file."""
-        nonlocal at
-        while True:
-            while text[at : at + 1].isspace():
-                at += 1
-            if at < len(text) or not fill():
-                return text[at : at + 1]
-
-    def failure(message: str, position: int) -> json.JSONDecodeError:
-        return json.JSONDecodeError(message, "\n" * (line - 1) + " " * column + text, line - 1 + column + position)
-
-    mark()
-    at += 1  # the opening bracket
-    closed = mark() == "]"
-    at += closed
-    while not closed:
-        mark()
-        while True:
-            try:
-                item, at = decoder.raw_decode(text, at)
-                break
-            except json.JSONDecodeError as error:
-                behind = error.pos - at
-                if not fill():  # or else the item was cut
-                    raise failure(error.msg, behind) from None
-        yield item
-        if mark() not in (",", "]"):
-            raise failure("Expecting ',' delimiter", at)
-        closed = text[at] == "]"
-        at += 1
-    if mark():
-        raise failure("Extra data", at)
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f'{where}: {_shown(value)}; a row is an object, such as {{"prompt": "2+2?"}}')
-    return value
-
-
-def _csv_rows(handle: TextIO, file: Path) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(sys.maxsize)  # a long prompt is no error
-    reader = csv.DictReader(handle, strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise DataError(
-                    f"{file}:{reader.line_num}: another number of fields than the header's "
-                    f"{len(reader.fieldnames or ())}; quote texts that hold commas or line breaks"
-                )
-            yield row
-    except csv.Error as error:
-        begins = reader.line_num + 1  # the line behind the last good row
-        raise DataError(f"{file}:{begins}: not valid CSV: {error}") from None
-
-
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file, buffer_size=1 << 20) as table:  # or else a row group is read whole
-            for batch in table.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file}: cannot be read as Parquet ({error})") from error
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

@@ -9,7 +9,7 @@ from typing import Any
 from iterdpo.config import OfflineConfig
 from iterdpo.data.pairs import hold_out, write_card, write_tables
 from iterdpo.data.preferences import PreferenceData
-from iterdpo.data.prompts import source_digest
+from iterdpo.data.rows import source_digest
 from iterdpo.errors import ConfigError, DataError
 from iterdpo.gate import Decision
 from iterdpo.report.metrics import round_metrics

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.config import SamplingConfig
-from iterdpo.data.round_prompts import Prompts
+from iterdpo.data.prompts import PromptFile
 from iterdpo.judging.shards import StreamingJudge
 from iterdpo.run.artifacts import (
     Completions,
@@ -24,7 +24,11 @@ from iterdpo.types import CompletionGroup, Prompt
 
 
 def sample(
-    run: IterativeRun, round: int, policy: PolicyCheckpoint, prompts: Prompts, streaming: StreamingJudge | None = None
+    run: IterativeRun,
+    round: int,
+    policy: PolicyCheckpoint,
+    prompts: PromptFile,
+    streaming: StreamingJudge | None = None,
 ) -> Completions:
     """K completions of each prompt, by `policy`. A `streaming` judge is given each shard as soon as it is durable."""
     step = sample_step(run, round, policy, prompts)
@@ -48,11 +52,11 @@ def sample(
     return Completions.of(step.path, manifest)
 
 
-def sample_step(run: IterativeRun, round: int, policy: PolicyCheckpoint, prompts: Prompts) -> Step:
+def sample_step(run: IterativeRun, round: int, policy: PolicyCheckpoint, prompts: PromptFile) -> Step:
     return run.dir.step(round, "completions", inputs(run, policy, prompts))
 
 
-def inputs(run: IterativeRun, policy: PolicyCheckpoint, prompts: Prompts) -> dict[str, Any]:
+def inputs(run: IterativeRun, policy: PolicyCheckpoint, prompts: PromptFile) -> dict[str, Any]:
     sampling = run.config.sampling
     return {
         "model": run.initial.digest,
@@ -63,7 +67,7 @@ def inputs(run: IterativeRun, policy: PolicyCheckpoint, prompts: Prompts) -> dic
     }
 
 
-def prompts_key(run: IterativeRun, prompts: Prompts) -> dict[str, Any]:
+def prompts_key(run: IterativeRun, prompts: PromptFile) -> dict[str, Any]:
     section = run.config.prompts
     return {
         "per_round": section.per_round,
@@ -99,7 +103,7 @@ def sample_shards(
     directory: Path,
     name: str,
     policy: PolicyCheckpoint,
-    prompts: Prompts,
+    prompts: PromptFile,
     parameters: SamplingParameters,
     seed_of: Callable[[str], int],
     *,

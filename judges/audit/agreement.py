@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from iterdpo.data.prompts import column_value, content_of, json_value, load_rows
+from iterdpo.data.rows import column_value, content_of, json_value, load_rows
 from iterdpo.errors import DataError, UserError
 from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.run.artifacts import completion_shards, read_completion_shard, read_groups

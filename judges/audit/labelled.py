@@ -8,8 +8,8 @@ from itertools import islice
 from typing import Any
 
 from iterdpo.data.preferences import Account, Content, Format, PreferenceData, RawPair, parse_rows
-from iterdpo.data.prompts import column_value, json_value, load_rows
 from iterdpo.data.rendering import completion_token_ids, prompt_token_ids
+from iterdpo.data.rows import column_value, json_value, load_rows
 from iterdpo.errors import DataError
 from iterdpo.types import Completion, CompletionGroup, Prompt
 

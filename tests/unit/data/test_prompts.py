@@ -1,160 +1,34 @@
 from __future__ import annotations
 
-import csv
-import gzip
-import json
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iterdpo.config import PromptsConfig
-from iterdpo.data.prompts import PromptSet, check_lengths, load_prompts, load_rows, next_prompts, split_prompts
+from iterdpo.data import prompts as module
+from iterdpo.data.prompts import PromptFile, PromptSet, check_lengths, next_prompts, read_prompts, split_prompts
 from iterdpo.errors import DataError
+from iterdpo.run.rundir import digest, write_jsonl
+from iterdpo.seeds import derive_seed
 from iterdpo.types import Prompt
-
-ROWS = [{"prompt": "2+2?", "gold": "4"}, {"prompt": "3+3?", "gold": "6"}]
-
-
-def write_rows(path: Path, rows: list[Any]) -> str:
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    match path.name.split(".", 1)[1]:
-        case "jsonl":
-            path.write_text(lines)
-        case "jsonl.gz":
-            path.write_bytes(gzip.compress(lines.encode()))
-        case "json":
-            path.write_text(json.dumps(rows, indent=2))
-        case "json.gz":
-            path.write_bytes(gzip.compress(json.dumps(rows).encode()))
-        case "csv":
-            with open(path, "w", newline="") as handle:
-                writer = csv.DictWriter(handle, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
-        case "parquet":
-            pq.write_table(pa.Table.from_pylist(rows), path)
-    return str(path)
-
-
-def numbered(count: int, start: int = 0) -> list[dict[str, str]]:
-    return [{"prompt": f"question {i}"} for i in range(start, start + count)]
+from tests.unit.data.test_rows import ROWS, numbered, write_rows
 
 
 def prompt_set(count: int) -> PromptSet:
-    return PromptSet([Prompt(f"p{i}", f"question {i}") for i in range(count)], [], {})
+    prompts = PromptFile.of(Prompt(f"p{i}", f"question {i}") for i in range(count))
+    return PromptSet(prompts, prompts[:0], {"repeated": 0, "in_heldout": 0}, count)
 
 
-# Reading
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.parquet"])
-def test_every_file_format_reads_the_same_rows(tmp_path: Path, name: str) -> None:
-    assert list(load_rows(write_rows(tmp_path / name, ROWS), "train")) == ROWS
-
-
-def test_a_json_file_may_have_one_object_a_line(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('{"prompt": "2+2?"}\n\n{"prompt": "3+3?"}\n')
-    assert list(load_rows(str(tmp_path / "a.json"), "train")) == [{"prompt": "2+2?"}, {"prompt": "3+3?"}]
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfprompt\r\n2+2?\r\n")
-    assert list(load_rows(str(tmp_path / "a.csv"), "train")) == [{"prompt": "2+2?"}]
-
-
-def test_csv_values_stay_text(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('prompt,gold\n"one, two",007\nNA,null\n')
-    rows = [{"prompt": "one, two", "gold": "007"}, {"prompt": "NA", "gold": "null"}]
-    assert list(load_rows(str(tmp_path / "a.csv"), "train")) == rows
-
-
-def test_limit_reads_the_first_rows_only(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"prompt": "2+2?"}\nbroken')
-    assert list(load_rows(str(tmp_path / "a.jsonl"), "train", limit=1)) == [{"prompt": "2+2?"}]
-
-
-def test_a_directory_is_read_by_split_where_file_names_tell(tmp_path: Path) -> None:
-    write_rows(tmp_path / "train-00000-of-00002.parquet", numbered(2))
-    write_rows(tmp_path / "train-00001-of-00002.parquet", numbered(1, start=2))
-    write_rows(tmp_path / "test.jsonl", numbered(1, start=9))
-    (tmp_path / "MANIFEST.json").write_text("{}")
-    assert list(load_rows(str(tmp_path), "train")) == numbered(3)
-    assert list(load_rows(str(tmp_path), "test")) == numbered(1, start=9)
-    with pytest.raises(DataError, match=r"no file is named for split 'dev', only test\.jsonl, train-00000"):
-        load_rows(str(tmp_path), "dev")
-
-
-def test_a_directory_whose_names_tell_no_split_is_read_whole(tmp_path: Path) -> None:
-    write_rows(tmp_path / "a.jsonl", numbered(1))
-    write_rows(tmp_path / "b.jsonl", numbered(1, start=1))
-    (tmp_path / "README.md").write_text("about")
-    assert list(load_rows(str(tmp_path), "train")) == numbered(2)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', r"a\.jsonl:2: not valid JSON: Expecting value at column"),
-        ("a.jsonl", b'{"prompt": "x"}\n[1]\n', r"a\.jsonl:2: list '\[1\]'; a row is an object"),
-        ("a.json", b'[\n{"prompt": "x"},\n{"prompt" "x"}]', r"a\.json:3: not valid JSON: Expecting ':' delimiter"),
-        ("a.json", b'[{"prompt": "x"}, 7]', r"a\.json: item 2: int '7'; a row is an object"),
-        ("a.jsonl", b"", r"a\.jsonl: no rows in it"),
-        ("a.csv", b"prompt,gold\n", r"a\.csv: no rows in it"),
-        ("a.csv", b"prompt,gold\nx,1\ny\n", r"a\.csv:3: another number of fields than the header's 2"),
-        ("a.csv", b'prompt\n"x\n', r"a\.csv:2: not valid CSV: unexpected end of data"),
-        ("a.jsonl", b'{"prompt": "\xff"}\n', r"a\.jsonl: cannot be read \(.*utf-8"),
-        ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz: cannot be read \(Not a gzipped file"),
-        (
-            "a.jsonl.gz",
-            gzip.compress(b'{"prompt": "x"}\n' * 99, mtime=0)[:-9],
-            r"a\.jsonl\.gz: cannot be read \(Compressed",
-        ),
-        ("a.parquet", b"PAR1 not", r"a\.parquet: cannot be read as Parquet"),
-        ("a.txt", b"hello", r"a\.txt: unknown kind of file; give \.json, \.jsonl, \.csv"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named_with_its_line(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        list(load_rows(str(tmp_path / name), "train"))
-
-
-@pytest.mark.parametrize("path", ["./prompts", "/no/such/dir", "~/no-such-dir", "prompts.jsonl", "data/a.txt", "a/b/c"])
-def test_a_missing_local_path_is_not_tried_on_the_hub(path: str) -> None:
-    with pytest.raises(DataError, match="no such file or directory"):
-        load_rows(path, "train")
-
-
-def test_a_data_set_that_the_hub_does_not_give_is_named_with_its_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda path, timeout: None)
-    asked = []
-
-    def unreachable(path: str, split: str) -> None:
-        asked.append((path, split))
-        raise ConnectionError("no route\nand more")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(
-        DataError, match=r"owner/data-v1\.5: .*split 'dev', it cannot be loaded \(ConnectionError: no route\)"
-    ):
-        load_rows("owner/data-v1.5", "dev")
-    assert asked == [("owner/data-v1.5", "dev")]
-
-
-def test_a_directory_without_data_says_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no \.json, \.jsonl, \.csv or \.parquet file in it"):
-        load_rows(str(tmp_path), "train")
+def load_prompts(*arguments: Any, **settings: Any) -> list[Prompt]:
+    return list(read_prompts(*arguments, **settings)[0])
 
 
 # Prompts
@@ -248,14 +122,16 @@ def split(path: str, seed: int = 0, **settings: Any) -> PromptSet:
 def test_train_and_heldout_partition_the_file(tmp_path: Path) -> None:
     prompts = split(write_rows(tmp_path / "a.jsonl", [*numbered(100), *numbered(5)]))
     assert (len(prompts.train), len(prompts.heldout)) == (80, 20)
-    assert {p.content for p in prompts.train + prompts.heldout} == {f"question {i}" for i in range(100)}
+    assert {p.content for part in (prompts.train, prompts.heldout) for p in part} == {
+        f"question {i}" for i in range(100)
+    }
     assert prompts.dropped == {"repeated": 5, "in_heldout": 0}
 
 
 def test_the_heldout_set_depends_on_the_seed_and_not_on_the_order_of_the_file(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", numbered(100))
     backwards = write_rows(tmp_path / "b.jsonl", numbered(100)[::-1])
-    assert split(path).heldout == split(backwards).heldout
+    assert list(split(path).heldout) == list(split(backwards).heldout)
     assert {p.id for p in split(path).heldout} != {p.id for p in split(path, seed=1).heldout}
 
 
@@ -294,7 +170,7 @@ def test_a_pinned_heldout_set_stays_when_the_file_grows(tmp_path: Path) -> None:
     before = split(write_rows(tmp_path / "a.jsonl", numbered(100)))
     config = PromptsConfig(path=write_rows(tmp_path / "b.jsonl", numbered(300)), per_round=10, heldout=20)
     after = split_prompts(config, 0, pinned=before.heldout)
-    assert after.heldout == before.heldout
+    assert list(after.heldout) == list(before.heldout)
     assert len(after.train) == 280
 
 
@@ -312,22 +188,20 @@ def test_prompts_of_another_file_are_not_mixed_with_those_that_a_run_holds_out(t
 def rounds_of(
     prompts: PromptSet, count: int, *, per_round: int, seed: int = 0, reuse: bool = False
 ) -> list[list[Prompt]]:
-    used: Counter[str] = Counter()
-    rounds: list[list[Prompt]] = []
+    rounds: list[PromptFile] = []
     for t in range(1, count + 1):
-        rounds.append(next_prompts(prompts, used, round=t, per_round=per_round, seed=seed, reuse=reuse))
-        used.update(p.id for p in rounds[-1])
-    return rounds
+        rounds.append(next_prompts(prompts, rounds, round=t, per_round=per_round, seed=seed, reuse=reuse))
+    return [list(prompts) for prompts in rounds]
 
 
 def test_prompts_added_between_rounds_join_without_repeating_any() -> None:
     small, large = prompt_set(20), prompt_set(60)
     [first] = rounds_of(small, 1, per_round=15)
-    used = {p.id: 1 for p in first}
-    second = next_prompts(large, used, round=2, per_round=45, seed=0, reuse=False)
+    second = next_prompts(large, [PromptFile.of(first)], round=2, per_round=45, seed=0, reuse=False)
     assert {p.id for p in first} | {p.id for p in second} == {p.id for p in large.train}
 
 
+@settings(deadline=None)  # files are written
 @given(count=st.integers(1, 40), per_round=st.integers(1, 40), seed=st.integers(0, 2**32))
 def test_rounds_share_no_prompt_and_lose_none(count: int, per_round: int, seed: int) -> None:
     prompts = prompt_set(count)
@@ -338,6 +212,7 @@ def test_rounds_share_no_prompt_and_lose_none(count: int, per_round: int, seed: 
         rounds_of(prompts, len(rounds) + 1, per_round=per_round, seed=seed)
 
 
+@settings(deadline=None)  # files are written
 @given(count=st.integers(1, 20), data=st.data())
 def test_with_reuse_every_pass_has_each_prompt_once_and_no_round_has_one_twice(count: int, data: st.DataObject) -> None:
     per_round = data.draw(st.integers(1, count))
@@ -369,7 +244,176 @@ def test_a_round_larger_than_the_file_is_refused_even_with_reuse() -> None:
 
 
 def test_the_longest_prompt_that_does_not_fit_is_named_with_its_tokens() -> None:
-    prompts = prompt_set(3).train
-    check_lengths(prompts, [5, 10, 10], 10)
+    ids = ["p0", "p1", "p2"]
+    assert check_lengths(zip([5, 10, 10], ids, strict=True), 10) == 10
     with pytest.raises(DataError, match=r"prompt 'p1' has 12 tokens, and 10 fit \(2 of 3 prompts are too long\)"):
-        check_lengths(prompts, [11, 12, 10], 10)
+        check_lengths(zip([11, 12, 10], ids, strict=True), 10)
+
+
+# On disk
+
+
+HOSTILE = [
+    Prompt("7", 'one\ntwo\u2028three " \\ ü 🙂', {"gold": None, "n": 0.1, "long": 10**30}),
+    Prompt('q"\n[', [{"role": "user", "content": "hi", "name": "Ann"}], {"b": [1, {"z": 1, "a": 2}], "a": "x"}),
+    Prompt("p-3", "x" * 5_000),
+]
+
+
+def test_prompts_come_back_in_order_from_memory_from_a_file_and_as_slices(tmp_path: Path) -> None:
+    prompts = PromptFile.of(HOSTILE)
+    prompts.write(tmp_path / "prompts.jsonl")
+    pinned = PromptFile.open(tmp_path / "prompts.jsonl")
+    assert list(prompts) == list(pinned) == HOSTILE
+    assert list(prompts[1:]) == list(pinned[1:]) == HOSTILE[1:]
+    assert prompts.columns() == pinned.columns() == {"gold", "n", "long", "a", "b"}
+    assert prompts[2:].columns() == pinned[2:].columns() == set()
+    assert prompts.ids.tolist() == pinned.ids.tolist()
+    assert prompts.contents.tolist() == pinned.contents.tolist()
+    assert [p.name for p in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_the_digest_is_that_of_ids_contents_and_columns_in_order(tmp_path: Path) -> None:
+    prompts = PromptFile.of(HOSTILE)
+    expected = digest([[p.id, p.content, p.columns] for p in HOSTILE])
+    assert prompts.digest() == expected != prompts[:2].digest()
+    assert prompts[:0].digest() == digest([])
+    write_jsonl(tmp_path / "of_version_0.1.jsonl", map(asdict, HOSTILE))
+    older = PromptFile.open(tmp_path / "of_version_0.1.jsonl")
+    assert list(older) == HOSTILE
+    assert older.digest() == expected
+    assert older.ids.tolist() == prompts.ids.tolist()
+
+
+@settings(deadline=None)  # files are written
+@given(count=st.integers(1, 3000), seed=st.integers(0, 2**32))
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_any_order_of_lines_is_read_in_that_order(chunk: int, count: int, seed: int) -> None:
+    rows = np.random.default_rng(seed).permutation(3000)[:count]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK", chunk)
+        assert [p.id for p in THREE_THOUSAND._among(rows)] == [f"p{n}" for n in rows]
+
+
+THREE_THOUSAND = PromptFile.of(Prompt(f"p{n}", "x" * (n % 50)) for n in range(3000))
+
+
+def kept_files(cache: Path) -> dict[str, int]:
+    return {p.relative_to(cache).as_posix(): p.stat().st_mtime_ns for p in cache.rglob("*") if p.is_file()}
+
+
+def test_files_that_have_not_changed_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    path = write_rows(tmp_path / "a.jsonl", [*numbered(100), *numbered(5)])
+    config = PromptsConfig(path=path, per_round=10, heldout=20)
+    first, files = split_prompts(config, 0, cache=cache), kept_files(cache)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "load_rows", lambda *_: pytest.fail("it was read again"))
+        again = split_prompts(config, 0, cache=cache)
+    plain = split_prompts(config, 0)
+    for each in (again, plain):
+        assert (list(each.train), list(each.heldout)) == (list(first.train), list(first.heldout))
+        assert (each.dropped, each.rows, each.train.columns()) == (first.dropped, first.rows, first.train.columns())
+    assert kept_files(cache) == files
+
+    write_rows(tmp_path / "a.jsonl", numbered(110))
+    grown = split_prompts(config, 0, cache=cache)
+    assert len(grown.train) == 90
+    assert len(list(cache.iterdir())) == 1
+    assert len(list(first.train)) == 80  # it is still open
+
+
+def test_a_file_that_is_refused_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [*numbered(3), {"prompt": ""}])
+    with pytest.raises(DataError, match="row 4, column 'prompt' is empty"):
+        read_prompts(path, cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+# Against lists
+
+
+def ordered(prompts: Sequence[Prompt], seed: int, *purpose: int | str) -> list[Prompt]:
+    return sorted(prompts, key=lambda p: (derive_seed(seed, *purpose, p.id), p.id))
+
+
+@settings(deadline=None)  # files are written
+@given(
+    texts=st.lists(st.integers(0, 30), min_size=12, max_size=60),
+    extra=st.lists(st.integers(0, 40), max_size=20),
+    ids=st.booleans(),
+    own_heldout=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_the_choice_is_that_of_plain_lists(
+    tmp_path_factory: pytest.TempPathFactory,
+    texts: list[int],
+    extra: list[int],
+    ids: bool,
+    own_heldout: bool,
+    seed: int,
+) -> None:
+    root = tmp_path_factory.mktemp("prompts")
+    rows = [{"prompt": f"q {n}", "key": f"k{i}"} for i, n in enumerate(texts)]
+    more = [{"prompt": f"q {n}", "key": f"h{i}"} for i, n in enumerate([*extra, 50])]
+    config = PromptsConfig(
+        path=write_rows(root / "a.jsonl", rows),
+        heldout_path=write_rows(root / "b.jsonl", more) if own_heldout else None,
+        id_column="key" if ids else None,
+        per_round=1,
+        heldout=3,
+    )
+
+    def read(rows: list[dict[str, str]]) -> list[Prompt]:
+        made = [Prompt(r["key"] if ids else f"p-{digest(r['prompt'])}", r["prompt"], {} if ids else r) for r in rows]
+        return [p for n, p in enumerate(made) if p.id not in {earlier.id for earlier in made[:n]}]
+
+    prompts = read(rows)
+    pool = read(more) if own_heldout else prompts
+    heldout = ordered(pool, seed, "heldout")[:3]
+    apart = [*heldout, *pool] if own_heldout else heldout
+    taken = {p.id for p in apart}, {p.content for p in apart}
+    train = [p.id for p in prompts if p.id not in taken[0] and p.content not in taken[1]]
+    if not train:
+        with pytest.raises(DataError, match="leave 0 to train on"):
+            split_prompts(config, seed)
+        return
+    found = split_prompts(config, seed)
+    assert [p.id for p in found.heldout] == [p.id for p in heldout]
+    assert [p.id for p in found.train] == train
+
+    used: dict[str, int] = {}
+    rounds: list[PromptFile] = []
+    per_round = max(1, len(train) // 2)
+    for t in range(1, 6):
+        rounds.append(next_prompts(found, rounds, round=t, per_round=per_round, seed=seed, reuse=True))
+        turns = {i: (used.get(i, 0), derive_seed(seed, "order", used.get(i, 0), i)) for i in train}
+        expected = sorted(train, key=turns.__getitem__)[:per_round]
+        assert [p.id for p in rounds[-1]] == expected
+        used |= {i: used.get(i, 0) + 1 for i in expected}
+
+
+def test_of_equal_seeds_the_id_decides_what_is_held_out_and_the_file_what_comes_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seeds = lambda seed, *purpose, items: np.array([int(item[-1]) % 2 for item in items], np.uint32)  # noqa: E731
+    monkeypatch.setattr(module, "derive_seeds", seeds)
+    prompts = PromptFile.of(Prompt(i, f"question {i}") for i in ("d0", "a1", "c0", "b2", "e0"))
+    assert [p.id for p in module._first(prompts, 3, 0, "heldout")] == ["b2", "c0", "d0"]
+    whole = PromptSet(prompts, prompts[:0], {}, 5)
+    order = next_prompts(whole, [], round=1, per_round=5, seed=0, reuse=False)
+    assert [p.id for p in order] == ["d0", "c0", "b2", "e0", "a1"]
+
+
+def test_what_was_kept_and_what_was_not_is_said(tmp_path: Path) -> None:
+    prompts = split(write_rows(tmp_path / "a.jsonl", [*numbered(100), *numbered(5)]))
+    assert prompts.summary() == "kept 80 of 105 prompts to train on (5 repeated, 20 held out)"
+    assert prompt_set(3).summary() == "kept 3 of 3 prompts to train on"
+
+
+def test_the_index_takes_at_most_40_bytes_a_prompt() -> None:
+    prompts = prompt_set(1000)
+    next_prompts(prompts, [], round=1, per_round=10, seed=0, reuse=False)
+    index = prompts.train._lines.index
+    arrays = [index.ends, index.ids, index.contents, index.columns, prompts.train._rows]
+    assert sum(a.nbytes for a in [*arrays, *prompts.train._lines._seeds.values()]) <= 40 * 1000

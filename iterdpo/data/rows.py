@@ -1,0 +1,279 @@
+"""The reader of every data file: rows one at a time, and the checks on what they hold."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import difflib
+import gzip
+import json
+import re
+import sys
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from iterdpo.errors import DataError
+from iterdpo.run.rundir import canonical, digest, sha256_file
+from iterdpo.types import Message
+
+FORMATS = ("json", "jsonl", "csv", "parquet")
+SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev", "eval"}
+NOT_DATA = {"MANIFEST.json", "STEP.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+
+
+def load_rows(path: str, split: str, *, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a data set, one at a time, so that its size does not matter: the first `limit` of them, or all.
+
+    `path` is a .json, .jsonl or .csv file (also .gz), a .parquet file, a directory of such files, or a hub id. Of a
+    directory, the files named for `split` are read (`train.jsonl`, `train-00000-of-00002.parquet`), or all if no
+    name tells of a split. CSV values are text.
+
+    Raises:
+        DataError: a file that is missing, empty or broken (with the line, also while iterating), or a data set that
+            the hub does not give.
+    """
+    rows = islice(_rows(path, split), limit)
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{path}: no rows in it")
+    return chain([first], rows)
+
+
+def source_digest(path: str, split: str) -> str:
+    """A hash of what `load_rows` reads: the bytes of its files, wherever they lie, or a hub data set's fingerprint.
+
+    Raises:
+        DataError: a file that is missing or cannot be read, or a data set that the hub does not give.
+    """
+    files = _local_files(path, split)
+    if files is None:
+        return _hub_dataset(path, split)._fingerprint
+    try:
+        return digest([sha256_file(file) for file in files])
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+
+
+def source_stamp(path: str, split: str) -> list[list[str | int]] | str:
+    """What changes if any of the files that `load_rows` reads does: names, sizes and times; or a hub data set's fingerprint.
+
+    Raises:
+        DataError: as `source_digest`.
+    """
+    files = _local_files(path, split)
+    if files is None:
+        return _hub_dataset(path, split)._fingerprint
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def column_value(row: dict[str, Any], column: str, where: str, remedy: str) -> Any:
+    """`row[column]`.
+
+    Raises:
+        DataError: the row has no such column; it names those there are and the nearest.
+    """
+    if column in row:
+        return row[column]
+    near = difflib.get_close_matches(column, row, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise DataError(f"{where}: no column {column!r}, only {', '.join(map(repr, row))}; {hint}{remedy}")
+
+
+def content_of(value: Any, where: str) -> str | list[Message]:
+    """`value` as text or chat messages, without keys that are null, as Parquet fills in.
+
+    Raises:
+        DataError: it is neither, or its text cannot be written as UTF-8.
+    """
+    content: str | list[Message]
+    if isinstance(value, str):
+        content, texts = value, [value]
+    elif isinstance(value, list) and all(isinstance(m, dict) for m in value):
+        content = [_message(m, f"{where}: message {number}") for number, m in enumerate(value, 1)]
+        texts = [text for message in content for text in message.values()]
+    else:
+        raise DataError(
+            f"{where} is {_shown(value)}; it must be text, or a list of messages such as "
+            '{"role": "user", "content": "2+2?"}'
+        )
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} has half of a surrogate pair, {error.object[error.start]!r}; write the whole"
+        ) from None
+    return content
+
+
+def json_value(value: Any) -> Any:
+    """`value` if JSON can hold it, else its text."""
+    try:
+        canonical(value).encode()
+    except (TypeError, ValueError):
+        return str(value).encode(errors="replace").decode()
+    return value
+
+
+def _message(value: dict[str, Any], where: str) -> Message:
+    message = {key: item for key, item in value.items() if item is not None}
+    for key in ("role", "content", *message):
+        if not isinstance(message.get(key), str):
+            raise DataError(f"{where}: {key!r} is {_shown(message.get(key))}; it must be text")
+    return message
+
+
+def _shown(value: Any) -> str:
+    return "missing or null" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
+
+
+def _rows(path: str, split: str) -> Iterator[dict[str, Any]]:
+    files = _local_files(path, split)
+    if files is None:
+        return iter(_hub_dataset(path, split))
+    return chain.from_iterable(map(_file_rows, files))
+
+
+def _local_files(path: str, split: str) -> list[Path] | None:
+    """The files that are read; None if the path is a hub id."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _data_files(local, split)
+    if local.exists():
+        return [local]
+    # a hub id is one or two plain names; "v1.5" is no file's suffix
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1 or re.search(r"\.[a-zA-Z]\w*$", path):
+        raise DataError(f"{path}: no such file or directory; relative paths start at the current directory")
+    return None
+
+
+def _hub_dataset(path: str, split: str) -> Any:
+    """A memory-mapped `datasets.Dataset`."""
+    import datasets
+    import huggingface_hub
+
+    try:
+        if not (huggingface_hub.constants.HF_HUB_OFFLINE or datasets.config.HF_DATASETS_OFFLINE):
+            huggingface_hub.dataset_info(path, timeout=8)  # load_dataset retries a wrong name for half a minute
+        return datasets.load_dataset(path, split=split)
+    except Exception as error:  # every layer of the hub's client has errors of its own
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"{path}: no such file, and as a hub data set, split {split!r}, it cannot be loaded "
+            f"({type(error).__name__}: {reason}); check the name, the split and the network, or download it and give "
+            "the file"
+        ) from error
+
+
+def _data_files(directory: Path, split: str) -> list[Path]:
+    hidden = (".", "_")
+    files = sorted(f for f in directory.iterdir() if _format(f) in FORMATS and f.is_file())
+    files = [f for f in files if not f.name.startswith(hidden) and f.name not in NOT_DATA]
+    if not files:
+        raise DataError(f"{directory}: no .json, .jsonl, .csv or .parquet file in it; name the directory that has them")
+    words = {f: re.split(r"[-._]", f.name) for f in files}
+    named = [f for f in files if re.split(r"[-.]", f.name)[0] == split] or [f for f in files if split in words[f]]
+    if not named and any(SPLIT_NAMES & set(w) for w in words.values()):
+        raise DataError(
+            f"{directory}: no file is named for split {split!r}, only {', '.join(f.name for f in files)}; set the split"
+        )
+    return named or files
+
+
+def _format(file: Path) -> str:
+    return file.name.lower().removesuffix(".gz").rpartition(".")[2]
+
+
+def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
+    kind = _format(file)
+    if kind not in FORMATS:
+        raise DataError(f"{file}: unknown kind of file; give .json, .jsonl, .csv (also .gz) or .parquet")
+    if kind == "parquet":
+        yield from _parquet_rows(file)
+        return
+    opener: Any = gzip.open if file.name.lower().endswith(".gz") else open
+    try:
+        with opener(file, "rt", encoding="utf-8-sig", newline="") as handle:
+            yield from _csv_rows(handle, file) if kind == "csv" else _json_rows(handle, file)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error})") from error
+
+
+def _json_rows(handle: TextIO, file: Path) -> Iterator[dict[str, Any]]:
+    """One object a line, or one list of objects, whatever the file's suffix: both are found as .json."""
+    while (head := handle.read(1)).isspace():
+        pass
+    handle.seek(0)
+    line = 0
+    try:
+        if head == "[":
+            for number, row in enumerate(_json_items(handle), 1):
+                yield _object(row, f"{file}: item {number}")
+            return
+        for line, text in enumerate(handle, 1):
+            if text.strip():
+                yield _object(json.loads(text), f"{file}:{line}")
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{file}:{line or error.lineno}: not valid JSON: {error.msg} at column {error.colno}; write one object a "
+            "line, or one list of objects"
+        ) from None
+
+
+def _json_items(handle: TextIO) -> Iterator[Any]:
+    """The items of a JSON list, one by one, so that a large file is never in memory.
+
+    ijson names no line, and refuses NaN and integers of more than 64 bits: where it gives up, the standard library reads
+    the whole file and takes over, or names the fault. Of half a surrogate pair ijson makes a question mark.
+
+    Raises:
+        json.JSONDecodeError: with the line and column in the file.
+    """
+    import ijson  # type: ignore[import-untyped]
+
+    handle.buffer.seek(len(codecs.BOM_UTF8) if handle.buffer.read(3) == codecs.BOM_UTF8 else 0)
+    number = 0
+    try:
+        for number, item in enumerate(  # noqa: B007  # used below
+            ijson.items(handle.buffer, "item", use_float=True), 1
+        ):
+            yield item
+    except ijson.JSONError:
+        handle.seek(0)
+        yield from islice(json.load(handle), number, None)
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f'{where}: {_shown(value)}; a row is an object, such as {{"prompt": "2+2?"}}')
+    return value
+
+
+def _csv_rows(handle: TextIO, file: Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # a long prompt is no error
+    reader = csv.DictReader(handle, strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{file}:{reader.line_num}: another number of fields than the header's "
+                    f"{len(reader.fieldnames or ())}; quote texts that hold commas or line breaks"
+                )
+            yield row
+    except csv.Error as error:
+        begins = reader.line_num + 1  # the line after the last good row
+        raise DataError(f"{file}:{begins}: not valid CSV: {error}") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file, buffer_size=1 << 20) as table:  # or else a row group is read whole
+            for batch in table.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{file}: cannot be read as Parquet ({error})") from error
