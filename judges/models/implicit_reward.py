@@ -8,69 +8,64 @@ up to beta * log Z(x), which the completions of a prompt share. With `length_nor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from iterdpo.errors import DataError, JudgeError
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
-from judges.base import Abstention, check_choice, judgment_from_outcomes
+from judges.base import Abstention, check_choice, is_number, judgment_from_outcomes
 from judges.models.checkpoint import checkpoint_config, free_memory
 
 PRECISIONS = ("bf16", "fp32")
 
 
+@dataclass(eq=False, repr=False)
 class ImplicitReward(JudgeBase):
-    """Scores completions by a trained policy and the reference that it was trained against. `load_judge` sets the version.
+    """Scores completions by a trained policy and the reference that it was trained against.
 
-    The tokens scored are those that were sampled, where this policy's tokenizer gives the prompt the ids that the sampler
-    continued, and reads the sampled ids as the completion's text. Otherwise prompt and completion are tokenized anew,
-    with an end token unless the completion was cut off.
+    The sampled tokens are scored, if this policy's tokenizer gives the prompt the ids that the sampler continued, and
+    reads the sampled ids as the completion's text. Otherwise prompt and completion are tokenized anew, with an end token
+    unless the completion was cut off.
 
     The first judgment loads both models, in float32 and side by side: 8 bytes for each parameter of one. `close` frees
     them.
-
-    Args:
-        policy, reference: checkpoint directories, adapters, or hub ids, with the same tokenizer.
-        beta: that of the training; it scales the scores.
-        length_normalized: the reward of a token, instead of the whole completion's.
-        precision: `bf16` (autocast) or `fp32`.
-        batch_size: completions in one forward pass; changes memory and speed.
-        trust_remote_code: run Python code that ships with the checkpoints.
     """
+
+    policy: str
+    """A checkpoint directory, an adapter, or a hub id."""
+    reference: str
+    """The same, with the same tokenizer."""
+    beta: float = 0.1
+    """The beta of the policy's training; it scales the scores."""
+    length_normalized: bool = False
+    """The mean reward of a token, instead of the sum over the completion."""
+    precision: str = "bf16"
+    """`bf16` (autocast) or `fp32`."""
+    batch_size: int = 32
+    """Completions in one forward pass; changes memory and speed."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the checkpoints."""
 
     SPEED_ONLY = frozenset({"batch_size"})
 
-    def __init__(
-        self,
-        policy: str,
-        reference: str,
-        beta: float = 0.1,
-        length_normalized: bool = False,
-        precision: str = "bf16",
-        batch_size: int = 32,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.name = f"implicit_reward:{Path(policy).name}"
-        self.policy = policy
-        self.reference = reference
-        self.beta = beta
-        self.length_normalized = length_normalized
-        self.precision = precision
-        self.batch_size = batch_size
-        self.trust_remote_code = trust_remote_code
-        self._models: list[Any] = []  # of policy and reference, while they are loaded
+    def __post_init__(self) -> None:
+        self.name = f"implicit_reward:{Path(self.policy).name}"
+        self._models: list[Any] = []  # policy and reference, while they are loaded
         self._tokenizer: Any = None
         self._limit = 0
 
-    @staticmethod
-    def check(policy: str, reference: str, beta: Any = 0.1, precision: str = "bf16", **_: Any) -> None:
-        if not isinstance(beta, int | float) or not beta > 0:
+    @classmethod
+    def check(cls, *_: Any, **args: Any) -> None:
+        """Refuse bad arguments, and look for both checkpoints. A hub id is not looked up."""
+        judge = cls(**args)
+        if not is_number(judge.beta) or judge.beta <= 0:
             raise JudgeError(
-                f"implicit reward: beta is {beta!r}; it is a number above 0, that of the policy's training"
+                f"implicit reward: beta is {judge.beta!r}; it is a number above 0, that of the policy's training"
             )
-        check_choice("implicit reward", "precision", precision, PRECISIONS)
-        for role, model in (("policy", policy), ("reference", reference)):
+        check_choice("implicit reward", "precision", judge.precision, PRECISIONS)
+        for role, model in (("policy", judge.policy), ("reference", judge.reference)):
             if not (Path(model).expanduser() / "adapter_config.json").is_file():
                 checkpoint_config(model, f"implicit reward: {role} {model}")
 
@@ -127,7 +122,7 @@ class ImplicitReward(JudgeBase):
         return row
 
     def _sampled(self, group: CompletionGroup, completion: Completion) -> _Row | None:
-        """The ids that were sampled; None where another tokenizer made them."""
+        """The ids that were sampled; None if another tokenizer made them."""
         from iterdpo.data.rendering import prompt_token_ids
 
         try:
@@ -136,7 +131,7 @@ class ImplicitReward(JudgeBase):
             return None
         if not same or max(completion.token_ids, default=0) >= len(self._tokenizer):
             return None
-        # Ids may go on behind the text: an end token, a stop string, half a character.
+        # Ids may go on after the text: an end token, a stop string, half a character.
         decoded = self._tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         return (
             _Row(group.prompt_ids, completion.token_ids) if _bare(decoded).startswith(_bare(completion.text)) else None

@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,71 +39,57 @@ REMEDY = "PairRM in its Hugging Face form (llm-blender/PairRM-hf), or a ...ForSe
 PLACES = re.compile(r"\{(prompt|first|second)\}")
 
 
+@dataclass(eq=False, repr=False)
 class PairRanker(JudgeBase):
     """Every two completions of a prompt in both orders, each with the probability that the first is better.
 
     A completion's score is its mean probability of being better than another one of the prompt, over both orders. Marks
     and other special tokens within a text are read as plain text. Nothing is cut: two completions that do not fit are not
-    compared, and then neither has a score. `load_judge` sets the version.
-
-    Args:
-        model: a checkpoint directory, or a hub id. Weights are read from safetensors only, never unpickled.
-        text: what a classifier reads, with {prompt}, {first} and {second} in their places. PairRM has its own form.
-        text_pair: its second text, which the tokenizer sets off from the first; null where it reads a single one.
-        max_length: most tokens in a row. Default: what the model allows, and 2,048 for PairRM.
-        batch_size: rows in one forward pass; changes memory and speed.
-        dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
-        device: `cuda`, `cuda:1`, `cpu`, … Default: the GPU, where there is one.
-        revision: a hub id's branch, tag or commit.
-        trust_remote_code: run Python code that ships with the checkpoint.
+    compared, and then neither has a score.
     """
+
+    model: str
+    """A checkpoint directory, or a hub id. Weights are read from safetensors only, never unpickled."""
+    text: str = "{prompt}"
+    """The text that a classifier reads, with {prompt}, {first} and {second} in their places. PairRM has its own form."""
+    text_pair: str | None = "Response A: {first}\n\nResponse B: {second}"
+    """Its second text, which the tokenizer sets off from the first; null if it reads a single one."""
+    max_length: int | None = None
+    """Most tokens in a row. Default: the model's limit, and 2,048 for PairRM."""
+    batch_size: int = 16
+    """Rows in one forward pass; changes memory and speed."""
+    dtype: str = "auto"
+    """`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`."""
+    device: str | None = None
+    """`cuda`, `cuda:1`, `cpu`, … Default: the GPU, if there is one."""
+    revision: str | None = None
+    """A hub id's branch, tag or commit."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the checkpoint."""
 
     SPEED_ONLY = frozenset({"batch_size", "device"})
     comparative = True
 
-    def __init__(
-        self,
-        model: str,
-        text: str = "{prompt}",
-        text_pair: str | None = "Response A: {first}\n\nResponse B: {second}",
-        max_length: int | None = None,
-        batch_size: int = 16,
-        dtype: str = "auto",
-        device: str | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.name = f"pair_ranker:{Path(model).name}"
-        self.path = str(model)
-        self.text = text
-        self.text_pair = text_pair
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.dtype = dtype
-        self.device = device
-        self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    def __post_init__(self) -> None:
+        self.name = f"pair_ranker:{Path(self.model).name}"
+        self._what = f"pair ranker {self.model}"
         self._model: Any = None
         self._tokenizer: Any = None
         self._pairrm = False
 
-    @staticmethod
-    def check(
-        model: str,
-        text: str = "{prompt}",
-        text_pair: str | None = "{first}{second}",
-        dtype: str = "auto",
-        **_: Any,
-    ) -> None:
-        what = f"pair ranker {model}"
-        check_choice(what, "dtype", dtype, DTYPES)
-        named = set(PLACES.findall(f"{text}{text_pair or ''}"))
+    @classmethod
+    def check(cls, *_: Any, **args: Any) -> None:
+        """Refuse bad arguments, and look at the checkpoint's config.json. A hub id is not looked up."""
+        judge = cls(**args)
+        what = judge._what
+        check_choice(what, "dtype", judge.dtype, DTYPES)
+        named = set(PLACES.findall(f"{judge.text}{judge.text_pair or ''}"))
         if not {"first", "second"} <= named:
             raise JudgeError(f"{what}: text and text_pair do not name {{first}} and {{second}}; both must be in them")
-        config = checkpoint_config(model, what)
-        if config is None or _is_pairrm(config):
-            return
-        check_architecture(what, config.get("architectures"), ["SequenceClassification"], REMEDY)
-        _check_one_label(what, label_count(config))
+        config = checkpoint_config(judge.model, what)
+        if config is not None and not _is_pairrm(config):
+            check_architecture(what, config.get("architectures"), ["SequenceClassification"], REMEDY)
+            _check_one_label(what, label_count(config))
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         """One judgment for each group. The first call loads the model.
@@ -141,22 +128,24 @@ class PairRanker(JudgeBase):
         free_memory()
 
     def _load(self) -> None:
-        what = f"pair ranker {self.path}"
-        config, tokenizer = load_config_and_tokenizer(what, self.path, **self.source)
+        source = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        config, tokenizer = load_config_and_tokenizer(self._what, self.model, **source)
         self._pairrm = _is_pairrm(config.to_dict())
         kind: Any
         if self._pairrm:
             from judges.models.pairrm import PairRM
 
-            kind, source = PairRM, {"revision": self.source["revision"]}  # PairRM is ours: no code to trust
+            kind, source = PairRM, {"revision": self.revision}  # PairRM is ours: no code to trust
         else:
             from transformers import AutoModelForSequenceClassification
 
-            _check_one_label(what, config.num_labels)
-            kind, source = AutoModelForSequenceClassification, self.source
-        model = load_classifier(what, kind, self.path, dtype=self.dtype, device=self.device, **source)
+            _check_one_label(self._what, config.num_labels)
+            kind = AutoModelForSequenceClassification
+        model = load_classifier(self._what, kind, self.model, dtype=self.dtype, device=self.device, **source)
         if tokenizer.pad_token_id is None:
-            raise JudgeError(f"{what}: its tokenizer has no pad token; set pad_token in its tokenizer_config.json")
+            raise JudgeError(
+                f"{self._what}: its tokenizer has no pad token; set pad_token in its tokenizer_config.json"
+            )
         self._model, self._tokenizer = model, tokenizer
 
     def _limit(self) -> int:
@@ -165,7 +154,7 @@ class PairRanker(JudgeBase):
         return token_limit(self._model.config, self._tokenizer, self.max_length)
 
     def _row(self, prompt: Prompt, first: str, second: str) -> tuple[list[int], list[int]]:
-        """Token ids of one comparison, and which text each belongs to (empty where the model does not tell)."""
+        """Token ids of one comparison, and which text each belongs to (empty if the model does not tell)."""
         # Special tokens in a text are that text's: a completion could write the mark of another one.
         plain = {"split_special_tokens": True}
         tokenizer = self._tokenizer

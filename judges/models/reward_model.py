@@ -1,7 +1,7 @@
 """Scores by a reward model: any Hugging Face sequence-classification checkpoint.
 
-The score is the logit of the one label, or `logit[1] - logit[0]`, the log-odds of label 1, where there are two. Of
-several heads it is one, or their weighted sum.
+The score is the logit of the one label, or `logit[1] - logit[0]`, the log-odds of label 1, if there are two. Of
+several labels it is one, or their weighted sum.
 
 A reward model that writes its verdict is a language model: `use: pairwise` or `use: rubric`, with `serve`.
 """
@@ -9,6 +9,7 @@ A reward model that writes its verdict is a language model: `use: pairwise` or `
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,62 +34,75 @@ ARCHITECTURES = ("SequenceClassification", "RewardModel")
 REMEDY = "a checkpoint of a ...ForSequenceClassification"
 
 
+@dataclass(eq=False, repr=False)
 class RewardModelJudge(JudgeBase):
     """Scores completions with a sequence classifier, in batches of similar length.
 
     A prompt of messages goes through the checkpoint's own chat template; a plain prompt and its completion are
-    joined as they are. Nothing is truncated: a completion that does not fit abstains. `load_judge` sets the version.
-
-    Args:
-        model: a checkpoint directory, or a hub id. Weights are read from safetensors only, never unpickled.
-        weights: one number a label; the score is the sum of weight times logit.
-        head: the label whose logit is the score, from 0. Not beside `weights`.
-        backend: `transformers`, or `vllm`: vLLM's pooling runner in a process of its own, for large models. The same
-            logits, but for rounding.
-        batch_size: completions in one forward pass; changes memory and speed.
-        max_length: most tokens of prompt and completion together. Default: what the model allows.
-        dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
-        device: `cuda`, `cuda:1`, `cpu`, … Default: the GPU, where there is one. For `transformers`.
-        engine: further keyword arguments of `vllm.LLM`, such as `{gpu_memory_utilization: 0.5}`. For `vllm`.
-        revision: a hub id's branch, tag or commit.
-        trust_remote_code: run Python code that ships with the checkpoint.
+    joined as they are. Nothing is truncated: a completion that does not fit abstains.
     """
+
+    model: str
+    """A checkpoint directory, or a hub id. Weights are read from safetensors only, never unpickled."""
+    weights: list[float] | None = None
+    """One number a label; the score is the sum of weight times logit."""
+    head: int | None = None
+    """The label whose logit is the score, from 0. Not with `weights`."""
+    backend: str = "transformers"
+    """`transformers`, or `vllm`: vLLM's pooling runner in a process of its own, for large models. The logits differ only
+    by rounding."""
+    batch_size: int = 16
+    """Completions in one forward pass; changes memory and speed."""
+    max_length: int | None = None
+    """Most tokens of prompt and completion together. Default: the model's limit."""
+    dtype: str = "auto"
+    """`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`."""
+    device: str | None = None
+    """`cuda`, `cuda:1`, `cpu`, … Default: the GPU, if there is one. For `transformers`."""
+    engine: dict[str, Any] | None = None
+    """Further keyword arguments of `vllm.LLM`, such as `{gpu_memory_utilization: 0.5}`. For `vllm`."""
+    revision: str | None = None
+    """A hub id's branch, tag or commit."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the checkpoint."""
 
     SPEED_ONLY = frozenset({"batch_size", "device"})
 
-    def __init__(
-        self,
-        model: str,
-        weights: list[float] | None = None,
-        head: int | None = None,
-        backend: str = "transformers",
-        batch_size: int = 16,
-        max_length: int | None = None,
-        dtype: str = "auto",
-        device: str | None = None,
-        engine: dict[str, Any] | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.name = f"reward_model:{Path(model).name}"
-        self.path = str(model)
-        self.weights = weights
-        self.head = head
-        self.backend = backend
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self.dtype = dtype
-        self.device = device
-        self.engine = engine or {}
-        self.source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    def __post_init__(self) -> None:
+        self.name = f"reward_model:{Path(self.model).name}"
+        self._what = f"reward model {self.model}"
+        self._source: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         self._config: Any = None
         self._model: Any = None  # a transformers model, or a Pooler
         self._tokenizer: Any = None
         self._names_pad = False
 
-    @staticmethod
-    def check(**args: Any) -> None:
-        check_reward_model(**args)
+    @classmethod
+    def check(cls, *_: Any, **args: Any) -> None:
+        """Refuse bad arguments, and look at the checkpoint's config.json. A hub id is not looked up.
+
+        Raises:
+            JudgeError: no such directory, a checkpoint that is no sequence classifier, labels that make no score, or an
+                unsupported argument value.
+        """
+        judge = cls(**args)
+        what, weights, head = judge._what, judge.weights, judge.head
+        check_choice(what, "dtype", judge.dtype, DTYPES)
+        check_choice(what, "backend", judge.backend, BACKENDS)
+        if weights is not None and head is not None:
+            raise JudgeError(f"{what}: has both weights and head; a score comes from either")
+        if weights is not None and not (isinstance(weights, list) and weights and all(map(is_number, weights))):
+            raise JudgeError(f"{what}: weights is {weights!r}; it is a list with a number for each label")
+        if head is not None and (not isinstance(head, int) or head < 0):
+            raise JudgeError(f"{what}: head is {head!r}; it is the number of a label, from 0")
+        for name, value, owner in (("device", judge.device, "transformers"), ("engine", judge.engine, "vllm")):
+            if value is not None and judge.backend != owner:
+                raise JudgeError(
+                    f"{what}: {name} is for `backend: {owner}`, and the backend is {judge.backend}; leave it out"
+                )
+        if config := checkpoint_config(judge.model, what):
+            check_architecture(what, config.get("architectures"), ARCHITECTURES, REMEDY)
+            judge._check_labels(label_count(config))
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         """One score for each completion. The first call loads the model.
@@ -121,18 +135,31 @@ class RewardModelJudge(JudgeBase):
         free_memory()
 
     def _load(self) -> None:
-        what = f"reward model {self.path}"
-        self._config, self._tokenizer = load_config_and_tokenizer(what, self.path, **self.source)
-        _check_labels(what, self._config.num_labels, self.weights, self.head)
+        self._config, self._tokenizer = load_config_and_tokenizer(self._what, self.model, **self._source)
+        self._check_labels(self._config.num_labels)
         if self.backend == "vllm":
-            check_architecture(what, self._config.architectures, ARCHITECTURES, REMEDY)
+            check_architecture(self._what, self._config.architectures, ARCHITECTURES, REMEDY)
             limit = token_limit(self._config, self._tokenizer, self.max_length)
-            self._model = Pooler(self.path, {"max_model_len": limit, "dtype": self.dtype, **self.source, **self.engine})
+            engine = {"max_model_len": limit, "dtype": self.dtype, **self._source, **(self.engine or {})}
+            self._model = Pooler(self.model, engine)
         else:
             from transformers import AutoModelForSequenceClassification as Auto
 
-            self._model = load_classifier(what, Auto, self.path, dtype=self.dtype, device=self.device, **self.source)
+            self._model = load_classifier(
+                self._what, Auto, self.model, dtype=self.dtype, device=self.device, **self._source
+            )
             self._names_pad = self._model.config.get_text_config().pad_token_id is not None
+
+    def _check_labels(self, count: int) -> None:
+        if self.weights is not None and len(self.weights) != count:
+            raise JudgeError(f"{self._what}: has {count} labels, and there are {len(self.weights)} weights")
+        if self.head is not None and self.head >= count:
+            raise JudgeError(f"{self._what}: has {count} labels, numbered from 0, and head is {self.head}")
+        if self.weights is None and self.head is None and count not in (1, 2):
+            raise JudgeError(
+                f"{self._what}: has {count} labels; a score comes from one label, or from the log-odds of two. With "
+                f"more, give `weights`, a list of {count} numbers, or `head`, the number of one"
+            )
 
     def _token_ids(self, prompt: Prompt, completion: str) -> list[int]:
         tokenizer = self._tokenizer
@@ -142,7 +169,7 @@ class RewardModelJudge(JudgeBase):
             return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids  # the text brought a BOS of its own
         if tokenizer.chat_template is None:
             raise JudgeError(
-                f"reward model {self.path}: its tokenizer has no chat template, and prompt {prompt.id!r} is a list of "
+                f"{self._what}: its tokenizer has no chat template, and prompt {prompt.id!r} is a list of "
                 "messages; use plain-text prompts, or a reward model for chats"
             )
         messages = [*prompt.content, {"role": "assistant", "content": completion}]
@@ -180,49 +207,3 @@ class RewardModelJudge(JudgeBase):
             ).logits.float()  # [B, labels]
         values: list[list[float]] = logits.tolist()
         return values
-
-
-def check_reward_model(
-    model: str,
-    dtype: str = "auto",
-    weights: Any = None,
-    head: Any = None,
-    backend: str = "transformers",
-    device: str | None = None,
-    engine: Any = None,
-    **_: Any,
-) -> None:
-    """Look at a checkpoint's config.json, without loading it. A hub id is not looked up.
-
-    Raises:
-        JudgeError: no such directory, a checkpoint that is no sequence classifier, labels that make no score, or an
-            unsupported argument value.
-    """
-    what = f"reward model {model}"
-    check_choice(what, "dtype", dtype, DTYPES)
-    check_choice(what, "backend", backend, BACKENDS)
-    if weights is not None and head is not None:
-        raise JudgeError(f"{what}: has both weights and head; a score comes from either")
-    if weights is not None and not (isinstance(weights, list) and weights and all(map(is_number, weights))):
-        raise JudgeError(f"{what}: weights is {weights!r}; it is a list with a number for each label")
-    if head is not None and (not isinstance(head, int) or head < 0):
-        raise JudgeError(f"{what}: head is {head!r}; it is the number of a label, from 0")
-    for name, value, owner in (("device", device, "transformers"), ("engine", engine, "vllm")):
-        if value is not None and backend != owner:
-            raise JudgeError(f"{what}: {name} is for `backend: {owner}`, and the backend is {backend}; leave it out")
-    config = checkpoint_config(model, what)
-    if config is not None:
-        check_architecture(what, config.get("architectures"), ARCHITECTURES, REMEDY)
-        _check_labels(what, label_count(config), weights, head)
-
-
-def _check_labels(what: str, count: int, weights: list[float] | None, head: int | None) -> None:
-    if weights is not None and len(weights) != count:
-        raise JudgeError(f"{what}: has {count} labels, and there are {len(weights)} weights")
-    if head is not None and head >= count:
-        raise JudgeError(f"{what}: has {count} labels, numbered from 0, and head is {head}")
-    if weights is None and head is None and count not in (1, 2):
-        raise JudgeError(
-            f"{what}: has {count} labels; a score comes from one label, or from the log-odds of two; of "
-            f"more, give `weights`, a list of {count} numbers, or `head`, the number of one"
-        )
