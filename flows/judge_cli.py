@@ -265,7 +265,7 @@ def _described(found: dict[str, Any], completions: list[str]) -> Iterator[str]:
     """A verdict for a reader: what was asked and replied, then what came of it."""
     import json
 
-    from iterdpo.report.page import visible
+    from iterdpo.escape import visible
 
     for number, call in enumerate(found["trace"], 1):
         for message in call["messages"]:

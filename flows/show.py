@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import UserError
-from iterdpo.judging.stats import printable
+from iterdpo.escape import printable
 from iterdpo.run.read import read_run
 
 JUDGES = {"score": "score", "train_judge": "training judge", "heldout_judge": "held-out judge"}

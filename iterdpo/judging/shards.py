@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import JudgingStopped, UserError
+from iterdpo.escape import printable
 from iterdpo.judging.judge import JudgeBase, NamedJudge, judgments_in_turn
 from iterdpo.judging.run_judge import RunJudge
-from iterdpo.judging.stats import AbstentionCounts, printable
+from iterdpo.judging.stats import AbstentionCounts
 from iterdpo.run.artifacts import read_completion_shard, read_judgment_shard, write_judgment_shard
 from iterdpo.run.rundir import digest, sha256_file, write_text
 from iterdpo.types import CompletionGroup, Judgment

@@ -156,8 +156,3 @@ def _flips(comparisons: Sequence[Comparison]) -> list[bool]:
     shown = {(c.first, c.second): c for c in comparisons if c.winner is not None}
     both = [(c, shown[b, a]) for (a, b), c in shown.items() if a < b and (b, a) in shown]
     return [SHARES[one.winner] + SHARES[other.winner] != 1 for one, other in both if one.winner and other.winner]
-
-
-def printable(reason: str) -> str:
-    """A reason for a terminal: it may quote a completion, and that may hold control characters."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in reason)

@@ -7,7 +7,6 @@ configuration wrote is escaped, and its control characters are made visible.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,12 +16,11 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
+from iterdpo.escape import visible
 from iterdpo.report.headline import count, duration, number, percent, value, verdict
 from iterdpo.report.plots import as_svg, figures
 from iterdpo.run.read import Run, read_run
 from iterdpo.run.rundir import write_text
-
-__all__ = ["clip", "page_template", "refresh_report", "visible", "write_report"]
 
 EXAMPLES = 8  # held-out prompts shown
 MAX_CHARACTERS = 4_000  # of a completion or prompt shown
@@ -113,7 +111,7 @@ def page_template(package: str, name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(package, "."),
         autoescape=True,
-        finalize=visible,
+        finalize=lambda shown: visible(shown) if type(shown) is str else shown,  # Markup is ours already
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -255,17 +253,6 @@ def _all_metrics(run: Run) -> dict[str, Any]:
 
     table = run.metrics[sorted(run.metrics.columns)]
     return {"rounds": list(table.index), "rows": [(key, [show(x) for x in table[key]]) for key in table]}
-
-
-def visible(shown: Any) -> Any:
-    """Text that a browser can show whole: control characters become their pictures, half a surrogate pair a mark.
-
-    Jinja passes everything that the template prints through here, before it is escaped.
-    """
-    if type(shown) is not str:  # Markup is ours already
-        return shown
-    shown = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda m: chr(0x2400 + ord(m[0])), shown.replace("\r\n", "\n"))
-    return re.sub(r"[\x7f-\x9f\ud800-\udfff]", "\ufffd", shown)
 
 
 def clip(text: str) -> str:

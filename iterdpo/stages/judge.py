@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from iterdpo.escape import printable
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.judging.run_judge import RunJudge
 from iterdpo.judging.shards import RETRY, NamedShard, StreamingJudge, completion_shards, judge_shards
-from iterdpo.judging.stats import AbstentionCounts, JudgeMetrics, printable
+from iterdpo.judging.stats import AbstentionCounts, JudgeMetrics
 from iterdpo.run.artifacts import Completions, Judgments
 from iterdpo.run.rundir import Manifest, Step, read_manifest, write_text
 from iterdpo.stages.runs import IterativeRun

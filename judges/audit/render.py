@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from iterdpo.escape import visible
 from iterdpo.run.rundir import write_text
 from iterdpo.stats import Estimate
 from judges.audit.agreement import Difference
@@ -277,8 +278,6 @@ def print_report(
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
-
-    from iterdpo.report.page import visible
 
     console = Console(file=stream, highlight=False, width=None if stream.isatty() else 120)
 

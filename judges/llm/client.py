@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from iterdpo.errors import JudgeError
-from iterdpo.judging.stats import printable
+from iterdpo.escape import printable
 from judges.cache import SQLiteCache
 from judges.llm.reply import Reply, error_of, read_reply, stable_reason, without_key
 from judges.llm.settings import Endpoint, checked_url

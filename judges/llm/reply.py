@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from iterdpo.judging.stats import printable
+from iterdpo.escape import printable
 from judges.llm.transport import Failure
 
 

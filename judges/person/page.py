@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hmac
 import json
-import re
 import secrets
 import sys
 import threading
@@ -20,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from iterdpo.escape import revealed
 from iterdpo.run.rundir import digest
 from judges.person.store import Reviews, Task
 
@@ -84,21 +84,13 @@ def shown(task: Task) -> dict[str, Any]:
     content = task.prompt if isinstance(task.prompt, list) else [{"role": "", "content": task.prompt}]
     return {
         "id": task.id,
-        "question": visible(task.question),
+        "question": revealed(task.question),
         "prompt": [
-            {"role": visible(m.get("role", "")), "content": visible(str(m.get("content", "")))} for m in content
+            {"role": revealed(m.get("role", "")), "content": revealed(str(m.get("content", "")))} for m in content
         ],
-        "left": visible(task.left),
-        "right": visible(task.right),
+        "left": revealed(task.left),
+        "right": revealed(task.right),
     }
-
-
-def visible(text: str) -> str:
-    r"""`text` with what a browser would hide shown: `\x1b` as ␛, what turns the reading direction as ‹U+202E›."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda m: chr(0x2400 + ord(m[0])), text.replace("\r\n", "\n"))
-    text = re.sub(r"[\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
-    hidden = "[\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u206f\ufeff]"
-    return re.sub(hidden, lambda m: f"‹U+{ord(m[0]):04X}›", text)
 
 
 @contextmanager
@@ -220,4 +212,4 @@ def _page(title: str, nonce: str) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("judges.person", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    return environment.get_template("page.html.j2").render(title=visible(title), nonce=nonce)
+    return environment.get_template("page.html.j2").render(title=revealed(title), nonce=nonce)

@@ -22,7 +22,7 @@ from iterdpo.types import CompletionGroup, Judgment
 from judges import load_judge
 from judges.load import by_design
 from judges.person.judge import Person, Waiting, plan
-from judges.person.page import Desk, review_server, visible
+from judges.person.page import Desk, review_server
 from judges.person.store import Reviews, Task
 
 
@@ -310,11 +310,3 @@ def test_requests_without_the_token_from_other_hosts_or_pages_are_refused(tmp_pa
             assert "unsafe" not in policy
             assert reply.headers["X-Frame-Options"] == "DENY"
             assert reply.headers["Cache-Control"] == "no-store"
-
-
-def test_what_a_browser_would_hide_is_shown() -> None:
-    assert (
-        visible("a\x1b[31m \u202eevil\u202c\u200b \x07\r\nb\tc \ud800")
-        == "a␛[31m ‹U+202E›evil‹U+202C›‹U+200B› ␇\nb\tc �"
-    )
-    assert visible("👩‍👩‍👧 naïve مرحبا") == "👩‍👩‍👧 naïve مرحبا"

@@ -1,0 +1,27 @@
+r"""Untrusted text, such as a model's, for a reader: nothing in it can steer a terminal, or hide in a page.
+
+Text for a language model has an escape of its own, `judges.llm.templates.harmless`: what is dangerous there are the
+tokens of chat templates.
+"""
+
+from __future__ import annotations
+
+import re
+
+HIDDEN = re.compile("[\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u206f\ufeff]")
+
+
+def printable(text: str) -> str:
+    r"""`text` on one line of a terminal: what is not printable is written as Python writes it, `\x1b` or `\n`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def visible(text: str) -> str:
+    r"""`text` with its lines: control characters become their pictures (`\x1b` is ␛), half a surrogate pair a mark."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda m: chr(0x2400 + ord(m[0])), text.replace("\r\n", "\n"))
+    return re.sub(r"[\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
+
+
+def revealed(text: str) -> str:
+    """`visible`, and what turns the reading direction or has no width is shown as ‹U+202E›."""
+    return HIDDEN.sub(lambda m: f"‹U+{ord(m[0]):04X}›", visible(text))
