@@ -238,6 +238,7 @@ def _peak_gib(device: Any) -> float:
 
 
 def _ours(job: dict[str, Any], pairs: list[Any]) -> tuple[list[float], float, list[float], float]:
+    import iterdpo.training.reference as reference
     import iterdpo.training.train as trainer
     from iterdpo.config import DPOConfig
     from iterdpo.data.pairs import write_pairs
@@ -246,7 +247,7 @@ def _ours(job: dict[str, Any], pairs: list[Any]) -> tuple[list[float], float, li
     from iterdpo.types import Completion, PreferencePair, Prompt
 
     if job["side"] == "without chunked_head":
-        trainer.fastest_way = lambda *args, **kwargs: "plain"  # type: ignore[assignment]
+        trainer.select_logp_path = lambda *args, **kwargs: "plain"  # type: ignore[assignment]
     settings: dict[str, Any] = {
         "pairs_per_step": job["pairs_per_step"],
         "learning_rate": 1e-5,
@@ -284,16 +285,16 @@ def _ours(job: dict[str, Any], pairs: list[Any]) -> tuple[list[float], float, li
             tracker_dir=root / "trackers",
         )
         reference_seconds = 0.0
-        compute = trainer.Trainer._computed_logps
+        compute = reference.computed_logps
 
-        def timed(self: Any, *args: Any) -> Any:
+        def timed(*args: Any) -> Any:
             nonlocal reference_seconds
             started = time.perf_counter()
-            found = compute(self, *args)
+            logps = compute(*args)
             reference_seconds += time.perf_counter() - started
-            return found
+            return logps
 
-        trainer.Trainer._computed_logps = timed  # type: ignore[method-assign]
+        reference.computed_logps = timed
         trainer.train(spec)
         log = read_jsonl(root / "policy" / "train_log.jsonl")
     seconds = [job["pairs_per_step"] / row["pairs_per_second"] for row in log]
@@ -326,9 +327,9 @@ def _trl(job: dict[str, Any], pairs: list[Any]) -> tuple[list[float], float, lis
 
         def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
-            found = super()._precompute_ref_logps(*args, **kwargs)
+            logps = super()._precompute_ref_logps(*args, **kwargs)
             self.reference_seconds = time.perf_counter() - started
-            return found
+            return logps
 
     with tempfile.TemporaryDirectory() as scratch:
         config = DPOConfig(

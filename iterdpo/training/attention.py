@@ -1,12 +1,13 @@
 """Attention over rows of trees, in which a prompt goes through the network once for all of its completions.
 
-A batch is one row of N tokens: tree after tree, in each the prompt and then its branches (completions), and at least
-one token of padding. Positions restart behind the prompt in every branch. A token sees the prompt of its tree and what
-stands before it in its own branch. Everything but attention works on single tokens, so this is all that a model has to
-do differently. It is registered with transformers as the attention implementation `TREE`.
+A batch is one row of N tokens: tree after tree, each the prompt and then its branches (completions), and at least one
+token of padding. Positions restart after the prompt in every branch. A token sees the prompt of its tree and the tokens
+before it in its own branch. Everything but attention works on single tokens, so nothing else in a model has to change.
+It is registered with transformers as the attention implementation `TREE`. No library has it: torch's own kernels take a
+CPU two to three times as long on these masks.
 
-On a CPU it is dense attention over a few padded blocks, with a backward pass of its own: torch's flash kernel takes two
-to three times as long there. On a GPU it is FlexAttention, which skips what the mask rules out.
+On a CPU it is dense attention over a few padded blocks, with its own backward pass. On a GPU it is FlexAttention, which
+skips what the mask rules out.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ class TreeLayout:
     branch: Tensor  # [N], number of its branch in the whole row, from 1; 0 for a prompt; -1 for padding
     position: Tensor  # [N], its position in prompt and branch
     blocks: tuple[Block, ...]
-    slot: Tensor  # [N], where a token is among the blocks' queries laid end to end; one behind them for padding
-    uses: Tensor  # [N, J], where it is among their keys laid end to end; one behind them where it is in fewer
+    query_slot: Tensor  # [N], the token's position in the concatenated block queries; out of range for padding
+    key_slots: Tensor  # [N, J], its positions in the concatenated block keys, padded with an out-of-range index
 
     def to(self, device: torch.device | str) -> TreeLayout:
         blocks = tuple(Block(*(getattr(b, f.name).to(device) for f in fields(b))) for b in self.blocks)
@@ -107,13 +108,13 @@ class TreeLayout:
             self.branch.to(device),
             self.position.to(device),
             blocks,
-            self.slot.to(device),
-            self.uses.to(device),
+            self.query_slot.to(device),
+            self.key_slots.to(device),
         )
 
     @cached_property
-    def shared(self) -> dict[Any, Any]:
-        """What the layers of a model make once from the layout: masks."""
+    def mask_cache(self) -> dict[Any, Any]:
+        """Masks that the first layer makes from the layout, for the layers after it."""
         return {}
 
 
@@ -153,8 +154,8 @@ def tree_layout(trees: Sequence[tuple[int, Sequence[int]]], width: int) -> TreeL
         torch.tensor(branch + [-1] * fill),
         torch.tensor(position + [0] * fill),
         blocks,
-        _places([block.queries for block in blocks], width).squeeze(1),
-        _places([block.keys for block in blocks], width),
+        _slots([block.queries for block in blocks], width).squeeze(1),
+        _slots([block.keys for block in blocks], width),
     )
 
 
@@ -169,15 +170,15 @@ def _padded(rows: Sequence[range], width: int, pad: int) -> Tensor:
     return padded
 
 
-def _places(blocks: Sequence[Tensor], width: int) -> Tensor:
-    """[width, J]: where each token is among the blocks laid end to end; one behind them where it is in fewer."""
+def _slots(blocks: Sequence[Tensor], width: int) -> Tensor:
+    """[width, J]: each token's positions in the concatenated blocks, padded with an out-of-range index."""
     flat = torch.cat([block.flatten() for block in blocks]).tolist()
-    places: list[list[int]] = [[] for _ in range(width)]
-    for place, token in enumerate(flat):
+    slots: list[list[int]] = [[] for _ in range(width)]
+    for slot, token in enumerate(flat):
         if token != width - 1:
-            places[token].append(place)
-    most = max(map(len, places))
-    return torch.tensor([found + [len(flat)] * (most - len(found)) for found in places])
+            slots[token].append(slot)
+    most = max(map(len, slots))
+    return torch.tensor([own + [len(flat)] * (most - len(own)) for own in slots])
 
 
 class _Blocked(torch.autograd.Function):
@@ -195,12 +196,12 @@ class _Blocked(torch.autograd.Function):
     ) -> Tensor:  # [N, H, d]
         ctx.save_for_backward(query, key, value)
         ctx.settings = (layout, window, softcap)
-        found = []
+        outputs = []
         for number, block in enumerate(layout.blocks):
             q, k, v = _read(query, key, value, block)
             weights, _ = _weights(q, k, layout, number, window, softcap)
-            found.append(_rows(torch.bmm(weights, v), block.queries))
-        return _gathered(found, layout.slot)
+            outputs.append(_rows(torch.bmm(weights, v), block.queries))
+        return _gathered(outputs, layout.query_slot)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -218,9 +219,9 @@ class _Blocked(torch.autograd.Function):
             for_query.append(_rows(torch.bmm(change, k), block.queries))
             for_key.append(_rows(torch.bmm(change.transpose(1, 2), q), block.keys))
         return (
-            _gathered(for_query, layout.slot),
-            _gathered(for_key, layout.uses),
-            _gathered(for_value, layout.uses),
+            _gathered(for_query, layout.query_slot),
+            _gathered(for_key, layout.key_slots),
+            _gathered(for_value, layout.key_slots),
             *[None] * 3,
         )
 
@@ -245,18 +246,18 @@ def _weights(
     return scores.softmax(dim=-1), slope
 
 
-def _bias(layout: TreeLayout, number: int, window: int | None, dtype: torch.dtype) -> Tensor:
+def _bias(layout: TreeLayout, number: int, window: int | None, dtype: torch.dtype) -> Any:
     """[b, Q, C], 0 where the query sees the key and -inf elsewhere."""
-    found = layout.shared.get((number, window, dtype))
-    if found is None:
+    bias = layout.mask_cache.get((number, window, dtype))
+    if bias is None:
         block = layout.blocks[number]
         mask = block.mask
         if window is not None:
             position = layout.position
             mask = mask & (position[block.queries].unsqueeze(2) - position[block.keys].unsqueeze(1) < window)
-        found = torch.zeros(mask.shape, device=mask.device, dtype=dtype).masked_fill_(~mask, -math.inf)
-        layout.shared[number, window, dtype] = found
-    return found
+        bias = torch.zeros(mask.shape, device=mask.device, dtype=dtype).masked_fill_(~mask, -math.inf)
+        layout.mask_cache[number, window, dtype] = bias
+    return bias
 
 
 def _grouped(rows: Tensor, index: Tensor, key: Tensor) -> Tensor:
@@ -273,12 +274,12 @@ def _rows(grouped: Tensor, index: Tensor) -> Tensor:
     return rows.reshape(b * q, *rows.shape[2:])
 
 
-def _gathered(found: list[Tensor], places: Tensor) -> Tensor:
-    """[N, H, d], each token's sum over its places [N, J] in the blocks' rows; zero where it has none."""
-    rows = torch.cat([*found, found[0].new_zeros(1, *found[0].shape[1:])])
-    if places.ndim == 1:
-        return rows.index_select(0, places)
-    return rows.index_select(0, places.flatten()).view(*places.shape, *rows.shape[1:]).sum(dim=1)
+def _gathered(blocks: list[Tensor], slots: Tensor) -> Tensor:
+    """[N, H, d], each token's sum over its slots [N, J] in the blocks' rows; zero if it has none."""
+    rows = torch.cat([*blocks, blocks[0].new_zeros(1, *blocks[0].shape[1:])])
+    if slots.ndim == 1:
+        return rows.index_select(0, slots)
+    return rows.index_select(0, slots.flatten()).view(*slots.shape, *rows.shape[1:]).sum(dim=1)
 
 
 @cache
@@ -298,7 +299,7 @@ def _flex(
     softcap: float | None,
 ) -> Tensor:
     attend, block_mask = _compiled()
-    mask = layout.shared.get(window)
+    mask = layout.mask_cache.get(window)
     if mask is None:
         tree, branch, position = layout.tree, layout.branch, layout.position
 
@@ -307,7 +308,7 @@ def _flex(
             return same if window is None else same & (position[q] - position[k] < window)
 
         width = query.shape[2]
-        mask = layout.shared[window] = block_mask(sees, None, None, width, width, device=query.device)
+        mask = layout.mask_cache[window] = block_mask(sees, None, None, width, width, device=query.device)
 
     def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)

@@ -1,4 +1,12 @@
-"""Pairs to batches, and the order in which they are trained on. Pure."""
+"""A round's pairs on their way to the model: in which order, as which trees, in which micro-batches, as which tensors.
+
+RoundPairs         all pairs of a round, and the pairs of each optimizer step
+plan_steps       which pairs each step trains on
+grow_trees       pairs -> trees (a prompt and its distinct completions) and a `PairIndex`
+micro_batches      which trees go through the model together
+collate            trees -> the `Batch` that the model reads
+PairIndex.in_batch where a batch's pairs are among its branches: the way back from branches to pairs
+"""
 
 from __future__ import annotations
 
@@ -9,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iterdpo.data.pairs import TokenPairs
 from iterdpo.seeds import derive_seed
 from iterdpo.training.attention import PAD_MULTIPLE, TreeLayout, tree_layout
 
@@ -55,8 +64,8 @@ class Batch:
     branches: int
     tokens: int
     """Tokens in `input_ids` that are not padding."""
-    seen: int
-    """Pairs of a query and a key that it sees."""
+    attention_pairs: int
+    """How many pairs of a query and a key that it sees there are."""
 
     def to(self, device: torch.device | str) -> Batch:
         position_ids = None if self.position_ids is None else self.position_ids.to(device)
@@ -100,8 +109,8 @@ def _one_row(trees: Sequence[Tree], pad_token_id: int) -> Batch:
         torch.tensor(sources),
         *_targets(trees),
         tokens=len(ids),
-        seen=sum(
-            _triangle(0, len(t.prompt)) + sum(_triangle(len(t.prompt), len(b)) for b in t.branches) for t in trees
+        attention_pairs=sum(
+            causal_pairs(0, len(t.prompt)) + sum(causal_pairs(len(t.prompt), len(b)) for b in t.branches) for t in trees
         ),
     )
 
@@ -116,12 +125,14 @@ def _rows(trees: Sequence[Tree], pad_token_id: int) -> Batch:
         first = number * width + len(prompt) - 1
         sources += range(first, first + len(branch))
     tokens = sum(len(prompt) + len(branch) for prompt, branch in rows)
-    seen = sum(_triangle(0, len(prompt) + len(branch)) for prompt, branch in rows)
-    return Batch(ids, None, None, torch.tensor(sources), *_targets(trees), tokens=tokens, seen=seen)
+    attention_pairs = sum(causal_pairs(0, len(prompt) + len(branch)) for prompt, branch in rows)
+    return Batch(
+        ids, None, None, torch.tensor(sources), *_targets(trees), tokens=tokens, attention_pairs=attention_pairs
+    )
 
 
-def _triangle(before: int, length: int) -> int:
-    """Keys that `length` tokens behind `before` others see, each also itself."""
+def causal_pairs(before: int, length: int) -> int:
+    """How many (query, key) pairs `length` tokens after `before` others make; each sees itself too."""
     return length * before + length * (length + 1) // 2
 
 
@@ -132,31 +143,131 @@ def _targets(trees: Sequence[Tree]) -> tuple[Tensor, Tensor, int]:
     return torch.tensor(targets), numbers, len(branches)
 
 
-def grow_trees(pairs: Iterable[TokenPair]) -> tuple[list[Tree], list[tuple[tuple[int, int], tuple[int, int]]]]:
-    """Trees of pairs, one a prompt, and where each pair's chosen and rejected are: (tree, branch), branch -1 absent.
-
-    Two pairs of a prompt share the completions that they have in common.
-    """
+def grow_trees(pairs: Iterable[TokenPair]) -> tuple[list[Tree], PairIndex]:
+    """The trees of pairs, one for each prompt. Pairs of a prompt share the completions that they have in common."""
     trees: list[Tree] = []
     numbers: dict[tuple[int, ...], int] = {}
-    known: list[dict[tuple[int, ...], int]] = []
-    places = []
+    known: list[dict[tuple[int, ...], int]] = []  # of each tree: its branches' numbers
+
+    def branch(tree: int, completion: list[int]) -> int:
+        if not completion:
+            return -1
+        number = known[tree].setdefault(tuple(completion), len(trees[tree].branches))
+        if number == len(trees[tree].branches):
+            trees[tree].branches.append(completion)
+        return number
+
+    rows = []
     for pair in pairs:
         tree = numbers.setdefault(tuple(pair.prompt), len(trees))
         if tree == len(trees):
             trees.append(Tree(pair.prompt, []))
             known.append({})
+        rows.append((tree, branch(tree, pair.chosen), branch(tree, pair.rejected)))
+    index = np.array(rows, dtype=np.int64).reshape(-1, 3)
+    return trees, PairIndex(index[:, 0], index[:, 1:])
 
-        def place(completion: list[int], tree: int = tree) -> tuple[int, int]:
-            if not completion:
-                return tree, -1
-            branch = known[tree].setdefault(tuple(completion), len(trees[tree].branches))
-            if branch == len(trees[tree].branches):
-                trees[tree].branches.append(completion)
-            return tree, branch
 
-        places.append((place(pair.chosen), place(pair.rejected)))
-    return trees, places
+@dataclass(frozen=True, slots=True)
+class PairIndex:
+    """Where the completions of B pairs are among trees.
+
+    Two pairs of one prompt that share their chosen completion:
+    `PairIndex(tree=[0, 0], branches=[[0, 1], [0, 2]])`.
+    """
+
+    tree: np.ndarray  # [B], the pair's tree
+    branches: np.ndarray  # [B, 2], which of its branches are chosen and rejected; -1 if absent
+
+    def in_batch(self, trees: Sequence[Tree], batch: Sequence[int]) -> PairSlots:
+        """Where they are in a batch of some of the trees; pairs of other trees are left out."""
+        first = np.full(len(trees), -1)  # the number in the batch of each tree's first branch
+        total = 0
+        for number in batch:
+            first[number] = total
+            total += len(trees[number].branches)
+        local = np.flatnonzero(first[self.tree] >= 0)
+        branches = self.branches[local]
+        slots = np.where(branches >= 0, first[self.tree[local], None] + branches, total)
+        return PairSlots(torch.from_numpy(local), torch.from_numpy(slots))
+
+
+@dataclass(frozen=True, slots=True)
+class PairSlots:
+    """The b pairs of a batch, and which of its branches are their completions."""
+
+    local_pairs: Tensor  # [b], their numbers in the step
+    branch_index: Tensor  # [b, 2], branches of chosen and rejected; one past the last branch if absent
+
+    def gather(self, values: Tensor, *, absent: float) -> tuple[Tensor, Tensor]:
+        """Values [branches] of the chosen and of the rejected completions, [b] each; `absent` for those that are not."""
+        padded = torch.cat((values, values.new_full((1,), absent)))
+        chosen, rejected = self.branch_index.to(values.device).unbind(dim=1)
+        return padded[chosen], padded[rejected]
+
+
+class RoundPairs:
+    """All pairs of a round, numbered: those to train on first, then those held out.
+
+    Args:
+        training, held_out: the files of pairs; the second is None if nothing is held out.
+        chosen_only: leave the rejected completions out, which SFT does not use.
+        with_partners: give each pair another prompt's, for KTO's KL estimate.
+        seed: the round's, which decides the order and the partners.
+    """
+
+    def __init__(
+        self,
+        training: TokenPairs,
+        held_out: TokenPairs | None,
+        *,
+        epochs: int,
+        pairs_per_step: int,
+        chosen_only: bool,
+        with_partners: bool,
+        seed: int,
+    ) -> None:
+        self.training, self.held_out, self.chosen_only = training, held_out, chosen_only
+        self.steps = plan_steps(training.groups, epochs=epochs, pairs_per_step=pairs_per_step, seed=seed)
+        self.one_epoch = self.steps[: len(self.steps) // epochs]
+        rest = np.arange(len(training), len(self))
+        self.held_out_steps = [rest[i : i + pairs_per_step] for i in range(0, len(rest), pairs_per_step)]
+        groups = [training.groups]
+        if held_out is not None:
+            groups.append(held_out.groups + 1 + int(training.groups.max()))
+        self.partners = choose_partners(np.concatenate(groups), seed=seed) if with_partners else None
+
+    def __len__(self) -> int:
+        return len(self.training) + (len(self.held_out) if self.held_out is not None else 0)
+
+    def __getitem__(self, number: int) -> TokenPair:
+        if number < len(self.training):
+            pair = self.training[number]
+        else:
+            assert self.held_out is not None
+            pair = self.held_out[number - len(self.training)]
+        return TokenPair(pair.prompt, pair.chosen, []) if self.chosen_only else pair
+
+    def trees(self, numbers: np.ndarray) -> tuple[list[Tree], PairIndex]:
+        return grow_trees(self[number] for number in numbers.tolist())
+
+    def mismatched_trees(self, numbers: np.ndarray) -> list[Tree]:
+        """A tree for each pair: its prompt with a completion of its partner's."""
+        assert self.partners is not None
+        trees = []
+        for number, partner in zip(numbers.tolist(), self.partners[numbers].tolist(), strict=True):
+            completions = [c for c in (self[partner].chosen, self[partner].rejected) if c]
+            trees.append(Tree(self[number].prompt, [completions[number % len(completions)]]))
+        return trees
+
+
+def choose_partners(groups: np.ndarray, *, seed: int) -> np.ndarray:
+    """[N]: for each pair the first pair of another prompt, one drawn for each prompt. `groups` as in `plan_steps`."""
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    order = np.random.default_rng(derive_seed(seed, "partners")).permutation(len(first))
+    after = np.empty(len(first), dtype=np.int64)
+    after[order] = first[np.roll(order, -1)]
+    return after[group]
 
 
 def plan_steps(groups: Sequence[int] | np.ndarray, *, epochs: int, pairs_per_step: int, seed: int) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Floating-point operations of a batch, and what the device can do, for the model FLOPs utilisation (MFU)."""
+"""Floating-point operations of a batch and of the device, for the model FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def forward_flops(model: Any, batch: Batch) -> float:
     matrices = sum(weights(p) for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings and p is not head)
     heads = getattr(config, "num_attention_heads", 0) or 0
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
-    attention = 4 * width * getattr(config, "num_hidden_layers", 0) * batch.seen
-    return 2.0 * matrices * batch.tokens + 2.0 * head.shape[0] * head.shape[1] * len(batch.targets) + attention
+    attention = 4 * width * getattr(config, "num_hidden_layers", 0) * batch.attention_pairs
+    return float(2.0 * matrices * batch.tokens + 2.0 * head.shape[0] * head.shape[1] * len(batch.targets) + attention)
 
 
 def weights(parameter: Any) -> int:
-    """How many, also of a matrix in 4 bits, in which two share a byte."""
-    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+    """How many weights a matrix has. In 4 bits, two of them share a byte."""
+    return int(parameter.numel()) * (2 if parameter.dtype == torch.uint8 else 1)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
-    """FLOP/s of square matrix products on `device`, the best of several: what MFU is measured against."""
+    """FLOP/s of square matrix products on `device`, the best of several tries. MFU is measured against it."""
     size = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")

@@ -18,7 +18,7 @@ from iterdpo.training.models import load_policy
 
 CHUNK_ELEMENTS = 1 << 23  # logits in memory at once: 32 MiB in float32
 
-Way = Literal["shared", "rows", "plain"]
+LogpPath = Literal["shared", "rows", "plain"]
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +31,16 @@ class CompletionLogps(NamedTuple):
 
 
 class Scorer(torch.nn.Module):
-    """A causal language model that gives log-probabilities of completions. What is wrapped for several processes.
+    """A causal language model that gives log-probabilities of completions: the module that accelerate wraps.
 
-    Three ways lead to the same numbers; `fastest_way` finds the first that holds for a model:
+    Three paths lead to the same numbers; `select_logp_path` finds the first that holds for a model:
 
         shared   one row of trees, logits at completion positions only, in chunks
-        rows     a row a completion, logits as before
-        plain    a row a completion, the model's own logits from the first completion position on
+        rows     a row for each completion, logits as in `shared`
+        plain    a row for each completion, the model's own logits from the first completion position on
     """
 
-    def __init__(self, model: Any, way: Way = "plain") -> None:
+    def __init__(self, model: Any, path: LogpPath = "plain") -> None:
         super().__init__()
         self.model = model
         self.config = model.config  # DeepSpeed looks for it
@@ -48,30 +48,30 @@ class Scorer(torch.nn.Module):
         if self.causal.config._attn_implementation != attention.TREE:
             self.causal._own_attention = self.causal.config._attn_implementation
         self.own_attention = self.causal._own_attention
-        self.use(way)
+        self.set_path(path)
         _cast_once(model)
 
     @property
     def causal(self) -> Any:
-        """The transformers model, within its adapter where it has one."""
+        """The transformers model, inside its adapter if it has one."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
-    def use(self, way: Way) -> None:
-        """Take this way from now on."""
-        self.way = way
-        if way == "shared":
+    def set_path(self, path: LogpPath) -> None:
+        """Compute with this path from now on."""
+        self.path = path
+        if path == "shared":
             attention.register()
-        wanted = attention.TREE if way == "shared" else self.own_attention
+        wanted = attention.TREE if path == "shared" else self.own_attention
         if self.causal.config._attn_implementation != wanted:
             self.causal.set_attn_implementation(wanted)
 
     def collate(self, trees: Sequence[Tree]) -> Batch:
-        return collate(trees, shared=self.way == "shared").to(self.causal.device)
+        return collate(trees, shared=self.path == "shared").to(self.causal.device)
 
     def forward(self, batch: Batch, *, aligned: bool = False) -> CompletionLogps:
-        """Log pi(y|x) of the batch's branches; with `aligned` what WPO weighs by."""
+        """Log pi(y|x) of the batch's branches; `aligned` adds what WPO weighs pairs by."""
         width = batch.input_ids.shape[1]
-        if self.way == "plain":
+        if self.path == "plain":
             first = int((batch.sources % width).min())
             logits = self.causal(input_ids=batch.input_ids, use_cache=False, logits_to_keep=width - first).logits
             first = width - logits.shape[1]  # a model may return all logits, whatever it was asked
@@ -113,7 +113,7 @@ def _cast_once(model: Any) -> None:
 
 
 def _picked_logps(logits: Tensor, targets: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
-    """Log p(target) [M] and, where asked, log sum_v p(v)^2 [M], from logits [M, V]."""
+    """Log p(target) [M] and, if `squares`, log sum_v p(v)^2 [M], from logits [M, V]."""
     logps = logits.float().log_softmax(dim=-1)
     log_square = (2 * logps.detach()).logsumexp(dim=-1) if squares else logps.new_zeros(())
     return logps.gather(1, targets.unsqueeze(1)).squeeze(1), log_square
@@ -126,7 +126,10 @@ def _chunked_logps(causal: Any, hidden: Tensor, targets: Tensor, squares: bool) 
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     chunk = max(16, CHUNK_ELEMENTS // config.vocab_size)
     if type(head) is torch.nn.Linear:
-        return _Head.apply(hidden, head.weight, head.bias, targets, chunk, scale, softcap, squares)
+        result: tuple[Tensor, Tensor] = _Head.apply(
+            hidden, head.weight, head.bias, targets, chunk, scale, softcap, squares
+        )
+        return result
 
     def some(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(rows).float() * scale
@@ -199,7 +202,7 @@ class _Head(torch.autograd.Function):
 def _logits(
     rows: Tensor, matrix: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits [m, V], and the slope of the soft cap where there is one."""
+    """Logits [m, V], and the slope of the soft cap if there is one."""
     logits, slope = rows @ matrix.T, None
     if bias is not None:
         logits += bias
@@ -212,40 +215,42 @@ def _logits(
     return logits, slope
 
 
-def fastest_way(model: Any, trees: Sequence[Tree], *, allowed: Sequence[Way] = ("shared", "rows")) -> Way:
-    """The first of the `allowed` ways, or else `plain`, that gives the model's own log-probabilities of `trees`.
+def select_logp_path(
+    model: Any, trees: Sequence[Tree], *, allowed: Sequence[LogpPath] = ("shared", "rows")
+) -> LogpPath:
+    """The first of the `allowed` paths, or else `plain`, that gives the model's own log-probabilities of `trees`.
 
-    It is logged why one that comes before was not taken. Tried on beginnings of the trees, without autocast.
+    Logs why each faster path was rejected. The trial uses truncated trees and runs without autocast.
     """
     trees = [Tree(tree.prompt[-64:], [branch[:32] for branch in tree.branches]) for tree in trees]
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.03  # nats a token
     scorer = Scorer(model)
     training = model.training
     model.eval()
-    taken: Way = "plain"
+    selected: LogpPath = "plain"
     with torch.no_grad():
         expected = scorer(scorer.collate(trees)).logps
         tokens = torch.tensor([len(branch) for tree in trees for branch in tree.branches], device=expected.device)
-        for way in allowed:
+        for path in allowed:
             try:
-                scorer.use(way)
+                scorer.set_path(path)
                 gap = float(((scorer(scorer.collate(trees)).logps - expected).abs() / tokens).max())
                 reason = f"its log-probabilities are off by up to {gap:.3g} nats a token" if gap > tolerance else None
-                if reason is None and way == "shared":
+                if reason is None and path == "shared":
                     reason = _unseen_windows(scorer.causal.config)
                 if reason is None:
-                    taken = way
+                    selected = path
                     break
-            except Exception as error:  # whatever a model does not take is a reason to go another way
+            except Exception as error:  # whatever a model refuses is a reason to try the next path
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-            log.warning("%s: not the way %r: %s", type(scorer.causal).__name__, way, reason)
-    scorer.use("plain")
+            log.warning("%s: skipping the %r path: %s", type(scorer.causal).__name__, path, reason)
+    scorer.set_path("plain")
     model.train(training)
-    return taken
+    return selected
 
 
 def _unseen_windows(config: Any) -> str | None:
-    """Why the trees' masks are not the model's on longer rows than were tried; None where they are."""
+    """Why the tree masks would differ from the model's own on rows longer than the trial; None if they would not."""
     config = config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     other = set(kinds or []) - {"full_attention", "sliding_attention"}
@@ -255,12 +260,12 @@ def _unseen_windows(config: Any) -> str | None:
     if kinds is None:
         kinds = ["sliding_attention"] * (config.num_hidden_layers if window else 0)
     expected = kinds.count("sliding_attention") if window else 0
-    found = sum(seen is not None for seen in attention.windows)
-    return None if found == expected else f"{found} of its layers have a sliding window and {expected} should"
+    windowed = sum(window is not None for window in attention.windows)
+    return None if windowed == expected else f"{windowed} of its layers have a sliding window and {expected} should"
 
 
 def completion_logps(model: Any, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
-    """Log pi(y|x) of each row in nats, summed over the completion's tokens: [R]. The plain way."""
+    """Log pi(y|x) of each row in nats, summed over the completion's tokens: [R]. Uses the `plain` path."""
     scorer = Scorer(model)
     return scorer(scorer.collate([Tree(p, [c]) for p, c in zip(prompts, completions, strict=True)])).logps
 
@@ -277,7 +282,7 @@ def score_completions(
 ) -> list[float]:
     """Log pi(y|x) in nats of each completion under `policy`, in the order given. Rows of similar length share a batch.
 
-    A checkpoint is loaded, on a GPU where there is one, and freed. A model is moved there, and left.
+    A checkpoint is loaded on a GPU, if there is one, and freed. A model is moved there, and stays.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(policy, torch.nn.Module):

@@ -90,8 +90,8 @@ def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path, model: Pat
 def test_sharing_prompts_gives_the_same_losses(tmp_path: Path, model: Path, pairs: Path) -> None:
     shared = run(tmp_path / "shared", model, pairs, precision="fp32")
     own = run(tmp_path / "own", model, pairs, precision="fp32", shared_prompts=False)
-    assert "the way 'shared'" in (tmp_path / "shared" / "train.log").read_text()
-    assert "the way 'rows'" in (tmp_path / "own" / "train.log").read_text()
+    assert "with the 'shared' path" in (tmp_path / "shared" / "train.log").read_text()
+    assert "with the 'rows' path" in (tmp_path / "own" / "train.log").read_text()
     assert [row["loss"] for row in shared] == pytest.approx([row["loss"] for row in own], abs=1e-4)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from iterdpo.training import attention
 from iterdpo.training.attention import TREE, TreeLayout, tree_attention, tree_layout, use_layout
 from iterdpo.training.collate import Tree
-from iterdpo.training.logps import Scorer, fastest_way
+from iterdpo.training.logps import Scorer, select_logp_path
 
 VOCAB = 60
 SHAPE = [(5, [3, 6]), (2, [1]), (7, [4, 4, 2])]  # prompts and their branches; 34 tokens
@@ -53,10 +53,10 @@ def test_a_layout_says_where_each_token_is_among_the_blocks() -> None:
     layout = tree_layout([(1, [2]), (2, [1, 2])], 10)
     queries = torch.cat([block.queries.flatten() for block in layout.blocks])  # 2 * 16 + 3 * 16
     keys = torch.cat([block.keys.flatten() for block in layout.blocks])  # 2 * 16 + 3 * 32
-    assert queries[layout.slot[:8]].tolist() == list(range(8))
-    assert layout.slot[8:].tolist() == [80, 80]
-    assert layout.uses.shape == (10, 3)  # a token of the second prompt is read by itself and by two branches
-    for token, places in enumerate(layout.uses.tolist()):
+    assert queries[layout.query_slot[:8]].tolist() == list(range(8))
+    assert layout.query_slot[8:].tolist() == [80, 80]
+    assert layout.key_slots.shape == (10, 3)  # a token of the second prompt is read by itself and by two branches
+    for token, places in enumerate(layout.key_slots.tolist()):
         found = [place for place in places if place < 128]
         assert [int(keys[place]) for place in found] == [token] * len(found)
         assert len(found) == [2, 1, 1, 3, 3, 1, 1, 1, 0, 0][token]
@@ -294,13 +294,13 @@ def test_one_row_gives_the_models_own_log_probabilities_and_gradients(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = built(name)
-    assert fastest_way(model, trees()) == "shared"
+    assert select_logp_path(model, trees()) == "shared"
     assert not [record for record in caplog.records if record.name == "iterdpo.training.logps"]
     scorer = Scorer(model)
     plain = logps_and_gradients(scorer, trees())
-    scorer.use("shared")
+    scorer.set_path("shared")
     assert_the_same(logps_and_gradients(scorer, trees()), plain)
-    scorer.use("rows")
+    scorer.set_path("rows")
     assert_the_same(logps_and_gradients(scorer, trees()), plain)
 
 
@@ -310,30 +310,30 @@ def test_a_model_that_is_not_only_attention_goes_in_rows_and_it_is_said_why(
 ) -> None:
     model = built(name)
     with caplog.at_level(logging.WARNING, "iterdpo.training.logps"):
-        assert fastest_way(model, trees()[1:]) == "rows"
+        assert select_logp_path(model, trees()[1:]) == "rows"
     (message,) = [record.getMessage() for record in caplog.records if record.name == "iterdpo.training.logps"]
-    assert message.startswith(f"{name}ForCausalLM: not the way 'shared': its log-probabilities are off by up to")
+    assert message.startswith(f"{name}ForCausalLM: skipping the 'shared' path: its log-probabilities are off by up to")
     scorer = Scorer(model)
     plain = logps_and_gradients(scorer, trees()[1:2])
-    scorer.use("rows")
+    scorer.set_path("rows")
     assert_the_same(logps_and_gradients(scorer, trees()[1:2]), plain)
 
 
 def test_a_window_longer_than_the_trees_that_are_tried_is_kept_too() -> None:
     config = transformers.MistralConfig(**{**SIZES, "sliding_window": 120})
     model = transformers.MistralForCausalLM(config)
-    assert fastest_way(model, trees()) == "shared"
+    assert select_logp_path(model, trees()) == "shared"
     model.config.sliding_window = None  # what the numbers of short trees would not show
     for layer in model.model.layers:
         layer.self_attn.config = transformers.MistralConfig(**SIZES, sliding_window=None)
     model.config.sliding_window = 120
-    assert fastest_way(model, trees()) == "rows"
+    assert select_logp_path(model, trees()) == "rows"
 
 
 def test_layers_of_another_kind_are_not_taken_for_full_attention(caplog: pytest.LogCaptureFixture) -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
     model.config.layer_types = ["chunked_attention", "full_attention"]
-    assert fastest_way(model, trees()) == "rows"
+    assert select_logp_path(model, trees()) == "rows"
     assert "it has layers of chunked_attention" in caplog.text
 
 
@@ -347,11 +347,11 @@ def test_an_adapters_gradients_are_the_same_in_one_row(target_modules: str | lis
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    assert fastest_way(model, trees()) == "shared"
+    assert select_logp_path(model, trees()) == "shared"
     scorer = Scorer(model)
     plain = logps_and_gradients(scorer, trees())
     assert {name.split(".")[-3] for name in plain[1]} == {"lora_A", "lora_B"}
-    scorer.use("shared")
+    scorer.set_path("shared")
     assert_the_same(logps_and_gradients(scorer, trees()), plain)
 
 
@@ -360,7 +360,7 @@ def test_gradient_checkpointing_runs_the_layers_again_on_the_same_layout(name: s
     model = built(name)
     scorer = Scorer(model)
     plain = logps_and_gradients(scorer, trees())
-    scorer.use("shared")
+    scorer.set_path("shared")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     try:
@@ -369,7 +369,7 @@ def test_gradient_checkpointing_runs_the_layers_again_on_the_same_layout(name: s
         model.eval()
         model.gradient_checkpointing_disable()
     assert len(attention.windows) == 2 * 2  # two layers, forward and again
-    scorer.use("plain")
+    scorer.set_path("plain")
 
 
 def test_what_stands_in_the_padding_and_in_other_trees_changes_nothing() -> None:
@@ -380,7 +380,7 @@ def test_what_stands_in_the_padding_and_in_other_trees_changes_nothing() -> None
         together = scorer(collate(trees(), shared=True)).logps
         padded = scorer(collate(trees(), shared=True, pad_token_id=17)).logps
         alone = torch.cat([scorer(collate([tree], shared=True)).logps for tree in trees()])
-    scorer.use("plain")
+    scorer.set_path("plain")
     assert torch.equal(together, padded)
     torch.testing.assert_close(alone, together, atol=0, rtol=1e-5)
 
@@ -389,17 +389,17 @@ def test_a_prompt_of_one_token_and_a_branch_of_one_token_are_trees_too() -> None
     scorer = Scorer(built("Llama"))
     small = [Tree([5], [[7]]), Tree([6], [[8], [9, 10]]), Tree([6] * 16, [[8] * 16])]
     plain = logps_and_gradients(scorer, small)
-    scorer.use("shared")
+    scorer.set_path("shared")
     assert built("Llama").config._attn_implementation == TREE
     assert_the_same(logps_and_gradients(scorer, small), plain)
-    scorer.use("plain")
+    scorer.set_path("plain")
 
 
-def test_trying_the_ways_leaves_the_model_as_it_was() -> None:
+def test_trying_the_paths_leaves_the_model_as_it_was() -> None:
     model = built("Qwen2")
     model.train()
     before = model.config._attn_implementation
-    assert fastest_way(model, trees(), allowed=("rows",)) == "rows"
-    fastest_way(model, trees())
+    assert select_logp_path(model, trees(), allowed=("rows",)) == "rows"
+    select_logp_path(model, trees())
     assert (model.config._attn_implementation, model.training) == (before, True)
     model.eval()

@@ -6,12 +6,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iterdpo.training.collate import (
     PAD_MULTIPLE,
     ROW_MULTIPLE,
+    RoundPairs,
     TokenPair,
     Tree,
     collate,
@@ -37,7 +39,7 @@ def test_in_rows_of_their_own_each_branch_stands_behind_its_prompt_padded_on_the
     assert batch.targets.tolist() == [1, 2, 3, 4, 9, 2]
     assert batch.branch.tolist() == [0, 0, 1, 2, 2, 2]
     assert (batch.branches, batch.tokens) == (3, 5 + 4 + 4)
-    assert batch.seen == (1 + 2 + 3 + 4 + 5) + (1 + 2 + 3 + 4) + (1 + 2 + 3 + 4)
+    assert batch.attention_pairs == (1 + 2 + 3 + 4 + 5) + (1 + 2 + 3 + 4) + (1 + 2 + 3 + 4)
 
 
 def test_in_one_row_each_prompt_stands_once_before_its_branches() -> None:
@@ -51,7 +53,7 @@ def test_in_one_row_each_prompt_stands_once_before_its_branches() -> None:
     assert batch.branch.tolist() == [0, 0, 1, 2, 2, 2]
     assert (batch.branches, batch.tokens) == (3, 10)
     # Prompt 5 6 7: 1 + 2 + 3. Behind it 1 2: 4 + 5, and 3: 4. Prompt 8: 1. Behind it 4 9 2: 2 + 3 + 4.
-    assert batch.seen == 6 + 9 + 4 + 1 + 9
+    assert batch.attention_pairs == 6 + 9 + 4 + 1 + 9
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(2, 16), (16, 16), (17, 32), (100, 112)])
@@ -83,7 +85,7 @@ def test_an_empty_prompt_or_completion_is_refused(trees: list[Tree], shared: boo
 
 
 def test_pairs_of_one_prompt_become_one_tree_and_share_the_completions_that_are_the_same() -> None:
-    trees, places = grow_trees(
+    trees, index = grow_trees(
         [
             TokenPair([1, 2], [3], [4]),
             TokenPair([7], [3], [5]),
@@ -92,13 +94,15 @@ def test_pairs_of_one_prompt_become_one_tree_and_share_the_completions_that_are_
         ]
     )
     assert trees == [Tree([1, 2], [[3], [4], [6, 6]]), Tree([7], [[3], [5]])]
-    assert places == [((0, 0), (0, 1)), ((1, 0), (1, 1)), ((0, 0), (0, 2)), ((0, 2), (0, 1))]
+    assert index.tree.tolist() == [0, 1, 0, 0]
+    assert index.branches.tolist() == [[0, 1], [0, 1], [0, 2], [2, 1]]
 
 
 def test_a_side_that_is_absent_has_no_branch() -> None:
-    trees, places = grow_trees([TokenPair([1], [2], []), TokenPair([1], [], [2]), TokenPair([3], [], [4])])
+    trees, index = grow_trees([TokenPair([1], [2], []), TokenPair([1], [], [2]), TokenPair([3], [], [4])])
     assert trees == [Tree([1], [[2]]), Tree([3], [[4]])]
-    assert places == [((0, 0), (0, -1)), ((0, -1), (0, 0)), ((1, -1), (1, 0))]
+    assert index.tree.tolist() == [0, 0, 1]
+    assert index.branches.tolist() == [[0, -1], [-1, 0], [-1, 0]]
 
 
 TOKENS = st.lists(st.integers(1, 3), min_size=1, max_size=3)
@@ -107,15 +111,85 @@ PAIRS = st.lists(st.builds(TokenPair, TOKENS, st.one_of(st.just([]), TOKENS), TO
 
 @settings(max_examples=100, deadline=None)
 @given(pairs=PAIRS)
-def test_every_completion_is_where_its_place_says_and_no_branch_stands_twice(pairs: list[TokenPair]) -> None:
-    trees, places = grow_trees(pairs)
-    for pair, sides in zip(pairs, places, strict=True):
-        for completion, (tree, branch) in zip((pair.chosen, pair.rejected), sides, strict=True):
+def test_every_completion_is_where_the_index_says_and_no_branch_stands_twice(pairs: list[TokenPair]) -> None:
+    trees, index = grow_trees(pairs)
+    for pair, tree, branches in zip(pairs, index.tree, index.branches, strict=True):
+        for completion, branch in zip((pair.chosen, pair.rejected), branches, strict=True):
             assert trees[tree].prompt == pair.prompt
             assert (trees[tree].branches[branch] if branch >= 0 else []) == completion
     assert len({tuple(tree.prompt) for tree in trees}) == len(trees)
     for tree in trees:
         assert len(set(map(tuple, tree.branches))) == len(tree.branches)
+
+
+@settings(max_examples=100, deadline=None)
+@given(pairs=PAIRS, data=st.data())
+def test_values_of_a_batchs_branches_come_back_to_the_pairs_that_have_them(
+    pairs: list[TokenPair], data: st.DataObject
+) -> None:
+    trees, index = grow_trees(pairs)
+    batch = data.draw(st.permutations(range(len(trees)))) if trees else []
+    batch = batch[: data.draw(st.integers(0, len(trees)))]
+    names = [(number, branch) for number in batch for branch in range(len(trees[number].branches))]
+    slots = index.in_batch(trees, batch)
+    chosen, rejected = slots.gather(torch.arange(len(names)), absent=-1)
+    assert slots.local_pairs.tolist() == [p for p, tree in enumerate(index.tree) if tree in batch]
+    for pair, *values in zip(slots.local_pairs.tolist(), chosen.tolist(), rejected.tolist(), strict=True):
+        for completion, value in zip((pairs[pair].chosen, pairs[pair].rejected), values, strict=True):
+            tree, branch = names[value] if value >= 0 else (0, None)
+            assert (trees[tree].branches[branch] if branch is not None else []) == completion
+
+
+class Pairs(list[TokenPair]):
+    """Stands for `TokenPairs`: one group for each prompt."""
+
+    @property
+    def groups(self) -> np.ndarray:
+        return np.array([pair.prompt[0] for pair in self])
+
+
+def test_a_mismatched_tree_has_a_completion_of_another_prompt() -> None:
+    pairs = Pairs(TokenPair([p], [100 + 10 * p + i], [200 + 10 * p + i]) for p in range(3) for i in range(1 + p))
+    held_out = Pairs([TokenPair([7], [170], [])])
+    source = RoundPairs(
+        pairs,
+        held_out,
+        epochs=1,
+        pairs_per_step=2,
+        chosen_only=False,
+        with_partners=True,
+        seed=5,
+    )
+    trees = source.mismatched_trees(np.arange(len(source)))
+    assert len(trees) == 7
+    for number, tree in enumerate(trees):
+        own = [
+            side for pair in [*pairs, *held_out] if pair.prompt == tree.prompt for side in (pair.chosen, pair.rejected)
+        ]
+        assert tree.prompt == source[number].prompt
+        assert len(tree.branches) == 1
+        assert tree.branches[0] not in own
+        assert tree.branches[0]
+
+
+def test_pairs_that_are_held_out_come_after_those_to_train_on() -> None:
+    pairs, held_out = (
+        Pairs(TokenPair([p], [1], [2]) for p in range(5)),
+        Pairs(TokenPair([p], [3], [4]) for p in range(3)),
+    )
+    source = RoundPairs(
+        pairs,
+        held_out,
+        epochs=2,
+        pairs_per_step=2,
+        chosen_only=True,
+        with_partners=False,
+        seed=5,
+    )
+    assert sorted(np.concatenate(source.one_epoch).tolist()) == [0, 1, 2, 3, 4]
+    assert len(source.steps) == 2 * len(source.one_epoch) == 6
+    assert [numbers.tolist() for numbers in source.held_out_steps] == [[5, 6], [7]]
+    assert source[6] == TokenPair([1], [3], [])
 
 
 # Steps

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from iterdpo.testing import build_tiny_checkpoint
 from iterdpo.training import logps
 from iterdpo.training.collate import Tree, collate
-from iterdpo.training.logps import Scorer, Way, completion_logps, fastest_way, score_completions
+from iterdpo.training.logps import LogpPath, Scorer, completion_logps, score_completions, select_logp_path
 from iterdpo.training.models import load_policy
 
 Rows = list[list[int]]
-WAYS: list[Way] = ["plain", "rows", "shared"]
+PATHS: list[LogpPath] = ["plain", "rows", "shared"]
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +65,20 @@ def all_plain(exact: Any, rows: tuple[Rows, Rows]) -> list[float]:
         return [plain(exact, p, c).item() for p, c in zip(*rows, strict=True)]
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=PATHS)
 def scorer(request: pytest.FixtureRequest, model: Any) -> Iterator[Scorer]:
-    """The model by each of the ways."""
+    """The model by each path."""
     scorer = Scorer(model)
-    scorer.use(request.param)
+    scorer.set_path(request.param)
     yield scorer
-    scorer.use("plain")
+    scorer.set_path("plain")
 
 
 def trees(rows: tuple[Rows, Rows]) -> list[Tree]:
     return [Tree(prompt, [completion]) for prompt, completion in zip(*rows, strict=True)]
 
 
-def test_each_way_agrees_with_each_row_computed_alone_in_float64(
+def test_each_path_agrees_with_each_row_computed_alone_in_float64(
     scorer: Scorer, exact: Any, rows: tuple[Rows, Rows]
 ) -> None:
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_another_prompt_gives_another_value_so_the_tolerance_of_these_tests_mean
 
 @pytest.mark.parametrize("pad_token_id", [77, 258])
 def test_padding_changes_nothing(scorer: Scorer, rows: tuple[Rows, Rows], pad_token_id: int) -> None:
-    shared = scorer.way == "shared"
+    shared = scorer.path == "shared"
     with torch.no_grad():
         padded, other = (
             scorer(collate(trees(rows), shared=shared, pad_token_id=token)).logps for token in (0, pad_token_id)
@@ -173,18 +173,20 @@ def test_a_model_that_returns_all_logits_whatever_is_asked_gives_the_same(
         torch.testing.assert_close(completion_logps(model, *rows), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_under_autocast_gradients_are_near_those_in_float32(model: Any, rows: tuple[Rows, Rows], way: Way) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_under_autocast_gradients_are_near_those_in_float32(
+    model: Any, rows: tuple[Rows, Rows], path: LogpPath
+) -> None:
     some = [Tree(rows[0][4], rows[1][3:6]), Tree(rows[0][1], rows[1][:2])]
     weights = torch.linspace(-1, 2, 5)
     found = []
     for enabled in (False, True):
         scorer = Scorer(model)
-        scorer.use(way)
+        scorer.set_path(path)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             logps = scorer(scorer.collate(some)).logps
         found.append((logps, torch.autograd.grad((logps * weights).sum(), list(model.parameters()))))
-        scorer.use("plain")
+        scorer.set_path("plain")
     (exact, gradients), (rounded, others) = found
     assert rounded.dtype == torch.float32
     assert ((exact - rounded).abs() / exact.abs()).max() < 0.03
@@ -213,16 +215,16 @@ def test_wpos_alignment_is_the_mean_over_what_the_policy_may_sample(
     assert found.logps.tolist() == pytest.approx(all_plain(exact, rows), abs=1e-4)
 
 
-# The ways
+# The paths
 
 
-def test_a_way_that_is_not_allowed_is_not_taken(model: Any, rows: tuple[Rows, Rows]) -> None:
-    assert fastest_way(model, trees(rows)) == "shared"
-    assert fastest_way(model, trees(rows), allowed=("rows",)) == "rows"
-    assert fastest_way(model, trees(rows), allowed=()) == "plain"
+def test_a_path_that_is_not_allowed_is_not_taken(model: Any, rows: tuple[Rows, Rows]) -> None:
+    assert select_logp_path(model, trees(rows)) == "shared"
+    assert select_logp_path(model, trees(rows), allowed=("rows",)) == "rows"
+    assert select_logp_path(model, trees(rows), allowed=()) == "plain"
 
 
-def test_a_model_whose_logits_are_not_its_heads_of_its_hidden_states_goes_the_plain_way(
+def test_a_model_whose_logits_are_not_its_heads_of_its_hidden_states_takes_the_plain_path(
     model: Any, rows: tuple[Rows, Rows], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     forward = model.forward
@@ -233,10 +235,10 @@ def test_a_model_whose_logits_are_not_its_heads_of_its_hidden_states_goes_the_pl
         return found
 
     monkeypatch.setattr(model, "forward", twice)
-    assert fastest_way(model, trees(rows)) == "plain"
+    assert select_logp_path(model, trees(rows)) == "plain"
     assert [record.getMessage().partition(":")[2][:22] for record in caplog.records] == [
-        " not the way 'shared':",
-        " not the way 'rows': i",
+        " skipping the 'shared' path:",
+        " skipping the 'rows' path: i",
     ]
 
 
@@ -258,8 +260,8 @@ def test_a_model_that_fails_in_one_row_goes_in_rows_and_its_error_is_logged(
             ]
         ),
     )
-    assert fastest_way(model, trees(rows)) == "rows"
-    assert "not the way 'shared': TypeError: " in caplog.text
+    assert select_logp_path(model, trees(rows)) == "rows"
+    assert "skipping the 'shared' path: TypeError: " in caplog.text
     assert "unexpected keyword argument 'position_ids'" in caplog.text
 
 

@@ -1,0 +1,100 @@
+"""The trainer's files: checkpoints within a round, and the policy that the round ends with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from iterdpo.run.rundir import fsync, read_json, sync_tree, write_json, write_text
+from iterdpo.training.launch import OPTIMIZER_STATE, TRAIN_LOG, TrainSpec
+from iterdpo.training.models import ADAPTER_CONFIG
+
+# Files that a policy takes over from the one it was trained from: the tokenizer's, byte for byte, and its code.
+CARRIED_FILES = (
+    "tokenizer*",
+    "special_tokens*",
+    "added_tokens*",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "chat_template*",
+    "*.py",
+)
+
+
+def save_checkpoint(accelerator: Accelerator, output: Path, *, steps: int) -> None:
+    """The state after `steps` steps. The checkpoint before it is removed once this one is whole."""
+    path = output / f"checkpoint-{steps:06d}"
+    fresh = path.with_name(path.name + ".new")
+    accelerator.save_state(str(fresh))
+    accelerator.wait_for_everyone()  # each process writes its random state there
+    if accelerator.is_main_process:
+        sync_tree(fresh)
+        os.replace(fresh, path)
+        fsync(output)
+        for old in output.glob("checkpoint-*"):
+            if old != path:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def resume(accelerator: Accelerator, output: Path, *, adapter: bool) -> int:
+    """Load the last whole checkpoint, and cut the training log to its steps. Returns how many steps are done."""
+    whole = sorted(path for path in output.glob("checkpoint-*") if not path.name.endswith(".new"))
+    done = int(whole[-1].name.removeprefix("checkpoint-")) if whole else 0
+    if whole:
+        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        accelerator.load_state(str(whole[-1]), **({"strict": False} if adapter and not sharded else {}))
+    if accelerator.is_main_process:
+        log = output / TRAIN_LOG
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        write_text(log, "".join(lines[:done]))
+    accelerator.wait_for_everyone()
+    return done
+
+
+def drop_frozen(models: list[Any], states: list[dict[str, Tensor]], directory: str) -> None:
+    """A hook of `Accelerator.save_state`: leaves out what no step changes, the model under an adapter.
+
+    FSDP and DeepSpeed pass no states.
+    """
+    for model, state in zip(models, states, strict=False):
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                state.pop(name, None)
+
+
+def save_policy(accelerator: Accelerator, policy: Any, optimizer: Any, spec: TrainSpec) -> None:
+    """Write the policy as a Hugging Face checkpoint, or as a PEFT adapter, in `dpo.save_dtype`."""
+    state = accelerator.get_state_dict(policy)
+    if accelerator.is_main_process:
+        output, dtype = spec.output, getattr(torch, spec.dpo.save_dtype)
+        model = accelerator.unwrap_model(policy).model
+        state = {name.removeprefix("model.").replace("._orig_mod", ""): tensor for name, tensor in state.items()}
+        cast: dict[tuple[Any, ...], Tensor] = {}  # tied weights stay one tensor
+        for name, tensor in state.items():
+            if tensor.is_floating_point():
+                same = (tensor.data_ptr(), tensor.shape)
+                state[name] = cast.setdefault(same, tensor.to(dtype))
+        model.save_pretrained(output, state_dict=state)
+        if (output / "config.json").exists():  # names the precision in memory
+            config = read_json(output / "config.json")
+            write_json(output / "config.json", {**config, "dtype": spec.dpo.save_dtype})
+        if (adapter := output / ADAPTER_CONFIG).exists():  # PEFT writes a set, in another order each time
+            config = read_json(adapter)
+            targets = config["target_modules"]
+            write_json(adapter, config | {"target_modules": targets if isinstance(targets, str) else sorted(targets)})
+        for pattern in CARRIED_FILES:
+            for file in spec.policy.glob(pattern):
+                shutil.copy(file, output / file.name)
+        (output / "README.md").unlink(missing_ok=True)  # PEFT's, with nothing in it
+        if spec.dpo.optimizer_state == "carry":
+            torch.save(optimizer.state_dict(), output / OPTIMIZER_STATE)
+    accelerator.wait_for_everyone()

@@ -1,0 +1,242 @@
+"""An optimizer step: losses against float64, cutting into micro-batches, steps that are not finite, metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from iterdpo.data.pairs import ABSENT, pairs_table, write_tables
+from iterdpo.training.losses import PreferenceLoss
+from iterdpo.training.step import learning_rate_factor, summarize
+from iterdpo.types import PreferencePair
+from tests.unit.training.rounds import (
+    LOG_2,
+    apart,
+    log_of,
+    log_sigmoid,
+    losses,
+    mean,
+    run,
+    summed,
+    terms,
+    token_pairs,
+    weights,
+)
+
+pytestmark = pytest.mark.usefixtures("the_peak_is_known")
+
+
+AT_THE_REFERENCE: list[tuple[dict[str, Any], float, float]] = [  # the loss, beta, its value
+    ({"type": "sigmoid"}, 0.1, LOG_2),
+    ({"type": "sigmoid", "label_smoothing": 0.3}, 0.1, LOG_2),  # 0.7 log 2 + 0.3 log 2
+    ({"type": "sigmoid_norm"}, 5.0, LOG_2),
+    ({"type": "robust", "label_smoothing": 0.1}, 0.1, LOG_2),  # (0.9 log 2 - 0.1 log 2) / (1 - 0.2)
+    ({"type": "ipo"}, 0.1, 25.0),  # (1 / 0.2)^2
+    ({"type": "hinge"}, 0.1, 1.0),
+    ({"type": "dpop"}, 0.1, LOG_2),
+    ({"type": "exo_pair", "label_smoothing": 0.1}, 0.1, math.log(5 / 3)),  # log(0.5 / 0.9) / 2 + log(0.5 / 0.1) / 2
+    ({"type": "nca_pair"}, 0.1, 2 * LOG_2),
+    ({"type": "apo_zero"}, 0.1, 1.0),
+    ({"type": "apo_down"}, 0.1, 1.0),
+    ({"type": "sppo_hard"}, 0.1, 50.0),  # 2 (0.5 / 0.1)^2
+    ({"type": "kto"}, 0.1, 0.5),
+    ({"type": "kto", "desirable_weight": 1.5, "undesirable_weight": 0.5}, 0.1, 0.5),  # (1.5 / 2 + 0.5 / 2) / 2
+    ({"type": "kto", "desirable_weight": 3.0}, 0.1, 1.0),  # (3 / 2 + 1 / 2) / 2
+]
+
+
+@pytest.mark.parametrize(("loss", "beta", "expected"), AT_THE_REFERENCE)
+def test_each_loss_begins_at_its_equations_value_at_the_reference_and_falls(
+    tmp_path: Path, tiny_model: Path, grouped: Path, loss: dict[str, Any], beta: float, expected: float
+) -> None:
+    log = log_of(run(tmp_path, tiny_model, grouped, loss=loss, beta=beta, pairs_per_step=8, epochs=4))
+    assert log[0]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert log[0]["rewards/chosen"] == log[0]["rewards/rejected"] == log[0]["logps/chosen_drop"] == 0.0
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_losses_without_a_reference_begin_where_their_equations_have_the_policy(
+    tmp_path: Path, sharp: Path, grouped: Path
+) -> None:
+    def odds(p: float) -> float:
+        return p - math.log(1 - math.exp(p))
+
+    def first(loss: str, settings: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
+        settings = {"loss": {"type": loss, **keys}, **(settings or {})}
+        output = run(tmp_path / loss, sharp, grouped, pairs_per_step=8, epochs=4, **settings)
+        log = log_of(output)
+        assert log[-1]["loss"] < log[0]["loss"]
+        assert not (tmp_path / loss / "reference").exists()
+        assert "logps/chosen_drop" not in log[0]
+        return log[0]
+
+    pairs = [(w / n, r / m) for w, r, n, m in summed(sharp, grouped)]
+    row = first("sft")
+    assert row["loss"] == pytest.approx(-mean([w for w, _ in pairs]), rel=1e-5)
+    assert not [name for name in row if name.startswith("rewards/") or name == "logps/rejected"]
+
+    row = first("simpo", {"beta": 2.5}, gamma=0.3)
+    assert row["loss"] == pytest.approx(-mean([log_sigmoid(2.5 * (w - r) - 0.3) for w, r in pairs]), rel=1e-5)
+    assert row["rewards/chosen"] == pytest.approx(2.5 * mean([w for w, _ in pairs]), rel=1e-5)
+
+    row = first("orpo", {"beta": 0.4})
+    assert row["loss"] == pytest.approx(mean([-w - 0.4 * log_sigmoid(odds(w) - odds(r)) for w, r in pairs]), rel=1e-5)
+
+
+def test_the_chosen_completions_nll_is_added_with_its_coefficient(tmp_path: Path, sharp: Path, grouped: Path) -> None:
+    row = log_of(run(tmp_path, sharp, grouped, nll_coefficient=0.25, pairs_per_step=8))[0]
+    nll = mean([-p[0] / p[2] for p in summed(sharp, grouped)])
+    assert row["loss"] == pytest.approx(LOG_2 + 0.25 * nll, rel=1e-5)
+
+
+def test_wpo_weighs_each_pair_by_how_likely_the_policy_is_to_sample_it(
+    tmp_path: Path, sharp: Path, grouped: Path
+) -> None:
+    weighed = []
+    for pair, sides in zip(token_pairs(grouped), terms(sharp, grouped), strict=True):
+        weight = 1.0
+        for ids, distributions in zip((pair.chosen, pair.rejected), sides, strict=True):
+            a = [float(p[t].log() - (p * p).sum().log()) for t, p in zip(ids, distributions, strict=True)]
+            weight *= math.exp(mean(a))
+        weighed.append(weight)
+    row = log_of(run(tmp_path, sharp, grouped, wpo=True, pairs_per_step=8))[0]
+    assert row["loss"] == pytest.approx(LOG_2 * mean(weighed), rel=1e-4)
+    assert max(weighed) > 2 * min(weighed)
+
+
+def test_kto_takes_unpaired_examples_and_sees_in_a_pair_two_of_them(
+    tmp_path: Path, tiny_model: Path, rows: list[PreferencePair], grouped: Path
+) -> None:
+    singles = [PreferencePair(r.prompt, r.prompt_ids, r.chosen, ABSENT) for r in rows]
+    singles += [PreferencePair(r.prompt, r.prompt_ids, ABSENT, r.rejected) for r in rows]
+    write_tables(tmp_path / "unpaired.parquet", [pairs_table(singles, "unpaired")])
+    settings = {"loss": {"type": "kto", "desirable_weight": 1.5}, "epochs": 3}
+    unpaired = log_of(run(tmp_path / "a", tiny_model, tmp_path / "unpaired.parquet", pairs_per_step=16, **settings))
+    paired = log_of(run(tmp_path / "b", tiny_model, grouped, pairs_per_step=8, **settings))
+    for name in ("loss", "logps/chosen", "logps/rejected", "grad_norm", "rewards/chosen", "rewards/rejected"):
+        assert unpaired[0][name] == pytest.approx(paired[0][name], rel=1e-4), name
+    assert "rewards/margins" not in unpaired[0]
+    assert "rewards/accuracies" not in unpaired[0]
+    assert unpaired[-1]["loss"] < unpaired[0]["loss"]
+
+
+def test_unpaired_examples_of_one_kind_only_train_with_kto(
+    tmp_path: Path, tiny_model: Path, rows: list[PreferencePair]
+) -> None:
+    singles = [PreferencePair(r.prompt, r.prompt_ids, ABSENT, r.rejected) for r in rows]
+    write_tables(tmp_path / "unpaired.parquet", [pairs_table(singles, "unpaired")])
+    log = log_of(run(tmp_path, tiny_model, tmp_path / "unpaired.parquet", loss="kto"))
+    assert log[0]["loss"] == 0.5
+    assert "logps/chosen" not in log[0]
+    assert all(math.isfinite(row["grad_norm"]) for row in log)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"loss": "kto"}, {"wpo": True, "nll_coefficient": 0.5}, {"adapter": {}, "learning_rate": 1e-2}]
+)
+def test_one_pair_at_a_time_or_all_at_once_is_the_same_training(
+    tmp_path: Path, tiny_model: Path, grouped: Path, settings: dict[str, Any]
+) -> None:
+    settings = {"pairs_per_step": 8, "epochs": 3, **settings}
+    whole = run(tmp_path / "a", tiny_model, grouped, tokens_per_micro_batch=4096, **settings)
+    cut = run(tmp_path / "b", tiny_model, grouped, tokens_per_micro_batch=1, **settings)
+    assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
+    assert apart(weights(cut), weights(whole)) < 2e-5 * settings.get("learning_rate", 1e-3) / 1e-3
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 5e-3)])
+@pytest.mark.parametrize("settings", [{}, {"loss": "kto"}, {"adapter": {}}])
+def test_sharing_prompts_does_not_change_the_losses(
+    tmp_path: Path, tiny_model: Path, grouped: Path, settings: dict[str, Any], precision: str, tolerance: float
+) -> None:
+    shared = run(tmp_path / "a", tiny_model, grouped, precision=precision, epochs=2, **settings)
+    own = run(tmp_path / "b", tiny_model, grouped, precision=precision, epochs=2, shared_prompts=False, **settings)
+    assert losses(shared) == pytest.approx(losses(own), abs=tolerance)
+    assert losses(shared)[-1] != losses(shared)[0]
+
+
+def test_a_loss_that_is_not_finite_ends_training_before_it_is_applied(
+    tmp_path: Path, tiny_model: Path, pairs: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="not finite, and not applied"):
+        run(tmp_path, tiny_model, pairs, learning_rate=1e30, max_grad_norm=1e30, lr_scheduler="constant")
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """A loss that is not a number in these steps, counted from 0, each of one micro-batch."""
+    from iterdpo.training import step
+
+    calls = iter(range(1000))
+    original = step.preference_loss
+
+    def loss(*arguments: Any, **options: Any) -> PreferenceLoss:
+        found = original(*arguments, **options)
+        return found._replace(losses=found.losses * math.nan) if next(calls) in steps else found
+
+    monkeypatch.setattr(step, "preference_loss", loss)
+
+
+def test_a_step_that_is_not_finite_can_be_skipped_and_leaves_the_weights_as_they_were(
+    tmp_path: Path, tiny_model: Path, grouped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(monkeypatch, {0, 1})
+    output = run(tmp_path, tiny_model, grouped, sentinels={"non_finite": "skip"})
+    assert apart(weights(output), weights(tiny_model)) == 0.0
+    log = log_of(output)
+    assert [row["alarms"] for row in log] == [
+        [f"non_finite: step {step}: loss nan, gradient norm nan"] for step in (1, 2)
+    ]
+    assert "loss" not in log[0]  # JSON has no NaN
+
+
+def test_the_steps_after_one_that_was_skipped_go_on(
+    tmp_path: Path, tiny_model: Path, grouped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(monkeypatch, {1})
+    log = log_of(run(tmp_path, tiny_model, grouped, epochs=2, sentinels={"non_finite": "skip"}))
+    assert ["loss" in row for row in log] == [True, False, True, True]
+    assert log[-1]["rewards/margins"] != 0.0
+    assert all(math.isfinite(value) for row in log for value in row.values() if isinstance(value, float))
+
+
+@pytest.mark.parametrize(("loss", "expected"), [("sigmoid", LOG_2), ("kto", 0.5)])
+def test_held_out_pairs_are_evaluated_with_the_trained_policy(
+    tmp_path: Path, tiny_model: Path, pairs: Path, grouped: Path, loss: str, expected: float
+) -> None:
+    still = run(tmp_path / "a", tiny_model, pairs, eval_pairs=grouped, loss=loss, learning_rate=1e-30)
+    metrics = json.loads((still / "eval_metrics.json").read_text())
+    assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-6)
+    assert metrics["eval_rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+    assert metrics["eval_logps/chosen"] == pytest.approx(mean([p[0] for p in summed(tiny_model, grouped)]), rel=1e-5)
+    moved = run(tmp_path / "b", tiny_model, pairs, eval_pairs=grouped, loss=loss)
+    assert json.loads((moved / "eval_metrics.json").read_text())["eval_rewards/margins"] != 0.0
+
+
+def test_metrics_are_means_over_the_pairs_that_have_them() -> None:
+    nan = math.nan
+    rows = torch.tensor([[1.0, 0.5, 0.25, -10, -20, -2], [3.0, 0.25, 0.5, -30, -40, -4], [2.0, 1.5, nan, -20, nan, 0]])
+    assert summarize(rows) == {
+        "loss": 2.0,
+        "rewards/chosen": 0.75,
+        "rewards/rejected": 0.375,
+        "logps/chosen": -20.0,
+        "logps/rejected": -30.0,
+        "logps/chosen_drop": 2.0,
+        "rewards/accuracies": 0.5,
+        "rewards/margins": 0.0,
+    }
+
+
+def test_the_learning_rate_warms_up_to_its_peak_and_is_never_zero() -> None:
+    def factors(schedule: str) -> list[float]:
+        return [learning_rate_factor(s, 10, warmup_ratio=0.2, schedule=schedule) for s in range(10)]
+
+    assert factors("constant") == [0.5, *[1.0] * 9]
+    assert factors("linear") == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    assert factors("cosine")[2] == 1.0
+    assert min(factors("cosine")) > 0
