@@ -31,15 +31,11 @@ from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
 from judges.base import Abstention, judgment_from_outcomes
 from judges.llm.client import CallFailed, Client, refused
 from judges.llm.concurrency import in_own_loop, run_each
-from judges.llm.parsing import (
-    ReplyVerdict,
-    Unclear,
-    expected_score,
-    parse_ranking,
-    parse_scores,
-    parse_verdict,
-    verdict_probability,
-)
+from judges.llm.parsing.probabilities import expected_score, verdict_probability
+from judges.llm.parsing.ranking import parse_ranking
+from judges.llm.parsing.score import parse_scores
+from judges.llm.parsing.text import Unclear
+from judges.llm.parsing.verdict import ReplyVerdict, parse_verdict
 from judges.llm.reply import Reply
 from judges.llm.server import Server, ServerSettings
 from judges.llm.settings import Endpoint

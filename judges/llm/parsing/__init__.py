@@ -16,19 +16,3 @@ A reply is read the same way by all parsers:
 A reply that its token limit cut off can end in a verdict by chance ("Verdict: A" of "Verdict: A and B are equal"). The
 text does not show it: the caller abstains by the reply's finish reason.
 """
-
-from judges.llm.parsing.probabilities import expected_score, verdict_probability
-from judges.llm.parsing.ranking import parse_ranking
-from judges.llm.parsing.score import parse_scores
-from judges.llm.parsing.text import Unclear
-from judges.llm.parsing.verdict import ReplyVerdict, parse_verdict
-
-__all__ = [
-    "ReplyVerdict",
-    "Unclear",
-    "expected_score",
-    "parse_ranking",
-    "parse_scores",
-    "parse_verdict",
-    "verdict_probability",
-]

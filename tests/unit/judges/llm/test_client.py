@@ -14,7 +14,6 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -25,7 +24,7 @@ import pytest
 from iterdpo.errors import JudgeError
 from iterdpo.testing_http import FAULTS, GARBAGE, FakeEndpoint
 from judges.llm.client import DOWN, CallFailed, Client
-from judges.llm.concurrency import LEAD, in_own_loop, run_each
+from judges.llm.concurrency import run_each
 from judges.llm.reply import Reply
 from judges.llm.settings import Endpoint
 
@@ -325,14 +324,6 @@ def test_the_key_is_sent_and_is_nowhere_else(
         assert piece.encode() not in files
 
 
-def test_a_key_in_the_place_of_a_variables_name_is_refused_and_not_repeated() -> None:
-    for settings in ({"api_key_env": KEY}, {"base_url": f"https://me:{KEY}@host/v1"}, {"headers": {"X-Api-Key": KEY}}):
-        with pytest.raises(JudgeError) as error:
-            Endpoint(**settings)
-        assert KEY not in "".join(traceback.format_exception(error.value))
-        assert error.value.__context__ is None
-
-
 # Stages: deadline, endpoint down, budgets
 
 
@@ -611,7 +602,7 @@ def test_rates_are_held(limit: str) -> None:
 # Everything at once
 
 
-def test_with_three_in_ten_requests_failing_each_call_gets_its_own_reply_and_none_is_paid_twice(tmp_path: Path) -> None:
+def test_with_three_in_ten_requests_failing_each_call_gets_its_reply_and_pays_once(tmp_path: Path) -> None:
     with FakeEndpoint(echo, latency=0.002, faults=0.3, max_faults=5, seed=7) as server:
         client = client_of(server, cache=str(tmp_path / "calls.sqlite"), timeout=1.0)
         replies = call(client, *map(str, range(300)))
@@ -644,153 +635,6 @@ def test_a_client_can_be_opened_again_in_another_loop_and_thread() -> None:
     assert (client.usage()["calls"], client.usage()["retries"]) == (6, 6)
 
 
-# run_each, in_own_loop
-
-
-def test_jobs_are_taken_one_by_one_and_their_results_are_in_order() -> None:
-    taken = running = most = done = 0
-
-    async def job(n: int) -> int:
-        nonlocal running, most, done
-        running += 1
-        most = max(most, running)
-        assert taken <= done + LEAD * 7  # no more are taken, however many there are
-        await asyncio.sleep(0.001 * (n % 3))
-        running -= 1
-        done += 1
-        return n * n
-
-    def jobs() -> Iterator[Any]:
-        nonlocal taken
-        for n in range(500):
-            taken += 1
-            yield functools.partial(job, n)
-
-    assert list(in_own_loop(run_each(jobs(), concurrency=7))) == [n * n for n in range(500)]
-    assert most == 7
-    assert list(in_own_loop(run_each([], concurrency=7))) == []
-
-
-class Interruption(BaseException):
-    """As Prefect's handler of SIGTERM raises one, in the middle of whatever the main thread does."""
-
-
-@pytest.mark.parametrize("error", [JudgeError("stop"), ValueError("stop"), Interruption("stop")])
-def test_an_exception_cancels_the_other_jobs_and_rises_as_it_is(error: BaseException) -> None:
-    started: list[int] = []
-    cancelled: list[int] = []
-
-    async def job(n: int) -> None:
-        started.append(n)
-        if n == 2:
-            raise error
-        try:
-            await asyncio.sleep(10)
-        except asyncio.CancelledError:
-            cancelled.append(n)
-            raise
-
-    with pytest.raises(type(error), match=r"^stop$"):
-        next(in_own_loop(run_each((functools.partial(job, n) for n in range(100)), concurrency=4)))
-    assert set(started) <= {0, 1, 2, 3}
-    assert sorted(cancelled) == [n for n in sorted(started) if n != 2]
-
-
-async def later(n: int) -> int:
-    await asyncio.sleep(0.001 * n)
-    return n
-
-
-def test_what_was_done_before_a_job_that_raises_counts() -> None:
-    async def job(n: int) -> int:
-        if n == 2:
-            await asyncio.sleep(0.01)  # until those before it are done
-            raise JudgeError("stop")
-        return n
-
-    results = in_own_loop(run_each((functools.partial(job, n) for n in range(9)), concurrency=3))
-    assert [next(results), next(results)] == [0, 1]
-    with pytest.raises(JudgeError, match=r"^stop$"):
-        next(results)
-
-
-def test_the_jobs_before_one_that_cannot_be_read_are_worked_off() -> None:
-    def jobs() -> Iterator[Any]:
-        yield from (functools.partial(later, n) for n in range(5))
-        raise ValueError("shard-0001.jsonl, line 3")
-
-    results = in_own_loop(run_each(jobs(), concurrency=2))
-    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="line 3"):
-        next(results)
-
-
-def test_an_interruption_rises_as_it_is_and_ends_what_is_under_way() -> None:
-    ended: list[int] = []
-
-    async def job(n: int) -> None:
-        try:
-            await asyncio.sleep(10)
-        finally:
-            ended.append(n)
-
-    def interrupt(*_: object) -> None:
-        raise Interruption
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
-    try:
-        with pytest.raises(Interruption):
-            list(in_own_loop(run_each((functools.partial(job, n) for n in range(9)), concurrency=3)))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert sorted(ended) == [0, 1, 2]
-
-
-def test_closing_the_results_early_ends_what_is_under_way() -> None:
-    ended: list[int] = []
-
-    async def job(n: int) -> int:
-        try:
-            return await later(50 * n)
-        finally:
-            ended.append(n)
-
-    results = in_own_loop(run_each((functools.partial(job, n) for n in range(9)), concurrency=3))
-    assert next(results) == 0
-    results.close()
-    assert sorted(ended) == [0, 1, 2, 3]
-
-
-# Configuration
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"base_url": "localhost:8000/v1"}, "base_url: is no address; it reads http://host:port/v1"),
-        ({"base_url": "ftp://host/v1"}, "base_url: is no address"),
-        ({"base_url": "http://host:x/v1"}, "base_url: is no address"),
-        ({"base_url": "http:///v1"}, "base_url: is no address"),
-        ({"base_url": "http://host/v1?key=1"}, "base_url: has a user, a query or a fragment"),
-        ({"base_url": "http://host/v1/chat/completions"}, "base_url: ends before /chat/completions"),
-        ({"concurrency": 0}, "concurrency = 0: input should be greater than or equal to 1"),
-        ({"timeout": -1}, "timeout = -1: input should be greater than 0"),
-        ({"requests_per_minute": 0}, "requests_per_minute = 0: input should be greater than 0"),
-        ({"deadline": float("inf")}, "deadline = inf: input should be a finite number"),
-        ({"concurency": 4}, "unknown key 'concurency'; did you mean 'concurrency'?"),
-        ({"max_cost_usd": 1.0}, "max_cost_usd: set price_in and price_out too"),
-        ({"extra": {"stream": True}}, "extra: 'stream' is not to be set here"),
-        ({"headers": {"Authorization": "x"}}, "headers: 'Authorization' looks like a secret"),
-    ],
-)
-def test_a_setting_that_cannot_be_is_refused_by_its_name(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(JudgeError) as error:
-        Endpoint(**settings)
-    assert str(error.value).startswith(f"endpoint: {message}")
-
-
 def test_a_client_needs_an_address_from_somewhere_when_it_is_opened() -> None:
     with pytest.raises(JudgeError, match="missing key 'base_url'"):
         call(Client(Endpoint(**FAST), model="fake"), "x")
@@ -800,7 +644,3 @@ def test_a_client_needs_an_address_from_somewhere_when_it_is_opened() -> None:
         client = Client(Endpoint(**FAST), model="fake")
         client.base_url = f"{server.base_url}/"
         assert texts_of(call(client, "x")) == ["you said x"]
-
-
-def test_yaml_reads_off_as_false_and_it_is_still_off() -> None:
-    assert Endpoint(cache=False).cache == "off"

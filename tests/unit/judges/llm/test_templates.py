@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iterdpo.errors import JudgeError
-from judges.llm.parsing import parse_ranking, parse_scores, parse_verdict
+from judges.llm.parsing.ranking import parse_ranking
+from judges.llm.parsing.score import parse_scores
+from judges.llm.parsing.verdict import parse_verdict
 from judges.llm.templates import SHIPPED, Template, fence, harmless, load_template, principles
 
 KINDS: dict[Literal["pairwise", "rubric", "listwise"], list[str]] = {
