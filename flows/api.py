@@ -23,7 +23,7 @@ from iterdpo.stages.plan import first_pending
 from iterdpo.stages.runs import IterativeRun
 from judges import load_judge
 from judges.adapter import adapt
-from judges.load import by_design, check_columns, check_judge, judge_version
+from judges.load import check_columns, check_judge, expected_abstentions, judge_version
 
 AnyJudge = Callable[..., Any] | object
 """What `judges/adapter.py` turns into a judge: a function, a class or an object."""
@@ -181,7 +181,7 @@ def _named(role: str, section: JudgeConfig | None, own: AnyJudge | None) -> Name
     assert section is not None
     check_judge(section.use, section.args)
     version = judge_version(section.use, section.args)
-    limits["by_design"] = by_design(section.use, section.args)
+    limits["expected_abstentions"] = expected_abstentions(section.use, section.args)
     return NamedJudge(role, section.use, version, lambda: load_judge(section.use, section.args), **limits)
 
 

@@ -15,9 +15,9 @@ lives as long as the judge, so that a client of httpx may be made in the constru
 call.
 
 `prompt` is the plain text, or the list of messages; `completion`, `a` and `b` are always texts. `messages` is the prompt
-as messages in any case, `prompt_id` its id; of `completion` there are `token_count` and `finish_reason`, of a comparison
-`a_token_count`, `b_token_count`, `a_finish_reason` and `b_finish_reason`. Any other parameter receives the column of that
-name from the prompt's row (`gold`, say); `**columns` receives them all.
+as messages in any case, and `prompt_id` its id. `token_count` and `finish_reason` are those of `completion`;
+`a_token_count`, `b_token_count`, `a_finish_reason` and `b_finish_reason` those of a comparison. Any other parameter
+receives the column of that name from the prompt's row (`gold`, say); `**columns` receives them all.
 
 A score is a number, higher is better. None, NaN, an infinity, a string, and an exception are abstentions; they
 are never turned into numbers. A comparison that comes out differently in the two orders is a tie.

@@ -1,18 +1,17 @@
 """Judges made of other judges: an ensemble of several, and wrappers that change the scores of one.
 
-A judge within these is given as a configuration gives one, `{"use": "reward_model", "args": {"model": "…"}}`. What it
-abstained from stays an abstention, with its reason. Whether the whole compares, needs the device, what it used up, and
-what closing it does, follow from the judges within.
+A judge within these is given as in a configuration, `{"use": "reward_model", "args": {"model": "…"}}`. Its abstentions
+stay abstentions, with their reasons.
 
 | judge | score |
 | --- | --- |
 | `Ensemble` | the weighted mean of several judges' scores |
-| `LengthPenalty` | less a constant for each token above a length |
-| `LengthRegressed` | less what the completions' lengths explain of it |
+| `LengthPenalty` | minus a constant for each token above a length |
+| `LengthRegressed` | minus the part that the completions' lengths explain |
 | `Clip` | kept between two numbers |
 | `TieBand` | scores that hardly differ made equal |
 | `ZScore` | in standard deviations from the mean of the prompt's completions |
-| `Cached` | as it is, kept on disk |
+| `Cached` | unchanged, kept on disk |
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ STANDARDIZE = ("none", "group")
 
 
 class _JudgeOfJudges(JudgeBase):
-    """Passes on to the judges within it whatever they are to be told."""
+    """Forwards to the judges within it."""
 
     def __init__(self, name: str, members: Sequence[JudgeBase]) -> None:
         self.name = f"{name}({', '.join(member.name for member in members)})"
@@ -78,21 +77,21 @@ class _JudgeOfJudges(JudgeBase):
 class Ensemble(_JudgeOfJudges):
     """The weighted mean of the members' scores: sum_m w_m s_m / sum_m |w_m|.
 
-    A completion abstains where fewer than `min_judges` members scored it. By default all must: a mean over other members
-    than the neighbour's is on another scale, so lower it only where the members' scores are alike, or standardized.
+    A completion abstains if fewer than `min_judges` members scored it. By default all must: means over different members
+    are on different scales, so lower it only if the members' scores are alike, or standardized.
 
-    Members' orders disagree on two completions where one member scores the first higher and another the second; a
-    member that scores the two alike disagrees with nobody. The disagreement of a group is the share of these contrary
-    verdicts among all (pair of members, pair of completions) in which both members see a difference.
+    Two members disagree on two completions if one scores the first higher and the other the second; a member that scores
+    the two alike disagrees with no other. The disagreement of a group is the share of these contrary verdicts among all
+    (pair of members, pair of completions) in which both members see a difference.
 
     Args:
-        judges: the members, as `{use, args, weight}`. `weight` is 1 where it is not given; a negative one is for a judge
-            whose high scores are bad.
+        judges: the members, as `{use, args, weight}`. The default `weight` is 1; a negative one is for a judge whose high
+            scores are bad.
         standardize: `none`, or `group`: a member's scores are taken in standard deviations from their mean over the
             prompt's completions, so that the members' scales do not matter. A member that scores all of them alike adds
-            0 to each. With two completions only the order is left, so the sum is a weighted vote. Small differences are
-            blown up to the size of large ones: where the scales are known, weights of 1 / scale are better.
-        max_disagreement: the whole group abstains where its disagreement is larger.
+            0 to each. With two completions only the order is left, so the sum is a weighted vote. Small differences
+            become as large as large ones: if the scales are known, weights of 1 / scale are better.
+        max_disagreement: the whole group abstains if its disagreement is larger.
         min_judges: fewest members that must have scored a completion.
     """
 
@@ -177,7 +176,7 @@ class Ensemble(_JudgeOfJudges):
 
 
 def disagreement(rows: Sequence[Sequence[float | None]]) -> float | None:
-    """The share of contrary verdicts among the judges' scores [judges][K]; None where no two see a difference.
+    """The share of contrary verdicts among the judges' scores [judges][K]; None if no two judges see a difference.
 
     Counted over every pair of judges and pair of completions in which both judges score the two differently.
     """
@@ -192,18 +191,18 @@ def disagreement(rows: Sequence[Sequence[float | None]]) -> float | None:
 
 
 def z_scores(scores: Sequence[float | None]) -> Scores:
-    """(s - mean) / standard deviation over the scores there are, with the population's deviation; 0 without spread."""
+    """(s - mean) / the population's standard deviation, over the scores that are not None; 0 without spread."""
     known = [s for s in scores if s is not None]
     if not known:
         return list(scores)
     center, spread = fmean(known), pstdev(known)
-    if spread <= 1e-12 * max(map(abs, known)):  # what is left of equal scores by rounding is no difference
+    if spread <= 1e-12 * max(map(abs, known)):  # rounding errors of equal scores are no difference
         return [None if s is None else 0.0 for s in scores]
     return [None if s is None else (s - center) / spread for s in scores]
 
 
 class _Wrapper(_JudgeOfJudges):
-    """A judge around another one. `rescored` is what it does; the rest is the inner judge's.
+    """A judge that changes the scores of another one, by `rescored`.
 
     The inner judge's scores stay in the judgment's `details`, under `before_<wrapper>`.
     """
@@ -222,7 +221,7 @@ class _Wrapper(_JudgeOfJudges):
         ]
 
     def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
-        """The scores that each group is to have; None where the inner judge abstained."""
+        """The new scores of each group; None if the inner judge abstained."""
         raise NotImplementedError
 
 
@@ -250,16 +249,16 @@ class LengthPenalty(_Wrapper):
 
 
 class LengthRegressed(_Wrapper):
-    """score - slope * (tokens - mean tokens of the prompt's completions): what is left when length is accounted for.
+    """score - slope * (tokens - mean tokens of the prompt's completions): the score without the effect of length.
 
     The slope is that of least squares through the differences of scores and of lengths from their means over each
-    prompt's completions, over all groups judged together (a shard). Only completions of one prompt are compared, so that
-    a prompt that calls for a long completion, and is easy, does not count as length that pays.
+    prompt's completions, over all groups judged together (a shard). Only completions of one prompt are compared, so an
+    easy prompt that calls for a long completion does not count as a reward for length.
 
-    Its limits: only a straight line is removed; where longer completions are better, that goes too; and the slope is the
-    shard's, so that the same group has another score among others (`LengthPenalty` has one slope for all). Where the
-    groups have fewer than `min_completions` scored completions, one in each group not counted, all abstain: through two
-    completions of one prompt there is always a line, and nothing would be left of any score.
+    Its limits: only a straight line is removed; if longer completions are better, that is removed too; and the slope is
+    the shard's, so a group's scores depend on the other groups (`LengthPenalty` has one slope for all). If the groups have
+    fewer than `min_completions` scored completions, not counting one of each group, all abstain: there is always a line
+    through two completions of one prompt, and nothing would be left of any score.
     """
 
     KIND = "length_regressed"
@@ -296,7 +295,7 @@ class LengthRegressed(_Wrapper):
 
 
 def within_slope(tables: Sequence[Sequence[tuple[float, float]]]) -> float:
-    """The least-squares slope of y over x, each taken from its mean in its table; 0 where no x differs from its mean.
+    """The least-squares slope of y over x, each minus its mean in its table; 0 if no x differs from its mean.
 
     `within_slope([[(0, 1.0), (2, 2.0)]]) == 0.5`
     """
@@ -333,12 +332,12 @@ class Clip(_Wrapper):
 class TieBand(_Wrapper):
     """Scores of one prompt's completions that are at most `width` apart become equal: their mean.
 
-    "At most `width` apart" is not transitive, and equality is: everything between two such scores joins them, and what
-    is joined to the same score is joined. So no difference as small as `width` is left, no order is turned round, and a
-    long chain of scores, each near the next, becomes one tie.
+    "At most `width` apart" is not transitive, but equality is: two such scores and every score between them become one
+    tie, and ties with a score in common become one. So no difference as small as `width` is left, no order is reversed,
+    and a long chain of scores, each near the next, becomes one tie.
 
-    `length_ratio`: only where one completion has more than so many times the tokens of the other, for judges that
-    prefer the longer one unless something speaks against it. Scores of completions of similar length stay apart.
+    `length_ratio`: only if one completion has more than this many times the tokens of the other, for judges that prefer
+    the longer one by default. Scores of completions of similar length stay apart.
     """
 
     KIND = "tie_band"
@@ -381,10 +380,10 @@ def tied(scores: Scores, lengths: Sequence[int], *, width: float, length_ratio: 
 
 
 class ZScore(_Wrapper):
-    """The score in standard deviations from the mean of the prompt's completions; 0 where all are scored alike.
+    """The score in standard deviations from the mean of the prompt's completions; 0 if all are scored alike.
 
-    The order stays and the distances lose their unit: prompts on which the judge is lavish or mean weigh the same. With
-    two completions it is 1 and -1, however near they were.
+    The order stays and the distances lose their unit: prompts with generous and with strict scores weigh the same. Two
+    completions get 1 and -1, however near their scores were.
     """
 
     KIND = "z_score"
@@ -399,14 +398,14 @@ class ZScore(_Wrapper):
 
 
 class Cached(_Wrapper):
-    """The judge's judgments, kept in an SQLite file: it is asked once about the same group, by any run.
+    """The judge's judgments, kept in an SQLite file: all runs together judge a group once.
 
-    A group is the same where the judge's version, the prompt (id, messages, columns, tokens) and the completions (texts,
-    tokens, how they ended) are; the sampler's log-probabilities do not count. A judgment with an abstention in it is not
-    kept. Several processes may share a file.
+    The key is the judge's version, the prompt (id, messages, columns, tokens) and the completions (texts, tokens, how they
+    ended), without the sampler's log-probabilities. A judgment with an abstention in it is not kept. Several processes
+    may share a file.
 
     Args:
-        path: the file; it is made where there is none. Delete it to forget everything.
+        path: the file; it is made if it does not exist. Delete it to forget everything.
     """
 
     KIND = "cached"

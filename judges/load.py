@@ -109,22 +109,22 @@ def check_judge(use: str, args: dict[str, Any]) -> None:
         raise JudgeError(f"judge {use!r}: {source.file} defines no {source.name!r}; {hint}")
 
 
-def by_design(use: str, args: dict[str, Any]) -> tuple[str, ...]:
-    """Reasons of abstentions that this judge, or one within it, means to give: not every completion was compared."""
+def expected_abstentions(use: str, args: dict[str, Any]) -> tuple[str, ...]:
+    """Reasons of abstentions that are part of how this judge, or one within it, works."""
     own = _built_in(use).EXPECTED_ABSTENTIONS if use in BUILT_IN else ()
-    inner = (by_design(judge["use"], judge.get("args") or {}) for judge in _nested(args))
+    inner = (expected_abstentions(judge["use"], judge.get("args") or {}) for judge in _nested(args))
     return (*own, *(reason for reasons in inner for reason in reasons))
 
 
 def asks_a_person(use: str, args: dict[str, Any]) -> bool:
-    """Whether a person is this judge, or one within it: such a judge has somebody to ask within a run alone."""
+    """Whether this judge, or one within it, is a person. Such a judge works within a run only."""
     return use == "person" or any(asks_a_person(inner["use"], inner.get("args") or {}) for inner in _nested(args))
 
 
 def check_columns(use: str, columns: Iterable[str], args: Iterable[str] = ()) -> None:
     """Refuse a judge whose function or method asks, by a parameter, for a column that the prompts do not have.
 
-    `args` go to a function, and not to the method of a class. Nothing is said where the source does not show it.
+    `args` go to a function, and not to the method of a class. A judge whose source does not show it is accepted.
 
     Raises:
         JudgeError: naming the column, and the nearest that there is.
@@ -185,7 +185,7 @@ def _nested(value: Any) -> Iterator[dict[str, Any]]:
 
 
 class _Source(NamedTuple):
-    """Where a judge's definition is: `_Source(Path("my_judge.py"), None, "score")`.
+    """The place of a judge's definition: `_Source(Path("my_judge.py"), None, "score")`.
 
     `module` is None for a file; `file` is None for a module without Python source.
     """
@@ -257,7 +257,7 @@ def _import(source: _Source, use: str) -> ModuleType:
 
 
 def _definitions(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
-    """The names that a module's statements bind at its top level; `*` where a star import hides some."""
+    """The names that a module's statements bind at its top level; `*` if a star import hides some."""
     for node in body:
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
@@ -278,7 +278,7 @@ def _definitions(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
 
 
 def _check_definition(node: ast.stmt, args: dict[str, Any], label: str) -> None:
-    """Hold a definition against `args`, where its signature can be read off the source."""
+    """Hold a definition against `args`, if its signature can be read off the source."""
     match node:
         case ast.FunctionDef(decorator_list=[]) | ast.AsyncFunctionDef(decorator_list=[]):
             check_signature(_signature(node.args), args, label, constructor=False)

@@ -151,8 +151,8 @@ def _check_judgment(judge: JudgeBase, group: CompletionGroup, judgment: Judgment
     count = len(group.completions)
     if judgment.prompt_id != group.prompt.id:
         raise JudgeError(
-            f"judge {judge.name!r} answered for prompt {judgment.prompt_id!r} where {group.prompt.id!r} was "
-            "asked; judgments must keep the order of the groups"
+            f"judge {judge.name!r} answered for prompt {judgment.prompt_id!r} instead of {group.prompt.id!r}; "
+            "judgments must keep the order of the groups"
         )
     if len(judgment.scores) != count or len(judgment.abstentions) != count:
         raise JudgeError(
@@ -206,11 +206,11 @@ def _as_score(item: object) -> tuple[float | None, str | None]:
 
 @dataclass(frozen=True)
 class NamedJudge:
-    """A judge that is loaded when it is first needed; name and version are known before.
+    """A judge whose name and version are known before it is loaded.
 
     `NamedJudge("heldout_judge", use="judges.sentiment:VaderSentiment", version="9c2e…", load=…)`
 
-    The rest are the settings of the same names in its section of the configuration.
+    The other fields are the settings of the same names in its section of the configuration.
     """
 
     role: str
@@ -220,5 +220,5 @@ class NamedJudge:
     max_abstained: float = 1.0
     max_abstained_count: int | None = None
     stream: bool | None = None
-    by_design: tuple[str, ...] = ()
-    """Reasons of abstentions that no budget counts, since the judge means to give them."""
+    expected_abstentions: tuple[str, ...] = ()
+    """Reasons of abstentions that no budget counts; see `JudgeBase.EXPECTED_ABSTENTIONS`."""

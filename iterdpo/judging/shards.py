@@ -69,14 +69,15 @@ def judge_shards(
     most = total if named.max_abstained_count is None else named.max_abstained_count
     allowed = min(int(named.max_abstained * total), most)
     retry = (directory / RETRY).exists()
-    counted = AbstentionCounts(leave_out=named.by_design)
+    expected = named.expected_abstentions
+    counted = AbstentionCounts(leave_out=expected)
 
     def tasks() -> Iterator[_Task]:
         for name, groups in shards:
             target = directory / f"{name}.jsonl"
             made = target if target.exists() or streamed is None else streamed(name)
             known = read_judgment_shard(made) if made.exists() else None
-            missing = range(len(groups)) if known is None else _unjudged(known, named.by_design) if retry else ()
+            missing = range(len(groups)) if known is None else _unjudged(known, expected) if retry else ()
             yield _Task(target, groups, known or [], missing, write=retry or not target.exists())
 
     with closing(_work_off(load or judge.load, tasks())) as done:
@@ -212,9 +213,9 @@ class StreamingJudge:
         self._shards.put(None)  # which ends the thread
 
 
-def _unjudged(judgments: Sequence[Judgment], by_design: Collection[str]) -> list[int]:
-    """Those in which something abstained, other than by design."""
-    return [i for i, judgment in enumerate(judgments) if not {None, *by_design}.issuperset(judgment.abstentions)]
+def _unjudged(judgments: Sequence[Judgment], expected: Collection[str]) -> list[int]:
+    """Those with an abstention that was not expected."""
+    return [i for i, judgment in enumerate(judgments) if not {None, *expected}.issuperset(judgment.abstentions)]
 
 
 def _stopped(named: NamedJudge, counts: dict[str, Any], total: int, allowed: int, directory: Path) -> str:

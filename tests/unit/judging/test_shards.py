@@ -118,7 +118,7 @@ def test_only_the_groups_that_abstained_are_asked_again(tmp_path: Path) -> None:
 
 
 def test_abstentions_by_design_use_up_no_budget_and_are_not_asked_again(tmp_path: Path) -> None:
-    limits: dict[str, Any] = {"max_abstained": 0.0, "by_design": ("down",)}
+    limits: dict[str, Any] = {"max_abstained": 0.0, "expected_abstentions": ("down",)}
     judged(Fickle("a", "c"), tmp_path, **limits)
     (tmp_path / RETRY).touch()
     mended = Fickle()

@@ -20,7 +20,7 @@ from iterdpo.judging.shards import judge_shards
 from iterdpo.testing import make_group
 from iterdpo.types import CompletionGroup, Judgment
 from judges import load_judge
-from judges.load import by_design
+from judges.load import expected_abstentions
 from judges.person.judge import Person, Waiting, plan
 from judges.person.page import Desk, review_server
 from judges.person.store import Reviews, Task
@@ -95,7 +95,7 @@ def test_what_was_not_shown_does_not_stop_the_stage_and_what_was_skipped_does(tm
             "1",
             lambda: judge,
             max_abstained=0.1,
-            by_design=by_design("clip", {"judge": {"use": "person"}}),
+            expected_abstentions=expected_abstentions("clip", {"judge": {"use": "person"}}),
         )
         return judge_shards(named, named.load, [("shard-0000.jsonl", groups)], directory, total=16)
 
