@@ -14,14 +14,15 @@ from typing import Any
 
 from flows.server import prefect_api  # before Prefect: it turns the analytics off
 
-from prefect import flow, get_run_logger, task  # isort: skip
+from prefect import Flow, flow, get_run_logger, task  # isort: skip
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.api import describe, open_run
 from flows.loop import PLAIN, Stages, run_loop, run_round
 from flows.review import waiting
-from iterdpo.config import Config, parse_config
+from flows.serving import overridden
+from iterdpo.config import Config
 from iterdpo.report.page import refresh_report, write_report
 from iterdpo.report.plots import as_png, figures
 from iterdpo.run.progress import Progress
@@ -51,35 +52,40 @@ def run_under_prefect(run: IterativeRun) -> None:
     def iterative_dpo(config: dict[str, Any]) -> None:
         iterate(run)
 
-    with prefect_api(run.dir.log_path("prefect")) as url:
-        run.progress.say(f"  Prefect: {url.removesuffix('/api')}")
+    with prefect_api(run.dir.log_path("prefect")) as api:
+        run.progress.say(f"  Prefect: {api.page}")
         iterative_dpo(run.config.model_dump())
 
 
-@flow(name="add_rounds", flow_run_name="{config[run_dir]}", validate_parameters=False, persist_result=False)
-def add_rounds(config: dict[str, Any], rounds: int = 1) -> str:
-    """Add `rounds` to the lineage in `config["run_dir"]`, from its last policy, on prompts not used before.
+def add_rounds_flow(config: Config) -> Flow[..., str]:
+    """The flow that a deployment serves. `config` travels in the flow itself, never through the API."""
 
-    What a schedule triggers. A trigger that finds another one at work waits for it. The first round of a new
-    directory also evaluates the initial policy.
-    """
-    logger = get_run_logger()
-    directory = RunDir(config["run_dir"])
-    logger.info("waiting for %s, where another run may be at work", directory.root)
-    with directory.lock(wait=True):
-        directory.refresh()
-        refresh_report(directory.root)
-        done = max((record.round for record in directory.records()), default=0)
-        settings: Config = parse_config(Config, {**config, "rounds": done + rounds})
-        with (
-            open(directory.log_path("rounds"), "a", encoding="utf-8") as log,
-            open_run(settings, progress=Progress(log)) as run,
-        ):
-            logger.info("round %d to %d, first %s", done + 1, done + rounds, first_pending(run))
-            directory.write_config(settings.model_dump())
-            run.warm_up()
-            records = iterate(run)
-    return describe(records[-1].metrics)
+    @flow(name="add_rounds", flow_run_name=lambda: config.run_dir, validate_parameters=False, persist_result=False)
+    def add_rounds(rounds: int, overrides: dict[str, float]) -> str:
+        """Add `rounds` to the lineage in the run directory, from its last policy, on prompts not used before.
+
+        A trigger that finds another one at work waits for it. The first round of a new directory also evaluates the
+        initial policy. `overrides` sets numbers for these rounds: {"prompts.per_round": 64}.
+        """
+        logger = get_run_logger()
+        directory = RunDir(config.run_dir)
+        logger.info("waiting for %s, where another run may be at work", directory.root)
+        with directory.lock(wait=True):
+            directory.refresh()
+            refresh_report(directory.root)
+            done = max((record.round for record in directory.records()), default=0)
+            settings = overridden(config, done + rounds, overrides)
+            with (
+                open(directory.log_path("rounds"), "a", encoding="utf-8") as log,
+                open_run(settings, progress=Progress(log)) as run,
+            ):
+                logger.info("round %d to %d, first %s", done + 1, done + rounds, first_pending(run))
+                directory.write_config(settings.model_dump())
+                run.warm_up()
+                records = iterate(run)
+        return describe(records[-1].metrics)
+
+    return add_rounds
 
 
 def iterate(run: IterativeRun) -> list[RoundRecord]:

@@ -1,79 +1,174 @@
 """A Prefect API to run on: the one that is set, or one of our own that dies with this process.
 
-Prefect's ephemeral server outlives a flow that is killed; ours runs under `iterdpo.run.supervise`.
+Prefect's ephemeral server outlives a flow that is killed; ours runs under `iterdpo.run.supervise`. Whoever can call
+the API of a Prefect server can start rounds, so ours answers only to who has its password, sent by its own page or by
+a program, under its own name (`app`).
 """
 
 from __future__ import annotations
 
+import fcntl
+import logging
+import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from iterdpo.errors import ChildFailed
+from iterdpo.errors import ChildFailed, UserError
 from iterdpo.run import supervise
 from iterdpo.run.ports import answers, free_port
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
 STARTUP_SECONDS = 120.0
+PASSWORD_FILE = "iterdpo-password"  # in PREFECT_HOME
+FAILED = "iterdpo: a background service of Prefect failed: "
+FAILED_AGAIN_SECONDS = 180.0
+
+
+class PrefectAPI(NamedTuple):
+    """An API, of the user's server or of ours: `PrefectAPI("http://127.0.0.1:4200/api")`."""
+
+    url: str
+    password: Path | None = None
+    """Our server's password is in this file, and what it logs in `log` from byte `begun` on."""
+    log: Path | None = None
+    begun: int = 0
+
+    @property
+    def page(self) -> str:
+        """Its page, and how to sign in there."""
+        page = self.url.removesuffix("/api")
+        return page if self.password is None else f"{page} (sign in with the password in {self.password})"
+
+    def failures(self) -> list[str]:
+        """What our server's background services failed with, such as the scheduler's; see `_Failures`."""
+        if self.log is None:
+            return []
+        with open(self.log, encoding="utf-8", errors="replace") as lines:
+            lines.seek(self.begun)
+            return [line.removeprefix(FAILED).strip() for line in lines if line.startswith(FAILED)]
 
 
 @contextmanager
-def prefect_api(log: Path) -> Iterator[str]:
-    """The URL of a Prefect API, set for the code inside. What Prefect logs goes to `log`.
+def prefect_api(log: Path) -> Iterator[PrefectAPI]:
+    """A Prefect API, set for the code inside and for its child processes. What Prefect logs goes to `log`.
 
     Raises:
         ChildFailed: our own server did not come up.
     """
-    from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, get_current_settings, temporary_settings
 
     log_to_file(log)
     configured = get_current_settings().api.url
     if configured:
-        yield configured
+        yield PrefectAPI(configured)
         return
-    with start_server(log) as (url, _):
-        # set for child processes too: a served flow runs in one
-        previous = os.environ.get("PREFECT_API_URL")
-        os.environ["PREFECT_API_URL"] = url
+    with start_server(log) as api:
+        assert api.password is not None
+        client = {PREFECT_API_URL: api.url, PREFECT_API_AUTH_STRING: api.password.read_text()}
+        previous = {setting.name: os.environ.get(setting.name) for setting in client}
+        os.environ.update((setting.name, value) for setting, value in client.items())  # a served flow runs in a child
         try:
-            with temporary_settings({PREFECT_API_URL: url}):
+            with temporary_settings(client):
                 try:
-                    yield url
+                    yield api
                 finally:
                     _deliver()
         finally:
-            if previous is None:
-                del os.environ["PREFECT_API_URL"]
+            for name, value in previous.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
 
 
 @contextmanager
-def start_server(log: Path, *, port: int | None = None) -> Iterator[tuple[str, supervise.Child]]:
-    """A Prefect server, page included, on localhost, with its database in PREFECT_HOME."""
-    port = port or free_port()
-    url = f"http://127.0.0.1:{port}/api"
-    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+def start_server(log: Path) -> Iterator[PrefectAPI]:
+    """A Prefect server with its page, on 127.0.0.1, with its database and its password in PREFECT_HOME."""
+    password = password_file()
+    port = free_port()
+    origin = f"http://127.0.0.1:{port}"
+    begun = log.stat().st_size if log.exists() else 0
+    command = [sys.executable, "-m", "uvicorn", "--factory", f"{__name__}:app"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"]
-    env = {**os.environ, "PREFECT_API_URL": url, "PREFECT_UI_API_URL": url}
+    env = {
+        **os.environ,
+        "PREFECT_API_URL": f"{origin}/api",
+        "PREFECT_UI_API_URL": f"{origin}/api",
+        "PREFECT_SERVER_API_AUTH_STRING": password.read_text(),
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": origin,
+    }
     with supervise.start(command, log=log, env=env) as server:
         deadline = time.monotonic() + STARTUP_SECONDS
-        while not answers(f"{url}/health"):
+        while not answers(f"{origin}/api/health"):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise ChildFailed(
                     f"the Prefect server did not start; run without it (--no-prefect), or see {log}\n{server.log_tail()}"
                 )
             time.sleep(0.1)
-        yield url, server
+        yield PrefectAPI(f"{origin}/api", password, log, begun)
+
+
+def app() -> FastAPI:
+    """The server's application, as uvicorn makes it. Refuses a Host that is not 127.0.0.1.
+
+    A foreign page whose name an attacker's DNS has pointed at this machine has the same origin as the server, and its
+    requests carry that name as Host.
+    """
+    from prefect.server.api.server import create_app
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    application = create_app()
+    logging.getLogger("docket").addHandler(_Failures(logging.ERROR))
+    application.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1"])
+    return application
+
+
+class _Failures(logging.Handler):
+    """Prints a line for a background service that fails when one has failed before: a single one may be a busy database.
+
+    Prefect goes on without them, and says so in its log alone.
+    """
+
+    last = -math.inf
+
+    def emit(self, record: logging.LogRecord) -> None:
+        before, self.last = self.last, record.created
+        if record.exc_info and record.created - before < FAILED_AGAIN_SECONDS:
+            error = record.exc_info[1]
+            print(f"{FAILED}{record.getMessage()}: {type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
+
+
+def password_file() -> Path:
+    """The file with the password of this user's servers, which nobody else can read. The first call writes it.
+
+    Raises:
+        UserError: others may read it.
+    """
+    from prefect.settings import get_current_settings
+
+    path = get_current_settings().home / PASSWORD_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_mode & 0o077:
+            raise UserError(f"{path}: other users may read this password; delete the file, and a new one is made")
+        if not file.read():
+            file.write(secrets.token_urlsafe(24))
+    return path
 
 
 def log_to_file(log: Path) -> None:
     """Send what Prefect prints to `log` instead of the screen."""
-    import logging
-
     from prefect.logging.configuration import setup_logging
     from prefect.logging.handlers import PrefectConsoleHandler
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +36,7 @@ class Workspace:
 
     def __init__(self, root: Path, model: Path) -> None:
         self.root = root
+        self.variables: dict[str, str] = {}  # more of the commands' environment
         self.mark = f"iterdpo-test-{uuid.uuid4().hex}"
         root.mkdir(parents=True, exist_ok=True)
         rows = [{"prompt": f"Tale {i}, of the", "topic": ("sea", "sky")[i % 2]} for i in range(80)]
@@ -68,6 +72,7 @@ class Workspace:
             "ITERDPO_TEST_MARK": self.mark,
             "HF_HUB_OFFLINE": "1",
             "PREFECT_HOME": str(self.root / "prefect"),
+            **self.variables,
         }
 
     def iterdpo(self, *arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
@@ -96,3 +101,21 @@ def wait_for(condition: Callable[[], bool], *, seconds: float, what: str) -> Non
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
         time.sleep(0.005)
+
+
+def call(url: str, body: dict[str, Any] | None = None) -> Any:
+    """What a Prefect API answers, as a client with the password in PREFECT_API_AUTH_STRING gets it."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    if "PREFECT_API_AUTH_STRING" in os.environ:
+        headers["Authorization"] = f"Basic {base64.b64encode(os.environ['PREFECT_API_AUTH_STRING'].encode()).decode()}"
+    request = urllib.request.Request(url, data=data, headers=headers)
+    for attempt in range(30):
+        try:
+            with urllib.request.urlopen(request, timeout=20) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or attempt == 29:  # its SQLite database is busy: Prefect's own client tries again too
+                raise
+            time.sleep(1)
+    raise AssertionError("unreachable")

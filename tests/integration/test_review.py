@@ -22,8 +22,7 @@ from iterdpo.run.rundir import read_json
 from iterdpo.testing import make_group
 from judges.person.judge import plan
 from judges.person.store import Reviews
-from tests.integration.harness import Workspace, wait_for
-from tests.integration.test_serving import call
+from tests.integration.harness import Workspace, call, wait_for
 
 HOSTILE = (
     "<script>window.pwned=1;alert(1)</script><img src=x onerror='window.pwned=1'>",
@@ -203,9 +202,11 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     home = tmp_path_factory.mktemp("prefect")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", str(home))
-        with start_server(home / "server.log") as (url, _):
-            patch.setenv("PREFECT_API_URL", url)
-            yield url
+        with start_server(home / "server.log") as api:
+            assert api.password is not None
+            patch.setenv("PREFECT_API_URL", api.url)
+            patch.setenv("PREFECT_API_AUTH_STRING", api.password.read_text())
+            yield api.url
 
 
 def flow_runs(url: str) -> dict[str, dict[str, Any]]:

@@ -1,54 +1,52 @@
-"""A served deployment on a real Prefect server: triggers add rounds to one lineage, and its page shows them."""
+"""A served deployment on a real Prefect server: triggers and a cron add rounds to one lineage, and its page shows them."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 
+from flows.server import start_server
+from iterdpo.run import supervise
 from iterdpo.run.artifacts import read_groups
-from tests.integration.harness import Workspace, wait_for
+from iterdpo.run.ports import answers, free_port
+from iterdpo.testing import build_tiny_checkpoint
+from tests.integration.harness import Workspace, call, wait_for
 
 pytestmark = pytest.mark.slow
 
 
-def call(url: str, body: dict[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
-    for attempt in range(30):
-        try:
-            with urllib.request.urlopen(request, timeout=20) as reply:
-                return json.load(reply)
-        except urllib.error.HTTPError as error:
-            if error.code != 503 or attempt == 29:  # its SQLite database is busy: Prefect's own client tries again too
-                raise
-            time.sleep(1)
-    raise AssertionError("unreachable")
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[tuple[Workspace, str]]:
-    """A workspace whose deployment is served, and the URL of its Prefect page."""
-    workspace = Workspace(tmp_path_factory.mktemp("served"), tiny_model)
+@contextmanager
+def serving(workspace: Workspace, *options: str) -> Iterator[str]:
+    """`iterdpo serve` in a process of its own, and the URL of its Prefect page."""
     log = workspace.root / "output.log"
-    process = workspace.start("serve", str(workspace.write()), "--name", "nightly", "--cron", "0 2 * * *")
+    process = workspace.start("serve", str(workspace.write()), "--name", "nightly", *options)
     try:
         wait_for(lambda: process.poll() is not None or "page:" in log.read_text(), seconds=120, what="the deployment")
         assert process.poll() is None, log.read_text()
         page = re.search(r"page:\s+(\S+)", log.read_text())
         assert page
-        yield workspace, page[1]
+        with pytest.MonkeyPatch.context() as patch:
+            password = workspace.root / "prefect" / "iterdpo-password"
+            if password.exists():
+                patch.setenv("PREFECT_API_AUTH_STRING", password.read_text())
+            yield page[1]
     finally:
         os.kill(process.pid, signal.SIGINT)
         try:
@@ -58,13 +56,24 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     wait_for(lambda: not workspace.survivors(), seconds=10, what="the end of what was served")
 
 
-def test_two_triggers_at_once_add_a_round_each_the_second_from_the_firsts_policy(served: tuple[Workspace, str]) -> None:
-    workspace, page = served
-    wait_for(lambda: deployment(page) is not None, seconds=60, what="the deployment")
-    found = deployment(page)
-    assert found is not None
-    assert found["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
-    runs = [call(f"{page}/api/deployments/{found['id']}/create_flow_run", {})["id"] for _ in range(2)]
+class Served(NamedTuple):
+    workspace: Workspace
+    page: str
+    cron: str
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Served]:
+    """A deployment that is served, to which two triggers at once have added a round each."""
+    workspace = Workspace(tmp_path_factory.mktemp("served"), tiny_model)
+    with serving(workspace, "--cron", "0 2 * * *") as page:
+        found = call(f"{page}/api/deployments/name/add_rounds/nightly")
+        runs = [call(f"{page}/api/deployments/{found['id']}/create_flow_run", {})["id"] for _ in range(2)]
+        wait_for_completion(workspace, page, runs)
+        yield Served(workspace, page, found["schedules"][0]["schedule"]["cron"])
+
+
+def wait_for_completion(workspace: Workspace, page: str, runs: list[str]) -> None:
     deadline = time.monotonic() + 400
     states: dict[str, str] = {}
     while time.monotonic() < deadline and set(states.values()) != {"COMPLETED"}:
@@ -73,6 +82,10 @@ def test_two_triggers_at_once_add_a_round_each_the_second_from_the_firsts_policy
         assert not {"FAILED", "CRASHED"} & set(states.values()), (workspace.root / "output.log").read_text()[-3000:]
     assert set(states.values()) == {"COMPLETED"}
 
+
+def test_two_triggers_at_once_add_a_round_each_the_second_from_the_firsts_policy(served: Served) -> None:
+    workspace = served.workspace
+    assert served.cron == "0 2 * * *"
     first = json.loads((workspace.run_dir / "round-001" / "round.json").read_text())
     second = json.loads((workspace.run_dir / "round-002" / "completions" / "MANIFEST.json").read_text())
     assert second["inputs"]["policy"] == first["policy_digest"]
@@ -83,15 +96,13 @@ def test_two_triggers_at_once_add_a_round_each_the_second_from_the_firsts_policy
     assert not prompts[0] & prompts[1]
 
 
-def test_the_page_of_prefect_shows_rounds_table_and_plots(served: tuple[Workspace, str], tmp_path: Path) -> None:
+def test_the_page_of_prefect_shows_rounds_table_and_plots(served: Served, tmp_path: Path) -> None:
     browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser_path is None:
         pytest.skip("no Chromium or Chrome found")
     from playwright.sync_api import sync_playwright
 
-    workspace, page_url = served
-    if not (workspace.run_dir / "round-002" / "round.json").exists():
-        pytest.skip("needs the rounds of the test before")
+    page_url = served.page
     artifacts = call(f"{page_url}/api/artifacts/latest/filter", {})
     keys = {artifact["key"]: artifact for artifact in artifacts}
     table = json.loads(keys["run-rounds"]["data"])
@@ -103,6 +114,8 @@ def test_the_page_of_prefect_shows_rounds_table_and_plots(served: tuple[Workspac
         browser = playwright.chromium.launch(executable_path=browser_path, args=options)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(f"{page_url}/runs")
+        page.locator("input[type=password]").fill(os.environ["PREFECT_API_AUTH_STRING"])
+        page.keyboard.press("Enter")
         page.get_by_text("run round 2").first.wait_for(timeout=60_000)
         page.goto(f"{page_url}/artifacts/artifact/{keys['run-scores']['latest_id']}")
         picture = page.locator("img[src^='data:image/png']").first
@@ -115,14 +128,121 @@ def test_the_page_of_prefect_shows_rounds_table_and_plots(served: tuple[Workspac
         browser.close()
 
 
-def deployment(page: str) -> dict[str, Any] | None:
-    try:
-        return call(f"{page}/api/deployments/name/add_rounds/nightly")
-    except urllib.error.HTTPError:
-        return None
+def test_a_cron_of_a_minute_adds_a_round_by_itself(workspace: Workspace) -> None:
+    workspace.config["prompts"] |= {"per_round": 4, "heldout": 4}
+    with serving(workspace, "--cron", "* * * * *") as page:
+        wait_for(lambda: (workspace.run_dir / "round-001" / "round.json").exists(), seconds=450, what="a round")
+        [first, *_] = call(f"{page}/api/flow_runs/filter", {"sort": "EXPECTED_START_TIME_ASC"})
+    assert first["auto_scheduled"] is True
+    assert "WARNING" not in (workspace.root / "output.log").read_text()
+
+
+def test_a_server_whose_scheduler_fails_is_an_error_at_once(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(workspace.root / "prefect"))
+    with start_server(workspace.root / "first.log"):
+        pass  # it has made its database
+    with sqlite3.connect(workspace.root / "prefect" / "prefect.db") as database:
+        database.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON flow_run WHEN NEW.auto_scheduled "
+            "BEGIN SELECT RAISE(ABORT, 'no run can be planned'); END"
+        )
+    result = workspace.iterdpo("serve", str(workspace.write()), "--cron", "* * * * *")
+    assert result.returncode == 1
+    assert "the scheduler of Prefect's server fails" in result.stderr
+    assert "no run can be planned" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_cron_string_that_is_none_is_refused_at_once(workspace: Workspace) -> None:
     result = workspace.iterdpo("serve", str(workspace.write()), "--cron", "every night")
     assert result.returncode == 2
     assert "not a cron string" in result.stderr
+
+
+def test_a_server_of_our_own_answers_to_its_password_its_origin_and_its_host_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    with start_server(tmp_path / "server.log") as api:
+        assert api.password is not None
+        secret = f"Basic {base64.b64encode(api.password.read_bytes()).decode()}"
+        host = api.url.split("/")[2]
+
+        def asked(path: str, **headers: str) -> tuple[int, str | None]:
+            request = urllib.request.Request(f"{api.url}{path}", headers=headers)
+            try:
+                with urllib.request.urlopen(request, timeout=20) as reply:
+                    return reply.status, reply.headers["Access-Control-Allow-Origin"]
+            except urllib.error.HTTPError as error:
+                return error.code, error.headers["Access-Control-Allow-Origin"]
+
+        assert asked("/version") == (401, None)
+        assert asked("/version", Authorization="Basic d3Jvbmc6cGFzc3dvcmQ=") == (401, None)
+        own = asked("/version", Authorization=secret, Origin=f"http://{host}")
+        assert own == (200, f"http://{host}")
+        assert asked("/version", Authorization=secret, Origin="http://elsewhere.example") == (200, None)
+        assert asked("/version", Authorization=secret, Host="elsewhere.example") == (400, None)
+        assert asked("/health", Host="elsewhere.example") == (400, None)
+        with pytest.raises(urllib.error.HTTPError) as preflight:
+            urllib.request.urlopen(
+                urllib.request.Request(
+                    f"{api.url}/flows/count",
+                    method="OPTIONS",
+                    headers={"Origin": "http://elsewhere.example", "Access-Control-Request-Method": "POST"},
+                )
+            )
+        assert preflight.value.code == 400
+
+
+def test_a_deployment_on_the_users_server_runs_no_configuration_and_no_code_of_a_caller(workspace: Workspace) -> None:
+    theirs, ran = workspace.root / "theirs", workspace.root / "RAN"
+    build_tiny_checkpoint(theirs)
+    settings = json.loads((theirs / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}, "tokenizer_class": "Theirs"}
+    (theirs / "tokenizer_config.json").write_text(json.dumps(settings))
+    (theirs / "theirs.py").write_text(
+        f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Theirs\n"
+    )
+    config = {**workspace.config, "run_dir": str(workspace.root / "other")}
+    config["model"] = {"path": str(theirs), "trust_remote_code": True}
+    refused = [
+        {"config": config, "rounds": 1},
+        {"config": config, "rounds": 1, "overrides": {}},
+        {"overrides": {"model.path": str(theirs), "model.trust_remote_code": True}},
+        {"overrides": {"judge.use": 1}},
+        {"overrides": {"prompts.per_round": f"8\nmodel: {{path: {theirs}}}"}},
+    ]
+    with users_server(workspace) as url:
+        workspace.variables["PREFECT_API_URL"] = url
+        with serving(workspace) as page:
+            assert url == f"{page}/api"
+            create = f"{url}/deployments/{call(f'{url}/deployments/name/add_rounds/nightly')['id']}/create_flow_run"
+            runs = []
+            for parameters in refused:
+                with contextlib.suppress(urllib.error.HTTPError):  # the parameters do not fit the deployment
+                    runs.append(call(create, {"parameters": parameters})["id"])
+            assert runs
+            ended = ("COMPLETED", "FAILED", "CRASHED")
+            states = dict.fromkeys(runs, "")
+            deadline = time.monotonic() + 200
+            while not set(states.values()) <= set(ended) and time.monotonic() < deadline:
+                time.sleep(1)
+                states = {run: call(f"{url}/flow_runs/{run}")["state_type"] for run in runs}
+    assert set(states.values()) <= {"FAILED", "CRASHED"}
+    assert not ran.exists()
+    assert not (workspace.root / "other").exists()
+    assert not list(workspace.run_dir.glob("round-*"))
+
+
+@contextmanager
+def users_server(workspace: Workspace) -> Iterator[str]:
+    """The URL of the API of a Prefect server as `prefect server start` has it: without a password."""
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
+    with supervise.start(command, log=workspace.root / "server.log", env=workspace.environment()) as server:
+        url = f"http://127.0.0.1:{port}/api"
+        wait_for(lambda: server.poll() is not None or answers(f"{url}/health"), seconds=120, what="a Prefect server")
+        yield url

@@ -1,0 +1,51 @@
+"""What a trigger of a served deployment may set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.serving import OVERRIDABLE, overridden
+from iterdpo.config import Config, parse_config
+from iterdpo.errors import ConfigError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    values = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"path": "model"},
+        "prompts": {"path": "prompts.jsonl", "per_round": 8},
+        "judge": {"use": "length"},
+        "dpo": {"beta": 0.2},
+    }
+    return parse_config(Config, values)
+
+
+def test_a_trigger_sets_rounds_and_numbers_and_leaves_the_rest_as_it_was_served(config: Config) -> None:
+    changed = overridden(config, 7, {"prompts.per_round": 64, "judge.max_abstained": 0.5})
+    assert (changed.rounds, changed.prompts.per_round, changed.judge.max_abstained) == (7, 64, 0.5)
+    served = {"rounds": config.rounds, "prompts": config.prompts, "judge": config.judge}
+    assert changed.model_copy(update=served) == config
+
+
+@pytest.mark.parametrize("key", ["model.path", "model.trust_remote_code", "judge.use", "judge.args", "run_dir", "dpo"])
+def test_a_trigger_cannot_set_a_key_that_is_not_on_the_list(config: Config, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{key}' cannot be set by a trigger; prompts.per_round, "):
+        overridden(config, 1, {key: 1})
+
+
+@pytest.mark.parametrize("key", OVERRIDABLE)
+@pytest.mark.parametrize("value", ["16", "1\nmodel: {path: x}", True, None, ["a"], {"path": "x"}])
+def test_a_trigger_sets_nothing_but_numbers(config: Config, key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"overrides: {key} = .* is not a number"):
+        overridden(config, 1, {key: value})
+
+
+def test_a_number_out_of_range_is_refused_with_its_key(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"prompts\.per_round = 0: input should be greater than or equal to 1"):
+        overridden(config, 1, {"prompts.per_round": 0})
+    with pytest.raises(ConfigError, match="rounds = 0: input should be greater than or equal to 1"):
+        overridden(config, 0, {})
