@@ -2,261 +2,246 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
-if TYPE_CHECKING:
-    from iterdpo.judging.judge import JudgeBase
+from cyclopts import App, Parameter
+from cyclopts.validators import Number
 
 JUDGE = "a run's configuration (its judge), or what `judge.use` takes: a name, or path/to/file.py:name"
 ARGS = "arguments of the judge, laid over the configuration's: model=my-rm endpoint.base_url=http://localhost:8000/v1"
 TOKENIZER = "checkpoint that tokens are counted with (default: that of a configuration, else a token is a byte)"
+COLUMNS = "of the prompt's row: gold=4; a value is text, or JSON if it begins with [, { or a quote; put these last"
+
+JudgeName = Annotated[str, Parameter(help=JUDGE)]
+Assignments = Annotated[tuple[str, ...], Parameter(consume_multiple=True, help=ARGS)]
+Role = Annotated[Literal["train", "heldout"], Parameter(help="of a configuration: judge, or evaluation.judge")]
+Positive = Annotated[int, Parameter(validator=Number(gte=1))]
+
+app = App(
+    name="judge",
+    help="How good a judge is: check, compare, try; of a run: retry, review.",
+    default_parameter=Parameter(negative=(), show_default=lambda value: value or None),
+)
 
 
-def add_judge_commands(commands: Any) -> Any:
-    """Add `judge` with its commands to the command line's `commands`; returns those of `judge`, to add more to."""
-    judge = commands.add_parser("judge", help="how good a judge is: check, compare, try; of a run: retry, review")
-    kinds = judge.add_subparsers(required=True, metavar="COMMAND")
-
-    check = kinds.add_parser("check", help="measure a judge on labelled preference pairs")
-    _add_judge(check)
-    _add_data(check, "preference pairs: chosen, rejected, prompt; a column tie marks those that are equally good")
-    check.add_argument("--subset-column", metavar="NAME", help="column by whose values the figures are split")
-    check.add_argument("--repeats", type=_positive, default=1, metavar="R", help="judge each pair so often")
-    _add_outputs(check)
-    check.set_defaults(call=_check)
-
-    compare = kinds.add_parser("compare", help="how far two judges agree, and where they differ")
-    compare.add_argument("a", metavar="A", help=JUDGE)
-    compare.add_argument("b", metavar="B", help="the other judge")
-    compare.add_argument("--args-a", nargs="+", action="extend", default=[], metavar="key=value", help=ARGS)
-    compare.add_argument("--args-b", nargs="+", action="extend", default=[], metavar="key=value", help="those of B")
-    _add_role(compare)
-    _add_data(compare, "preference pairs, rows of prompt and completions, or a run directory")
-    compare.add_argument("--round", type=int, metavar="N", help="of a run directory (default: the last)")
-    _add_outputs(compare)
-    compare.set_defaults(call=_compare)
-
-    attempt = kinds.add_parser("try", help="one verdict, with what a language model was asked and replied")
-    _add_judge(attempt)
-    attempt.add_argument("prompt", metavar="PROMPT", help="as plain text")
-    attempt.add_argument("completions", nargs="+", metavar="COMPLETION", help="one to score, more to compare")
-    attempt.add_argument(
-        "--columns",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of the prompt's row: gold=4; a value is text, or JSON where it begins with [, { or a quote; put these last",
-    )
-    attempt.add_argument("--chat", action="store_true", help="give the prompt as a message of a user")
-    attempt.add_argument("--tokenizer", metavar="MODEL", help=TOKENIZER)
-    attempt.add_argument("--json", action="store_true", help="print JSON")
-    attempt.set_defaults(call=_try)
-    return kinds
+@Parameter(name="*")
+@dataclass(frozen=True)
+class DataOptions:
+    data: Annotated[
+        str,
+        Parameter(
+            help="preference pairs (chosen, rejected, prompt; a column tie marks those that are equally good): a file, "
+            "a directory, or a hub id; to compare also rows of prompt and completions, or a run directory"
+        ),
+    ]
+    split: Annotated[str, Parameter(help="of a data set that has several")] = "train"
+    limit: Annotated[Positive | None, Parameter(help="read the first N rows only")] = None
+    tokenizer: Annotated[str | None, Parameter(help=TOKENIZER)] = None
+    seed: Annotated[int, Parameter(help="of the order of the completions, and of the bootstrap")] = 0
 
 
-def _add_judge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("judge", metavar="CONFIG_OR_JUDGE", help=JUDGE)
-    parser.add_argument("--args", nargs="+", action="extend", default=[], metavar="key=value", help=ARGS)
-    _add_role(parser)
+@Parameter(name="*")
+@dataclass(frozen=True)
+class OutputOptions:
+    json: Annotated[str | None, Parameter(help="write everything as JSON; - prints it in place of the tables")] = None
+    page: Annotated[str | None, Parameter(help="write a self-contained HTML page")] = None
+    confidence: Annotated[float, Parameter(validator=Number(gt=0, lt=1), help="coverage of the intervals")] = 0.95
 
 
-def _add_role(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--role", choices=("train", "heldout"), default="train", help="of a configuration: judge, or evaluation.judge"
-    )
+TABLES = OutputOptions()
 
 
-def _add_data(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--data", required=True, help=f"{what}; a file, a directory, or a hub id")
-    parser.add_argument("--split", default="train", help="of a data set that has several (default: train)")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="read the first N rows only")
-    parser.add_argument("--tokenizer", metavar="MODEL", help=TOKENIZER)
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the completions, and of the bootstrap")
-
-
-def _add_outputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="write everything as JSON; - prints it in place of the tables")
-    parser.add_argument("--page", metavar="FILE", help="write a self-contained HTML page")
-    parser.add_argument("--confidence", type=_share, default=0.95, help="coverage of the intervals (default: 0.95)")
-
-
-def _check(arguments: argparse.Namespace) -> int:
+@app.command
+def check(
+    judge: JudgeName,
+    /,
+    *,
+    args: Assignments = (),
+    role: Role = "train",
+    data: DataOptions,
+    subset_column: Annotated[str | None, Parameter(help="column by whose values the figures are split")] = None,
+    repeats: Annotated[Positive, Parameter(help="how often to judge each pair")] = 1,
+    output: OutputOptions = TABLES,
+) -> int:
+    """Measure a judge on labelled preference pairs."""
     from judges.audit.check import check_judge_on
     from judges.audit.figures import measure
     from judges.audit.labelled import read_labelled
     from judges.audit.render import check_plots, check_sentence, check_tables, mistakes_shown, plain
-    from judges.load import check_columns
+    from judges.load import check_columns, load_judge
 
-    use, args = _named(arguments.judge, arguments.args, arguments.role)
-    judge = _load(use, args)
-    tokenizer = _tokenizer(arguments.tokenizer, arguments.judge)
+    use, judge_args = _judge_spec(judge, args, role)
+    loaded = load_judge(use, judge_args)
+    tokenizer = _tokenizer(data.tokenizer, judge)
+    unit = "characters" if tokenizer is None else "tokens"
     pairs, account = read_labelled(
-        arguments.data,
-        split=arguments.split,
-        limit=arguments.limit,
-        subset_column=arguments.subset_column,
-        tokenizer=tokenizer,
+        data.data, split=data.split, limit=data.limit, subset_column=subset_column, tokenizer=tokenizer
     )
 
     def known_columns() -> Iterator[Any]:
         for place, pair in enumerate(pairs):
             if place == 0:
-                check_columns(use, pair.prompt.columns, args)
+                check_columns(use, pair.prompt.columns, judge_args)
             yield pair
 
     try:
-        with _progress("judged", "pairs", arguments.limit or 0) as advance:
-            check = check_judge_on(
-                judge,
-                known_columns(),
-                seed=arguments.seed,
-                repeats=arguments.repeats,
-                unit="characters" if tokenizer is None else "tokens",
-                advance=advance,
-            )
+        with _progress("judged", "pairs", data.limit or 0) as advance:
+            done = check_judge_on(loaded, known_columns(), seed=data.seed, repeats=repeats, unit=unit, advance=advance)
     finally:
-        judge.close()
+        loaded.close()
     report = {
-        "judge": {"use": use, "name": check.name, "version": check.version},
-        "data": {"path": arguments.data, "split": arguments.split, "account": account.summary()},
-        "seed": arguments.seed,
-        "repeats": arguments.repeats,
-        "confidence": arguments.confidence,
-        "length_unit": "characters" if tokenizer is None else "tokens",
-        "stopped": _reason(check.stopped),
-        "cost": {"seconds": round(check.seconds, 3), "usage": check.usage},
-        **measure(check.pairs, seed=arguments.seed, confidence=arguments.confidence),
+        "judge": {"use": use, "name": done.name, "version": done.version},
+        **_circumstances(data, output, done.stopped, account=account.summary()),
+        "repeats": repeats,
+        "length_unit": unit,
+        "cost": {"seconds": round(done.seconds, 3), "usage": done.usage},
+        **measure(done.pairs, seed=data.seed, confidence=output.confidence),
     }
-    settings = [
-        ("Judge", use),
-        ("Version", check.version),
-        ("Data", arguments.data),
-        ("Rows", account.summary()),
-        ("Lengths", f"in {report['length_unit']}"),
-        ("Seed", str(arguments.seed)),
-    ]
-    _put_out(
-        arguments,
-        {**plain(report), "pairs": [pair.to_json() for pair in check.pairs]},
+    return _put_out(
+        output,
+        {**plain(report), "pairs": [pair.to_json() for pair in done.pairs]},
+        done.stopped,
         sentence=check_sentence(report),
         tables=check_tables(report),
-        settings=settings,
+        settings=[
+            ("Judge", use),
+            ("Version", done.version),
+            ("Data", data.data),
+            ("Rows", account.summary()),
+            ("Lengths", f"in {unit}"),
+            ("Seed", str(data.seed)),
+        ],
         figures=lambda: check_plots(report),
-        examples=mistakes_shown(check.mistakes),
+        examples=mistakes_shown(done.mistakes),
         examples_title="The mistakes it is surest of",
         on_terminal=0,
-        title=f"{check.name} on {Path(arguments.data).name}",
+        title=f"{done.name} on {Path(data.data).name}",
     )
-    return _status(check.stopped)
 
 
-def _compare(arguments: argparse.Namespace) -> int:
+@app.command
+def compare(
+    a: JudgeName,
+    b: Annotated[str, Parameter(help="the other judge")],
+    /,
+    *,
+    args_a: Assignments = (),
+    args_b: Annotated[tuple[str, ...], Parameter(consume_multiple=True, help="those of B")] = (),
+    role: Role = "train",
+    data: DataOptions,
+    number: Annotated[int | None, Parameter(name="--round", help="of a run directory (default: the last)")] = None,
+    output: OutputOptions = TABLES,
+) -> int:
+    """How far two judges agree, and where they differ."""
     from judges.audit.agreement import compare_judges, measure_agreement, read_samples
     from judges.audit.render import compare_sentence, compare_tables, differences_shown, plain
+    from judges.load import check_judge, load_judge
 
-    both = [
-        _named(which, overrides, arguments.role)
-        for which, overrides in ((arguments.a, arguments.args_a), (arguments.b, arguments.args_b))
-    ]
-    for use, args in both:
-        _checked(use, args)  # before the first has judged anything
-    tokenizer = _tokenizer(arguments.tokenizer, arguments.a, arguments.b)
+    specs = [_judge_spec(a, args_a, role), _judge_spec(b, args_b, role)]
+    for use, judge_args in specs:
+        check_judge(use, judge_args)  # before the first has judged anything
+    tokenizer = _tokenizer(data.tokenizer, a, b)
 
     def samples() -> Iterator[Any]:
         return read_samples(
-            arguments.data,
-            round=arguments.round,
-            split=arguments.split,
-            limit=arguments.limit,
-            seed=arguments.seed,
-            tokenizer=tokenizer,
+            data.data, round=number, split=data.split, limit=data.limit, seed=data.seed, tokenizer=tokenizer
         )
 
-    with _progress("judged", "prompts", 2 * (arguments.limit or 0)) as advance:
-        agreement = compare_judges(lambda: _load(*both[0]), lambda: _load(*both[1]), samples, advance=advance)
+    with _progress("judged", "prompts", 2 * (data.limit or 0)) as advance:
+        done = compare_judges(lambda: load_judge(*specs[0]), lambda: load_judge(*specs[1]), samples, advance=advance)
     report = {
         "judges": [
             {"use": use, "name": name, "version": version}
-            for (use, _), name, version in zip(both, agreement.names, agreement.versions, strict=True)
+            for (use, _), name, version in zip(specs, done.names, done.versions, strict=True)
         ],
-        "data": {"path": arguments.data, "split": arguments.split, "round": arguments.round},
-        "seed": arguments.seed,
-        "confidence": arguments.confidence,
-        "stopped": _reason(agreement.stopped),
+        **_circumstances(data, output, done.stopped, round=number),
         "costs": [
             {"seconds": round(seconds, 3), "usage": usage}
-            for seconds, usage in zip(agreement.seconds, agreement.usage, strict=True)
+            for seconds, usage in zip(done.seconds, done.usage, strict=True)
         ],
-        **measure_agreement(agreement, seed=arguments.seed, confidence=arguments.confidence),
+        **measure_agreement(done, seed=data.seed, confidence=output.confidence),
     }
-    a, b = agreement.names
-    _put_out(
-        arguments,
+    first, second = done.names
+    return _put_out(
+        output,
         plain(report),
+        done.stopped,
         sentence=compare_sentence(report),
         tables=compare_tables(report),
-        settings=[("A", a), ("B", b), ("Data", arguments.data), ("Seed", str(arguments.seed))],
+        settings=[("A", first), ("B", second), ("Data", data.data), ("Seed", str(data.seed))],
         figures=list,
-        examples=differences_shown(agreement.differences),
+        examples=differences_shown(done.differences),
         examples_title="Where they differ",
         on_terminal=10,
-        title=f"{a} and {b} on {Path(arguments.data).name}",
+        title=f"{first} and {second} on {Path(data.data).name}",
     )
-    return _status(agreement.stopped)
 
 
-def _try(arguments: argparse.Namespace) -> int:
-    import json
+@app.command(name="try")
+def attempt(
+    judge: JudgeName,
+    prompt: Annotated[str, Parameter(help="as plain text")],
+    completions: Annotated[list[str], Parameter(help="one to score, more to compare")],
+    /,
+    *,
+    args: Assignments = (),
+    role: Role = "train",
+    columns: Annotated[tuple[str, ...], Parameter(consume_multiple=True, help=COLUMNS)] = (),
+    chat: Annotated[bool, Parameter(help="give the prompt as a message of a user")] = False,
+    tokenizer: Annotated[str | None, Parameter(help=TOKENIZER)] = None,
+    json: Annotated[bool, Parameter(help="print JSON")] = False,
+) -> int:
+    """Show one verdict, with what a language model was asked and replied."""
+    from json import dumps
 
     from iterdpo.errors import JudgeError
     from iterdpo.judging.judge import checked_judgments
     from iterdpo.run.rundir import digest
     from iterdpo.types import CompletionGroup, Prompt
     from judges.audit.labelled import completion_of, prompt_ids_of
-    from judges.load import check_columns
+    from judges.load import check_columns, load_judge
 
-    use, args = _named(arguments.judge, arguments.args, arguments.role)
-    judge = _load(use, args)
-    if judge.comparative and len(arguments.completions) < 2:
-        raise JudgeError(f"judge {judge.name!r} compares completions with each other; give it two or more")
-    columns = dict(map(_column, arguments.columns))
+    use, judge_args = _judge_spec(judge, args, role)
+    loaded = load_judge(use, judge_args)
+    if loaded.comparative and len(completions) < 2:
+        raise JudgeError(f"judge {loaded.name!r} compares completions with each other; give it two or more")
+    row = dict(map(_column, columns))
     try:
-        check_columns(use, columns, args)
+        check_columns(use, row, judge_args)
     except JudgeError as error:
         raise JudgeError(f"{error}; give it at the end: --columns NAME=VALUE") from None
-    tokenizer = _tokenizer(arguments.tokenizer, arguments.judge)
-    content = [{"role": "user", "content": arguments.prompt}] if arguments.chat else arguments.prompt
-    prompt = Prompt(f"p-{digest(content)}", content, columns)
+    tokens = _tokenizer(tokenizer, judge)
+    content = [{"role": "user", "content": prompt}] if chat else prompt
+    asked = Prompt(f"p-{digest(content)}", content, row)
     group = CompletionGroup(
-        prompt,
-        prompt_ids_of(prompt, tokenizer, "the prompt"),
-        [completion_of(content, text, tokenizer, "a completion") for text in arguments.completions],
+        asked,
+        prompt_ids_of(asked, tokens, "the prompt"),
+        [completion_of(content, text, tokens, "a completion") for text in completions],
     )
     trace: list[dict[str, Any]] = []
-    for part in judge.parts():
+    for part in loaded.parts():
         part.trace = trace
     try:
-        [judgment] = checked_judgments(judge, [group])
-        usage = judge.usage()
+        [judgment] = checked_judgments(loaded, [group])
+        usage = loaded.usage()
     finally:
-        judge.close()
+        loaded.close()
     found = {
-        "judge": {"use": use, "name": judge.name, "version": judge.version},
-        "columns": columns,
+        "judge": {"use": use, "name": loaded.name, "version": loaded.version},
+        "columns": row,
         **judgment.to_json(),
         "usage": usage,
         "trace": trace,
     }
-    if arguments.json:
-        print(json.dumps(found, indent=2))
+    if json:
+        print(dumps(found, indent=2))
     else:
-        for line in _described(found, arguments.completions):
+        for line in _described(found, completions):
             print(line)
     return 0
 
@@ -292,10 +277,7 @@ def _described(found: dict[str, Any], completions: list[str]) -> Iterator[str]:
         yield "usage: " + ", ".join(f"{name} {amount:g}" for name, amount in found["usage"].items())
 
 
-# What they share
-
-
-def _named(which: str, overrides: list[str], role: str) -> tuple[str, dict[str, Any]]:
+def _judge_spec(which: str, overrides: tuple[str, ...], role: str) -> tuple[str, dict[str, Any]]:
     """`use` and `args` of a judge, from a configuration or as given, with the overrides laid over the args."""
     from iterdpo.config import assign, load_config
     from iterdpo.errors import ConfigError, JudgeError
@@ -309,7 +291,7 @@ def _named(which: str, overrides: list[str], role: str) -> tuple[str, dict[str, 
             raise ConfigError(f"{which}: has no evaluation.judge; add one, or leave out --role heldout")
         use, args = section.use, section.args
     elif role != "train":
-        raise ConfigError(f"--role {role} chooses a judge of a configuration, and {which!r} is none (.yaml)")
+        raise ConfigError(f"--role {role} needs a .yaml configuration, but got {which!r}")
     for override in overrides:
         args = assign(args, override)
     if asks_a_person(use, args):
@@ -338,18 +320,6 @@ def _is_config(which: str) -> bool:
     return which.endswith((".yaml", ".yml"))
 
 
-def _checked(use: str, args: dict[str, Any]) -> None:
-    from judges.load import check_judge
-
-    check_judge(use, args)
-
-
-def _load(use: str, args: dict[str, Any]) -> JudgeBase:
-    from judges.load import load_judge
-
-    return load_judge(use, args)
-
-
 def _tokenizer(given: str | None, *judges: str) -> Any:
     """The tokenizer that was asked for, or that of the first configuration among the judges; None without either."""
     from iterdpo.config import load_config
@@ -372,76 +342,63 @@ def _progress(name: str, unit: str, total: int) -> Iterator[Callable[[int], None
         yield stage.advance
 
 
+def _circumstances(
+    data: DataOptions, output: OutputOptions, stopped: BaseException | None, **more: Any
+) -> dict[str, Any]:
+    """What a report says of how it was made; `more` goes with the data."""
+    return {
+        "data": {"path": data.data, "split": data.split, **more},
+        "seed": data.seed,
+        "confidence": output.confidence,
+        "stopped": "interrupted" if isinstance(stopped, KeyboardInterrupt) else str(stopped) if stopped else None,
+    }
+
+
 def _put_out(
-    arguments: argparse.Namespace,
+    output: OutputOptions,
     found: dict[str, Any],
+    stopped: BaseException | None,
     *,
-    title: str,
     sentence: str,
     tables: list[Any],
     settings: list[tuple[str, str]],
     figures: Callable[[], list[Any]],
     examples: list[Any],
-    examples_title: str,
     on_terminal: int,
-) -> None:
-    """The report on the terminal, and where it was asked for as JSON and as a page."""
+    **page: str,
+) -> int:
+    """The report on the terminal, and if it was asked for as JSON and as a page. Returns the exit status.
+
+    Ctrl-C gives 130, as everywhere. A judge or data that gave up half-way is raised, once what was found is out.
+    """
     import json
 
     from iterdpo.run.rundir import write_json
     from judges.audit.render import print_report, write_page
 
-    stopped = found["stopped"]
     if stopped is not None:
-        sentence = f"Stopped early ({stopped}). {sentence}"
-    if arguments.page:
+        sentence = f"Stopped early ({found['stopped']}). {sentence}"
+    if output.page:
         write_page(
-            arguments.page,
-            title=title,
+            output.page,
             sentence=sentence,
             settings=settings,
             tables=tables,
             figures=figures(),
             examples=examples,
-            examples_title=examples_title,
+            **page,
         )
-    if arguments.json == "-":
+    if output.json == "-":
         print(json.dumps(found, indent=2))
-        return
-    if arguments.json:
-        write_json(Path(arguments.json), found)
-    lines = [f"{what.lower():<9} {value}" for what, value in settings]
-    print_report(sentence, tables, examples[:on_terminal], lines=lines, stream=sys.stdout)
-    for path in filter(None, (arguments.json, arguments.page)):
-        print(f"written: {path}")
-
-
-def _reason(stopped: BaseException | None) -> str | None:
-    if stopped is None:
-        return None
-    return "interrupted" if isinstance(stopped, KeyboardInterrupt) else str(stopped)
-
-
-def _status(stopped: BaseException | None) -> int:
-    """Ctrl-C gives 130, as everywhere. A judge or data that gave up half-way is raised, once what was found is out."""
+    else:
+        if output.json:
+            write_json(Path(output.json), found)
+        lines = [f"{what.lower():<9} {value}" for what, value in settings]
+        print_report(sentence, tables, examples[:on_terminal], lines=lines, stream=sys.stdout)
+        for path in filter(None, (output.json, output.page)):
+            print(f"written: {path}")
     if stopped is None:
         return 0
     if isinstance(stopped, KeyboardInterrupt):
         return 130
     raise stopped
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share between 0 and 1")
-    return value

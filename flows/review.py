@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
@@ -11,7 +10,7 @@ import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from iterdpo.errors import UserError
@@ -21,17 +20,6 @@ if TYPE_CHECKING:
 
 CHECK_SECONDS = 2.0
 """How often a wait asks Prefect whether the run was cancelled."""
-
-
-def add_review_command(commands: Any) -> None:
-    """Add `review` to the subparsers of `iterdpo judge`."""
-    review = commands.add_parser("review", help="compare completions yourself, where a run's judge is a person")
-    review.add_argument("run_dir", metavar="RUN_DIR")
-    review.add_argument("--who", metavar="NAME", help="only the pairs for NAME (the argument `who` of the judge)")
-    review.add_argument("--port", type=int, default=0, help="of the page, on 127.0.0.1 (default: a free one)")
-    review.add_argument("--no-open", action="store_true", help="do not open a browser")
-    review.add_argument("--once", action="store_true", help="end when nothing is left to judge")
-    review.set_defaults(call=_review)
 
 
 def serve_review(
@@ -154,14 +142,3 @@ def _check_cancelled(client: SyncPrefectClient, runs: list[UUID]) -> None:
 def _has_screen() -> bool:
     """Whether a browser would come up in a window of its own, rather than in this terminal."""
     return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-
-
-def _review(arguments: argparse.Namespace) -> int:
-    serve_review(
-        arguments.run_dir,
-        who=arguments.who,
-        port=arguments.port,
-        open_browser=not arguments.no_open,
-        once=arguments.once,
-    )
-    return 0
