@@ -104,6 +104,7 @@ def continue_run(run: IterativeRun, *, prefect: bool = True, wait: bool = False)
         run.dir.write_config(run.config.model_dump())
         rounds = f"{run.config.rounds} round{'s'[: run.config.rounds > 1]}"
         run.progress.say(f"run {run.dir.root}: from {pending} on, {rounds}, context {max_tokens:,} tokens")
+        run.progress.say(f"  {'prompts':<9} {run.prompts.summary()}")
         run.warm_up()
         if prefect:
             from flows.iterative_dpo import run_under_prefect

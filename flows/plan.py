@@ -35,8 +35,11 @@ def describe_plan(run: IterativeRun) -> str:
     rows = [
         ("model", str(run.model_path)),
         ("judge", f"{run.judges[0].named.use}; evaluated by {run.judges[-1].named.use}"),
-        ("prompts", f"{len(run.prompts.train):,} to train on, {heldout:,} held out; {per_round:,} a round"),
-        ("context", f"{run.max_model_len:,} tokens"),
+        (
+            "prompts",
+            f"{len(run.prompts.train):,} to train on, {heldout:,} held out; {per_round:,} a round; {run.prompts.summary()}",
+        ),
+        ("context", f"{run.estimated_max_model_len():,} tokens"),
         ("rounds", f"{rounds}; next: {first_pending(run) or 'nothing, all are done'}"),
         (
             "completions",

@@ -66,6 +66,10 @@ class PromptFile:
     def __getitem__(self, part: slice) -> PromptFile:
         return PromptFile(self._lines, self._rows[part])
 
+    def longest(self, count: int) -> PromptFile:
+        """The `count` prompts with the longest lines: the content mostly, with the columns."""
+        return self._among(np.sort(np.argsort(-self._lines.sizes[self._rows], kind="stable")[:count]))
+
     def columns(self) -> set[str]:
         """The names of the columns that any of the prompts has."""
         index = self._lines.index
@@ -324,6 +328,11 @@ class _Lines:
                 yield from (block[b:e] for b, e in zip(begins.tolist(), ends.tolist(), strict=True))
             else:
                 yield from (os.pread(file, e - b, b) for b, e in zip(begins.tolist(), ends.tolist(), strict=True))
+
+    @property
+    def sizes(self) -> Array:
+        """Bytes of each line, [M] int64."""
+        return np.diff(self.ends, prepend=0)
 
     def seeds(self, seed: int, *purpose: int | str) -> Array:
         """`derive_seed(seed, *purpose, id)` of every line, [M] uint32; kept, since each round asks again."""

@@ -8,6 +8,9 @@ from iterdpo.config import PromptsConfig
 from iterdpo.data.prompts import PromptFile, next_prompts, split_prompts
 from iterdpo.run.rundir import RunDir
 
+CACHED_FROM = 8 << 20
+"""Bytes of a prompt file; a smaller one is read within a second."""
+
 
 class RoundPrompts:
     """A run's prompts, by round. Constructing it reads the prompt file, and checks that there are enough for `rounds`.
@@ -18,7 +21,8 @@ class RoundPrompts:
 
     def __init__(self, section: PromptsConfig, run_dir: RunDir, *, rounds: int, seed: int) -> None:
         self._section, self._run_dir, self._seed = section, run_dir, seed
-        self._set = split_prompts(section, seed, pinned=self._pinned(0, section.heldout))
+        pinned = self._pinned(0, section.heldout)
+        self._set = split_prompts(section, seed, pinned=pinned, cache=self._cache())
         self._rounds: dict[int, PromptFile] = {}
         self.heldout, self.train = self._set.heldout, self._set.train
         self.of(rounds)
@@ -39,6 +43,19 @@ class RoundPrompts:
         path = self._file(round)
         path.parent.mkdir(parents=True, exist_ok=True)
         (self.of(round) if round else self.heldout).write(path)
+        if round:
+            self._rounds[round] = PromptFile.open(path)  # read in its order, which is quicker
+
+    def summary(self) -> str:
+        """`kept 80 of 105 prompts to train on (5 repeated, 20 held out)`."""
+        return self._set.summary()
+
+    def _cache(self) -> Path | None:
+        """Where a large file's prompts are kept once a run has begun, so that it is not read again at every start."""
+        source = Path(self._section.path).expanduser()
+        begun = (self._run_dir.root / "run.json").exists()
+        worth_it = source.is_dir() or (source.is_file() and source.stat().st_size > CACHED_FROM)
+        return self._run_dir.root / "prompts.cache" if begun and worth_it else None
 
     def _file(self, round: int) -> Path:
         return self._run_dir.round_dir(round) / "prompts.jsonl" if round else self._run_dir.root / "heldout.jsonl"

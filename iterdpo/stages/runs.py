@@ -28,6 +28,8 @@ from iterdpo.training.launch import check_training
 from iterdpo.types import Prompt
 
 T = TypeVar("T")
+LONGEST = 10_000
+"""Prompts of a round that a plan tokenizes."""
 
 
 class OfflineRun:
@@ -156,6 +158,17 @@ class IterativeRun(OfflineRun):
         Raises:
             UserError: a prompt that leaves no room for `max_tokens` in the model's context.
         """
+        return self._max_model_len(1 << 62)
+
+    def estimated_max_model_len(self) -> int:
+        """`max_model_len` from the `LONGEST` longest texts of each round alone: the same, but in a very large file.
+
+        Raises:
+            UserError: as `max_model_len`.
+        """
+        return self._max_model_len(LONGEST)
+
+    def _max_model_len(self, most: int) -> int:
         config = self.config
         limit = config.sampling.engine.max_model_len
         context = context_length(self.model_config)
@@ -166,7 +179,7 @@ class IterativeRun(OfflineRun):
         lengths = (
             (len(ids), prompt.id)
             for part in parts
-            for prompts in batches(part, 1024)
+            for prompts in batches(part.longest(most) if len(part) > most else part, 1024)
             for ids, prompt in zip(self.prompt_ids(prompts), prompts, strict=True)
         )
         longest = check_lengths(lengths, available - config.sampling.max_tokens)

@@ -43,7 +43,7 @@ def sample(
             directory,
             "sample",
             policy,
-            run.prompts.of(round),
+            run.prompts.of(round),  # as it was written down
             parameters,
             lambda prompt_id: derive_seed(run.config.seed, round, "sample", prompt_id),
             on_shard=streaming.put if streaming is not None else None,
