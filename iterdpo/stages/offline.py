@@ -61,12 +61,12 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
     content = source_digest(data.path, data.split)
     inputs = {"model": run.initial.digest, "data": {**settings, "content": content}, "seed": config.seed}
     step = run.dir.step(1, "pairs", inputs)
+    # What an earlier attempt left, such as one on data that have been mended since, is of no use to this one.
+    shutil.rmtree(step.partial, ignore_errors=True)
     if (done := step.manifest()) is not None:
         return done
     preferences = PreferenceData(data.path, data.split, data.format, data.limit)
     account = preferences.account
-    # What an earlier attempt left, such as one on data that have been mended since, is of no use to this one.
-    shutil.rmtree(step.partial, ignore_errors=True)
     directory = step.begin()
     unit = "pairs" if account.kind == "pairs" else "examples"
     with run.progress.stage("tokenize", data.limit or 0, unit) as stage:

@@ -29,16 +29,18 @@ PER_ROUND, HELDOUT, K, SHARD_SIZE = 6, 4, 2, 4
 
 
 class NotingSampler(FakeSampler):
-    """Completion k is k + 1 times "ab". `asked` lists how many prompts were in each request."""
+    """Completion k is k + 1 times "ab". `asked` lists how many prompts were in each request, `seeds` all seeds."""
 
     def __init__(self) -> None:
         super().__init__(lambda ids, k: "ab" * (k + 1))
         self.asked: list[int] = []
+        self.seeds: list[int] = []
 
     def sample(
         self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
     ) -> list[list[Completion]]:
         self.asked.append(len(prompt_ids))
+        self.seeds += seeds
         return super().sample(prompt_ids, seeds, parameters)
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from iterdpo.errors import JudgingStopped, StaleStepError
 from iterdpo.judging.run_judge import RunJudge
-from iterdpo.run.artifacts import Completions, Judgments
+from iterdpo.run.artifacts import Completions, Judgments, write_completion_shard
 from iterdpo.run.rundir import read_manifest
 from iterdpo.stages.judge import inputs, judge, retry_judgments
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.sample import sample
+from iterdpo.testing import make_group
 from iterdpo.types import CompletionGroup, Judgment
 from tests.unit.stages.harness import PER_ROUND, SHARD_SIZE, K, Lengths, Room
 
@@ -152,3 +154,14 @@ def test_what_a_judge_used_is_in_the_counts_of_its_stage_alone(room: Room) -> No
     room.judge = Metered()
     room.judge.asked.append([])
     assert counts_of(judged(room.open()))["usage"] == {"calls": PER_ROUND}
+
+
+def test_a_stage_needs_a_record_and_a_folder_alone(room: Room, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "sampled elsewhere"
+    elsewhere.mkdir()
+    write_completion_shard(elsewhere / "shard-000000.parquet", [make_group("Tale 1", ["a", "bb"])])
+    run = room.open()
+    judgments = judge(run, 7, Completions(elsewhere, "5c1e", prompts=1, completions=2), run.train_judge)
+    assert judgments.completions == "5c1e"
+    assert [j.scores for j in judgments] == [[1.0, 2.0]]
+    assert room.sampler.asked == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -10,12 +11,13 @@ import pytest
 
 from iterdpo.data.pairs import TRAIN
 from iterdpo.errors import DataError, StaleStepError
-from iterdpo.run.artifacts import Judgments, Pairs
+from iterdpo.run.artifacts import Completions, Judgments, Pairs, write_completion_shard, write_judgment_shard
 from iterdpo.run.rundir import read_manifest
 from iterdpo.stages.judge import judge
 from iterdpo.stages.pair import inputs, pair
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.sample import sample
+from iterdpo.testing import make_group
 from iterdpo.types import Comparison, CompletionGroup, Judgment
 from tests.unit.stages.harness import PER_ROUND, Lengths, Room
 
@@ -88,3 +90,19 @@ def test_an_order_that_decides_is_named_if_there_is_nothing_to_train_on(room: Ro
     room.judge = Undecided()
     with pytest.raises(DataError, match="whose verdict changed with the order in 100% of the comparisons"):
         paired(room.open())
+
+
+def test_a_stage_needs_two_records_and_a_folder_alone(room: Room, tmp_path: Path) -> None:
+    groups = [make_group(f"Tale {i}", ["first", "second"]) for i in range(3)]
+    sampled, scored = tmp_path / "sampled elsewhere", tmp_path / "scored elsewhere"
+    sampled.mkdir()
+    scored.mkdir()
+    write_completion_shard(sampled / "shard-000000.parquet", groups)
+    write_judgment_shard(
+        scored / "shard-000000.jsonl", [Judgment(g.prompt.id, [2.0, 1.0], [None, None]) for g in groups]
+    )
+    completions = Completions(sampled, "5c1e", prompts=3, completions=6)
+    pairs = pair(room.open(), 7, completions, Judgments(scored, "b07a", completions.digest))
+    assert [(row["chosen"], row["rejected"]) for row in pq.read_table(pairs.path / TRAIN).to_pylist()] == [
+        ("first", "second")
+    ] * 3

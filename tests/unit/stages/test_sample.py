@@ -11,7 +11,7 @@ from iterdpo.errors import StaleStepError
 from iterdpo.run.artifacts import Completions, shard_name
 from iterdpo.run.rundir import read_jsonl, read_manifest
 from iterdpo.stages.runs import IterativeRun
-from iterdpo.stages.sample import batches, inputs, parameters_of, sample
+from iterdpo.stages.sample import inputs, parameters_of, sample
 from tests.unit.stages.harness import PER_ROUND, SHARD_SIZE, K, Lengths, Room
 
 
@@ -92,7 +92,7 @@ def test_completions_lie_in_shards_by_prompt_in_the_order_of_the_round(room: Roo
     assert (completions.prompts, completions.completions) == (PER_ROUND, K * PER_ROUND)
     assert [g.prompt for g in completions] == list(run.prompts.of(1))
     assert [[c.text for c in g.completions] for g in completions] == [["ab", "abab"]] * PER_ROUND
-    assert [g.prompt_ids for g in completions] == [run.prompt_ids(p) for p in run.prompts.of(1)]
+    assert [g.prompt_ids for g in completions] == run.prompt_ids(list(run.prompts.of(1)))
     assert room.sampler.asked == [SHARD_SIZE, PER_ROUND - SHARD_SIZE]
 
 
@@ -187,8 +187,3 @@ def test_evaluation_may_sample_another_number_at_another_temperature(room: Room)
     default, other = parameters_of(section), parameters_of(section, 1, 0.0)
     assert (default.n, default.temperature, default.top_k, default.max_tokens) == (K, 1.0, 7, 16)
     assert (other.n, other.temperature, other.top_k, other.max_tokens) == (1, 0.0, 7, 16)
-
-
-def test_batches_are_of_one_size_but_the_last() -> None:
-    assert list(batches(iter(range(5)), 2)) == [[0, 1], [2, 3], [4]]
-    assert list(batches([], 2)) == []

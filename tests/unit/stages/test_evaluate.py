@@ -1,0 +1,204 @@
+"""The held-out evaluation: what decides it, what is compared with what, and what goes on after an interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iterdpo.errors import ChildFailed, StaleStepError
+from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_groups, read_judgments
+from iterdpo.run.rundir import directory_digest, read_json, read_jsonl, read_manifest
+from iterdpo.stages.evaluate import evaluate, inputs
+from iterdpo.stages.runs import IterativeRun
+from iterdpo.testing import build_tiny_checkpoint
+from iterdpo.types import CompletionGroup, Judgment
+from tests.unit.stages.harness import HELDOUT, PER_ROUND, Lengths, Room
+
+BASELINE = Evaluation(Path("evaluation"), "e4c3", 0)
+
+
+@pytest.fixture(scope="module")
+def candidate(tmp_path_factory: pytest.TempPathFactory) -> PolicyCheckpoint:
+    path = build_tiny_checkpoint(tmp_path_factory.mktemp("candidate"), seed=1)
+    return PolicyCheckpoint(path, directory_digest(path), 1)
+
+
+def initial(run: IterativeRun) -> Evaluation:
+    return evaluate(run, 0, run.initial, {})
+
+
+def metrics_of(evaluation: Evaluation) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(evaluation.path / "metrics.json")
+    return found
+
+
+def key(run: IterativeRun) -> dict[str, Any]:
+    return inputs(run, run.initial, {"initial": BASELINE})
+
+
+def test_the_key_has_the_policies_the_heldout_prompts_the_judges_the_baselines_and_the_seed(room: Room) -> None:
+    run = room.open(heldout_judge=Lengths())
+    found = key(run)
+    assert {name: value for name, value in found.items() if name not in ("evaluation", "sampling")} == {
+        "model": run.initial.digest,
+        "policy": run.initial.digest,
+        "prompts": {"per_round": 6, "heldout": 4, "column": "prompt", "content": run.prompts.heldout.digest()},
+        "judges": {
+            "train_judge": {"use": "lengths", "version": "1"},
+            "heldout_judge": {"use": "other", "version": "1"},
+        },
+        "baselines": {"initial": "e4c3"},
+        "seed": 0,
+    }
+    assert found["evaluation"].keys() == {"n", "temperature", "confidence", "bootstrap_samples"}
+    assert (found["sampling"]["n"], found["sampling"]["temperature"]) == (1, 1.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"evaluation": {"n": 2}},
+        {"evaluation": {"temperature": 0.5}},
+        {"evaluation": {"confidence": 0.9}},
+        {"sampling": {"max_tokens": 8}},
+        {"prompts": {"heldout": 3}},
+        {"version": "2"},
+        {"seed": 1},
+    ],
+)
+def test_the_key_changes_with_what_decides_the_metrics(room: Room, changes: dict[str, Any]) -> None:
+    assert key(room.open(**changes)) != key(room.open())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"evaluation": {"max_logp_gap": 1.0}}, {"gate": {"minimum": 0.9}}, {"dpo": {"beta": 0.5}}]
+)
+def test_the_key_is_the_same_if_the_metrics_are(room: Room, changes: dict[str, Any]) -> None:
+    assert key(room.open(**changes)) == key(room.open())
+
+
+def test_the_initial_policy_is_no_distance_from_itself(room: Room) -> None:
+    run = room.open()
+    evaluation = initial(run)
+    metrics = metrics_of(evaluation)
+    assert (metrics["score/train_judge"], metrics["kl/to_initial"], metrics["win_rate/vs_initial"]) == (2.0, 0.0, None)
+    assert metrics["sampler/logp_gap"] is None
+    assert not (evaluation.path / "logps.json").exists()
+    assert [row["id"] for row in read_jsonl(run.dir.root / "heldout.jsonl")] == [p.id for p in run.prompts.heldout]
+    assert [g.prompt for g in read_groups(evaluation.completions)] == list(run.prompts.heldout)
+
+
+def test_all_judges_judge_and_the_one_that_never_trained_decides(room: Room) -> None:
+    run = room.open(heldout_judge=Lengths(score=3.0))
+    evaluation = initial(run)
+    metrics = metrics_of(evaluation)
+    assert (metrics["score/train_judge"], metrics["score/heldout_judge"]) == (2.0, 3.0)
+    assert metrics["win_rate/judge"] == "heldout"
+    places = evaluation.judgments()
+    assert list(places) == ["heldout_judge", "train_judge"]
+    assert [j.scores for j in read_judgments(places["heldout_judge"])] == [[3.0]] * HELDOUT
+
+
+def test_a_candidate_is_compared_with_the_baselines_prompt_by_prompt(room: Room, candidate: PolicyCheckpoint) -> None:
+    run = room.open(evaluation={"n": 2})
+    before = initial(run)
+    room.sampler.reply = lambda ids, k: "abc"  # the baseline's are "ab" and "abab"
+    evaluation = evaluate(run, 1, candidate, {"initial": before, "previous": before})
+    metrics = metrics_of(evaluation)
+    assert metrics["win_rate/vs_initial"] == metrics["win_rate/vs_previous"] == 0.5
+    assert (metrics["score/train_judge"], metrics["length/mean_tokens"]) == (3.0, 3.0)
+    logps = read_json(evaluation.path / "logps.json")
+    assert [len(group) for group in logps["policy"]] == [len(group) for group in logps["initial"]] == [2] * HELDOUT
+    assert metrics["sampler/logp_gap"] > 1  # the sampler says -1 for every token, and is no engine
+
+
+def test_seeds_are_the_same_in_every_round(room: Room, candidate: PolicyCheckpoint) -> None:
+    run = room.open()
+    before = initial(run)
+    seeds, room.sampler.seeds = room.sampler.seeds, []
+    evaluate(run, 1, candidate, {"initial": before})
+    assert room.sampler.seeds == seeds
+    assert len(set(seeds)) == HELDOUT
+
+
+def test_greedy_completions_are_one_a_prompt(room: Room) -> None:
+    run = room.open(evaluation={"n": 3, "temperature": 0})
+    assert metrics_of(initial(run))["evaluation/completions"] == HELDOUT
+    assert (key(run)["sampling"]["n"], key(run)["sampling"]["temperature"]) == (1, 0)
+
+
+def test_an_engine_that_does_not_sample_from_the_policy_is_found_out(room: Room, candidate: PolicyCheckpoint) -> None:
+    run = room.open(evaluation={"max_logp_gap": 0.05})
+    before = initial(run)
+    with pytest.raises(ChildFailed, match=r"evaluation\.max_logp_gap = 0\.05\): it does not sample from this policy"):
+        evaluate(run, 1, candidate, {"initial": before})
+
+
+def test_what_is_evaluated_is_not_evaluated_again(room: Room) -> None:
+    first = initial(room.open())
+    room.sampler.asked.clear()
+    room.judge.asked.clear()
+    assert initial(room.open()) == first
+    assert (room.sampler.asked, room.judge.asked) == ([], [])
+
+
+def test_other_settings_are_refused_and_with_redo_the_old_goes_to_the_attic(room: Room) -> None:
+    first = initial(room.open())
+    with pytest.raises(StaleStepError, match=r"round-000/evaluation was made with sampling\.n = 1"):
+        initial(room.open(evaluation={"n": 2}))
+    run = room.open(evaluation={"n": 2}, redo=True)
+    assert metrics_of(initial(run))["evaluation/completions"] == 2 * HELDOUT
+    kept = read_manifest(run.dir.attic / "round-000" / "evaluation")
+    assert kept is not None
+    assert kept.digest == first.digest
+
+
+def test_an_interrupted_evaluation_samples_and_judges_only_what_is_missing(room: Room) -> None:
+    class Interrupted(Lengths):
+        def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+            if self.asked:
+                raise KeyboardInterrupt
+            return super().judge(groups)
+
+    healthy, room.judge = room.judge, Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        initial(room.open(sampling={"shard_size": 2}))
+    room.judge = healthy
+    room.sampler.asked.clear()
+    initial(room.open(sampling={"shard_size": 2}))
+    assert room.sampler.asked == []
+    assert [len(groups) for groups in healthy.asked] == [2]
+
+
+class PrefersFirst(Lengths):
+    """Compares: the first of a group, the candidate's, is the better one."""
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        self.asked.append(list(groups))
+        return [Judgment(g.prompt.id, [1.0, 0.0], [None, None]) for g in groups]
+
+
+def test_duels_of_a_judge_that_compares_stream_and_twins_tie_without_it(
+    room: Room, candidate: PolicyCheckpoint
+) -> None:
+    judge = room.judge = PrefersFirst(comparative=True)
+    run = room.open(prompts={"heldout": PER_ROUND}, sampling={"shard_size": 2})
+    before = initial(run)
+    assert judge.asked == []  # there is nothing to compare with
+    assert metrics_of(before)["win_rate/vs_initial"] is None
+
+    differing = list(run.prompts.heldout)[:3]
+    differing_ids = run.prompt_ids(differing)
+    room.sampler.reply = lambda ids, k: "another" if ids in differing_ids else "ab"
+    evaluation = evaluate(run, 1, candidate, {"initial": before, "previous": before})
+
+    asked = [group for shard in judge.asked for group in shard]
+    assert [[c.text for c in group.completions] for group in asked] == [["another", "ab"]] * 3  # one baseline: once
+    assert [group.prompt.id for group in asked] == [p.id for p in differing]
+    assert [len(shard) for shard in judge.asked] == [2, 1]
+    place = evaluation.path / "judgments" / "train_judge" / "vs-round-000"
+    assert [p.name for p in sorted(place.iterdir())] == ["shard-000000.jsonl", "shard-000001.jsonl"]
+    assert metrics_of(evaluation)["win_rate/vs_initial"] == (3 * 1 + 3 * 0.5) / 6

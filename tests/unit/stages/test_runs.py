@@ -1,0 +1,125 @@
+"""What a run has for its stages: nothing is loaded before it is needed, and everything is given back."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from iterdpo.errors import ConfigError, DataError, UserError
+from iterdpo.judging.judge import JudgeBase, NamedJudge
+from iterdpo.run.artifacts import PolicyCheckpoint
+from iterdpo.run.progress import Progress
+from iterdpo.run.rundir import directory_digest, read_json, write_json
+from iterdpo.stages.runs import IterativeRun, batches
+from iterdpo.testing import build_tiny_checkpoint
+from iterdpo.types import RoundRecord
+from tests.unit.stages.harness import Lengths, Room
+
+
+class Closing(Lengths):
+    closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_opening_a_run_loads_no_judge_starts_no_sampler_and_writes_nothing(room: Room) -> None:
+    def load() -> JudgeBase:
+        raise AssertionError("loaded")
+
+    config = room.open().config
+    run = IterativeRun(config, train_judge=NamedJudge("train_judge", "mine", "1", load))  # the vLLM engine samples
+    run.close()
+    assert not run.dir.root.exists()
+
+
+def test_judges_are_named_by_their_roles_and_the_first_trains(room: Room) -> None:
+    run = room.open(heldout_judge=Lengths())
+    assert [judge.role for judge in run.judges] == ["train_judge", "heldout_judge"]
+    assert run.train_judge is run.judges[0]
+    assert [judge.role for judge in room.open().judges] == ["train_judge"]
+
+
+def test_the_policy_after_a_round_is_the_one_that_its_record_names(room: Room) -> None:
+    run = room.open()
+    path = build_tiny_checkpoint(run.dir.round_dir(1) / "policy", seed=1)
+    run.dir.round_dir(0).mkdir()
+    run.dir.round_dir(2).mkdir()
+    digest = directory_digest(path)
+    run.dir.write_record(RoundRecord(0, "promote", "", str(run.model_path), 0, run.initial.digest, {}, {}))
+    run.dir.write_record(RoundRecord(1, "promote", "", "round-001/policy", 1, digest, {}, {}))
+    run.dir.write_record(RoundRecord(2, "keep", "", "round-001/policy", 1, digest, {}, {}))
+    assert run.policy_after(0) == run.initial
+    assert run.policy_after(1) == run.policy_after(2) == PolicyCheckpoint(path, digest, 1)
+
+    (path / "config.json").write_text("{}")
+    with pytest.raises(AssertionError, match="is not the policy that round 2 kept"):
+        run.policy_after(2)
+
+
+def test_the_digest_of_the_initial_policy_is_noted_with_what_it_was_taken_of(room: Room, tmp_path: Path) -> None:
+    model = build_tiny_checkpoint(tmp_path / "model")
+    changes: dict[str, Any] = {"model": {"path": str(model)}}
+    run = room.open(**changes)
+    run.dir.root.mkdir()
+    first, note = run.initial.digest, run.dir.root / ".initial.json"
+    assert first == directory_digest(model)
+
+    write_json(note, {**read_json(note), "digest": "noted"})
+    assert room.open(**changes).initial.digest == "noted"
+    (model / "config.json").write_text((model / "config.json").read_text() + "\n")
+    assert room.open(**changes).initial.digest not in ("noted", first)
+
+
+def test_the_engine_holds_the_longest_prompt_and_completion_in_steps_of_64(room: Room) -> None:
+    assert room.open().max_model_len == 64
+    assert room.open(sampling={"max_tokens": 60}).max_model_len == 128
+    assert room.open(sampling={"engine": {"max_model_len": 100}}).max_model_len == 100
+
+
+def test_a_prompt_that_leaves_no_room_is_named_before_anything_is_loaded(room: Room) -> None:
+    with pytest.raises(DataError, match=r"p-[0-9a-f]+"):
+        _ = room.open(sampling={"max_tokens": 508}).max_model_len
+    with pytest.raises(ConfigError, match=r"sampling\.engine\.max_model_len = 1024: the model's context is 512 tokens"):
+        _ = room.open(sampling={"engine": {"max_model_len": 1024}}).max_model_len
+
+
+def test_closing_a_run_gives_back_its_judges_and_ends_its_sampler(room: Room) -> None:
+    closed = []
+    judge = room.judge = Closing()
+    room.sampler.close = lambda: closed.append("sampler")  # type: ignore[method-assign]
+    with room.open() as run:
+        run.train_judge.load()
+    assert (closed, judge.closed) == (["sampler"], 1)
+
+
+def test_closing_a_run_ends_a_judge_that_streams(room: Room) -> None:
+    room.judge = Lengths(needs_device=False)
+    with room.open() as run:
+        streaming = run.streaming_judge(1)
+        streaming.start()
+    assert streaming.join() is not None
+    assert room.judge.asked == []
+
+
+def test_a_run_of_another_format_is_refused(room: Room) -> None:
+    run = room.open()
+    run.dir.root.mkdir()
+    write_json(run.dir.root / "run.json", {"config": {}})
+    with pytest.raises(UserError, match="whose files this one cannot read"):
+        room.open()
+
+
+def test_waiting_for_a_person_is_said(room: Room) -> None:
+    screen = io.StringIO()
+    with room.open(progress=Progress(screen)).waiting("2 comparisons wait for you") as poll:
+        assert poll is None
+    assert screen.getvalue() == "  waiting   2 comparisons wait for you\n"
+
+
+def test_batches_are_of_one_size_but_the_last() -> None:
+    assert list(batches(iter(range(5)), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(batches([], 2)) == []
