@@ -1,4 +1,4 @@
-"""The command line: `iterdpo quickstart | run | train | serve | judge | report | status`.
+"""The command line: `iterdpo quickstart | run | train | serve | judge | show | report | status`.
 
 Exit status: 0 done, 1 a run failed (what was done stays done), 2 bad input.
 """
@@ -174,6 +174,24 @@ def review(
     from flows.review import serve_review
 
     serve_review(run_dir, who=who, port=port, open_browser=not no_open, once=once)
+    return 0
+
+
+@app.command
+def show(
+    run_dir: RunDirectory,
+    /,
+    *,
+    number: Annotated[int, Parameter(name="--round", help="the round that sampled them")],
+    prompt: Annotated[str | None, Parameter(help="a prompt's id or its beginning, or words of its text")] = None,
+    heldout: Annotated[bool, Parameter(help="the completions of the evaluation instead")] = False,
+    limit: Annotated[int, Parameter(help="prompts to show")] = 5,
+) -> int:
+    """Read completions, with their scores."""
+    from flows.show import show_completions
+
+    for text in show_completions(run_dir, round=number, prompt=prompt, heldout=heldout, limit=limit):
+        print(text)
     return 0
 
 
