@@ -131,17 +131,16 @@ class Remote(JudgeBase):
             answer = await post(session, self.url, payload, seconds=self.timeout, limit=self.timeout, headers={})
             if isinstance(answer, Failure):
                 return answer
-            if 200 <= answer.status < 300:
+            status, data = answer
+            if 200 <= status < 300:
                 try:
-                    reply = json.loads(answer.data, parse_int=float)  # an integer too long for a float becomes infinite
+                    reply = json.loads(data, parse_int=float)  # an integer too long for a float becomes infinite
                 except (ValueError, RecursionError):
                     return Failure("the reply was cut off, or no JSON")
                 return _judgments(batch, reply, self.url)
-            if answer.status in REFUSED:
-                return Failure(f"HTTP {answer.status}", retry=False)
-            raise JudgeError(
-                f"remote: {self.url} answers HTTP {answer.status}; check its address, and its key (api_key_env)"
-            )
+            if status in REFUSED:
+                return Failure(f"HTTP {status}", retry=False)
+            raise JudgeError(f"remote: {self.url} answers HTTP {status}; check its address, and its key (api_key_env)")
 
         async def pause(seconds: float, failure: Failure) -> None:
             self._usage["retries"] += 1

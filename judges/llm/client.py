@@ -193,16 +193,19 @@ class Client:
         most_out = request.get("max_completion_tokens") or request.get("max_tokens") or self._longest_reply
         estimate = (len(payload) // 4, most_out)
         began: float | None = None
+        sent = 0
         outcome: Reply | Failure = Failure("timed out")  # stays if the deadline comes while it waits for a slot
 
         async def attempt() -> Reply | Failure:
-            nonlocal began, outcome
+            nonlocal began, sent, outcome
             async with self._slots:
                 await self._admit(*estimate)
                 began = began or time.monotonic()
                 seconds = min(endpoint.timeout, began + endpoint.deadline - time.monotonic(), self._stage_left())
                 try:
                     if seconds > 0:
+                        self._totals["retries"] += sent > 0
+                        sent += 1
                         outcome = await self._attempt(payload, request, estimate, seconds)
                 finally:
                     self._settle(estimate, outcome)
@@ -214,7 +217,6 @@ class Client:
             assert began is not None
             if time.monotonic() + seconds >= began + endpoint.deadline:
                 self._give_up(f"{failure.reason} (deadline of {endpoint.deadline:g} s)")
-            self._totals["retries"] += 1
             await self._wait(seconds)
 
         try:

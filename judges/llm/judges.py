@@ -28,7 +28,7 @@ from iterdpo.judging.judge import JudgeBase, Waiting
 from iterdpo.run.rundir import RunDir
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
-from judges.base import Abstention, judgment_from_outcomes
+from judges.base import Abstention, check_choice, judgment_from_outcomes
 from judges.llm.client import CallFailed, Client, refused
 from judges.llm.concurrency import in_own_loop, run_each
 from judges.llm.parsing.probabilities import expected_score, verdict_probability
@@ -88,7 +88,7 @@ class _LLMJudge(JudgeBase):
                 "`serve: {}`, to start one here"
             )
         self.server = None if self.serve is None else Server(self.model, ServerSettings(**self.serve))
-        self._one_of("constrain", *get_args(Constrain))
+        check_choice(f"judge '{self.kind}'", "constrain", self.constrain, get_args(Constrain))
         self.template = load_template(self.prompt, self.kind)
         self._texts: Sequence[str | None] = ()  # what further files say that decides the scores
         self._held: Constrain | None = None if self.constrain == "auto" else self.constrain
@@ -201,10 +201,6 @@ class _LLMJudge(JudgeBase):
             "constrained": self._held != "none",
         }
 
-    def _one_of(self, name: str, *allowed: Any) -> None:
-        if (value := getattr(self, name)) not in allowed:
-            raise JudgeError(f"judge {self.kind!r}: {name} is {value!r}; it is one of {', '.join(map(str, allowed))}")
-
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class PairwiseJudge(_LLMJudge):
@@ -230,8 +226,8 @@ class PairwiseJudge(_LLMJudge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._one_of("schedule", "all_pairs", "random_pairs", "knockout")
-        self._one_of("aggregate", *get_args(Aggregate))
+        check_choice("judge 'pairwise'", "schedule", self.schedule, ("all_pairs", "random_pairs", "knockout"))
+        check_choice(f"judge '{self.kind}'", "aggregate", self.aggregate, get_args(Aggregate))
         if self.schedule == "random_pairs":
             fits = isinstance(self.comparisons, int) and self.comparisons > 0
         else:
@@ -390,7 +386,7 @@ class ListwiseJudge(_LLMJudge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._one_of("orders", 1, 2)
+        check_choice("judge 'listwise'", "orders", self.orders, (1, 2))
 
     async def _judge_group(self, group: CompletionGroup) -> Judgment:
         texts = [c.text for c in group.completions]

@@ -39,13 +39,6 @@ class Failure(NamedTuple):
     retry: bool = True
 
 
-class Answer(NamedTuple):
-    """What a server answered, with any status that is not worth another attempt."""
-
-    status: int
-    data: bytes
-
-
 async def with_retries(
     attempt: Callable[[], Awaitable[T | Failure]],
     *,
@@ -72,21 +65,24 @@ async def with_retries(
 
 async def post(
     session: aiohttp.ClientSession, url: str, data: bytes, *, seconds: float, limit: float, headers: Mapping[str, str]
-) -> Answer | Failure:
-    """One attempt, of at most `seconds`. `limit` is the number of seconds that the reason for a time-out names."""
+) -> tuple[int, bytes] | Failure:
+    """One attempt of at most `seconds`: status and body, unless another attempt may succeed.
+
+    `limit` is the number of seconds that the reason for a time-out names.
+    """
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=seconds)
     try:
         async with session.post(url, data=data, headers=headers, timeout=timeout, allow_redirects=False) as response:
-            answer = Answer(response.status, await response.read())
+            status, body = response.status, await response.read()
     except TimeoutError:
         return Failure(f"timed out after {limit:g} s")
     except (aiohttp.ClientError, OSError) as error:
         return Failure(_connection_reason(error))
-    if answer.status in RETRIED or answer.status >= 500:
-        return Failure(f"HTTP {answer.status}", retry_after_seconds(response.headers.get("Retry-After")))
-    return answer
+    if status in RETRIED or status >= 500:
+        return Failure(f"HTTP {status}", retry_after_seconds(response.headers.get("Retry-After")))
+    return status, body
 
 
 def check_key_name(name: str) -> None:

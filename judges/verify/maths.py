@@ -32,47 +32,34 @@ class Math(Verifier):
         if importlib.util.find_spec("math_verify") is None:
             raise JudgeError("judge 'math' needs the package math-verify: pip install 'math-verify'")
         self.name, self.column, self.timeout, self.concurrency = "math", column, timeout, concurrency
-        self._workers: queue.LifoQueue[_MathWorker] = queue.LifoQueue()
+        self._workers: queue.LifoQueue[JsonLinesWorker | None] = queue.LifoQueue()  # None: to be started
         for _ in range(concurrency):
-            self._workers.put(_MathWorker())
+            self._workers.put(None)
 
     def score(self, completion: str, gold: Any) -> Score:
         worker = self._workers.get()
         try:
-            return worker.compare(texts_of(gold), completion, self.timeout)
+            worker = worker or _started_worker()
+            compared = worker.call(Compare(texts_of(gold), completion, self.timeout), Compared)
+        except ChildFailed:
+            worker = None
+            return Abstention(f"the comparison did not end within {self.timeout:g} s, or ran out of memory")
         finally:
             self._workers.put(worker)
-
-    def close(self) -> None:
-        """End the processes. The next comparison starts them again."""
-        for worker in list(self._workers.queue):
-            worker.close()
-
-
-class _MathWorker:
-    """A process for one comparison at a time; started when first needed, and again after a timeout."""
-
-    def __init__(self) -> None:
-        self._process: JsonLinesWorker | None = None
-
-    def compare(self, golds: list[str], completion: str, seconds: float) -> Score:
-        if self._process is None:
-            self._process = JsonLinesWorker("judges.verify.math_worker", name="math")
-            try:
-                self._process.call(WarmUp(), Done)
-            except ChildFailed:
-                self.close()
-                raise JudgeError(
-                    "judge 'math': math-verify cannot be imported; see `python -c 'import math_verify'`"
-                ) from None
-        try:
-            compared = self._process.call(Compare(golds, completion, seconds), Compared)
-        except ChildFailed:
-            self.close()
-            return Abstention(f"the comparison did not end within {seconds:g} s, or ran out of memory")
         return Abstention(compared.reason) if compared.score is None else compared.score
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.close()
-        self._process = None
+        """End the processes. The next comparison starts them again."""
+        for worker in [self._workers.get() for _ in range(self.concurrency)]:
+            if worker is not None:
+                worker.close()
+            self._workers.put(None)
+
+
+def _started_worker() -> JsonLinesWorker:
+    worker = JsonLinesWorker("judges.verify.math_worker", name="math")
+    try:
+        worker.call(WarmUp(), Done)
+    except ChildFailed:
+        raise JudgeError("judge 'math': math-verify cannot be imported; see `python -c 'import math_verify'`") from None
+    return worker

@@ -574,7 +574,7 @@ def test_waiting_for_another_attempt_holds_no_slot() -> None:
     async def run() -> None:
         async with client_of(server, concurrency=1) as client:
             slow = asyncio.create_task(client.chat(ask("slow")))
-            while not client.usage()["retries"]:
+            while not server.requests or server.in_flight:
                 await asyncio.sleep(0.01)
             await client.chat(ask("quick"))
             assert not slow.done()
