@@ -1,7 +1,7 @@
 """What a run achieved, in a sentence or a few, from its metrics and its configuration.
 
 The interval of the win rate decides the words: above one half the policy beats the initial one, below it is worse,
-and an interval with one half in it distinguishes nothing, whatever the scores did.
+and an interval that contains one half shows no difference, whatever the scores did.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def verdict(run: Run) -> str:
 
 
 def value(row: pd.Series, key: str) -> float | None:
-    """The metric, or None where it is missing or null."""
+    """The metric, or None if it is missing or null."""
     found = row.get(key)
     return None if found is None or pd.isna(found) else float(found)
 

@@ -6,9 +6,11 @@ configuration wrote is escaped, and its control characters are made visible.
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +21,10 @@ from markupsafe import Markup
 from iterdpo.escape import visible
 from iterdpo.report.headline import count, duration, number, percent, value, verdict
 from iterdpo.report.plots import as_svg, figures
+from iterdpo.run.artifacts import completion_shards, read_completion_shard, read_judgment_shard
 from iterdpo.run.read import Run, read_run
-from iterdpo.run.rundir import write_text
+from iterdpo.run.rundir import read_manifest, write_text
+from iterdpo.types import Prompt
 
 EXAMPLES = 8  # held-out prompts shown
 MAX_CHARACTERS = 4_000  # of a completion or prompt shown
@@ -61,11 +65,11 @@ LEFT_OUT = (  # not trained on, or not judged
 )
 JUDGE = (  # how the training judge behaved
     Column("Abstained", "judge/abstained", percent),
-    Column("Flipped with the order", "judge/flip_rate", percent),
+    Column("Changed with the order", "judge/flip_rate", percent),
     Column("First position wins", "judge/first_position", percent),
     Column("Longer wins", "judge/longer_wins", percent),
     Column("Length correlation", "judge/length_correlation", number),
-    Column("In circles", "judge/intransitive", percent),
+    Column("Circular verdicts", "judge/intransitive", percent),
     Column("Calls", "judge/calls", count),
     Column("Tokens read", "judge/tokens_in", count),
     Column("Tokens written", "judge/tokens_out", count),
@@ -148,18 +152,18 @@ def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
         "DPO": text("beta {}" if offline else "beta {}, reference: the {} policy", "dpo.beta", "dpo.reference"),
         "Optimizer": text("AdamW, learning rate {}, {} pairs a step, epochs: {}", "dpo.learning_rate", "dpo.pairs_per_step",
                           "dpo.epochs"),
-        "Gate": text("promotes where {} is at least {}, otherwise: {}", "gate.metric", "gate.minimum", "gate.otherwise"),
+        "Gate": text("promotes if {} is at least {}, otherwise: {}", "gate.metric", "gate.minimum", "gate.otherwise"),
         "Seed": text("{}", "seed"),
     }  # fmt: skip
     return [(what, setting) for what, setting in settings.items() if setting is not None]
 
 
 def _reasons(run: Run) -> list[tuple[str, int]]:
-    """The training judge's commonest reasons to abstain."""
+    """The training judge's commonest reasons to abstain, as the manifests of its judgments count them."""
     reasons: Counter[str] = Counter()
     for r in run.dir.rounds():
-        if (run.dir.round_dir(r) / "judgments").exists():
-            reasons.update(run.abstentions(r))
+        manifest = read_manifest(run.dir.round_dir(r) / "judgments")
+        reasons.update(manifest.counts["abstentions"] if manifest else {})
     return reasons.most_common(5)
 
 
@@ -194,17 +198,17 @@ def _caption(name: str, run: Run) -> tuple[str, str]:
         case "win_rate":
             return "Win rate", f"Held-out prompts won; a tie is half a win. With {confidence} intervals.{hollow}"
         case "reward_kl":
-            return "Score against KL", f"What each nat away from the initial policy bought. Points are rounds.{hollow}"
+            return "Score against KL", f"The score reached at each distance from the initial policy. Points are rounds.{hollow}"
         case "kl":
             return "Drift and diversity", "Distance to the initial policy, and how varied the completions still are."
         case "length":
-            return "Length", "A judge that likes long completions shows here."
+            return "Length", "If a judge prefers long completions, this curve rises."
         case "pairs":
-            return "Pair yield", "Kept counts pairs. The rest are prompts that gave none, by the first reason for it."
+            return "Pair yield", "Kept counts pairs. The rest counts prompts that gave none, by the first reason that applies."
         case "rewards":
             return "Implicit reward", "In training, against the round's reference. Strong lines are running means."
         case "logps":
-            caption = "In training. That chosen falls with rejected is common in DPO; that it falls far is a warning."
+            caption = "In training. In DPO, chosen often falls along with rejected. If it falls far, that is a warning."
             return "Log-probabilities and loss", caption
         case "time":
             return "Where the time went", "Wall time of the stages."
@@ -212,33 +216,57 @@ def _caption(name: str, run: Run) -> tuple[str, str]:
 
 
 def _examples(run: Run) -> dict[str, Any]:
-    """The first held-out prompts by id, completed by every evaluated round, so that nobody chose them."""
-    tables = {r: run.evaluation(r) for r in run.dir.rounds() if (run.dir.round_dir(r) / "evaluation").exists()}
-    if not tables:
+    """The first held-out prompts by id, completed by every evaluated round: the choice is not made by their content."""
+    steps = {r: run.dir.round_dir(r) / "evaluation" for r in run.dir.rounds()}
+    steps = {r: step for r, step in steps.items() if step.exists()}
+    if not steps:
         return {"rounds": [], "prompts": []}
-    firsts = {r: table[table["k"] == 0].set_index("prompt_id").sort_index() for r, table in tables.items()}
-    shared = sorted(set.intersection(*(set(table.index) for table in firsts.values())))[:EXAMPLES]
-
-    def completion(row: pd.Series) -> dict[str, Any]:
-        scores = []  # (judge, score, reason of an abstention)
-        for judge, column in (("held-out", "heldout_judge"), ("training", "train_judge")):
-            score, reason = value(row, column), _text(row, f"{column}_abstention")
-            if score is not None or reason:
-                scores.append((judge, "" if score is None else number(score), reason))
-        cut = row["finish_reason"] == "length"
-        return {"text": clip(row["text"]), "scores": scores, "tokens": int(row["tokens"]), "cut": cut}
-
+    shards = completion_shards(next(iter(steps.values())) / "completions")
+    first = set(heapq.nsmallest(EXAMPLES, chain.from_iterable(map(_prompt_ids, shards))))
+    rounds = {r: {prompt.id: (prompt, shown) for prompt, shown in _shown(step, first)} for r, step in steps.items()}
     prompts = [
         {
             "id": id,
-            "text": clip(str(next(iter(firsts.values())).at[id, "prompt"])),
-            "completions": [completion(table.loc[id]) for table in firsts.values()],
+            "text": clip(next(iter(rounds.values()))[id][0].text),
+            "completions": [by_prompt[id][1] for by_prompt in rounds.values()],
         }
-        for id in shared
+        for id in sorted(set.intersection(*map(set, rounds.values())))
     ]
     decided = {r: _text(row, "gate/decision") for r, row in run.metrics.iterrows() if r}
-    rounds = [(r, decided.get(r, "")) for r in firsts]
-    return {"rounds": rounds, "prompts": prompts}
+    return {"rounds": [(r, decided.get(r, "")) for r in rounds], "prompts": prompts}
+
+
+def _shown(evaluation: Path, ids: set[str]) -> Iterator[tuple[Prompt, dict[str, Any]]]:
+    """Each of these prompts with its first completion, as the page shows it. Other shards than theirs are not read."""
+    for shard in completion_shards(evaluation / "completions"):
+        if ids.isdisjoint(_prompt_ids(shard)):
+            continue
+        judgments = {}
+        for name, role in (("held-out", "heldout_judge"), ("training", "train_judge")):
+            path = evaluation / "judgments" / role / f"{shard.stem}.jsonl"
+            judgments[name] = {j.prompt_id: j for j in read_judgment_shard(path)} if path.exists() else {}
+        for group in read_completion_shard(shard):
+            if group.prompt.id not in ids:
+                continue
+            judged = [(name, by_prompt.get(group.prompt.id)) for name, by_prompt in judgments.items()]
+            scores = [(name, j.scores[0], j.abstentions[0]) for name, j in judged if j is not None]
+            first = group.completions[0]
+            yield (
+                group.prompt,
+                {
+                    "text": clip(first.text),
+                    "scores": [(name, "" if x is None else number(x), reason or "") for name, x, reason in scores],
+                    "tokens": len(first.token_ids),
+                    "cut": first.truncated,
+                },
+            )
+
+
+def _prompt_ids(shard: Path) -> list[str]:
+    import pyarrow.parquet as pq
+
+    ids: list[str] = pq.read_table(shard, columns=["prompt_id"])["prompt_id"].to_pylist()
+    return ids
 
 
 def _all_metrics(run: Run) -> dict[str, Any]:

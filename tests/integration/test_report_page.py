@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from iterdpo.report.page import write_report
 from iterdpo.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, as_png, figures
 from iterdpo.run.artifacts import write_completion_shard
 from iterdpo.run.read import read_run
-from iterdpo.run.rundir import RunDir, write_jsonl
+from iterdpo.run.rundir import Manifest, RunDir, write_json, write_jsonl
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt, RoundRecord
 
 HOSTILE = (
@@ -88,6 +90,9 @@ def write_groups(step: Path, r: int, rng: random.Random, *, n: int, hostile: boo
     for judge, rows in verdicts.items():
         (step / "judgments" / judge).mkdir(parents=True)
         write_jsonl(step / "judgments" / judge / "shard-000000.jsonl", rows)
+        reasons = Counter(reason for row in rows for reason in row["abstentions"] if reason)
+        manifest = Manifest("judgments", {}, {"abstentions": dict(reasons)}, {}, {}, {})
+        write_json(step / "judgments" / judge / "MANIFEST.json", asdict(manifest))
 
 
 def round_metrics(r: int, *, last: bool, rng: random.Random) -> dict[str, Any]:
@@ -208,6 +213,8 @@ def test_hostile_text_is_shown_as_it_is(browser: Any, online: Path) -> None:
     assert HOSTILE[4] in shown
     assert "nul ␀ bell ␇ escape ␛[31m c1 \ufffd end" in shown
     assert "(1,000 more characters)" in shown  # 5,000 are clipped to 4,000
+    reasons = online.read_text().partition("Why the training judge abstained")[2].partition("</ul>")[0]
+    assert "48 × timed out after 30 s &lt;script&gt;" in reasons  # 3 prompts of 24 with 4 completions, in 4 rounds
 
 
 def test_no_two_elements_share_an_id(browser: Any, online: Path) -> None:

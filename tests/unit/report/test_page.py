@@ -1,33 +1,39 @@
+"""What the page reads of a run."""
+
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import pytest
+from iterdpo.report.page import EXAMPLES, write_report
+from iterdpo.run.artifacts import shard_name, write_completion_shard, write_judgment_shard
+from iterdpo.run.rundir import RunDir
+from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
 
-from iterdpo.report import page
-from iterdpo.report.page import refresh_report
 
-
-def test_the_page_is_written_again_only_if_it_is_missing_or_older_than_the_metrics(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    report, metrics, written = tmp_path / "report.html", tmp_path / "metrics.jsonl", []
-
-    def write_report(run_dir: Path) -> Path:
-        written.append(run_dir)
-        report.write_text("<html>")
-        return report
-
-    monkeypatch.setattr(page, "write_report", write_report)
-    refresh_report(tmp_path)
-    assert written == []  # no round has ended
-
-    metrics.write_text("{}\n")
-    refresh_report(tmp_path)
-    refresh_report(tmp_path)
-    assert written == [tmp_path]
-
-    os.utime(report, ns=(0, metrics.stat().st_mtime_ns - 1))  # the run ended between the two
-    refresh_report(tmp_path)
-    assert written == [tmp_path] * 2
+def test_only_the_shards_of_the_shown_prompts_are_read(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.write_config({})
+    step = run.round_dir(0) / "evaluation"
+    (step / "judgments" / "train_judge").mkdir(parents=True)
+    (step / "completions").mkdir()
+    for number in (0, 1):
+        groups = [
+            CompletionGroup(
+                Prompt(f"p-{number}-{i:02d}", f"question {number} {i}"),
+                [1],
+                [Completion(f"answer {number} {i}", [1, 2], [-1.0, -1.0], "length")],
+            )
+            for i in range(EXAMPLES + 2)
+        ]
+        name = shard_name(number)
+        write_completion_shard(step / "completions" / f"{name}.parquet", groups)
+        judgments = [Judgment(g.prompt.id, [0.5], [None]) for g in groups[1:]]
+        judgments.insert(0, Judgment(groups[0].prompt.id, [None], ["timed out"]))
+        write_judgment_shard(step / "judgments" / "train_judge" / f"{name}.jsonl", judgments)
+    (step / "judgments" / "train_judge" / f"{shard_name(1)}.jsonl").write_text("not read")
+    page = write_report(tmp_path).read_text()
+    assert [f"answer 0 {i}" in page for i in range(EXAMPLES + 2)] == [True] * EXAMPLES + [False] * 2
+    assert "answer 1" not in page
+    assert 'abstained: <i dir="auto">timed out</i>' in page
+    assert page.count("<b>0.50</b>") == EXAMPLES - 1
+    assert "2 tokens, cut" in page
