@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from json.decoder import scanstring  # type: ignore[attr-defined]
@@ -142,7 +143,7 @@ def split_prompts(
     """Read the prompts and hold some out: `heldout` of them by hash, or as many of `heldout_path`'s.
 
     `pinned` are the held-out prompts of a run that has begun: they stay, whatever was added to the file since. In the
-    directory `cache` what was read is kept, so that files that have not changed are not read again.
+    directory `cache` what was read of large files is kept, so that they are not read again until they change.
 
     Raises:
         DataError: a file that cannot be read, or too few prompts for the held-out set and one round.
@@ -236,11 +237,11 @@ def read_prompts(
             is empty or ends with an assistant turn, or an id that occurs twice.
     """
     rows = _prompts_of_rows(path, split, column, id_column)
-    if cache is None:
+    stamp = None if cache is None else source_stamp(path, split)
+    if cache is None or stamp is None:
         lines = _write(rows, tempfile.TemporaryFile())  # noqa: SIM115  # it lives as long as the prompts
     else:
-        stamp = digest([path, split, column, id_column, source_stamp(path, split)])
-        lines = _kept(rows, cache, digest(path), stamp)
+        lines = _kept(rows, cache, digest(path), digest([path, split, column, id_column, stamp]))
     _, first = np.unique(lines.ids, return_index=True)
     if id_column is not None and len(first) < len(lines):
         again = int(np.setdiff1d(np.arange(len(lines)), first)[0])
@@ -284,7 +285,10 @@ def _prompts_of_rows(path: str, split: str, column: str, id_column: str | None) 
             prompt_id = f"p-{digest(content)}"
         else:
             prompt_id = str(column_value(row, id_column, where, "set prompts.id_column"))
-        yield Prompt(prompt_id, content, {k: json_value(v) for k, v in row.items() if k not in (column, id_column)})
+        columns = {k: v for k, v in row.items() if k not in (column, id_column)}
+        if json_value(columns) is not columns:
+            columns = {k: json_value(v) for k, v in columns.items()}
+        yield Prompt(prompt_id, content, columns)
 
 
 # Lines of a file
@@ -380,8 +384,9 @@ def _kept(prompts: Iterable[Prompt], cache: Path, name: str, stamp: str) -> _Lin
             write_json(fresh / NAMES, index.names)
             sync_tree(fresh)
             for old in cache.glob(f"{name}-*"):
-                shutil.rmtree(old)
-            os.replace(fresh, place)
+                shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):  # another process was quicker
+                os.replace(fresh, place)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     with np.load(place / INDEX) as arrays:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from iterdpo.config import PromptsConfig
 from iterdpo.data.prompts import PromptFile, next_prompts, split_prompts
 from iterdpo.run.rundir import RunDir
-
-CACHED_FROM = 8 << 20
-"""Bytes of a prompt file; a smaller one is read within a second."""
 
 
 class RoundPrompts:
@@ -52,10 +50,8 @@ class RoundPrompts:
 
     def _cache(self) -> Path | None:
         """Where a large file's prompts are kept once a run has begun, so that it is not read again at every start."""
-        source = Path(self._section.path).expanduser()
-        begun = (self._run_dir.root / "run.json").exists()
-        worth_it = source.is_dir() or (source.is_file() and source.stat().st_size > CACHED_FROM)
-        return self._run_dir.root / "prompts.cache" if begun and worth_it else None
+        begun = (self._run_dir.root / "run.json").exists() and os.access(self._run_dir.root, os.W_OK)
+        return self._run_dir.root / "prompts.cache" if begun else None
 
     def _file(self, round: int) -> Path:
         return self._run_dir.round_dir(round) / "prompts.jsonl" if round else self._run_dir.root / "heldout.jsonl"

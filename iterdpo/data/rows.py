@@ -18,6 +18,7 @@ from iterdpo.errors import DataError
 from iterdpo.run.rundir import canonical, digest, sha256_file
 from iterdpo.types import Message
 
+LARGE = 8 << 20  # bytes of files; smaller ones are read within a second or two
 FORMATS = ("json", "jsonl", "csv", "parquet")
 SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 NOT_DATA = {"MANIFEST.json", "STEP.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -56,8 +57,10 @@ def source_digest(path: str, split: str) -> str:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 
-def source_stamp(path: str, split: str) -> list[list[str | int]] | str:
+def source_stamp(path: str, split: str) -> list[list[str | int]] | str | None:
     """What changes if any of the files that `load_rows` reads does: names, sizes and times; or a hub data set's fingerprint.
+
+    None of files that are read in a moment: a copy of them is not worth its place.
 
     Raises:
         DataError: as `source_digest`.
@@ -65,7 +68,10 @@ def source_stamp(path: str, split: str) -> list[list[str | int]] | str:
     files = _local_files(path, split)
     if files is None:
         return _hub_dataset(path, split)._fingerprint
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    found = [(file.name, file.stat()) for file in files]
+    if sum(stat.st_size for _, stat in found) < LARGE:
+        return None
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
 
 
 def column_value(row: dict[str, Any], column: str, where: str, remedy: str) -> Any:

@@ -302,9 +302,12 @@ def differing_keys(was: Any, now: Any, prefix: str = "") -> list[tuple[str, Any,
     return [] if was == now else [(prefix, was, now)]
 
 
+_canonical_encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def canonical(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values have equal texts. NaN is refused."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _canonical_encoder.encode(value)
 
 
 def digest(value: Any) -> str:

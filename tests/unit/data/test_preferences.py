@@ -637,7 +637,9 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
         class Words:
             bos_token_id, eos_token_id, chat_template = None, 2, None
             def __call__(self, text, add_special_tokens=True):
-                self.input_ids = [len(word) for word in re.findall(" ?[a-z]+| ?[0-9]+", text)]
+                texts = [text] if isinstance(text, str) else text
+                ids = [[len(word) for word in re.findall(" ?[a-z]+| ?[0-9]+", each)] for each in texts]
+                self.input_ids = ids[0] if isinstance(text, str) else ids
                 return self
 
         directory, count = Path(sys.argv[1]), int(sys.argv[2])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from iterdpo.config import PromptsConfig
 from iterdpo.data import prompts as module
+from iterdpo.data import rows as rows_module
 from iterdpo.data.prompts import PromptFile, PromptSet, check_lengths, next_prompts, read_prompts, split_prompts
 from iterdpo.errors import DataError
 from iterdpo.run.rundir import digest, write_jsonl
@@ -302,7 +303,8 @@ def kept_files(cache: Path) -> dict[str, int]:
     return {p.relative_to(cache).as_posix(): p.stat().st_mtime_ns for p in cache.rglob("*") if p.is_file()}
 
 
-def test_files_that_have_not_changed_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_that_have_not_changed_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "LARGE", 0)
     cache = tmp_path / "cache"
     path = write_rows(tmp_path / "a.jsonl", [*numbered(100), *numbered(5)])
     config = PromptsConfig(path=path, per_round=10, heldout=20)
@@ -323,7 +325,28 @@ def test_files_that_have_not_changed_are_not_read_again(tmp_path: Path, monkeypa
     assert len(list(first.train)) == 80  # it is still open
 
 
-def test_a_file_that_is_refused_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
+def test_of_a_small_file_nothing_is_kept(tmp_path: Path) -> None:
+    assert read_prompts(write_rows(tmp_path / "a.jsonl", numbered(9)), cache=tmp_path / "cache")[1] == 9
+    assert not (tmp_path / "cache").exists()
+
+
+def test_two_processes_that_read_the_same_file_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "LARGE", 0)
+    path, cache = write_rows(tmp_path / "a.jsonl", numbered(9)), tmp_path / "cache"
+    sync_tree = module.sync_tree
+
+    def other_is_quicker(directory: Path) -> None:
+        monkeypatch.setattr(module, "sync_tree", sync_tree)
+        assert len(read_prompts(path, cache=cache)[0]) == 9
+        sync_tree(directory)
+
+    monkeypatch.setattr(module, "sync_tree", other_is_quicker)
+    assert [p.content for p in read_prompts(path, cache=cache)[0]] == [f"question {i}" for i in range(9)]
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_file_that_is_refused_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "LARGE", 0)
     path = write_rows(tmp_path / "a.jsonl", [*numbered(3), {"prompt": ""}])
     with pytest.raises(DataError, match="row 4, column 'prompt' is empty"):
         read_prompts(path, cache=tmp_path / "cache")
