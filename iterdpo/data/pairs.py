@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -23,8 +24,6 @@ from iterdpo.types import Completion, Message, PreferencePair
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from iterdpo.training.collate import TokenPair
 
 Kind = Literal["pairs", "unpaired"]
 
@@ -137,6 +136,18 @@ def pairs_table(pairs: Sequence[PreferencePair], kind: Kind = "pairs") -> pa.Tab
     return pa.Table.from_pylist([_row(pair) for pair in pairs], schema)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenPair:
+    """The token ids that training reads: `TokenPair(prompt=[40, 8], chosen=[253, 2], rejected=[30, 2])`.
+
+    An empty side is absent: unpaired data has one side only.
+    """
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
 class TokenPairs:
     """What training needs of a file of pairs, of any size: one pair's token ids at a time, and what orders them.
 
@@ -151,9 +162,6 @@ class TokenPairs:
     sampler_logps: np.ndarray | None  # [N, 2], what the sampler reported of chosen and rejected; None where it did not
 
     def __init__(self, path: Path, cache: Path) -> None:
-        from iterdpo.training.collate import TokenPair  # imports torch
-
-        self._pair = TokenPair
         if path.stat().st_size < IN_MEMORY:
             buffer = io.BytesIO()
             index = _flatten(path, buffer)
@@ -171,7 +179,7 @@ class TokenPairs:
 
     def __getitem__(self, index: int) -> TokenPair:
         starts, lengths = self._starts[:, index], self._lengths[:, index]
-        return self._pair(*(self._tokens[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)))
+        return TokenPair(*(self._tokens[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)))
 
 
 def _sampler_logps(path: Path) -> np.ndarray | None:

@@ -17,23 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iterdpo.data.pairs import TokenPairs
+from iterdpo.data.pairs import TokenPair, TokenPairs
 from iterdpo.seeds import derive_seed
 from iterdpo.training.attention import PAD_MULTIPLE, TreeLayout, tree_layout
 
 ROW_MULTIPLE = 64  # few distinct shapes: each new one costs a compiled kernel
-
-
-@dataclass(frozen=True, slots=True)
-class TokenPair:
-    """The token ids that training reads: `TokenPair(prompt=[40, 8], chosen=[253, 2], rejected=[30, 2])`.
-
-    An empty side is absent: unpaired data has one side only.
-    """
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
 
 
 @dataclass(frozen=True, slots=True)

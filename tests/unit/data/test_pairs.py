@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from iterdpo.data import pairs
-from iterdpo.data.pairs import ABSENT, TokenPairs, pairs_table, write_pairs, write_tables
-from iterdpo.training.collate import TokenPair
+from iterdpo.data.pairs import ABSENT, TokenPair, TokenPairs, pairs_table, write_pairs, write_tables
 from iterdpo.types import Completion, Message, PreferencePair, Prompt
 
 PLAIN = "Once upon a time"

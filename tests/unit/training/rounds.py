@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from iterdpo.config import DPOConfig
-from iterdpo.data.pairs import TokenPairs
+from iterdpo.data.pairs import TokenPair, TokenPairs
 from iterdpo.run.rundir import read_jsonl
-from iterdpo.training.collate import TokenPair
 from iterdpo.training.launch import ReferenceInputs, TrainSpec
 from iterdpo.training.models import load_policy
 from iterdpo.training.train import train
