@@ -10,14 +10,20 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
-import sys
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from iterdpo.escape import revealed
 from iterdpo.run.rundir import digest
@@ -101,109 +107,79 @@ def review_server(desk: Desk, *, port: int = 0, title: str = "") -> Iterator[str
         OSError: the port is taken.
     """
     token = secrets.token_urlsafe(24)
-
-    class Handler(_Handler):
-        pass
-
-    Handler.desk, Handler.token, Handler.title = desk, token, title
-    with _Server(("127.0.0.1", port), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+    # The path has the token, so that nothing is logged.
+    settings = uvicorn.Config(
+        _app(desk, token=token, title=title),
+        log_level="critical",
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+    )
+    server = uvicorn.Server(settings)
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}/{token}/"
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/"
         finally:
-            server.shutdown()
+            server.should_exit = True
             thread.join()
 
 
-class _Server(ThreadingHTTPServer):
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError | TimeoutError):  # a tab that was closed is no error
-            super().handle_error(request, client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    desk: Desk
-    token: str
-    title: str
-    timeout = 30  # seconds that a connection may be silent for
-
-    def do_GET(self) -> None:
-        if self._action() == "":
-            nonce = secrets.token_urlsafe(16)
-            self._reply(200, "text/html; charset=utf-8", _page(self.title, nonce).encode(), nonce)
-
-    def do_POST(self) -> None:
-        action = self._action()
-        if action is None:
-            return
-        try:
-            length = int(self.headers.get("Content-Length", ""))
-            body: Any = json.loads(self.rfile.read(length)) if 0 <= length <= LIMIT else None
-            tab, task, choice, note = (str(body.get(name, "")) for name in ("tab", "task", "choice", "note"))
-        except (ValueError, AttributeError):
-            self._refuse(400)
-            return
-        match action:
-            case "next":
-                answer = self.desk.next(tab)
-            case "verdict":
-                answer = self.desk.submit(tab, task, choice, note)
-            case "undo":
-                answer = self.desk.undo(tab, task)
-            case _:
-                self._refuse(404)
-                return
-        self._reply(200, "application/json", json.dumps(answer).encode())
-
-    def _action(self) -> str | None:
-        """What the path asks for behind the token; None where the request is refused."""
-        host = (self.headers.get("Host") or "").lower()
-        origin = self.headers.get("Origin")
+def _app(desk: Desk, *, token: str, title: str) -> Starlette:
+    async def answer(request: Request) -> Response:
+        host = request.headers.get("host", "").lower()
         # A name that an attacker's DNS points here would reach this server with its own Host.
-        if host.rpartition(":")[0] not in ("127.0.0.1", "localhost") or origin not in (None, f"http://{host}"):
-            self._refuse(403)
-            return None
-        token, _, action = self.path.removeprefix("/").partition("/")
-        if not hmac.compare_digest(token.encode(), self.token.encode()):
-            self._refuse(404)
-            return None
-        if action and self.command == "GET":
-            self._refuse(404)
-            return None
-        return action
+        own = host.rpartition(":")[0] in ("127.0.0.1", "localhost")
+        if not own or request.headers.get("origin") not in (None, f"http://{host}"):
+            return _refusal(403)
+        given, _, action = request.path_params["path"].partition("/")
+        if not hmac.compare_digest(given.encode(), token.encode()):
+            return _refusal(404)
+        if request.method == "POST":
+            return await _act(desk, action, request)
+        if action:
+            return _refusal(404)
+        nonce = secrets.token_urlsafe(16)
+        return HTMLResponse(_page(title, nonce), headers=_headers(nonce))
 
-    def _refuse(self, status: int) -> None:
-        self._reply(status, "text/plain; charset=utf-8", b"not found\n" if status == 404 else b"refused\n")
+    return Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])])
 
-    def _reply(self, status: int, kind: str, body: bytes, nonce: str | None = None) -> None:
-        own = (
-            f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
-            if nonce
-            else ""
-        )
-        self.send_response(status)
-        headers = {
-            "Content-Type": kind,
-            "Content-Length": str(len(body)),
-            "Content-Security-Policy": f"default-src 'none'; {own}base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-            "X-Frame-Options": "DENY",
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-            "Cross-Origin-Resource-Policy": "same-origin",
-            "Cross-Origin-Opener-Policy": "same-origin",
-            "Cache-Control": "no-store",
-        }
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
 
-    def version_string(self) -> str:
-        return "iterdpo"
+async def _act(desk: Desk, action: str, request: Request) -> Response:
+    try:
+        length = int(request.headers.get("content-length", ""))
+        body: Any = json.loads(await request.body()) if 0 <= length <= LIMIT else None
+        tab, task, choice, note = (str(body.get(name, "")) for name in ("tab", "task", "choice", "note"))
+    except (ValueError, AttributeError):
+        return _refusal(400)
+    match action:
+        case "next":
+            answer = await run_in_threadpool(desk.next, tab)
+        case "verdict":
+            answer = await run_in_threadpool(desk.submit, tab, task, choice, note)
+        case "undo":
+            answer = await run_in_threadpool(desk.undo, tab, task)
+        case _:
+            return _refusal(404)
+    return JSONResponse(answer, headers=_headers())
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the path has the token."""
+
+def _refusal(status: int) -> Response:
+    return PlainTextResponse("not found\n" if status == 404 else "refused\n", status, _headers())
+
+
+def _headers(nonce: str | None = None) -> dict[str, str]:
+    own = f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; " if nonce else ""
+    return {
+        "Content-Security-Policy": f"default-src 'none'; {own}base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "X-Frame-Options": "DENY",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cache-Control": "no-store",
+    }
 
 
 def _page(title: str, nonce: str) -> str:
