@@ -9,18 +9,20 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
 from flows import judge_cli
 from iterdpo import __version__
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from iterdpo.config import Config, OfflineConfig
     from iterdpo.run.progress import Progress
 
 OVERRIDES = "YAML files, merged left to right, and dotted overrides in any place: dpo.beta=0.2 sampling.n=8"
 
-Words = Annotated[list[str], Parameter(help=OVERRIDES)]
+Word = Annotated[str, Parameter(name="CONFIG", required=True, help=OVERRIDES)]
 DryRun = Annotated[bool, Parameter(help="validate, print the plan, and stop")]
 Redo = Annotated[bool, Parameter(help="do steps that were made with other settings again")]
 RunDirectory = Annotated[str, Parameter(help="the run directory")]
@@ -36,12 +38,20 @@ class RunOptions:
 
 RUN = RunOptions()
 
+
+def _complaint(error: CycloptsError) -> Text:
+    """One line, like that of a `UserError`; as text, since rich would read markup in what the user typed."""
+    from rich.text import Text
+
+    return Text(f"iterdpo: {error}")
+
+
 app = App(
     name="iterdpo",
     help="Iterative DPO: sample from the policy, judge, pair, train, evaluate on held-out prompts, promote.",
     version=f"iterdpo {__version__}",
     default_parameter=Parameter(negative=(), show_default=lambda value: value or None),
-    error_formatter=lambda error: f"iterdpo: {error}",
+    error_formatter=_complaint,
     suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
@@ -63,25 +73,22 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\niterdpo: interrupted; the same command goes on from here", file=sys.stderr)
         status = 130
-    sys.exit(status)
+    sys.exit(status or 0)
 
 
 @app.command
 def quickstart(
-    overrides: Annotated[list[str] | None, Parameter(help="overrides of configs/quickstart.yaml")] = None,
-    /,
-    *,
-    options: RunOptions = RUN,
+    *overrides: Annotated[str, Parameter(help="overrides of configs/quickstart.yaml")], options: RunOptions = RUN
 ) -> int:
     """Improve a 135M model over three rounds on a CPU, in minutes."""
     from flows.quickstart import prepare_quickstart, quickstart_config
 
     assets = prepare_quickstart(progress=_progress().say)
-    return _run_config(quickstart_config(assets, overrides or []), options)
+    return _run_config(quickstart_config(assets, list(overrides)), options)
 
 
 @app.command
-def run(config: Words, /, *, options: RunOptions = RUN) -> int:
+def run(*config: Word, options: RunOptions = RUN) -> int:
     """Run rounds of iterative DPO, or go on with them."""
     from iterdpo.config import load_config
 
@@ -90,7 +97,7 @@ def run(config: Words, /, *, options: RunOptions = RUN) -> int:
 
 
 @app.command
-def train(config: Words, /, *, dry_run: DryRun = False, redo: Redo = False) -> int:
+def train(*config: Word, dry_run: DryRun = False, redo: Redo = False) -> int:
     """Run one offline DPO round on preference pairs that exist already."""
     from flows.api import train_offline
     from flows.plan import describe_offline_plan
@@ -121,9 +128,7 @@ def train(config: Words, /, *, dry_run: DryRun = False, redo: Redo = False) -> i
 
 @app.command
 def serve(
-    config: Words,
-    /,
-    *,
+    *config: Word,
     cron: Annotated[
         str | None,
         Parameter(help='when to add rounds: "0 2 * * *" is at two every night; without it, when triggered'),
@@ -235,7 +240,7 @@ def _run_config(config: Config, options: RunOptions) -> int:
     return 0
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+def _split(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Configuration files, and `key=value` overrides, in whatever order they came."""
     from pathlib import Path
 

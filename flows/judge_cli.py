@@ -48,7 +48,10 @@ class DataOptions:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class OutputOptions:
-    json: Annotated[str | None, Parameter(help="write everything as JSON; - prints it in place of the tables")] = None
+    json: Annotated[
+        str | None,
+        Parameter(allow_leading_hyphen=True, help="write everything as JSON; - prints it in place of the tables"),
+    ] = None
     page: Annotated[str | None, Parameter(help="write a self-contained HTML page")] = None
     confidence: Annotated[float, Parameter(validator=Number(gt=0, lt=1), help="coverage of the intervals")] = 0.95
 
@@ -78,7 +81,7 @@ def check(
     use, judge_args = _judge_spec(judge, args, role)
     loaded = load_judge(use, judge_args)
     tokenizer = _tokenizer(data.tokenizer, judge)
-    unit = "characters" if tokenizer is None else "tokens"
+    unit: Literal["characters", "tokens"] = "characters" if tokenizer is None else "tokens"
     pairs, account = read_labelled(
         data.data, split=data.split, limit=data.limit, subset_column=subset_column, tokenizer=tokenizer
     )
@@ -186,9 +189,8 @@ def compare(
 def attempt(
     judge: JudgeName,
     prompt: Annotated[str, Parameter(help="as plain text")],
-    completions: Annotated[list[str], Parameter(help="one to score, more to compare")],
     /,
-    *,
+    *completions: Annotated[str, Parameter(required=True, help="one to score, more to compare")],
     args: Assignments = (),
     role: Role = "train",
     columns: Annotated[tuple[str, ...], Parameter(consume_multiple=True, help=COLUMNS)] = (),
@@ -246,7 +248,7 @@ def attempt(
     return 0
 
 
-def _described(found: dict[str, Any], completions: list[str]) -> Iterator[str]:
+def _described(found: dict[str, Any], completions: tuple[str, ...]) -> Iterator[str]:
     """A verdict for a reader: what was asked and replied, then what came of it."""
     import json
 

@@ -242,7 +242,8 @@ def users_server(workspace: Workspace) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
-    with supervise.start(command, log=workspace.root / "server.log", env=workspace.environment()) as server:
+    environment = {**os.environ, "PREFECT_HOME": str(workspace.root / "prefect")}
+    with supervise.start(command, log=workspace.root / "server.log", env=environment) as server:
         url = f"http://127.0.0.1:{port}/api"
         wait_for(lambda: server.poll() is not None or answers(f"{url}/health"), seconds=120, what="a Prefect server")
         yield url

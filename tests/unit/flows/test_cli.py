@@ -1,30 +1,83 @@
-"""What the command line prints."""
+"""What the command line takes and prints."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 
-import flows.api
 from flows.cli import main
 
 
-def test_train_prints_the_figures_that_the_loss_has_and_no_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # sft logs no rewards: metrics.jsonl has null there, and its one row reads back as None
-    metrics = pd.DataFrame([{"loss": 4.95, "eval_loss": 4.88, "rewards/margins": None, "eval_rewards/margins": None}])
-    finished = SimpleNamespace(metrics=metrics, root=tmp_path)
-    monkeypatch.setattr(flows.api, "train_offline", lambda *args, **kwargs: finished)
-    overrides = [f"run_dir={tmp_path}", "model.path=model", "data.path=pairs.jsonl", "dpo.loss=sft"]
+def said(*arguments: str, status: int, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as ended:
-        main(["train", *overrides])
-    assert ended.value.code == 0
+        main(list(arguments))
+    assert ended.value.code == status
     captured = capsys.readouterr()
-    printed = captured.out + captured.err
-    assert "4.9500" in printed
-    assert "4.8800" in printed
-    assert "margins" not in printed
+    return captured.out + captured.err
+
+
+@pytest.mark.slow
+def test_train_prints_the_figures_that_the_loss_has_and_no_others(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"Tale {i}", "chosen": "yes", "rejected": "no"} for i in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [f"run_dir={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.path={tmp_path / 'pairs.jsonl'}"]
+    # sft logs no rewards: metrics.jsonl has null there
+    printed = said("train", *overrides, "dpo.loss=sft", "data.heldout=2", "dpo.precision=fp32", status=0, capsys=capsys)
+    assert re.search(r"^  loss +\d\.\d{4}$", printed, re.MULTILINE)
+    assert re.search(r"^  eval_loss +\d\.\d{4}$", printed, re.MULTILINE)
+    assert "rewards" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("run",), "CONFIG"),
+        (("run", "a.yaml", "--rounds", "3"), "--rounds"),
+        (("status",), "RUN_DIR"),
+        (("status", "a", "b"), "'b'|b\\b"),
+        (("fly",), "fly"),
+        (("run", "a.yaml", "--[/red]"), r"--\[/red\]"),
+        (("judge", "check", "length"), "--data"),
+        (("judge", "check", "length", "--data", "x", "--limit", "0"), "Must be >= 1"),
+        (("judge", "check", "length", "--data", "x", "--confidence", "1"), "Must be < 1"),
+        (("judge", "check", "length", "--data", "x", "--role", "both"), "--role"),
+        (("judge", "try", "length", "2+2?"), "COMPLETIONS"),
+    ],
+)
+def test_a_command_that_cannot_be_read_is_refused_with_the_word_that_is_wrong(
+    arguments: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = said(*arguments, status=2, capsys=capsys)
+    assert printed.startswith("iterdpo: ")
+    assert re.search(complaint, printed)
+
+
+def test_a_run_directory_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = said("status", str(tmp_path), status=2, capsys=capsys)
+    assert str(tmp_path) in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    from iterdpo import __version__
+
+    assert said("--version", status=0, capsys=capsys) == f"iterdpo {__version__}\n"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from flows.cli import app; app(['--help']); "
+        "print([m for m in ('numpy', 'pandas', 'torch', 'aiohttp', 'prefect', 'pydantic', 'yaml') if m in sys.modules])"
+    )
+    environment = {**os.environ, "COLUMNS": "100"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert ended.stdout.splitlines()[-1] == "[]"
+    assert {"quickstart", "run", "train", "serve", "judge", "report", "status"} <= set(ended.stdout.split())

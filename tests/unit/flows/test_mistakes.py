@@ -91,7 +91,7 @@ def test_an_empty_prompt_file(config: dict[str, Any], tmp_path: Path, capsys: py
     (tmp_path / "prompts.jsonl").write_text("")
     error = message(config, tmp_path, capsys)
     assert "prompts.jsonl" in error
-    assert "no rows" in error or "empty" in error
+    assert "no rows in it" in error
 
 
 def test_a_jsonl_file_with_a_broken_line(

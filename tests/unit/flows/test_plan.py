@@ -2,29 +2,67 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from flows.plan import _policy_bytes, _size
-from iterdpo.config import DPOConfig
+from flows.api import open_run
+from flows.plan import describe_offline_plan, describe_plan
+from iterdpo.config import Config, OfflineConfig, parse_config
+from iterdpo.testing import build_tiny_checkpoint
+
+MIB = 2**20
 
 
-def test_a_checkpoint_is_announced_as_large_as_its_weights(tiny_model: Path) -> None:
-    announced = _policy_bytes(tiny_model, DPOConfig())
-    assert announced == pytest.approx((tiny_model / "model.safetensors").stat().st_size, rel=0.02)
-    assert _policy_bytes(tiny_model, DPOConfig(save_dtype="bfloat16")) == announced / 2
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of some 20 MiB, so that a tenth of a MiB is a small error."""
+    return build_tiny_checkpoint(tmp_path_factory.mktemp("model"), hidden_size=512, intermediate_size=1024)
+
+
+def announced(model: Path, directory: Path, **dpo: Any) -> float:
+    """MiB of the policy, as the plan of an offline round has them."""
+    (directory / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    values = {"run_dir": str(directory / "run"), "model": {"path": str(model)}, "dpo": dpo}
+    values["data"] = {"path": str(directory / "pairs.jsonl")}
+    plan = describe_offline_plan(parse_config(OfflineConfig, values))
+    size = re.search(r"about ([\d.]+) MiB for the policy", plan)
+    assert size, plan
+    return float(size[1])
+
+
+def test_a_checkpoint_is_announced_as_large_as_its_weights(model: Path, tmp_path: Path) -> None:
+    saved = (model / "model.safetensors").stat().st_size / MIB
+    assert saved > 10
+    assert announced(model, tmp_path) == pytest.approx(saved, rel=0.01)
+    assert announced(model, tmp_path, save_dtype="bfloat16") == pytest.approx(saved / 2, rel=0.01)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], r".*\.self_attn\.(q|v)_proj"])
-def test_an_adapter_is_announced_as_large_as_peft_makes_it(tiny_model: Path, targets: str | list[str]) -> None:
+def test_an_adapter_is_announced_as_large_as_peft_makes_it(
+    model: Path, tmp_path: Path, targets: str | list[str]
+) -> None:
     from iterdpo.training.models import load_policy, with_new_adapter
 
-    model = with_new_adapter(load_policy(tiny_model), r=4, alpha=8, target_modules=targets, quantize="none")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    dpo = DPOConfig.model_validate({"adapter": {"r": 4, "target_modules": targets}})
-    assert _policy_bytes(tiny_model, dpo) == 4 * trained
+    adapted = with_new_adapter(load_policy(model), r=256, alpha=8, target_modules=targets, quantize="none")
+    trained = 4 * sum(p.numel() for p in adapted.parameters() if p.requires_grad) / MIB
+    assert announced(model, tmp_path, adapter={"r": 256, "target_modules": targets}) == pytest.approx(trained, abs=0.06)
 
 
-def test_sizes_are_written_in_the_unit_that_shows_them() -> None:
-    assert [_size(2**40), _size(0.3 * 2**30), _size(3 * 2**20)] == ["1024.0 GiB", "0.3 GiB", "3.0 MiB"]
+def test_the_policies_of_all_rounds_are_announced_in_the_unit_that_shows_them(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Tale {i}"}) + "\n" for i in range(101)))
+    (tmp_path / "judge.py").write_text("def score(completion):\n    return len(completion)\n")
+    values = {
+        "run_dir": str(tmp_path / "run"),
+        "rounds": 100,
+        "model": {"path": str(model)},
+        "prompts": {"path": str(tmp_path / "prompts.jsonl"), "per_round": 1, "heldout": 1},
+        "judge": {"use": f"{tmp_path / 'judge.py'}:score"},
+    }
+    plan = describe_plan(open_run(parse_config(Config, values)))
+    gib = 100 * (model / "model.safetensors").stat().st_size / 2**30
+    assert f"about {gib:.1f} GiB of policies" in plan
+    assert re.search(r"and \d\d\.\d MiB more for a checkpoint", plan)
