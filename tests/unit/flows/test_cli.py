@@ -42,6 +42,7 @@ def test_train_prints_the_figures_that_the_loss_has_and_no_others(
         (("run",), "CONFIG"),
         (("run", "a.yaml", "--rounds", "3"), "--rounds"),
         (("status",), "RUN_DIR"),
+        (("show", "a"), "--round"),
         (("status", "a", "b"), "'b'|b\\b"),
         (("fly",), "fly"),
         (("run", "a.yaml", "--[/red]"), r"--\[/red\]"),
@@ -80,4 +81,4 @@ def test_help_imports_nothing_heavy() -> None:
     environment = {**os.environ, "COLUMNS": "100"}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert ended.stdout.splitlines()[-1] == "[]"
-    assert {"quickstart", "run", "train", "serve", "judge", "report", "status"} <= set(ended.stdout.split())
+    assert {"quickstart", "run", "train", "serve", "judge", "report", "status", "show"} <= set(ended.stdout.split())
