@@ -16,7 +16,9 @@ import pytest
 
 from iterdpo.errors import JudgeError, JudgingStopped
 from iterdpo.judging.judge import NamedJudge, checked_judgments
+from iterdpo.judging.run_judge import RunJudge
 from iterdpo.judging.shards import judge_shards
+from iterdpo.run.artifacts import read_judgments
 from iterdpo.testing import make_group
 from iterdpo.types import CompletionGroup, Judgment
 from judges import load_judge
@@ -87,17 +89,17 @@ def test_what_was_not_shown_does_not_stop_the_stage_and_what_was_skipped_does(tm
 
     def stage(name: str, choose: Callable[[Task], str]) -> list[Judgment]:
         (directory := tmp_path / name).mkdir()
-        judge = load_judge("person", {})
-        judge.attach(directory, answering(directory, choose, []))  # type: ignore[attr-defined]
         named = NamedJudge(
             "train_judge",
             "person",
             "1",
-            lambda: judge,
+            lambda: load_judge("person", {}),
             max_abstained=0.1,
             expected_abstentions=expected_abstentions("clip", {"judge": {"use": "person"}}),
         )
-        return judge_shards(named, named.load, [("shard-0000.jsonl", groups)], directory, total=16)
+        judge = RunJudge(named, directory, answering(directory, choose, []))
+        judge_shards(judge, [("shard-0000", groups)], directory, total=16)
+        return list(read_judgments(directory))
 
     assert sum(s is None for j in stage("judged", good) for s in j.scores) == 8  # two of four were shown
     with pytest.raises(JudgingStopped, match=r"8 of 16 completions(?s:.*)8  skipped by the reviewer"):
