@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -75,9 +76,8 @@ class EngineConfig(Section):
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that one engine is spread over."""
     lora: Literal["auto", "vllm", "merge"] = "auto"
-    """How a LoRA policy is sampled from (`dpo.adapter`). `vllm`: the engine applies the adapter itself. `merge`: it is
-    merged into the initial policy's weights, on disk and in `dtype`, when a policy is loaded. `auto`: `vllm` on a GPU,
-    where vLLM can; `merge` on a CPU, where vLLM applies adapters some 25 times slower."""
+    """`vllm`: the engine applies a LoRA policy's adapter. `merge`: it is merged into the initial policy's weights, on disk.
+    `auto`: `vllm` on a GPU; `merge` on a CPU, where it is some 25 times faster."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of `vllm.LLM`, as they are."""
 
@@ -141,27 +141,27 @@ Action = Literal["off", "warn", "stop"]
 
 
 class SentinelsConfig(Section):
-    """What is watched while a round trains. `warn` notes an alarm in the log and the metrics; `stop` ends the round."""
+    """Alarms while a round trains. `warn` notes an alarm in the log and the metrics; `stop` also ends the round."""
 
     non_finite: Literal["skip", "stop"] = "stop"
     """A loss or gradient that is not finite. It is never applied: the step is skipped, or the round ends."""
     chosen_drop: float = Field(100.0, gt=0)
-    """Alarm where the chosen completions have lost so many nats against the reference, in the mean of `window` steps
+    """Alarm if the chosen completions have lost more nats than this against the reference, in the mean of `window` steps
     (likelihood displacement, arXiv:2410.08847)."""
     chosen_drop_action: Action = "warn"
     """See `chosen_drop`."""
     margin: float = Field(50.0, gt=0)
-    """Alarm where the mean reward margin of `window` steps is above this."""
+    """Alarm if the mean reward margin of `window` steps is above this."""
     margin_action: Action = "warn"
     """See `margin`."""
     stuck_accuracy: float = Field(0.02, ge=0, lt=0.5)
-    """Alarm where the mean accuracy of the last `stuck_window` steps is no further from 0.5 than this."""
+    """Alarm if the mean accuracy of the last `stuck_window` steps is no further from 0.5 than this."""
     stuck_accuracy_action: Action = "warn"
     """See `stuck_accuracy`."""
     stuck_window: int = Field(50, ge=2)
-    """Steps that `stuck_accuracy` looks back on."""
+    """Steps over which the accuracy of `stuck_accuracy` is averaged."""
     grad_norm: float = Field(50.0, gt=1)
-    """Alarm where the gradient norm, before it is scaled down, is so many times the median of the steps before."""
+    """Alarm if the gradient norm, before it is scaled down, is more than this many times the median of earlier steps."""
     grad_norm_action: Action = "warn"
     """See `grad_norm`."""
     window: int = Field(5, ge=1)
@@ -243,22 +243,21 @@ class DPOConfig(Section):
     `orpo`, `simpo` and `sft` have no reference; `kto` takes unpaired data too; `sft` trains on the chosen alone."""
     beta: float = Field(0.1, gt=0)
     """Strength of the pull towards the reference (Eq. 7 of arXiv:2305.18290). Smaller lets the policy move further.
-    Its scale is the loss's own: about 2 to 10 for simpo and sigmoid_norm, 0.001 for sppo_hard."""
+    Each loss has its own scale: [losses.md](losses.md#the-losses)."""
     nll_coefficient: float = Field(0.0, ge=0)
-    """Weight of the chosen completion's mean token loss beside the objective (iterative RPO, arXiv:2404.19733)."""
+    """Weight of the chosen completion's mean token loss, added to the objective (iterative RPO, arXiv:2404.19733)."""
     wpo: bool = False
     """Weigh each pair by how likely the policy is to sample it (WPO, arXiv:2406.11827)."""
     reference: Literal["previous", "initial", "ema", "periodic", "none"] = "previous"
-    """`previous`: the policy that the round started from. `initial`: the run's initial policy, in every round.
-    `ema`: a running average of the policies that rounds started from. `periodic`: like `previous`, but renewed every
-    `reference_every` rounds only. `none`: a constant (reference-free DPO); always so for orpo, simpo and sft."""
+    """The policy that the objective pulls towards: see [the reference](training.md#the-reference). `none` is a constant
+    (reference-free DPO), and always so for orpo, simpo and sft."""
     reference_decay: float = Field(0.5, ge=0, lt=1)
-    """Of `ema`: the share of the old average that a round keeps."""
+    """With `ema`: the share of the old average that a round keeps."""
     reference_every: int = Field(2, ge=1)
-    """Of `periodic`: rounds between renewals."""
+    """With `periodic`: rounds between renewals."""
     sampler_logps_tolerance: float | None = Field(None, gt=0)
-    """Take the sampler's log-probabilities for the reference's, where these are the same policy and differ by no more
-    than this, in nats a token over some of the pairs. Saves a forward pass over them all. Off unless given."""
+    """Use the sampler's log-probabilities as the reference's if, over some pairs, they differ from the trainer's by no
+    more than this, in nats a token. Saves a forward pass. Off unless given."""
     adapter: AdapterConfig | None = None
     """Train a LoRA adapter. Give `{}` for its defaults. Without it all weights are trained."""
     learning_rate: float = Field(1e-6, gt=0)
@@ -275,17 +274,17 @@ class DPOConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
     optimizer_state: Literal["reset", "carry"] = "reset"
-    """`carry`: AdamW's moments of the round before go on in the next one. They are kept beside the policy, twice its
-    size."""
+    """`carry`: each round starts with AdamW's moments of the round before. They are saved with the policy, and are twice
+    its size."""
     epochs: int = Field(1, ge=1)
     """Passes over the round's pairs. More than one overfits fresh pairs quickly."""
     pairs_per_step: int = Field(8, ge=1)
     """Pairs in one optimizer step, over all processes and micro-batches: the batch size of the mathematics."""
     tokens_per_micro_batch: int = Field(4096, ge=1)
-    """Tokens in one forward pass on one process: memory only, never the result. Smaller needs less memory."""
+    """Tokens in one forward pass on one process. Smaller needs less memory; the result is the same."""
     shared_prompts: bool = True
-    """Put a prompt through the network once for all of its completions, where the model allows it. A first batch tells;
-    otherwise each completion gets a row of its own."""
+    """Put a prompt through the network once for all of its completions, if a trial on the first pairs shows that the
+    model allows it. Otherwise each completion gets its own row."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast over float32 master weights. fp32: everything in float32."""
     save_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -295,14 +294,14 @@ class DPOConfig(Section):
     activation_offload: bool = False
     """Keep activations in the host's memory between forward and backward pass. For a GPU."""
     checkpoint_every: int = Field(50, ge=1)
-    """Optimizer steps between checkpoints inside a round. A crash repeats at most so many."""
+    """Optimizer steps between checkpoints inside a round. A crash repeats at most this many."""
     processes: int = Field(1, ge=1)
     """Training processes (GPUs) on this machine."""
     accelerate_config: str | None = None
-    """An `accelerate` configuration file, for what `processes` alone does not say: see configs/accelerate. Its
-    processes must be as many."""
+    """An `accelerate` configuration file, for anything beyond the number of processes: see configs/accelerate. Its
+    `num_processes` must equal `processes`."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
-    """Where the training metrics go beside the run directory, through accelerate. Each is a package of its own."""
+    """Experiment trackers that also get the training metrics, through accelerate. Each needs its package."""
     tracker_project: str = "iterdpo"
     """The trackers' project."""
     sentinels: SentinelsConfig = SentinelsConfig()
@@ -311,11 +310,11 @@ class DPOConfig(Section):
     @model_validator(mode="after")
     def _the_objective_is_defined(self) -> DPOConfig:
         if self.wpo and not self.loss.compares_completions:
-            raise ValueError(f"wpo: weighs pairs, which {self.loss.type} does not compare; set dpo.wpo=false")
+            raise ValueError(f"wpo: weighs pairs, and {self.loss.type} compares none; set wpo to false")
         if self.reference == "ema" and self.adapter is not None:
-            raise ValueError("reference: ema averages whole checkpoints, and an adapter trains; set it to previous")
+            raise ValueError("reference: ema averages whole checkpoints, not adapters; set it to previous")
         if self.sampler_logps_tolerance is not None and self.reference != "previous":
-            raise ValueError("sampler_logps_tolerance: the sampler is the policy `previous`; set reference to it")
+            raise ValueError("sampler_logps_tolerance: the sampler is the previous policy; set reference to previous")
         return self
 
     @property
@@ -334,9 +333,8 @@ class EvaluationConfig(Section):
     confidence: float = Field(0.95, gt=0, lt=1)
     """Coverage of the intervals."""
     max_logp_gap: float = Field(0.05, gt=0)
-    """Largest mean difference, in nats a token, between the log-probabilities that the engine reports and those of the
-    policy's checkpoint. Above it the engine does not sample from the policy, and the run stops. bf16 gives about
-    0.01; a quantized engine needs more."""
+    """Largest mean difference, in nats a token, between the engine's log-probabilities and the checkpoint's. Above it the
+    run stops. bf16 gives about 0.01; a quantized engine needs more."""
     bootstrap_samples: int = Field(10_000, ge=100)
     """Resamples of the held-out prompts behind an interval."""
 
@@ -393,9 +391,7 @@ class DataConfig(Section):
     split: str = "train"
     """The split to read, where the data set has several."""
     format: Literal["auto", "pairs", "hh", "unpaired", "sharegpt"] = "auto"
-    """`pairs`: TRL's columns prompt (optional), chosen, rejected. `hh`: HH-RLHF transcripts in chosen and rejected.
-    `unpaired`: TRL's columns prompt, completion, label. `sharegpt`: chosen and rejected as turns with from and value,
-    the prompt in conversations. `auto`: what the first row's columns say."""
+    """One of the formats in [data.md](data.md). `auto`: recognised by the first row's columns."""
     limit: int | None = Field(None, ge=1)
     """Read at most so many rows, from the start."""
     heldout: int = Field(0, ge=0)
@@ -536,64 +532,44 @@ def assign(values: dict[str, Any], override: str) -> dict[str, Any]:
 
 def explain(schema: type[BaseModel], error: Any) -> str:
     """An error of pydantic's `ValidationError.errors()` in our words, with the nearest key if one is unknown."""
-    loc, section, others = _locate(schema, error["loc"])
-    where = ".".join(map(str, loc))
+    loc = error["loc"]
+    # pydantic has the loss's name in the path of its keys: ("dpo", "loss", "ipo", "gamma").
+    where = ".".join(str(part) for before, part in pairwise(("", *loc)) if before != "loss" or part not in LOSSES)
     match error["type"]:
         case "extra_forbidden":
-            owners = [name for name, keys in others.items() if loc[-1] in keys]
-            if owners:
-                union, tag = ".".join(map(str, loc[:-1])), error["loc"][-2]
+            section, key = _section(schema, loc[:-1]), str(loc[-1])
+            owners = [name for name, keys in LOSSES.items() if key in keys.model_fields]
+            if issubclass(section, _Loss) and owners:
+                union = where.removesuffix(f".{key}")
                 return (
-                    f"unknown key {where!r}: it belongs to {', '.join(owners)}, and {union}.type is {tag!r}; remove it, "
-                    f"or set {union}={tag} to start from its defaults"
+                    f"unknown key {where!r}: it belongs to {', '.join(owners)}, and {union}.type is {loc[-2]!r}; remove "
+                    f"it, or set {union}={loc[-2]} to start from its defaults"
                 )
-            known = _keys(section)
-            near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+            known = list(section.model_fields)
+            nested = (
+                {f"loss.{name}" for keys in LOSSES.values() for name in keys.model_fields} if "loss" in known else ()
+            )
+            near = difflib.get_close_matches(key, [*known, *sorted(nested)], n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
             return f"unknown key {where!r}; {hint}"
         case "missing":
             return f"missing key {where!r}"
         case "union_tag_invalid":
-            name, names = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "")
-            near = difflib.get_close_matches(name, names.split(", "), n=1, cutoff=0.5)
-            return f"{where} = {name!r}: " + (
-                f"did you mean {near[0]!r}?" if near else f"input should be one of {names}"
-            )
+            near = difflib.get_close_matches(error["ctx"]["tag"], LOSSES, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"input should be one of {', '.join(LOSSES)}"
+            return f"{where} = {error['ctx']['tag']!r}: {hint}"
         case "value_error":
             return str(error["ctx"]["error"]) if not where else f"{where}: {error['ctx']['error']}"
         case _:
             return f"{where} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _locate(
-    schema: type[BaseModel], loc: tuple[Any, ...]
-) -> tuple[tuple[Any, ...], type[BaseModel], dict[str, list[str]]]:
-    """An error's key without the tag that pydantic adds for a union, the section that the key is in, and the keys of the
-    union's other members by their tag.
-    """
-    keys: list[Any] = []
-    others: dict[str, list[str]] = {}
-    for part in loc[:-1]:
-        if part in others:
-            schema = LOSSES[part]
-            continue
-        keys.append(part)
-        found = _sections(schema, part)
-        others = {name: list(kind.model_fields) for name, kind in LOSSES.items()} if len(found) > 1 else {}
-        schema = found[0] if found else schema
-    return (*keys, *loc[-1:]), schema, others
-
-
-def _sections(schema: type[BaseModel], key: Any) -> list[type[BaseModel]]:
-    annotation = schema.model_fields[key].annotation if key in schema.model_fields else None
-    return [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-
-
-def _keys(section: type[BaseModel]) -> list[str]:
-    """The keys of a section, and those of the losses in it with their path: `loss.gamma`."""
-    unions = [(key, found) for key in section.model_fields if len(found := _sections(section, key)) > 1]
-    nested = {f"{key}.{name}" for key, found in unions for kind in found for name in kind.model_fields}
-    return [*section.model_fields, *sorted(nested)]
+def _section(schema: type[BaseModel], loc: tuple[Any, ...]) -> type[BaseModel]:
+    for part in loc:
+        annotation = schema.model_fields[part].annotation if part in schema.model_fields else None
+        sections = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        schema = sections[0] if sections else LOSSES.get(part, schema)
+    return schema
 
 
 def _absolute(config: AnyConfig) -> AnyConfig:

@@ -25,7 +25,7 @@ TREE = "iterdpo_tree"
 PAD_MULTIPLE = 16
 
 _layout: TreeLayout | None = None
-windows: list[int | None] = []  # the sliding window of each layer that has read the layout in use, in its order
+windows: list[int | None] = []  # the sliding window of each layer that has run with this layout, in order
 
 
 def register() -> None:
@@ -38,7 +38,7 @@ def register() -> None:
 
 
 def use_layout(layout: TreeLayout) -> None:
-    """The layout of the row that goes through the model next.
+    """Set the layout of the row that goes through the model next.
 
     It stays in use through the backward pass, in which gradient checkpointing runs the layers again.
     """
@@ -66,9 +66,9 @@ def tree_attention(
         NotImplementedError: the model asks for something that this does not compute.
     """
     layout = _layout
-    asked = [name for name in ("s_aux", "position_bias", "head_mask", "cache") if kwargs.get(name) is not None]
-    if layout is None or len(query) != 1 or attention_mask is not None or dropout or asked:
-        raise NotImplementedError(f"tree attention with {asked or 'a mask, dropout or several rows'}")
+    unsupported = [name for name in ("s_aux", "position_bias", "head_mask", "cache") if kwargs.get(name) is not None]
+    if layout is None or len(query) != 1 or attention_mask is not None or dropout or unsupported:
+        raise NotImplementedError(f"tree attention with {unsupported or 'a mask, dropout or several rows'}")
     windows.append(sliding_window)
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
@@ -87,12 +87,12 @@ class Block:
 
     queries: Tensor  # [b, Q], indices into the row
     keys: Tensor  # [b, C]
-    mask: Tensor  # [b, Q, C], True where the query sees the key
+    mask: Tensor  # [b, Q, C], True if the query sees the key
 
 
 @dataclass(frozen=True)
 class TreeLayout:
-    """Which token belongs where. The last token is padding."""
+    """The tree, branch and position of each token of a row, and the blocks to compute in. The last token is padding."""
 
     tree: Tensor  # [N], number of the token's tree; -1 for padding
     branch: Tensor  # [N], number of its branch in the whole row, from 1; 0 for a prompt; -1 for padding
@@ -141,7 +141,7 @@ def tree_layout(trees: Sequence[tuple[int, Sequence[int]]], width: int) -> TreeL
     prompt, own = _padded(prompts, p, pad), _padded([own for _, own in branches], c, pad)
     prompt_of_branch = _padded([prompt for prompt, _ in branches], p, pad)
     causal = [torch.ones(n, n, dtype=torch.bool).tril() for n in (p, c)]
-    # Behind what a query sees there is only padding. Padding itself sees something, so that nothing becomes NaN.
+    # Keys after those that a query sees are padding. Padding itself sees something, so that nothing becomes NaN.
     sees_prompt = (prompt_of_branch != pad).unsqueeze(1).expand(-1, c, -1)
     sees_own = causal[1].expand(len(branches), c, c)
     blocks = (
@@ -227,14 +227,14 @@ class _Blocked(torch.autograd.Function):
 
 
 def _read(query: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-    """What the block's products are of: [b * G, (H / G) * Q, d] and twice [b * G, C, d]."""
+    """The factors of the block's products: [b * G, (H / G) * Q, d] and twice [b * G, C, d]."""
     return _grouped(query, block.queries, key), _grouped(key, block.keys, key), _grouped(value, block.keys, key)
 
 
 def _weights(
     q: Tensor, k: Tensor, layout: TreeLayout, number: int, window: int | None, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """[b * G, (H / G) * Q, C], and the slope of the soft cap, where there is one."""
+    """[b * G, (H / G) * Q, C], and the slope of the soft cap if there is one."""
     scores, slope = torch.bmm(q, k.transpose(1, 2)), None
     if softcap is not None:
         scores = scores.div_(softcap).tanh_()
@@ -247,7 +247,7 @@ def _weights(
 
 
 def _bias(layout: TreeLayout, number: int, window: int | None, dtype: torch.dtype) -> Any:
-    """[b, Q, C], 0 where the query sees the key and -inf elsewhere."""
+    """[b, Q, C]: 0 if the query sees the key, otherwise -inf."""
     bias = layout.mask_cache.get((number, window, dtype))
     if bias is None:
         block = layout.blocks[number]

@@ -1,11 +1,9 @@
-"""A round's pairs on their way to the model: in which order, as which trees, in which micro-batches, as which tensors.
+"""From pairs to the model's input: the order of pairs, trees, micro-batches, tensors, and the way back. Pure.
 
-RoundPairs         all pairs of a round, and the pairs of each optimizer step
-plan_steps       which pairs each step trains on
-grow_trees       pairs -> trees (a prompt and its distinct completions) and a `PairIndex`
-micro_batches      which trees go through the model together
-collate            trees -> the `Batch` that the model reads
-PairIndex.in_batch where a batch's pairs are among its branches: the way back from branches to pairs
+`RoundPairs` has a round's pairs and the plan of its steps (`plan_steps`). `grow_trees` turns the pairs of a step into
+trees, each a prompt with its distinct completions, and a `PairIndex` from pairs to branches. `micro_batches` says which
+trees go through the model together, and `collate` makes the tensors. `PairIndex.in_batch` leads from a batch's branches
+back to the pairs.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from iterdpo.data.pairs import TokenPair, TokenPairs
 from iterdpo.seeds import derive_seed
 from iterdpo.training.attention import PAD_MULTIPLE, TreeLayout, tree_layout
 
-ROW_MULTIPLE = 64  # few distinct shapes: each new one costs a compiled kernel
+ROW_MULTIPLE = 64  # few distinct shapes: each new one compiles a kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +36,15 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Trees as the model reads them: all in one row with a layout, or each branch in a row of its own without.
+    """Trees as the model reads them: all in one row with a layout, or each branch in its own row without one.
 
-    Rows are padded on the right, behind every completion, so that a causal model needs no mask for it.
+    Rows are padded on the right, after every completion, so that a causal model needs no mask for it.
     """
 
     input_ids: Tensor  # [R, T]; R = 1 with a layout
     position_ids: Tensor | None  # [1, T] with a layout
     layout: TreeLayout | None
-    sources: Tensor  # [M], places (row * T + column) whose next token is a completion's
+    sources: Tensor  # [M], positions (row * T + column) whose next token is a completion's
     targets: Tensor  # [M], those next tokens
     branch: Tensor  # [M], the branch that each belongs to
     branches: int
@@ -69,7 +67,7 @@ class Batch:
 
 
 def collate(trees: Sequence[Tree], *, shared: bool, pad_token_id: int = 0) -> Batch:
-    """The batch of `trees`; `shared` puts each prompt into it once. Branches keep their order.
+    """The batch of `trees`; with `shared` each prompt is in it once. Branches keep their order.
 
     Raises:
         ValueError: an empty prompt or completion; neither has a log-probability.
@@ -259,7 +257,7 @@ def choose_partners(groups: np.ndarray, *, seed: int) -> np.ndarray:
 
 
 def plan_steps(groups: Sequence[int] | np.ndarray, *, epochs: int, pairs_per_step: int, seed: int) -> list[np.ndarray]:
-    """Which pairs each optimizer step trains on: a new order every epoch, the last step of an epoch may be smaller.
+    """The pairs of each optimizer step: a new order every epoch; the last step of an epoch may be smaller.
 
     `groups` has a number for each pair, equal for pairs of one prompt: these stay together. The plan depends on
     nothing else: neither on the number of processes nor on how a step is cut into micro-batches.
@@ -274,10 +272,10 @@ def plan_steps(groups: Sequence[int] | np.ndarray, *, epochs: int, pairs_per_ste
 
 
 def micro_batches(sizes: Sequence[int], *, budget: int, rank: int = 0, world: int = 1) -> list[list[int]]:
-    """This process's share of items of `sizes` tokens, cut into batches of similar items and at most `budget` tokens.
+    """This process's share of items of `sizes` tokens, cut into batches of similar items with at most `budget` tokens.
 
-    An item that is larger is a batch of its own. Every process gets the same number of batches, since they meet at
-    each; an empty one has nothing to add.
+    A larger item makes a batch alone. Every process gets the same number of batches, since processes synchronize at
+    each; an empty batch adds nothing.
     """
     ordered = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
     shares = [_cut(ordered[start::world], sizes, budget) for start in range(world)]
@@ -287,7 +285,7 @@ def micro_batches(sizes: Sequence[int], *, budget: int, rank: int = 0, world: in
 def _cut(items: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
     batches: list[list[int]] = []
     room = 0
-    for item in reversed(items):  # the largest first: what does not fit shows at once
+    for item in reversed(items):  # the largest first: one that does not fit in memory fails at once
         if sizes[item] > room:
             batches.append([])
             room = budget

@@ -1,4 +1,4 @@
-"""Starts a training process (`train.py`) under `accelerate launch`, and follows it. Does not import torch."""
+"""Starts a training process (`train.py`) under `accelerate launch`, and follows its log. Does not import torch."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class TrainSpec(Section):
 
 
 def check_training(dpo: DPOConfig) -> None:
-    """What of a training configuration this machine does not have, said before anything is loaded.
+    """Check that this machine has what a training configuration needs, before anything is loaded.
 
     Raises:
         ConfigError: naming the key and the remedy.
@@ -108,7 +108,7 @@ def launch_training(
     on_step: Callable[[dict[str, Any]], None],
     reserved: Sequence[int] = (),
 ) -> None:
-    """Run the round in a process of its own, and return when its policy is written. It dies with this process.
+    """Run the round in a child process, and return when its policy is written. The child dies with this process.
 
     `reserved` are descriptors of `devices.reserve`. `on_step` gets each line of the training log soon after it is
     written; those of an earlier start come first.
@@ -141,7 +141,7 @@ def launch_training(
 def command(spec: TrainSpec, spec_path: Path) -> list[str]:
     """`accelerate launch` of the trainer.
 
-    On CPUs alone accelerate starts processes that each believe to be the only one; torchrun does it right there.
+    On CPUs alone accelerate starts processes that do not find each other; torchrun is used there.
     """
     processes, module = spec.dpo.processes, ["-m", "iterdpo.training.train", str(spec_path)]
     if processes > 1 and not visible_gpus() and spec.dpo.accelerate_config is None:
@@ -164,22 +164,22 @@ def command(spec: TrainSpec, spec_path: Path) -> list[str]:
 
 
 def environment(*, processes: int) -> dict[str, str]:
-    """Settings of the machine that matter, found by profiling."""
+    """The child's environment, with settings of the machine whose effect was found by profiling."""
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads(processes)),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
-        # A step frees and takes hundreds of MB. By default glibc hands them back to the kernel and faults them in again,
+        # A step frees and takes hundreds of MB. By default glibc returns them to the kernel and faults them in again,
         # page by page. Blocks below glibc's largest threshold, 32 MiB, are kept; larger ones are mapped, in huge pages,
         # so that the heap does not fragment.
         "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items()),
-        # A thread that waits for the others spins. Where anything else runs on its core, that costs many times what it
+        # A thread that waits for the others spins. If anything else runs on its core, that costs many times what it
         # saves: let it sleep soon.
         "GOMP_SPINCOUNT": "10000",
     }
 
 
 def threads(processes: int) -> int:
-    """Threads of each training process: the cores that this process may use, shared out."""
+    """Threads of each training process: an equal share of the cores that this process may use."""
     return max(1, len(os.sched_getaffinity(0)) // processes)

@@ -74,7 +74,7 @@ class Scorer(torch.nn.Module):
         if self.path == "plain":
             first = int((batch.sources % width).min())
             logits = self.causal(input_ids=batch.input_ids, use_cache=False, logits_to_keep=width - first).logits
-            first = width - logits.shape[1]  # a model may return all logits, whatever it was asked
+            first = width - logits.shape[1]  # a model may return all logits, whatever it was asked for
             picked = logits[batch.sources // width, batch.sources % width - first]  # [M, V]
             token_logps, log_square = _picked_logps(picked, batch.targets, aligned)
         else:
@@ -91,7 +91,7 @@ class Scorer(torch.nn.Module):
 
 
 def _cast_once(model: Any) -> None:
-    """Under autocast every matrix casts its own input: let those that read the same tensor share one copy."""
+    """Let matrices that read the same tensor share its cast: under autocast each would make a copy."""
     if getattr(model, "_casts_once", False):
         return
     model._casts_once = True

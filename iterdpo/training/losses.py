@@ -1,18 +1,18 @@
 """Preference losses. Tensors in, per-example tensors out; the training loop owns the reduction.
 
-    preference_loss(name, logps, beta=...)    pairs: a function a loss below, in the order of `PAIRED`
+    preference_loss(loss, logps, beta=...)    any loss of `iterdpo.config.Loss` on pairs; each has its function below
     kto_loss(...), kl_estimate(...)           single completions, each desirable or undesirable
-    nll_term(...)                             added with a coefficient beside any loss: iterative RPO
+    nll_term(...)                             added to any loss with a coefficient: iterative RPO
     wpo_weights(...)                          multiplied with any loss of pairs: WPO
 
 In the equations w is the chosen completion, l the rejected one, |y| a completion's tokens, and
 
     log pi(y|x) = sum_t log pi(y_t | x, y_<t)                 summed, never averaged, unless divided by |y|
-    r(y) = beta * (log pi(y|x) - log ref(y|x))                the implicit reward: 0 where the policy is the reference
+    r(y) = beta * (log pi(y|x) - log ref(y|x))                the implicit reward: 0 if the policy is the reference
 
-`chosen_rewards` and `rejected_rewards` are what a loss compares: r(y), unless its docstring says otherwise. TRL is
-version 1.16 throughout, and its `DPOTrainer` unless another is named. Where nothing is said, the losses are equal;
-`tests/unit/test_losses_trl.py` holds that, and each difference.
+`chosen_rewards` and `rejected_rewards` are the numbers that a loss compares: r(y), unless its docstring says otherwise.
+TRL is version 1.16 throughout, and its `DPOTrainer` unless another trainer is named. Unless a docstring says otherwise,
+the losses are equal to TRL's; `tests/unit/training/test_losses_trl.py` holds that, and each difference.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PairLogps(NamedTuple):
 
     chosen: Tensor  # [B], with gradient
     rejected: Tensor  # [B], with gradient
-    reference_chosen: Tensor  # [B]; zeros where the loss has no reference
+    reference_chosen: Tensor  # [B]; zeros if the loss has no reference
     reference_rejected: Tensor  # [B]
     chosen_tokens: Tensor  # [B], int64, tokens in the chosen completion
     rejected_tokens: Tensor  # [B]
@@ -147,8 +147,8 @@ def ipo_loss(logps: PairLogps, *, beta: float) -> PreferenceLoss:
         L = (h - 1 / (2 beta))^2,    h = (r(y_w) / |y_w| - r(y_l) / |y_l|) / beta
 
     The paper's equation has the sums. We take the means, as TRL does and as its source says the authors ran it: the
-    target 1 / (2 beta) is then one for every length, in nats a token. The rewards are the averaged ones, r(y) / |y|,
-    where TRL logs the summed ones.
+    target 1 / (2 beta) is then the same for every length, in nats a token. The rewards are the averaged ones,
+    r(y) / |y|; TRL logs the summed ones.
     """
     chosen, rejected = _rewards(_per_token(logps), beta)
     losses = ((chosen - rejected) / beta - 1 / (2 * beta)) ** 2
@@ -156,7 +156,7 @@ def ipo_loss(logps: PairLogps, *, beta: float) -> PreferenceLoss:
 
 
 def hinge_loss(logps: PairLogps, *, beta: float) -> PreferenceLoss:
-    """SLiC's hinge (arXiv:2305.10425) on the implicit reward, as in RSO (arXiv:2309.06657), where beta is gamma.
+    """SLiC's hinge (arXiv:2305.10425) on the implicit reward, as in RSO (arXiv:2309.06657), whose gamma is beta.
 
     L = max(0, 1 - (r(y_w) - r(y_l))), summed
     """
@@ -199,7 +199,7 @@ def exo_pair_loss(logps: PairLogps, *, beta: float, label_smoothing: float) -> P
 
 
 def nca_pair_loss(logps: PairLogps, *, beta: float) -> PreferenceLoss:
-    """NCA on pairs, of arXiv:2402.05369: raises the chosen completion's reward itself, where DPO raises the margin.
+    """NCA on pairs, of arXiv:2402.05369: raises the chosen completion's reward itself; DPO raises the margin.
 
     L = -log sigmoid(r(y_w)) - 1/2 log sigmoid(-r(y_w)) - 1/2 log sigmoid(-r(y_l)), summed
     """
@@ -274,7 +274,7 @@ def sft_loss(logps: PairLogps) -> PreferenceLoss:
     """The chosen completion's NLL, a mean over its tokens: preferred and rejection-sampling fine-tuning.
 
     Uses neither beta nor the rejected completion, and has no rewards: they are 0. Each pair counts the same; TRL's
-    "sft" is one mean over all tokens of a batch, where long completions count for more.
+    "sft" is one mean over all tokens of a batch, so long completions count for more.
     """
     rewards = torch.zeros_like(logps.chosen)
     return _detached(nll_term(logps.chosen, logps.chosen_tokens), rewards, rewards)
@@ -292,8 +292,8 @@ def kto_loss(
 ) -> tuple[Tensor, Tensor]:
     """KTO, Eq. 8 of arXiv:2402.01306, on B single completions; a pair is a desirable and an undesirable one.
 
-        L = lambda_D * (1 - sigmoid(r(y) - beta * kl))    where desirable
-        L = lambda_U * (1 - sigmoid(beta * kl - r(y)))    where not
+        L = lambda_D * (1 - sigmoid(r(y) - beta * kl))    if desirable
+        L = lambda_U * (1 - sigmoid(beta * kl - r(y)))    if not
 
     `kl` is the paper's z_0, the same for all of a batch, and gets no gradient; see `kl_estimate`. The paper keeps
     lambda_D * n_D / (lambda_U * n_U), n the numbers of completions, between 1 and 1.5.
@@ -312,7 +312,7 @@ def kto_loss(
 def kto_pair_loss(
     logps: PairLogps, kl: Tensor, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> PreferenceLoss:
-    """`kto_loss` of pairs: each completion is an example of its own, and a pair's loss is the mean over those it has."""
+    """`kto_loss` of pairs: each completion is an example, and a pair's loss is the mean over the completions it has."""
     weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
     desirable = torch.ones_like(logps.chosen, dtype=torch.bool)
     chosen, chosen_rewards = kto_loss(logps.chosen, logps.reference_chosen, desirable, kl, beta=beta, **weights)
@@ -328,8 +328,8 @@ def kto_pair_loss(
 def kl_estimate(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
     """KTO's z_0 (arXiv:2402.01306): max(0, mean of log pi(y'|x) - log ref(y'|x)), [] from [B], detached.
 
-    y' is a completion of another prompt in the batch. Log ratios are summed over tokens. Where processes share a
-    batch, pass what all of them hold: the mean comes before the clamp, as in TRL's `KTOTrainer`.
+    y' is a completion of another prompt in the batch. Log ratios are summed over tokens. If processes share a
+    batch, pass the log-probabilities of all of them: the mean comes before the clamp, as in TRL's `KTOTrainer`.
     """
     return (policy_logps - reference_logps).mean().clamp(min=0).detach()
 
@@ -373,7 +373,7 @@ def _per_token(logps: PairLogps) -> PairLogps:
 def _log_odds(p: Tensor) -> Tensor:
     """Log e^p / (1 - e^p), [B]. A completion that is certain, p = 0, has the odds of the next number below it."""
     p = p.clamp(max=-torch.finfo(p.dtype).eps)  # at 0 the odds are infinite, and two of them differ by NaN
-    return p - torch.log(-torch.expm1(p))  # expm1: 1 - e^p keeps its digits where p is near 0
+    return p - torch.log(-torch.expm1(p))  # expm1: 1 - e^p keeps its digits for p near 0
 
 
 def _detached(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> PreferenceLoss:

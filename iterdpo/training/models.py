@@ -28,12 +28,12 @@ def load_policy(
 ) -> Any:
     """A checkpoint, or an adapter with its base, without dropout: preferences are learnt, and compared, without noise.
 
-    `dtype` is that of a checkpoint's weights; an adapter's own are float32. `trainable`: an adapter goes on training.
+    `dtype` is that of a checkpoint's weights; an adapter's own are float32. `trainable`: training continues an adapter.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # a line of progress is ours to draw
+    disable_progress_bar()  # the progress line is ours
     if (base := adapter_base(path)) is not None:
         from peft import PeftModel
 
@@ -63,7 +63,7 @@ def load_policy(
 
 
 def adapter_base(path: str | Path) -> str | None:
-    """The checkpoint that an adapter in `path` belongs to; None where there is a whole checkpoint."""
+    """The checkpoint that an adapter in `path` belongs to; None for a whole checkpoint."""
     config = Path(path) / ADAPTER_CONFIG
     return read_json(config)["base_model_name_or_path"] if config.exists() else None
 
@@ -91,16 +91,16 @@ def average_checkpoints(first: Path, second: Path, *, decay: float, output: Path
         ):
             (output / file.name).unlink(missing_ok=True)
             shutil.copy(file, output / file.name)
-    where = {}
+    file_of: dict[str, Path] = {}
     for file in sorted(first.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
-            where.update(dict.fromkeys(weights.keys(), file))
+            file_of.update(dict.fromkeys(weights.keys(), file))
     for file in sorted(second.glob("*.safetensors")):
         mixed = {}
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118  # not a dictionary
                 new = weights.get_tensor(name)
-                with safe_open(where[name], "pt") as other:
+                with safe_open(file_of[name], "pt") as other:
                     old = other.get_tensor(name)
                 mixed[name] = torch.lerp(new.float(), old.float(), decay).to(new.dtype)
         save_file(mixed, output / file.name, metadata={"format": "pt"})

@@ -1,9 +1,7 @@
 """One optimizer step: pairs -> trees -> micro-batches -> log-probabilities -> losses -> gradient -> AdamW.
 
-Trainer.step       one step, from the pairs' numbers to its line of the training log
-Trainer.losses     one micro-batch of it
-Compute            on which processes, in which precision and by which path the model computes
-summarize          statistics of pairs -> metrics
+`Trainer.step` is one step, `Trainer.losses` one micro-batch of it. `Compute` says on which processes, in which precision
+and by which path models compute. `summarize` turns the statistics of pairs into metrics.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def train(spec: TrainSpec) -> None:
-    """Run the round, or what is left of it. The module's docstring says what is written.
+    """Run the round, or the rest of it. The module's docstring lists the files that it writes.
 
     Raises:
         RuntimeError: fewer processes came up than were asked for, a loss or gradient is not finite, or a sentinel
@@ -139,7 +139,7 @@ def _trainer(spec: TrainSpec, accelerator: Accelerator, pairs: RoundPairs) -> Tr
 def _foreign_reference(
     spec: TrainSpec, path: Path, accelerator: Accelerator, pairs: RoundPairs
 ) -> tuple[Compute, Tensor]:
-    """Log-probabilities under a reference that is a checkpoint of its own. It is in memory only while this runs."""
+    """Log-probabilities under a reference that is another checkpoint, which is in memory only while this runs."""
     model = load_policy(path, trust_remote_code=spec.trust_remote_code)
     compute = _compute(spec, accelerator, model, pairs)
     scorer = Scorer(model, compute.path).to(accelerator.device).eval()
@@ -187,17 +187,17 @@ def _raise_if_stopping(step: int, alarms: Sequence[Alarm], train_log: Path) -> N
         )
 
 
-def _check_adapter(trained: dict[str, Any], asked: AdapterConfig | None, path: Path) -> None:
+def _check_adapter(trained: dict[str, Any], configured: AdapterConfig | None, path: Path) -> None:
     """Check that training continues an adapter with the rank and alpha that it has.
 
     Raises:
         RuntimeError: the configuration has others, or no adapter.
     """
-    if asked is None or (asked.r, asked.alpha) != (trained["r"], trained["lora_alpha"]):
-        wanted = f"of r {asked.r} and alpha {asked.alpha}" if asked else "null"
+    if configured is None or (configured.r, configured.alpha) != (trained["r"], trained["lora_alpha"]):
+        wanted = f"of r {configured.r} and alpha {configured.alpha}" if configured else "null"
         raise RuntimeError(
             f"the policy {path} is an adapter of r {trained['r']} and alpha {trained['lora_alpha']}, and dpo.adapter is "
-            f"{wanted}; set dpo.adapter to what it was trained with"
+            f"{wanted}; set dpo.adapter to the values that it was trained with"
         )
 
 

@@ -169,7 +169,7 @@ def test_a_key_is_added_to_the_loss_that_an_earlier_file_names() -> None:
             "dpo.loss.label_smoothing = 0: input should be greater than 0",
         ),
         ("dpo.label_smoothing=0.1", "unknown key 'dpo.label_smoothing'; did you mean 'loss.label_smoothing'?"),
-        ("dpo={loss: kto, wpo: true}", "dpo: wpo: weighs pairs, which kto does not compare; set dpo.wpo=false"),
+        ("dpo={loss: kto, wpo: true}", "dpo: wpo: weighs pairs, and kto compares none; set wpo to false"),
         (
             "dpo.reference=first",
             "dpo.reference = 'first': input should be 'previous', 'initial', 'ema', 'periodic' or 'none'",
