@@ -43,7 +43,7 @@ from iterdpo.errors import JudgeError
 from iterdpo.judging.comparisons import judgment_from_comparisons
 from iterdpo.judging.judge import JudgeBase, Waiting
 from iterdpo.types import Comparison, Completion, CompletionGroup, Judgment, Prompt
-from judges.base import Abstention, judgment_from_outcomes, nearest
+from judges.base import Abstention, judgments_from_outcomes, nearest
 
 Kind = Literal["groups", "batch", "score", "compare"]
 Bound = functools.partial[Any]
@@ -202,7 +202,7 @@ def _judge_scores(function: Bound, groups: Sequence[CompletionGroup], run: Run) 
         for g in groups
         for c in g.completions
     ]
-    return _split(groups, _call_all(function, calls, run))
+    return judgments_from_outcomes(groups, _call_all(function, calls, run))
 
 
 def _judge_comparisons(function: Bound, groups: Sequence[CompletionGroup], run: Run) -> list[Judgment]:
@@ -249,7 +249,7 @@ def _judge_batch(function: Bound, groups: Sequence[CompletionGroup], run: Run, n
     """One call for all completions, with the keyword arguments that GRPOTrainer of TRL 1.16 passes."""
     rows = [(g.prompt, c) for g in groups for c in g.completions]
     if not rows:
-        return _split(groups, [])
+        return judgments_from_outcomes(groups, [])
     columns = {column: [p.columns.get(column) for p, _ in rows] for g in groups for column in g.prompt.columns}
     call = {
         **columns,
@@ -262,7 +262,7 @@ def _judge_batch(function: Bound, groups: Sequence[CompletionGroup], run: Run, n
     }
     [returned] = _call_all(function, [call], run)
     if isinstance(returned, Abstention):
-        return _split(groups, [returned] * len(rows))
+        return judgments_from_outcomes(groups, [returned] * len(rows))
     try:
         scores = list(returned)
     except TypeError:
@@ -275,12 +275,7 @@ def _judge_batch(function: Bound, groups: Sequence[CompletionGroup], run: Run, n
             f"judge {name!r} returned {len(scores)} scores for {len(rows)} completions; it must return one for each "
             "(None abstains)"
         )
-    return _split(groups, scores)
-
-
-def _split(groups: Sequence[CompletionGroup], outcomes: Iterable[object]) -> list[Judgment]:
-    rest = iter(outcomes)
-    return [judgment_from_outcomes(g, list(itertools.islice(rest, len(g.completions)))) for g in groups]
+    return judgments_from_outcomes(groups, scores)
 
 
 def _call_all(function: Bound, calls: Sequence[dict[str, Any]], run: Run) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -21,6 +22,12 @@ def judgment_from_outcomes(group: CompletionGroup, outcomes: Sequence[object]) -
     judgment = judgment_from_scores(group, outcomes)
     own = [str(o) if isinstance(o, Abstention) else None for o in outcomes]
     return replace(judgment, abstentions=[a or b for a, b in zip(own, judgment.abstentions, strict=True)])
+
+
+def judgments_from_outcomes(groups: Sequence[CompletionGroup], outcomes: Iterable[object]) -> list[Judgment]:
+    """`judgment_from_outcomes` of each group; `outcomes` are those of all completions, one group after the other."""
+    rest = iter(outcomes)
+    return [judgment_from_outcomes(g, list(itertools.islice(rest, len(g.completions)))) for g in groups]
 
 
 def check_choice(what: str, name: str, value: object, choices: Collection[object]) -> None:

@@ -1,20 +1,123 @@
 """Checkpoints of Hugging Face classifiers: what is checked before one is loaded, and the loading.
 
-In all of it `what` begins an error's message: `"reward model my-rm"`. Weights come from safetensors only, never unpickled.
+`what` begins an error's message: `"reward model my-rm"`. Weights come from safetensors only, never unpickled.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from iterdpo.errors import JudgeError
+from iterdpo.judging.judge import JudgeBase
 from iterdpo.run.rundir import read_json
-from judges.base import nearest
+from judges.base import check_choice, nearest
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(eq=False, repr=False)
+class ClassifierJudge(JudgeBase):
+    """What judges that load a classifier have in common. The first judgment loads it; `close` frees its memory."""
+
+    model: str
+    """A checkpoint directory, or a hub id. Weights are read from safetensors only, never unpickled."""
+    max_length: int | None = None
+    """Most tokens that are read at once. Longer texts abstain; nothing is cut. Default: the model's limit."""
+    batch_size: int = 16
+    """Rows in one forward pass; changes memory and speed."""
+    dtype: str = "auto"
+    """`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`."""
+    device: str | None = None
+    """`cuda`, `cuda:1`, `cpu`, … Default: the GPU, if there is one."""
+    revision: str | None = None
+    """A hub id's branch, tag or commit."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the checkpoint."""
+
+    SPEED_ONLY = frozenset({"batch_size", "device"})
+    kind: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        self.name = f"{self.kind}:{Path(self.model).name}"
+        self._what = f"{self.kind.replace('_', ' ')} {self.model}"
+        self._source: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        self._model: Any = None
+        self._tokenizer: Any = None
+
+    @classmethod
+    def check(cls, *_: Any, **args: Any) -> None:
+        """Refuse bad arguments, and look at the checkpoint's config.json. A hub id is not looked up.
+
+        Raises:
+            JudgeError: an unsupported argument value, no such directory, or a checkpoint that gives no scores.
+        """
+        judge = cls(**args)
+        check_choice(judge._what, "dtype", judge.dtype, DTYPES)
+        judge._check_arguments()
+        if config := checkpoint_config(judge.model, judge._what):
+            judge._check_config(config)
+
+    def close(self) -> None:
+        """Free the model's memory. The next judgment loads it again."""
+        self._model = self._tokenizer = None
+        free_memory()
+
+    @abstractmethod
+    def _check_arguments(self) -> None:
+        """Refuse bad arguments of its own."""
+
+    @abstractmethod
+    def _check_config(self, config: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose config.json shows that it gives no scores."""
+
+    def _load_config_and_tokenizer(self) -> tuple[Any, Any]:
+        from transformers import AutoConfig, AutoTokenizer
+
+        with self._as_judge_error():
+            config = AutoConfig.from_pretrained(self.model, **self._source)
+            return config, AutoTokenizer.from_pretrained(self.model, **self._source)
+
+    def _load_classifier(self, kind: Any, **source: Any) -> Any:
+        """A model of the class `kind` on the device, in evaluation mode.
+
+        Raises:
+            JudgeError: it cannot be loaded, or lacks weights.
+        """
+        import torch
+
+        with self._as_judge_error():
+            model, report = kind.from_pretrained(
+                self.model, dtype=self.dtype, use_safetensors=True, output_loading_info=True, **source
+            )
+        if report["missing_keys"]:
+            raise JudgeError(
+                f"{self._what}: has no weights for {', '.join(sorted(report['missing_keys'])[:3])}, which would be "
+                "random; give a checkpoint whose head was trained"
+            )
+        return model.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+    @contextmanager
+    def _as_judge_error(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise JudgeError(f"{self._what}: cannot be loaded: {error}") from error
+
+    def _token_limit(self, config: Any, tokenizer: Any) -> int:
+        """The most tokens that the model reads, and no more than `max_length`."""
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return min(n for n in (self.max_length, positions, tokenizer.model_max_length) if n)
+
+    def _batches(self, rows: Iterable[int]) -> Iterator[list[int]]:
+        rest = iter(rows)
+        return iter(lambda: list(islice(rest, self.batch_size)), [])
 
 
 def checkpoint_config(model: str, what: str) -> dict[str, Any] | None:
@@ -49,48 +152,6 @@ def check_architecture(what: str, architectures: Sequence[str] | None, known: Se
         raise JudgeError(
             f"{what}: its architecture is {', '.join(architectures or ['none'])}, which gives no scores; give {remedy}"
         )
-
-
-def load_config_and_tokenizer(what: str, path: str, **source: Any) -> tuple[Any, Any]:
-    """Those of transformers. `source` is `revision` and `trust_remote_code`.
-
-    Raises:
-        JudgeError: they cannot be loaded.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        return AutoConfig.from_pretrained(path, **source), AutoTokenizer.from_pretrained(path, **source)
-    except (OSError, ValueError) as error:
-        raise JudgeError(f"{what}: cannot be loaded: {error}") from error
-
-
-def load_classifier(what: str, kind: Any, path: str, *, dtype: str, device: str | None, **source: Any) -> Any:
-    """A model of the class `kind` on the device, in evaluation mode. By default that is the GPU, if there is one.
-
-    Raises:
-        JudgeError: it cannot be loaded, or lacks weights.
-    """
-    import torch
-
-    try:
-        model, report = kind.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **source
-        )
-    except (OSError, ValueError) as error:
-        raise JudgeError(f"{what}: cannot be loaded: {error}") from error
-    if report["missing_keys"]:
-        raise JudgeError(
-            f"{what}: has no weights for {', '.join(sorted(report['missing_keys'])[:3])}, which would be random; give a "
-            "checkpoint whose head was trained"
-        )
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-
-
-def token_limit(config: Any, tokenizer: Any, max_length: int | None) -> int:
-    """The most tokens that the model reads, and no more than `max_length`."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(n for n in (max_length, positions, tokenizer.model_max_length) if n)
 
 
 def free_memory() -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from iterdpo.errors import DataError, JudgeError
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
-from judges.base import Abstention, check_choice, is_number, judgment_from_outcomes
+from judges.base import Abstention, check_choice, is_number, judgments_from_outcomes
 from judges.models.checkpoint import checkpoint_config, free_memory
 
 PRECISIONS = ("bf16", "fp32")
@@ -80,8 +80,7 @@ class ImplicitReward(JudgeBase):
         found = [self._row(group, c) for group in groups for c in group.completions]
         rows = [row for row in found if isinstance(row, _Row)]
         rewards = iter(self._rewards(rows) if rows else ())
-        outcomes = iter([next(rewards) if isinstance(row, _Row) else row for row in found])
-        return [judgment_from_outcomes(g, [next(outcomes) for _ in g.completions]) for g in groups]
+        return judgments_from_outcomes(groups, [next(rewards) if isinstance(row, _Row) else row for row in found])
 
     def close(self) -> None:
         """Free the models' memory. The next judgment loads them again."""

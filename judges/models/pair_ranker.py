@@ -13,25 +13,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import JudgeError
 from iterdpo.judging.comparisons import judgment_from_comparisons
-from iterdpo.judging.judge import JudgeBase
 from iterdpo.stats import sigmoid
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
-from judges.base import check_choice
-from judges.models.checkpoint import (
-    DTYPES,
-    check_architecture,
-    checkpoint_config,
-    free_memory,
-    label_count,
-    load_classifier,
-    load_config_and_tokenizer,
-    token_limit,
-)
+from judges.models.checkpoint import ClassifierJudge, check_architecture, label_count
 
 PAIRRM_TOKENS = 2048
 """What PairRM was trained on at most: 1,224 tokens of a prompt and 412 of each completion."""
@@ -40,7 +28,7 @@ PLACES = re.compile(r"\{(prompt|first|second)\}")
 
 
 @dataclass(eq=False, repr=False)
-class PairRanker(JudgeBase):
+class PairRanker(ClassifierJudge):
     """Every two completions of a prompt in both orders, each with the probability that the first is better.
 
     A completion's score is its mean probability of being better than another one of the prompt, over both orders. Marks
@@ -48,48 +36,29 @@ class PairRanker(JudgeBase):
     compared, and then neither has a score.
     """
 
-    model: str
-    """A checkpoint directory, or a hub id. Weights are read from safetensors only, never unpickled."""
     text: str = "{prompt}"
     """The text that a classifier reads, with {prompt}, {first} and {second} in their places. PairRM has its own form."""
     text_pair: str | None = "Response A: {first}\n\nResponse B: {second}"
     """Its second text, which the tokenizer sets off from the first; null if it reads a single one."""
-    max_length: int | None = None
-    """Most tokens in a row. Default: the model's limit, and 2,048 for PairRM."""
-    batch_size: int = 16
-    """Rows in one forward pass; changes memory and speed."""
-    dtype: str = "auto"
-    """`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`."""
-    device: str | None = None
-    """`cuda`, `cuda:1`, `cpu`, … Default: the GPU, if there is one."""
-    revision: str | None = None
-    """A hub id's branch, tag or commit."""
-    trust_remote_code: bool = False
-    """Run Python code that ships with the checkpoint."""
 
-    SPEED_ONLY = frozenset({"batch_size", "device"})
+    kind = "pair_ranker"
     comparative = True
 
     def __post_init__(self) -> None:
-        self.name = f"pair_ranker:{Path(self.model).name}"
-        self._what = f"pair ranker {self.model}"
-        self._model: Any = None
-        self._tokenizer: Any = None
+        super().__post_init__()
         self._pairrm = False
 
-    @classmethod
-    def check(cls, *_: Any, **args: Any) -> None:
-        """Refuse bad arguments, and look at the checkpoint's config.json. A hub id is not looked up."""
-        judge = cls(**args)
-        what = judge._what
-        check_choice(what, "dtype", judge.dtype, DTYPES)
-        named = set(PLACES.findall(f"{judge.text}{judge.text_pair or ''}"))
+    def _check_arguments(self) -> None:
+        named = set(PLACES.findall(f"{self.text}{self.text_pair or ''}"))
         if not {"first", "second"} <= named:
-            raise JudgeError(f"{what}: text and text_pair do not name {{first}} and {{second}}; both must be in them")
-        config = checkpoint_config(judge.model, what)
-        if config is not None and not _is_pairrm(config):
-            check_architecture(what, config.get("architectures"), ["SequenceClassification"], REMEDY)
-            _check_one_label(what, label_count(config))
+            raise JudgeError(
+                f"{self._what}: text and text_pair do not name {{first}} and {{second}}; both must be in them"
+            )
+
+    def _check_config(self, config: dict[str, Any]) -> None:
+        if not _is_pairrm(config):
+            check_architecture(self._what, config.get("architectures"), ["SequenceClassification"], REMEDY)
+            _check_one_label(self._what, label_count(config))
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         """One judgment for each group. The first call loads the model.
@@ -104,8 +73,7 @@ class PairRanker(JudgeBase):
         limit = self._limit()
         readable = sorted((n for n, row in enumerate(rows) if len(row[0]) <= limit), key=lambda n: len(rows[n][0]))
         logits: dict[int, float] = {}
-        for start in range(0, len(readable), self.batch_size):
-            batch = readable[start : start + self.batch_size]
+        for batch in self._batches(readable):
             logits |= zip(batch, self._logits([rows[n] for n in batch]), strict=True)
         compared = iter(
             [
@@ -122,26 +90,18 @@ class PairRanker(JudgeBase):
             for g in groups
         ]
 
-    def close(self) -> None:
-        """Free the model's memory. The next judgment loads it again."""
-        self._model = self._tokenizer = None
-        free_memory()
-
     def _load(self) -> None:
-        source = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        config, tokenizer = load_config_and_tokenizer(self._what, self.model, **source)
+        config, tokenizer = self._load_config_and_tokenizer()
         self._pairrm = _is_pairrm(config.to_dict())
-        kind: Any
         if self._pairrm:
             from judges.models.pairrm import PairRM
 
-            kind, source = PairRM, {"revision": self.revision}  # PairRM is ours: no code to trust
+            model = self._load_classifier(PairRM, revision=self.revision)  # PairRM is ours: no code to trust
         else:
             from transformers import AutoModelForSequenceClassification
 
             _check_one_label(self._what, config.num_labels)
-            kind = AutoModelForSequenceClassification
-        model = load_classifier(self._what, kind, self.model, dtype=self.dtype, device=self.device, **source)
+            model = self._load_classifier(AutoModelForSequenceClassification, **self._source)
         if tokenizer.pad_token_id is None:
             raise JudgeError(
                 f"{self._what}: its tokenizer has no pad token; set pad_token in its tokenizer_config.json"
@@ -151,7 +111,7 @@ class PairRanker(JudgeBase):
     def _limit(self) -> int:
         if self._pairrm:
             return self.max_length or PAIRRM_TOKENS
-        return token_limit(self._model.config, self._tokenizer, self.max_length)
+        return self._token_limit(self._model.config, self._tokenizer)
 
     def _row(self, prompt: Prompt, first: str, second: str) -> tuple[list[int], list[int]]:
         """Token ids of one comparison, and which text each belongs to (empty if the model does not tell)."""

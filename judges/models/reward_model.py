@@ -10,23 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import JudgeError
-from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import CompletionGroup, Judgment, Prompt
-from judges.base import Abstention, check_choice, is_number, judgment_from_outcomes
-from judges.models.checkpoint import (
-    DTYPES,
-    check_architecture,
-    checkpoint_config,
-    free_memory,
-    label_count,
-    load_classifier,
-    load_config_and_tokenizer,
-    token_limit,
-)
+from judges.base import Abstention, check_choice, is_number, judgments_from_outcomes
+from judges.models.checkpoint import ClassifierJudge, check_architecture, label_count
 from judges.models.vllm_pooling import Pooler
 
 BACKENDS = ("transformers", "vllm")
@@ -35,74 +24,48 @@ REMEDY = "a checkpoint of a ...ForSequenceClassification"
 
 
 @dataclass(eq=False, repr=False)
-class RewardModelJudge(JudgeBase):
+class RewardModelJudge(ClassifierJudge):
     """Scores completions with a sequence classifier, in batches of similar length.
 
     A prompt of messages goes through the checkpoint's own chat template; a plain prompt and its completion are
     joined as they are. Nothing is truncated: a completion that does not fit abstains.
     """
 
-    model: str
-    """A checkpoint directory, or a hub id. Weights are read from safetensors only, never unpickled."""
     weights: list[float] | None = None
     """One number a label; the score is the sum of weight times logit."""
     head: int | None = None
     """The label whose logit is the score, from 0. Not with `weights`."""
     backend: str = "transformers"
     """`transformers`, or `vllm`: vLLM's pooling runner in a process of its own, for large models. The logits differ only
-    by rounding."""
-    batch_size: int = 16
-    """Completions in one forward pass; changes memory and speed."""
-    max_length: int | None = None
-    """Most tokens of prompt and completion together. Default: the model's limit."""
-    dtype: str = "auto"
-    """`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`."""
-    device: str | None = None
-    """`cuda`, `cuda:1`, `cpu`, … Default: the GPU, if there is one. For `transformers`."""
+    by rounding. `device` is for `transformers`."""
     engine: dict[str, Any] | None = None
     """Further keyword arguments of `vllm.LLM`, such as `{gpu_memory_utilization: 0.5}`. For `vllm`."""
-    revision: str | None = None
-    """A hub id's branch, tag or commit."""
-    trust_remote_code: bool = False
-    """Run Python code that ships with the checkpoint."""
 
-    SPEED_ONLY = frozenset({"batch_size", "device"})
+    kind = "reward_model"
 
     def __post_init__(self) -> None:
-        self.name = f"reward_model:{Path(self.model).name}"
-        self._what = f"reward model {self.model}"
-        self._source: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        super().__post_init__()
         self._config: Any = None
-        self._model: Any = None  # a transformers model, or a Pooler
-        self._tokenizer: Any = None
         self._names_pad = False
 
-    @classmethod
-    def check(cls, *_: Any, **args: Any) -> None:
-        """Refuse bad arguments, and look at the checkpoint's config.json. A hub id is not looked up.
-
-        Raises:
-            JudgeError: no such directory, a checkpoint that is no sequence classifier, labels that make no score, or an
-                unsupported argument value.
-        """
-        judge = cls(**args)
-        what, weights, head = judge._what, judge.weights, judge.head
-        check_choice(what, "dtype", judge.dtype, DTYPES)
-        check_choice(what, "backend", judge.backend, BACKENDS)
+    def _check_arguments(self) -> None:
+        what, weights, head = self._what, self.weights, self.head
+        check_choice(what, "backend", self.backend, BACKENDS)
         if weights is not None and head is not None:
             raise JudgeError(f"{what}: has both weights and head; a score comes from either")
         if weights is not None and not (isinstance(weights, list) and weights and all(map(is_number, weights))):
             raise JudgeError(f"{what}: weights is {weights!r}; it is a list with a number for each label")
         if head is not None and (not isinstance(head, int) or head < 0):
             raise JudgeError(f"{what}: head is {head!r}; it is the number of a label, from 0")
-        for name, value, owner in (("device", judge.device, "transformers"), ("engine", judge.engine, "vllm")):
-            if value is not None and judge.backend != owner:
+        for name, value, owner in (("device", self.device, "transformers"), ("engine", self.engine, "vllm")):
+            if value is not None and self.backend != owner:
                 raise JudgeError(
-                    f"{what}: {name} is for `backend: {owner}`, and the backend is {judge.backend}; leave it out"
+                    f"{what}: {name} is for `backend: {owner}`, and the backend is {self.backend}; leave it out"
                 )
-        if config := checkpoint_config(judge.model, what):
-            check_architecture(what, config.get("architectures"), ARCHITECTURES, REMEDY)
-            judge._check_labels(label_count(config))
+
+    def _check_config(self, config: dict[str, Any]) -> None:
+        check_architecture(self._what, config.get("architectures"), ARCHITECTURES, REMEDY)
+        self._check_labels(label_count(config))
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         """One score for each completion. The first call loads the model.
@@ -112,7 +75,7 @@ class RewardModelJudge(JudgeBase):
         """
         if self._model is None:
             self._load()
-        limit = token_limit(self._config, self._tokenizer, self.max_length)
+        limit = self._token_limit(self._config, self._tokenizer)
         rows = [self._token_ids(g.prompt, c.text) for g in groups for c in g.completions]
         long = Abstention(f"more than the {limit} tokens that the reward model reads")
         outcomes: list[Any] = [long if row else Abstention("neither prompt nor completion has a token") for row in rows]
@@ -120,34 +83,28 @@ class RewardModelJudge(JudgeBase):
         if isinstance(self._model, Pooler):
             logits = self._model.logits([rows[i] for i in readable]) if readable else []
         else:
-            batches = (readable[start : start + self.batch_size] for start in range(0, len(readable), self.batch_size))
-            logits = [row for batch in batches for row in self._logits([rows[i] for i in batch])]
+            logits = [row for batch in self._batches(readable) for row in self._logits([rows[i] for i in batch])]
         for i, row in zip(readable, logits, strict=True):
             outcomes[i] = self._score(row)
-        rest = iter(outcomes)
-        return [judgment_from_outcomes(g, [next(rest) for _ in g.completions]) for g in groups]
+        return judgments_from_outcomes(groups, outcomes)
 
     def close(self) -> None:
-        """Free the model's memory. The next judgment loads it again."""
         if isinstance(self._model, Pooler):
             self._model.close()
-        self._model = self._tokenizer = None
-        free_memory()
+        super().close()
 
     def _load(self) -> None:
-        self._config, self._tokenizer = load_config_and_tokenizer(self._what, self.model, **self._source)
+        self._config, self._tokenizer = self._load_config_and_tokenizer()
         self._check_labels(self._config.num_labels)
         if self.backend == "vllm":
             check_architecture(self._what, self._config.architectures, ARCHITECTURES, REMEDY)
-            limit = token_limit(self._config, self._tokenizer, self.max_length)
+            limit = self._token_limit(self._config, self._tokenizer)
             engine = {"max_model_len": limit, "dtype": self.dtype, **self._source, **(self.engine or {})}
             self._model = Pooler(self.model, engine)
         else:
-            from transformers import AutoModelForSequenceClassification as Auto
+            from transformers import AutoModelForSequenceClassification
 
-            self._model = load_classifier(
-                self._what, Auto, self.model, dtype=self.dtype, device=self.device, **self._source
-            )
+            self._model = self._load_classifier(AutoModelForSequenceClassification, **self._source)
             self._names_pad = self._model.config.get_text_config().pad_token_id is not None
 
     def _check_labels(self, count: int) -> None:

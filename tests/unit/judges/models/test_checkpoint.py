@@ -11,13 +11,7 @@ import pytest
 from iterdpo.errors import JudgeError
 from iterdpo.testing import make_group
 from judges import check_judge
-from judges.models.checkpoint import (
-    check_architecture,
-    checkpoint_config,
-    label_count,
-    load_config_and_tokenizer,
-    token_limit,
-)
+from judges.models.checkpoint import check_architecture, checkpoint_config, label_count
 from judges.models.reward_model import RewardModelJudge
 
 
@@ -44,8 +38,8 @@ def test_the_config_of_a_directory_is_read_and_a_hub_id_has_none(one_label: Path
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(JudgeError, match=r"^reward model x: no config\.json there"):
         checkpoint_config(str(tmp_path), "reward model x")
-    with pytest.raises(JudgeError, match=r"^reward model x: cannot be loaded: "):
-        load_config_and_tokenizer("reward model x", str(tmp_path))
+    with pytest.raises(JudgeError, match=r"^reward model .*x: cannot be loaded: "):
+        RewardModelJudge(str(tmp_path / "x")).judge([make_group("x", ["a"])])
 
 
 def test_an_architecture_is_known_by_a_part_of_its_name() -> None:
@@ -63,8 +57,9 @@ def test_a_config_that_says_nothing_of_labels_has_two() -> None:
 def test_the_smallest_of_the_known_limits_counts() -> None:
     text = SimpleNamespace(max_position_embeddings=512)
     config, tokenizer = SimpleNamespace(get_text_config=lambda: text), SimpleNamespace(model_max_length=10**30)
-    assert token_limit(config, tokenizer, None) == 512
-    assert token_limit(config, tokenizer, 64) == 64
+    judge = RewardModelJudge("m")
+    assert judge._token_limit(config, tokenizer) == 512
+    assert RewardModelJudge("m", max_length=64)._token_limit(config, tokenizer) == 64
     del text.max_position_embeddings
     tokenizer.model_max_length = 128
-    assert token_limit(config, tokenizer, None) == 128
+    assert judge._token_limit(config, tokenizer) == 128
