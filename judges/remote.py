@@ -43,11 +43,11 @@ LONGEST_WAIT = 60.0
 
 @dataclass(eq=False, repr=False)
 class Remote(JudgeBase):
-    """Asks a server of yours; see the module for what goes to and fro.
+    """Asks your own server; the module's docstring shows a request and its reply.
 
-    HTTP 408, 409, 425, 429 and 5xx, time-outs, connections that break and replies that are no JSON are tried again, and
-    abstain in the end; a request that is refused with 400, 413 or 422 abstains. What cannot be a passing fault stops the
-    run: any other status, and a reply of another shape than the one above. A score that is no finite number abstains.
+    HTTP 408, 409, 425, 429 and 5xx, time-outs, connections that break and replies that are not JSON are tried again, and
+    abstain in the end; a request that is refused with 400, 413 or 422 abstains. A lasting fault stops the run: any
+    other status, and a reply of another shape. A score that is not a finite number abstains.
     """
 
     url: str
@@ -55,13 +55,13 @@ class Remote(JudgeBase):
     api_key_env: str | None = None
     """The NAME of the environment variable with the key, sent as `Authorization: Bearer KEY`."""
     revision: str | int | None = None
-    """Part of this judge's version; change it when what the server does has changed."""
+    """Part of this judge's version; change it whenever your server scores differently."""
     comparative: bool = False
     """The scores mean "against the others of this group"."""
     timeout: float = 60
     """Seconds for one attempt."""
     attempts: int = 5
-    """Of one request."""
+    """Attempts of one request."""
     concurrency: int = 8
     """Requests at once."""
     batch_size: int = 8
@@ -74,7 +74,7 @@ class Remote(JudgeBase):
     def __post_init__(self) -> None:
         parts = urlsplit(self.url) if isinstance(self.url, str) else urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise JudgeError("remote: url is no address; it reads http://host:port/path")
+            raise JudgeError("remote: url is not a valid address; give http://host:port/path")
         if parts.username is not None:  # not repeated: it may be a key
             raise JudgeError("remote: url has a user or a password; name the key's environment variable in api_key_env")
         if self.api_key_env is not None:
@@ -83,10 +83,10 @@ class Remote(JudgeBase):
             except ValueError as error:
                 raise JudgeError(f"remote: api_key_env {error}") from None
         if not isinstance(self.timeout, int | float) or self.timeout <= 0:
-            raise JudgeError(f"remote: timeout is {self.timeout!r}; it is a number of seconds above 0")
+            raise JudgeError(f"remote: timeout is {self.timeout!r}; it must be a number of seconds above 0")
         for name in ("attempts", "concurrency", "batch_size"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise JudgeError(f"remote: {name} is {value!r}; it is a number of at least 1")
+                raise JudgeError(f"remote: {name} is {value!r}; it must be a whole number of at least 1")
         self.name = f"remote:{parts.netloc}"
         self._usage: dict[str, float] = {"calls": 0, "retries": 0, "failed": 0}
 

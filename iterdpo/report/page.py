@@ -198,13 +198,19 @@ def _caption(name: str, run: Run) -> tuple[str, str]:
         case "win_rate":
             return "Win rate", f"Held-out prompts won; a tie is half a win. With {confidence} intervals.{hollow}"
         case "reward_kl":
-            return "Score against KL", f"The score reached at each distance from the initial policy. Points are rounds.{hollow}"
+            return (
+                "Score against KL",
+                f"The score reached at each distance from the initial policy. Points are rounds.{hollow}",
+            )
         case "kl":
             return "Drift and diversity", "Distance to the initial policy, and how varied the completions still are."
         case "length":
             return "Length", "If a judge prefers long completions, this curve rises."
         case "pairs":
-            return "Pair yield", "Kept counts pairs. The rest counts prompts that gave none, by the first reason that applies."
+            return (
+                "Pair yield",
+                "Kept counts pairs. The rest counts prompts that gave none, by the first reason that applies.",
+            )
         case "rewards":
             return "Implicit reward", "In training, against the round's reference. Strong lines are running means."
         case "logps":

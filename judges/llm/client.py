@@ -277,7 +277,7 @@ class Client:
             case 401 | 403:
                 return f"the key in ${self.endpoint.api_key_env} (api_key_env) was refused; give one that may use it"
             case 404:
-                return f"no such model or address: check model ({self.model!r}) and base_url, which mostly ends in /v1"
+                return f"no such model or address: check model ({self.model!r}) and base_url, which usually ends in /v1"
             case _:
                 return "check base_url and model"
 

@@ -69,11 +69,11 @@ class _LLMJudge(JudgeBase):
     """How replies are held to their form. `auto` takes vLLM's structured outputs if vLLM answers; with another server the judge
     may reason first, and its last line is parsed."""
     temperature: float = 0.0
-    """Of the judge's own sampling."""
+    """Temperature of the judge's own sampling."""
     max_tokens: int | None = None
     """Longest reply. Default: what the form needs, and 512 if the judge may reason."""
     seed: int = 0
-    """Of the judge's own sampling, and of everything that it draws."""
+    """Seed of the judge's own sampling, and of everything that it draws."""
 
     kind: ClassVar[Kind]
     ahead = True
@@ -464,7 +464,7 @@ def _text(rubric: str | None) -> str | None:
             return Path(rubric).expanduser().read_text(encoding="utf-8")
         except OSError as error:
             raise JudgeError(
-                f"judge 'rubric': rubric {rubric}: {error.strerror}; give a text, or a file that is there"
+                f"judge 'rubric': rubric {rubric}: {error.strerror}; give a text, or an existing file"
             ) from None
     return rubric
 

@@ -29,7 +29,7 @@ class ServerSettings(Section):
     max_model_len: int | None = None
     """Longest question and reply together, in tokens; default: the model's context."""
     dtype: str = "auto"
-    """Of weights and activations."""
+    """Type of weights and activations."""
     gpu_memory_utilization: float = 0.85
     """Share of the GPU's memory."""
     tensor_parallel_size: int = 1

@@ -98,7 +98,7 @@ class Endpoint(Section):
     def _no_secrets(cls, headers: dict[str, str]) -> dict[str, str]:
         for name, value in headers.items():
             if not (name + value).isprintable():
-                raise ValueError(f"{name!r} has a character that no header has")
+                raise ValueError(f"{name!r} has a character that a header cannot have")
             if SECRET_HEADER.search(name):
                 raise ValueError(f"{name!r} looks like a secret; name the key's environment variable in api_key_env")
         return headers
@@ -107,7 +107,7 @@ class Endpoint(Section):
     @classmethod
     def _not_the_clients(cls, extra: dict[str, Any]) -> dict[str, Any]:
         if own := sorted(OWN_FIELDS & extra.keys()):
-            raise ValueError(f"{own[0]!r} is not to be set here; the judge sets it")
+            raise ValueError(f"{own[0]!r} cannot be set here; the judge sets it")
         return extra
 
     @model_validator(mode="after")
@@ -125,7 +125,7 @@ def checked_url(url: str) -> str:
     """`url` without a slash at its end.
 
     Raises:
-        ValueError: it is no address of an endpoint. Says nothing of a password in it.
+        ValueError: it is not the address of an endpoint. The message does not repeat a password in it.
     """
     try:
         parts = urlsplit(url)
@@ -133,12 +133,12 @@ def checked_url(url: str) -> str:
     except ValueError:
         valid = False
     if not valid or re.search(r"\s", url):
-        raise ValueError("is no address; it reads http://host:port/v1 or https://host/v1")
+        raise ValueError("is not a valid address; give http://host:port/v1 or https://host/v1")
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError(
-            "has a user, a query or a fragment, which may be secret; name the key's variable in api_key_env"
+            "must have no user, query or fragment, which may be secret; name the key's variable in api_key_env"
         )
     url = url.rstrip("/")
     if url.endswith("/chat/completions"):
-        raise ValueError("ends before /chat/completions, which is added")
+        raise ValueError("must end before /chat/completions, which is added to it")
     return url

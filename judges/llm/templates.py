@@ -91,7 +91,7 @@ def principles(source: str | None = None) -> list[str]:
     lines = [line.strip() for line in _text(path, "without a file, the shipped principles are used").splitlines()]
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:
-        raise JudgeError(f"{path}: no principle in it; write one a line")
+        raise JudgeError(f"{path}: it has no principle; write one a line")
     return found
 
 
@@ -118,7 +118,7 @@ class Template:
         self.needs = frozenset(needs)
         for value in SHOWN[kind]:
             if value not in needs:
-                raise JudgeError(f"{name}: a {kind} prompt has to show {{{{ {value} }}}}, and this one does not")
+                raise JudgeError(f"{name}: a {kind} prompt must show {{{{ {value} }}}}, and this one does not")
 
     def render(self, **values: Any) -> list[Message]:
         """The messages, with the untrusted ones of `values` fenced; they are given as they are.
@@ -236,7 +236,7 @@ def _sections(name: str, source: str) -> Iterator[tuple[str, str]]:
     if re.sub(r"\{#.*?#\}", "", before, flags=re.DOTALL).strip():
         number = next(i + 1 for i, line in enumerate(lines) if line.strip())
         raise JudgeError(
-            f"{name}, line {number}: text before the first `### {ROLES[1]}`; only a {{# comment #}} may stand there"
+            f"{name}, line {number}: text before the first `### {ROLES[1]}`; only a {{# comment #}} is allowed there"
         )
     for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
         yield lines[start].removeprefix("###").strip(), "\n" * (start + 1) + "\n".join(lines[start + 1 : end])

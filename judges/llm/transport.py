@@ -93,7 +93,7 @@ def check_key_name(name: str) -> None:
     """
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
         raise ValueError(
-            "is the name of an environment variable, in capitals: OPENAI_API_KEY. The key itself belongs into the "
+            "is the name of an environment variable, in capitals: OPENAI_API_KEY. The key itself belongs in the "
             "environment, never into a configuration"
         )
 
@@ -110,7 +110,7 @@ def authorization(name: str | None, *, owner: str) -> dict[str, str]:
     if not key:
         raise JudgeError(f"{owner}: api_key_env: the environment variable {name} is not set; set it to the key")
     if not (key.isascii() and key.isprintable()):
-        raise JudgeError(f"{owner}: api_key_env: the environment variable {name} has characters that no key has")
+        raise JudgeError(f"{owner}: api_key_env: the environment variable {name} has characters that a key cannot have")
     return {"Authorization": f"Bearer {key}"}
 
 

@@ -14,7 +14,7 @@ from judges.verify.base import Score, Verifier, fenced_blocks
 class JSONSchema(Verifier):
     """1 if the completion is JSON that satisfies a schema, of any draft that `$schema` names (else the newest).
 
-    If the completion has one fenced block of JSON, that block counts. NaN and infinities are no JSON. A reference out of
+    If the completion has one fenced block of JSON, that block counts. NaN and infinities are not JSON. A reference out of
     the schema is never fetched: the completion abstains.
 
     Args:
@@ -63,7 +63,7 @@ def _json_text(completion: str) -> str:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _draft(schema: Any) -> Any:

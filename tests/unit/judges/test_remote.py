@@ -259,7 +259,7 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        ({"url": "localhost:8001/judge"}, "it reads http://host:port/path"),
+        ({"url": "localhost:8001/judge"}, "give http://host:port/path"),
         ({"url": "http://me:pw@host/judge"}, "has a user or a password"),
         ({"url": "http://h/", "api_key_env": "sk-very-secret"}, "name of an environment variable"),
         ({"url": "http://h/", "timeout": 0}, "timeout is 0"),

@@ -638,7 +638,7 @@ def test_a_client_can_be_opened_again_in_another_loop_and_thread() -> None:
 def test_a_client_needs_an_address_from_somewhere_when_it_is_opened() -> None:
     with pytest.raises(JudgeError, match="missing key 'base_url'"):
         call(Client(Endpoint(**FAST), model="fake"), "x")
-    with pytest.raises(JudgeError, match="base_url: is no address"):
+    with pytest.raises(JudgeError, match="base_url: is not a valid address"):
         call(Client(Endpoint(**FAST), model="fake", base_url="nowhere"), "x")
     with FakeEndpoint(echo) as server:
         client = Client(Endpoint(**FAST), model="fake")

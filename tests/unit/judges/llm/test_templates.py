@@ -184,7 +184,7 @@ class TestFiles:
             ("### user\n{{ a }}{{ b }}\n{{ completon }}", "line 3: no value 'completon' in a pairwise prompt; there are a, b"),
             ("### user\n{{ a }}{{ b }}\n\n{{ principel }}", "line 4: no value 'principel' in a pairwise prompt; did you mean 'principle'"),
             ("### user\n{{ a }}{{ b }}{{ gold }}", "columns are columns.NAME"),
-            ("### user\n{{ a }}\n", "has to show {{ b }}"),
+            ("### user\n{{ a }}\n", "must show {{ b }}"),
             ("### user\n{{ a }}{{ b }}\n{{ a | shout }}", "line 3: No filter named 'shout'"),
             ("### user\n{% include 'other.j2' %}{{ a }}{{ b }}", "one file"),
             ("Compare!\n### user\n{{ a }}{{ b }}", "line 1: text before the first `### user`"),

@@ -67,7 +67,7 @@ def test_the_key_comes_from_the_variable_and_is_checked(monkeypatch: pytest.Monk
     monkeypatch.setenv("MY_KEY", " secret\n")
     assert authorization("MY_KEY", owner="remote") == {"Authorization": "Bearer secret"}
     monkeypatch.setenv("MY_KEY", "sécret")
-    with pytest.raises(JudgeError, match=r"remote: .*MY_KEY has characters that no key has") as raised:
+    with pytest.raises(JudgeError, match=r"remote: .*MY_KEY has characters that a key cannot have") as raised:
         authorization("MY_KEY", owner="remote")
     assert "cret" not in str(raised.value)
 

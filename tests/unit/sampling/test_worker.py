@@ -1,0 +1,47 @@
+"""The vLLM worker without an engine; tests/integration/test_sampling.py has a real one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace as Namespace
+from typing import Any
+
+import pytest
+
+from iterdpo.sampling.base import Start, Started
+from iterdpo.sampling.worker import Worker, completion_of, cpu_defaults
+from iterdpo.types import Completion
+
+START = Start("policy", engine={}, lora="auto", adapter_rank=4, scratch="scratch")
+
+
+class Refusing(Worker):
+    """Its engine does not start."""
+
+    def __init__(self, *, native: bool, lora: str) -> None:
+        self.native, self.lora = native, lora
+
+    def _start(self, request: Start) -> None:
+        raise ValueError("no LoRA yet")
+
+
+def test_an_engine_that_may_start_without_adapters_says_why_it_did_not_with_them() -> None:
+    assert Refusing(native=True, lora="auto").start(START) == Started(no_adapters="ValueError: no LoRA yet")
+
+
+@pytest.mark.parametrize(("native", "lora"), [(True, "vllm"), (False, "auto"), (False, "merge")])
+def test_any_other_engine_that_does_not_start_is_an_error(native: bool, lora: str) -> None:
+    with pytest.raises(ValueError, match="no LoRA yet"):
+        Refusing(native=native, lora=lora).start(START)
+
+
+def test_a_completion_has_the_log_probability_of_each_sampled_token() -> None:
+    logprobs: Any = [{5: Namespace(logprob=-0.5), 6: Namespace(logprob=-0.1)}, {7: Namespace(logprob=-2.0)}]
+    output = Namespace(text="hi", token_ids=(5, 7), logprobs=logprobs, finish_reason="length")
+    assert completion_of(output) == Completion("hi", [5, 7], [-0.5, -2.0], "length")
+    output.finish_reason = None
+    assert completion_of(output).finish_reason == "stop"
+
+
+def test_a_cpu_engine_prefills_the_longest_prompt_in_one_piece() -> None:
+    assert cpu_defaults({"max_model_len": 64})["max_num_batched_tokens"] == 4096
+    assert cpu_defaults({"max_model_len": 9000})["max_num_batched_tokens"] == 9000
