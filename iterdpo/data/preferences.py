@@ -101,7 +101,7 @@ class Account:
 
     @property
     def rows(self) -> int:
-        return self.kept + sum(entry["count"] for entry in self.left_out.values())
+        return self.kept + sum(int(entry["count"]) for entry in self.left_out.values())
 
     def keep(self, pair: RawPair) -> None:
         self.add(Account(self.source, kept=1, first={"messages" if pair.prompt.conversational else "text": pair.row}))

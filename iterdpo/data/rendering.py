@@ -128,7 +128,8 @@ def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: b
             "as plain text, or use a checkpoint with a chat template"
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        return str(tokenizer.apply_chat_template(messages, **settings))
     except TemplateError as error:
         roles = ", ".join(m["role"] for m in messages)
         raise DataError(

@@ -50,7 +50,7 @@ def source_digest(path: str, split: str) -> str:
     """
     files = _local_files(path, split)
     if files is None:
-        return _hub_dataset(path, split)._fingerprint
+        return str(_hub_dataset(path, split)._fingerprint)
     try:
         return digest([sha256_file(file) for file in files])
     except OSError as error:
@@ -67,7 +67,7 @@ def source_stamp(path: str, split: str) -> list[list[str | int]] | str | None:
     """
     files = _local_files(path, split)
     if files is None:
-        return _hub_dataset(path, split)._fingerprint
+        return str(_hub_dataset(path, split)._fingerprint)
     found = [(file.name, file.stat()) for file in files]
     if sum(stat.st_size for _, stat in found) < LARGE:
         return None

@@ -25,7 +25,7 @@ def resolve_checkpoint(path: str, *, revision: str | None = None) -> Path:
         raise ConfigError(f"model.path {path!r}: no such directory; give a checkpoint directory or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     try:
@@ -54,7 +54,7 @@ def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> dic
             f"{base} with dpo.adapter"
         )
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{where}: has no config.json, so it is no Hugging Face checkpoint") from None
     except (OSError, json.JSONDecodeError) as error:
@@ -122,5 +122,5 @@ def context_length(config: dict[str, Any]) -> int | None:
     for section in (config, config.get("text_config") or {}):
         for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
             if isinstance(section.get(key), int):
-                return section[key]
+                return int(section[key])
     return None

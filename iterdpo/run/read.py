@@ -54,7 +54,7 @@ class Run:
     @property
     def versions(self) -> dict[str, str]:
         """The packages that the run started with: `{"torch": "2.13.0", …}`."""
-        return read_json(self.root / "run.json")["versions"]
+        return dict(read_json(self.root / "run.json")["versions"])
 
     @cached_property
     def metrics(self) -> pd.DataFrame:

@@ -249,7 +249,8 @@ class RunDir:
         path = self.root / "run.json"
         if not path.exists():
             raise UserError(f"{self.root}: no run here (no run.json)")
-        return read_json(path)["config"]
+        config: dict[str, Any] = read_json(path)["config"]
+        return config
 
     @contextmanager
     def lock(self, *, wait: bool = False) -> Iterator[None]:

@@ -162,7 +162,7 @@ def _sequence_logps(
     if policy.digest == run.initial.digest:
         return None
     if note.exists():
-        return read_json(note)
+        return dict(read_json(note))
     logps = {}
     with run.progress.stage("kl", 2 * total, "completions") as stage:
         for name, which in (("policy", policy), ("initial", run.initial)):
