@@ -106,6 +106,12 @@ def completion_shards(directory: Path) -> list[Path]:
     return sorted(directory.glob("shard-*.parquet"))
 
 
+def write_card(directory: Path, shards: str) -> None:
+    """The page that tells `datasets` which files of a step are its data: the manifest beside them is JSON too."""
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {json.dumps(shards)}\n---\n"
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
 def read_groups(directory: Path) -> Iterator[CompletionGroup]:
     """Every group in `directory`, a shard in memory at a time."""
     return itertools.chain.from_iterable(map(read_completion_shard, completion_shards(directory)))

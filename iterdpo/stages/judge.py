@@ -11,7 +11,7 @@ from iterdpo.judging.judge import JudgeBase
 from iterdpo.judging.run_judge import RunJudge
 from iterdpo.judging.shards import RETRY, NamedShard, StreamingJudge, completion_shards, judge_shards
 from iterdpo.judging.stats import AbstentionCounts, JudgeMetrics
-from iterdpo.run.artifacts import Completions, Judgments
+from iterdpo.run.artifacts import Completions, Judgments, write_card
 from iterdpo.run.rundir import Manifest, Step, read_manifest, write_text
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.types import CompletionGroup, Judgment
@@ -73,6 +73,7 @@ def _judge(
     usage = by.used()
     run.release_judges()
     streaming.clear()
+    write_card(directory, "shard-*.jsonl")
     counts = {**abstentions.result(), "metrics": metrics.result(), "usage": usage}
     return step.finish(counts=counts, seconds={"streamed": streamed or 0.0})
 

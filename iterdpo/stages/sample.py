@@ -14,6 +14,7 @@ from iterdpo.run.artifacts import (
     PolicyCheckpoint,
     read_completion_shard,
     shard_name,
+    write_card,
     write_completion_shard,
 )
 from iterdpo.run.rundir import Step
@@ -48,6 +49,7 @@ def sample(
             lambda prompt_id: derive_seed(run.config.seed, round, "sample", prompt_id),
             on_shard=streaming.put if streaming is not None else None,
         )
+        write_card(directory, "shard-*.parquet")
         manifest = step.finish(counts=counts)
     return Completions.of(step.path, manifest)
 

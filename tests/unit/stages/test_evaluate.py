@@ -87,7 +87,7 @@ def test_the_initial_policy_is_no_distance_from_itself(room: Room) -> None:
     assert (metrics["score/train_judge"], metrics["kl/to_initial"], metrics["win_rate/vs_initial"]) == (2.0, 0.0, None)
     assert metrics["sampler/logp_gap"] is None
     assert not (evaluation.path / "logps.json").exists()
-    assert [row["id"] for row in read_jsonl(run.dir.root / "heldout.jsonl")] == [p.id for p in run.prompts.heldout]
+    assert len(read_jsonl(run.dir.root / "heldout.jsonl")) == HELDOUT
     assert [g.prompt for g in read_groups(evaluation.completions)] == list(run.prompts.heldout)
 
 

@@ -165,3 +165,11 @@ def test_a_stage_needs_a_record_and_a_folder_alone(room: Room, tmp_path: Path) -
     assert judgments.completions == "5c1e"
     assert [j.scores for j in judgments] == [[1.0, 2.0]]
     assert room.sampler.asked == []
+
+
+def test_judgments_of_a_run_open_with_load_dataset(room: Room, tmp_path: Path) -> None:
+    import datasets
+
+    path = judged(room.open()).path
+    rows = datasets.load_dataset(str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows["scores"][:] == [[2.0, 4.0]] * PER_ROUND

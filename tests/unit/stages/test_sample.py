@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ def test_prompts_of_the_round_are_written_down(room: Room) -> None:
     run = room.open()
     sampled(run)
     rows = read_jsonl(run.dir.round_dir(1) / "prompts.jsonl")
-    assert [row["id"] for row in rows] == [p.id for p in run.prompts.of(1)]
+    assert all(p.id in json.dumps(row) for p, row in zip(run.prompts.of(1), rows, strict=True))
 
 
 def test_what_is_sampled_is_not_sampled_again(room: Room) -> None:
@@ -187,3 +188,11 @@ def test_evaluation_may_sample_another_number_at_another_temperature(room: Room)
     default, other = parameters_of(section), parameters_of(section, 1, 0.0)
     assert (default.n, default.temperature, default.top_k, default.max_tokens) == (K, 1.0, 7, 16)
     assert (other.n, other.temperature, other.top_k, other.max_tokens) == (1, 0.0, 7, 16)
+
+
+def test_completions_of_a_run_open_with_load_dataset(room: Room, tmp_path: Path) -> None:
+    import datasets
+
+    path = sampled(room.open(sampling={"shard_size": 100})).path  # one shard, and one manifest in JSON
+    rows = datasets.load_dataset(str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows["completions"][:] == [["ab", "abab"]] * PER_ROUND
