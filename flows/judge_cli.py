@@ -75,7 +75,7 @@ def check(
     from judges.audit.check import check_judge_on
     from judges.audit.figures import measure
     from judges.audit.labelled import read_labelled
-    from judges.audit.render import check_plots, check_sentence, check_tables, mistakes_shown, plain
+    from judges.audit.render import check_sentence, check_tables, mistake_example, plain
     from judges.load import check_columns, load_judge
 
     use, judge_args = _judge_spec(judge, args, role)
@@ -105,6 +105,12 @@ def check(
         "cost": {"seconds": round(done.seconds, 3), "usage": done.usage},
         **measure(done.pairs, seed=data.seed, confidence=output.confidence),
     }
+
+    def figures() -> list[Any]:
+        from judges.audit.plots import check_plots
+
+        return check_plots(report)
+
     return _put_out(
         output,
         {**plain(report), "pairs": [pair.to_json() for pair in done.pairs]},
@@ -119,8 +125,8 @@ def check(
             ("Lengths", f"in {unit}"),
             ("Seed", str(data.seed)),
         ],
-        figures=lambda: check_plots(report),
-        examples=mistakes_shown(done.mistakes),
+        figures=figures,
+        examples=list(map(mistake_example, done.mistakes)),
         examples_title="The mistakes it is surest of",
         on_terminal=0,
         title=f"{done.name} on {Path(data.data).name}",
@@ -142,7 +148,7 @@ def compare(
 ) -> int:
     """How far two judges agree, and where they differ."""
     from judges.audit.agreement import compare_judges, measure_agreement, read_samples
-    from judges.audit.render import compare_sentence, compare_tables, differences_shown, plain
+    from judges.audit.render import compare_sentence, compare_tables, difference_example, plain
     from judges.load import check_judge, load_judge
 
     specs = [_judge_spec(a, args_a, role), _judge_spec(b, args_b, role)]
@@ -178,7 +184,7 @@ def compare(
         tables=compare_tables(report),
         settings=[("A", first), ("B", second), ("Data", data.data), ("Seed", str(data.seed))],
         figures=list,
-        examples=differences_shown(done.differences),
+        examples=list(map(difference_example, done.differences)),
         examples_title="Where they differ",
         on_terminal=10,
         title=f"{first} and {second} on {Path(data.data).name}",

@@ -21,7 +21,7 @@ def decide(
     max_kl: float | None = None,
     otherwise: Literal["keep", "stop"] = "keep",
 ) -> Decision:
-    """Promote the candidate where `metrics[metric] >= minimum` and its KL is within bounds; else `otherwise`.
+    """Promote the candidate if `metrics[metric] >= minimum` and its KL is within bounds; else `otherwise`.
 
     A metric that could not be measured promotes nothing.
     """

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import pandas as pd
 
+from iterdpo.report.format import nats, number, percent
 from iterdpo.run.read import Run
 
 JUDGES = {"heldout": "the held-out judge", "train": "the training judge"}
 WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-def verdict(run: Run) -> str:
+def headline(run: Run) -> str:
     """`Three rounds moved the held-out judge's score from 0.29 to 0.72; round 3 beats the initial policy on …`."""
     if "data" in run.config:
-        return _offline_verdict(run)
+        return _offline_headline(run)
     judge = "heldout" if (run.config.get("evaluation") or {}).get("judge") else "train"
     planned, metrics = run.config.get("rounds"), run.metrics
     if metrics.empty:
@@ -82,34 +83,6 @@ def value(row: pd.Series, key: str) -> float | None:
     return None if found is None or pd.isna(found) else float(found)
 
 
-def number(x: float) -> str:
-    """Two decimals, or two digits of a small number, or none of a large one: 0.72, 0.0034, 143."""
-    if abs(x) >= 10:
-        return f"{x:,.0f}"
-    return f"{x:.2f}" if abs(x) >= 0.1 or x == 0 else f"{x:.2g}"
-
-
-def percent(x: float) -> str:
-    """`71 %`; with a decimal where rounding would hide on which side of one half (or short of all or none) it is."""
-    digits = 1 if any(0 < abs(x - edge) < 0.01 for edge in (0, 0.5, 1)) else 0
-    return f"{100 * x:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def count(x: float) -> str:
-    return f"{x:,.0f}"
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
-
-
-def nats(x: float) -> str:
-    """Two digits: 14, 4.1, 0.034; more than an estimate of KL deserves would mislead."""
-    return f"{x:,.0f}" if abs(x) >= 10 else f"{x:.2g}"
-
-
 def _comparison(row: pd.Series, confidence: float) -> str:
     """`round 3 beats the initial policy on 71 % of held-out prompts (95 % interval 65 to 77 %), at 14 nats of KL.`."""
     rate, low, high = (value(row, f"win_rate/vs_initial{end}") for end in ("", "_low", "_high"))
@@ -128,7 +101,7 @@ def _comparison(row: pd.Series, confidence: float) -> str:
     return f"{subject} is not distinguishable from the initial policy, with wins on {where} {interval}"
 
 
-def _offline_verdict(run: Run) -> str:
+def _offline_headline(run: Run) -> str:
     if run.metrics.empty:
         return "The offline round is not done yet."
     row = run.metrics.iloc[-1]
@@ -165,7 +138,7 @@ def _rose(initial: pd.Series, final: pd.Series, key: str) -> bool:
 
 
 def _range(low: float, high: float) -> str:
-    return f"{percent(low)[:-2]} to {percent(high)}"
+    return f"{percent(low, unit=False)} to {percent(high)}"
 
 
 def _wilson(share: float, n: int) -> tuple[float, float]:

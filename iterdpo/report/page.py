@@ -9,17 +9,18 @@ from __future__ import annotations
 import heapq
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import pandas as pd
 from markupsafe import Markup
 
 from iterdpo.escape import visible
-from iterdpo.report.headline import count, duration, number, percent, value, verdict
+from iterdpo.report.format import Column, count, duration, number, percent
+from iterdpo.report.headline import headline, value
 from iterdpo.report.plots import as_svg, figures
 from iterdpo.run.artifacts import completion_shards, read_completion_shard, read_judgment_shard
 from iterdpo.run.read import Run, read_run
@@ -28,14 +29,6 @@ from iterdpo.types import Prompt
 
 EXAMPLES = 8  # held-out prompts shown
 MAX_CHARACTERS = 4_000  # of a completion or prompt shown
-
-
-class Column(NamedTuple):
-    """A column of the table of rounds: `Column("KL", "kl/to_initial", number)`."""
-
-    heading: str
-    key: str
-    show: Callable[[float], str]
 
 
 ROUNDS = (
@@ -86,7 +79,7 @@ def write_report(run_dir: str | Path) -> Path:
     run = read_run(run_dir)
     page = page_template("iterdpo.report", "template.html.j2").render(
         name=run.root.absolute().name,
-        verdict=verdict(run),
+        verdict=headline(run),
         settings=_settings(run.config),
         versions=run.versions,
         rounds=_table(run.metrics, ROUNDS),

@@ -111,14 +111,13 @@ def figures(run: Run) -> dict[str, Figure]:
         ],
         "time": _time(rounds),
     }
-    with rc_context(STYLE):
-        return {name: _figure(name, column) for name, column in panels.items() if column}
+    return {name: figure(name, column) for name, column in panels.items() if column}
 
 
 def as_svg(fig: Figure) -> str:
     """The figure as inline SVG: transparent, its ids prefixed with the figure's label, its inks variables of the page.
 
-    Text stays text. `--ink`, `--faint` and `--card`, where the page sets them, recolour text, axes and hollow markers.
+    Text stays text. If the page sets `--ink`, `--faint` and `--card`, they recolour text, axes and hollow markers.
     """
     with rc_context(STYLE), io.StringIO() as out:
         fig.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -142,19 +141,20 @@ def as_png(fig: Figure, max_bytes: int = 140_000) -> bytes:
     raise ValueError(f"the figure {fig.get_label()!r} takes {len(png):,} bytes at 60 dpi, more than {max_bytes:,}")
 
 
-def _figure(name: str, panels: Sequence[Panel]) -> Figure:
-    fig = Figure(figsize=(4.4, 3.9), layout=ConstrainedLayoutEngine(h_pad=0.07), label=name)
-    axes = fig.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for ax, draw in zip(axes, panels, strict=True):
-        draw(ax)
-        ax.label_outer()
+def figure(name: str, panels: Sequence[Panel]) -> Figure:
+    with rc_context(STYLE):
+        fig = Figure(figsize=(4.4, 3.9), layout=ConstrainedLayoutEngine(h_pad=0.07), label=name)
+        axes = fig.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for ax, draw in zip(axes, panels, strict=True):
+            draw(ax)
+            ax.label_outer()
     return fig
 
 
 def _over_rounds(
     rounds: pd.DataFrame, title: str, *lines: Line, level: float | None = None, share: bool = False
 ) -> list[Panel]:
-    """One panel: each line over rounds with its interval, hollow where the gate did not promote. Empty without data."""
+    """One panel: each line over rounds with its interval, hollow if the gate did not promote. Empty without data."""
     drawn = [line for line in lines if len(_series(rounds, line.key))]
 
     def draw(ax: Axes) -> None:
@@ -180,7 +180,7 @@ def _against_kl(rounds: pd.DataFrame, title: str, line: Line) -> list[Panel]:
     y = _series(rounds, line.key)
     kl = _series(rounds, "kl/to_initial")
     if 0 in y.index:
-        kl[0] = 0.0  # the initial policy's divergence from itself, which nobody needs to estimate
+        kl[0] = 0.0  # the initial policy's divergence from itself, which needs no estimate
     points = pd.DataFrame({"kl": kl, "y": y}).dropna().sort_index()
     if len(points) < 2:
         return []
@@ -226,7 +226,7 @@ def _over_steps(
 
 
 def _pair_yield(rounds: pd.DataFrame) -> list[Panel]:
-    """What became of each round's candidate pairs, stacked. Empty where nothing was counted but what was kept."""
+    """What became of each round's candidate pairs, stacked. Empty if only kept pairs were counted."""
     colors = {"kept": BLUE, "tied": SKY, "unjudged": ORANGE, "identical": PURPLE, "truncated": FAINT}
     counts = {name: _series(rounds, f"pairs/{name}") for name in colors}
     if not any(len(series) for name, series in counts.items() if name != "kept"):
@@ -300,7 +300,7 @@ def _promoted(rounds: pd.DataFrame) -> pd.Series:
 
 
 def _series(frame: pd.DataFrame, key: str) -> pd.Series:
-    """The column as floats, without its nulls; empty where there is none."""
+    """The column as floats, without its nulls; empty if there is no such column."""
     if key not in frame:
         return pd.Series(dtype=float, index=frame.index[:0])
     return pd.to_numeric(frame[key], errors="coerce").astype(float).dropna()

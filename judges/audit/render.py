@@ -6,80 +6,72 @@ are made visible, on the terminal too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from iterdpo.escape import visible
+from iterdpo.report.format import UNIT, Column, percent
 from iterdpo.run.rundir import write_text
 from iterdpo.stats import Estimate
 from judges.audit.agreement import Difference
 from judges.audit.check import Mistake
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SHOWN = 10  # differences on the terminal, and lines of a table of reasons
 CHARACTERS = 300  # of a text on the terminal
 
 
-def percent(x: float) -> str:
-    return f"{100 * x:.1f} %"
+share = partial(percent, digits=1)
 
 
-def points(x: float) -> str:
-    return f"{100 * x:+.1f} %"
+def difference(x: float) -> str:
+    return f"{100 * x:+.1f}{UNIT}"
 
 
-def number(x: float) -> str:
-    return f"{round(x, 3) + 0.0:.3f}"  # without the sign of -0
-
-
-class Row(NamedTuple):
-    key: str
-    label: str
-    show: Callable[[float], str]
+decimals = "{:z.3f}".format  # z: without the sign of -0
 
 
 CHECK_ROWS = (
-    Row("accuracy", "accuracy, a tie half right", percent),
-    Row("accuracy_decided", "accuracy where it names a winner", percent),
-    Row("accuracy_agreeing", "accuracy where both orders agree", percent),
-    Row("coverage", "judged, not abstained", percent),
-    Row("tie_rate", "ties", percent),
-    Row("tie_agreement", "labelled ties judged a tie", percent),
-    Row("flip_rate", "verdict changes with the order", percent),
-    Row("first_position", "the first shown wins (fair: 50 %)", percent),
-    Row("first_index", "the first of the group wins (fair: 50 %)", percent),
-    Row("longer_wins", "the longer wins", percent),
-    Row("longer_is_better", "the longer is better by the label", percent),
-    Row("length_bias", "length bias, the difference", points),
-    Row("accuracy_chosen_longer", "accuracy where the better is longer", percent),
-    Row("accuracy_chosen_shorter", "accuracy where the better is shorter", percent),
-    Row("length_rank_correlation", "correlation of score and length", number),
-    Row("ece", "calibration error (ECE)", number),
-    Row("ece_tempered", "ECE with the best temperature", number),
-    Row("brier", "Brier score (a coin: 0.250)", number),
-    Row("self_consistency", "same verdict when asked again", percent),
+    Column("accuracy, a tie half right", "accuracy", share),
+    Column("accuracy if it names a winner", "accuracy_decided", share),
+    Column("accuracy if both orders agree", "accuracy_agreeing", share),
+    Column("judged, not abstained", "coverage", share),
+    Column("ties", "tie_rate", share),
+    Column("labelled ties judged a tie", "tie_agreement", share),
+    Column("verdict changes with the order", "flip_rate", share),
+    Column("the first shown wins (fair: 50 %)", "first_position", share),
+    Column("the first of the group wins (fair: 50 %)", "first_index", share),
+    Column("the longer one wins", "longer_wins", share),
+    Column("the longer one is better by the label", "longer_is_better", share),
+    Column("length bias, the difference", "length_bias", difference),
+    Column("accuracy if the better one is longer", "accuracy_chosen_longer", share),
+    Column("accuracy if the better one is shorter", "accuracy_chosen_shorter", share),
+    Column("correlation of score and length", "length_rank_correlation", decimals),
+    Column("calibration error (ECE)", "ece", decimals),
+    Column("ECE with the best temperature", "ece_tempered", decimals),
+    Column("Brier score (a coin: 0.250)", "brier", decimals),
+    Column("same verdict when asked again", "self_consistency", share),
 )
 SUBSET_ROWS = (
-    Row("accuracy", "accuracy", percent),
-    Row("accuracy_decided", "where it names a winner", percent),
-    Row("tie_rate", "ties", percent),
-    Row("coverage", "judged", percent),
-    Row("flip_rate", "changes with the order", percent),
+    Column("accuracy", "accuracy", share),
+    Column("accuracy if it names a winner", "accuracy_decided", share),
+    Column("ties", "tie_rate", share),
+    Column("judged", "coverage", share),
+    Column("changes with the order", "flip_rate", share),
 )
 COMPARE_ROWS = (
-    Row("agreement", "same verdict", percent),
-    Row("kappa", "Cohen's kappa", number),
-    Row("opposite", "opposite verdicts", percent),
-    Row("kendall", "Kendall's tau-b within a prompt", number),
-    Row("spearman", "Spearman's rho within a prompt", number),
-    Row("accuracy_a", "accuracy of A", percent),
-    Row("accuracy_b", "accuracy of B", percent),
-    Row("accuracy_gain", "accuracy of B less that of A", points),
+    Column("same verdict", "agreement", share),
+    Column("Cohen's kappa", "kappa", decimals),
+    Column("opposite verdicts", "opposite", share),
+    Column("Kendall's tau-b within a prompt", "kendall", decimals),
+    Column("Spearman's rho within a prompt", "spearman", decimals),
+    Column("accuracy of A", "accuracy_a", share),
+    Column("accuracy of B", "accuracy_b", share),
+    Column("accuracy of B less that of A", "accuracy_gain", difference),
 )
 
 
@@ -114,8 +106,8 @@ def check_sentence(report: dict[str, Any]) -> str:
     if accuracy.value is None or accuracy.low is None or accuracy.high is None:
         return f"{name} judged no pair that is labelled with a winner."
     said = [
-        f"{name} prefers the better completion in {percent(accuracy.value)} of {accuracy.n:,} pairs "
-        f"({percent(report['confidence'])[:-4]} % interval {_range(accuracy, percent)})"
+        f"{name} prefers the better completion in {share(accuracy.value)} of {accuracy.n:,} pairs "
+        f"({percent(report['confidence'])[:-4]} % interval {_range(accuracy, share)})"
         + (
             ", which is not distinguishable from chance."
             if accuracy.low <= 0.5 <= accuracy.high
@@ -126,7 +118,7 @@ def check_sentence(report: dict[str, Any]) -> str:
     ]
     coverage, first, index, length = (figures[k] for k in ("coverage", "first_position", "first_index", "length_bias"))
     if coverage.value < 0.95:
-        said.append(f"It abstained from {percent(1 - coverage.value)}.")
+        said.append(f"It abstained from {share(1 - coverage.value)}.")
     place = first if first.value is not None else index
     if place.low is not None and not place.low <= 0.5 <= place.high:
         said.append(f"It prefers what it is shown {'first' if place.low > 0.5 else 'second'}.")
@@ -142,7 +134,7 @@ def check_tables(report: dict[str, Any]) -> list[Table]:
             [name, f"{some['pairs']:,}", *(_cell(some[row.key], row.show) for row in SUBSET_ROWS)]
             for name, some in report["subsets"].items()
         ]
-        tables.append(Table("By subset", ["subset", "pairs", *(row.label for row in SUBSET_ROWS)], rows))
+        tables.append(Table("By subset", ["subset", "pairs", *(row.heading for row in SUBSET_ROWS)], rows))
     if report["abstentions"]:
         tables.append(_reasons(report["abstentions"]))
     if report["reliability"]:
@@ -150,17 +142,15 @@ def check_tables(report: dict[str, Any]) -> list[Table]:
             [
                 f"{b['from']:.2f} to {b['to']:.2f}",
                 f"{b['pairs']:,}",
-                number(b["confidence"]),
-                _cell(b["accuracy"], number),
+                decimals(b["confidence"]),
+                _cell(b["accuracy"], decimals),
             ]
             for b in report["reliability"]
         ]
         about = report["calibration"]
         note = f"The judge's probability that a completion is the better one: {about['probability']}."
         if about["ece_if_calibrated"] is not None:
-            note += (
-                f" By chance alone, a calibrated judge would show an ECE of {number(about['ece_if_calibrated'])} here."
-            )
+            note += f" By chance alone, a calibrated judge would show an ECE of {decimals(about['ece_if_calibrated'])} here."
         if about["temperature"] is not None:
             note += f" The best temperature on half of the prompts is {about['temperature']:.3g}."
         tables.append(Table("Calibration", ["confidence", "pairs", "mean confidence", "accuracy"], rows, note))
@@ -174,10 +164,10 @@ def compare_sentence(report: dict[str, Any]) -> str:
     agreement, kappa = figures["agreement"], figures["kappa"]
     if agreement.value is None:
         return f"{a} (A) and {b} (B) judged no pair in common."
-    beyond = "" if kappa.value is None else f", kappa {_cell(kappa, number)}"
+    beyond = "" if kappa.value is None else f", kappa {_cell(kappa, decimals)}"
     return (
-        f"{a} (A) and {b} (B) say the same of {percent(agreement.value)} of {agreement.n:,} pairs "
-        f"({_range(agreement, percent)}){beyond}."
+        f"{a} (A) and {b} (B) say the same of {share(agreement.value)} of {agreement.n:,} pairs "
+        f"({_range(agreement, share)}){beyond}."
     )
 
 
@@ -197,18 +187,10 @@ def compare_tables(report: dict[str, Any]) -> list[Table]:
     ]
 
 
-def mistakes_shown(mistakes: Sequence[Mistake]) -> list[Example]:
-    return [_mistake(m) for m in mistakes]
-
-
-def differences_shown(differences: Sequence[Difference]) -> list[Example]:
-    return [_difference(d) for d in differences]
-
-
-def _figures(report: dict[str, Any], rows: Sequence[Row], counted: str) -> Table:
+def _figures(report: dict[str, Any], rows: Sequence[Column], counted: str) -> Table:
     found = [(row, report["figures"][row.key]) for row in rows]
     cells = [
-        [row.label, row.show(e.value), "" if e.low is None else _range(e, row.show), f"{e.n:,}"]
+        [row.heading, row.show(e.value), "" if e.low is None else _range(e, row.show), f"{e.n:,}"]
         for row, e in found
         if e.value is not None
     ]
@@ -232,12 +214,12 @@ def _cost(cost: dict[str, Any], units: int, title: str = "Cost", unit: str = "pa
     return Table(title, ["", "in all", f"a {unit}"], rows)
 
 
-def _mistake(mistake: Mistake) -> Example:
+def mistake_example(mistake: Mistake) -> Example:
     pair, judgment = mistake.pair, mistake.judged.judgment
     assert judgment.probability is not None
     chosen, rejected = (f"score {score:.4g}" for score in judgment.scores)
     return Example(
-        f"Row {pair.row:,}: the judge gives the better completion {percent(judgment.probability)}",
+        f"Row {pair.row:,}: the judge gives the better completion {share(judgment.probability)}",
         pair.prompt.text,
         [
             Side("better by the label", pair.chosen.text, chosen),
@@ -246,8 +228,8 @@ def _mistake(mistake: Mistake) -> Example:
     )
 
 
-def _difference(difference: Difference) -> Example:
-    sample, rated, a, b = difference
+def difference_example(found: Difference) -> Example:
+    sample, rated, a, b = found
     sides = []
     for k, name in ((rated.i, "first"), (rated.j, "second")):
         best = " · better by the label" if sample.chosen == k else ""
@@ -265,7 +247,8 @@ def _cell(estimate: Estimate, show: Callable[[float], str]) -> str:
 def _range(estimate: Estimate, show: Callable[[float], str]) -> str:
     assert estimate.low is not None
     assert estimate.high is not None
-    return f"{show(estimate.low).removesuffix(' %')} to {show(estimate.high)}"
+    low = show(estimate.low).removesuffix(UNIT)
+    return f"{low} to {show(estimate.high)}"
 
 
 # Terminal
@@ -360,63 +343,3 @@ def write_page(
         examples_title=examples_title,
     )
     write_text(Path(path), page)
-
-
-def check_plots(report: dict[str, Any]) -> list[tuple[str, str, Figure]]:
-    plots = []
-    if report["reliability"]:
-        caption = "On the dashed line the judge is right as often as it claims. Bars are intervals, areas the numbers of pairs."
-        plots.append(("Reliability", caption, _reliability(report["reliability"])))
-    if len(report["subsets"]) > 1:
-        caption = "A tie is half right. Dashed: chance."
-        plots.append(("Accuracy by subset", caption, _by_subset(report["subsets"])))
-    return plots
-
-
-def _reliability(bins: Sequence[dict[str, Any]]) -> Figure:
-    from iterdpo.report.plots import BLUE, FAINT
-
-    most = max(b["pairs"] for b in bins)
-    with _plot("reliability", title="Accuracy", x="confidence") as (fig, ax):
-        ax.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1, linestyle=(0, (2, 2)))
-        x = [b["confidence"] for b in bins]
-        y = [b["accuracy"].value for b in bins]
-        ax.vlines(x, [b["accuracy"].low for b in bins], [b["accuracy"].high for b in bins], color=BLUE, linewidth=1.4)
-        ax.scatter(x, y, s=[12 + 140 * b["pairs"] / most for b in bins], color=BLUE, alpha=0.75, linewidths=0, zorder=3)
-        ax.set_xlim(0.48, 1.02)
-        ax.set_ylim(-0.02, 1.02)
-    return fig
-
-
-def _by_subset(subsets: dict[str, dict[str, Any]]) -> Figure:
-    """By numbers: names come from the data, and are in the table."""
-    from iterdpo.report.plots import BLUE, FAINT
-
-    found = [(place, some["accuracy"]) for place, some in enumerate(subsets.values(), 1)]
-    judged = [(place, e) for place, e in found if e.value is not None]
-    with _plot("subsets", title="Subset, in the order of the table", x="accuracy") as (fig, ax):
-        ax.axvline(0.5, color=FAINT, linewidth=1, linestyle=(0, (2, 2)))
-        ax.hlines(
-            [p for p, _ in judged], [e.low for _, e in judged], [e.high for _, e in judged], color=BLUE, linewidth=1.4
-        )
-        ax.scatter([e.value for _, e in judged], [p for p, _ in judged], s=30, color=BLUE, zorder=3)
-        ax.set_xlim(-0.02, 1.02)
-        ax.set_ylim(len(found) + 0.6, 0.4)
-        ax.locator_params(axis="y", nbins=12, integer=True)
-    return fig
-
-
-@contextmanager
-def _plot(label: str, *, title: str, x: str) -> Iterator[tuple[Figure, Axes]]:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    from iterdpo.report.plots import STYLE
-
-    with rc_context(STYLE):
-        fig = Figure(figsize=(4.4, 3.9), layout=ConstrainedLayoutEngine(h_pad=0.07), label=label)
-        ax = fig.subplots()
-        ax.set_title(title)
-        ax.set_xlabel(x)
-        yield fig, ax

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from iterdpo.report.headline import number, percent, verdict
+from iterdpo.report.headline import headline
 from iterdpo.run.read import read_run
 from iterdpo.run.rundir import RunDir, write_jsonl
 
@@ -29,7 +29,7 @@ def say(tmp_path: Path) -> Judge:
     def say(*rows: dict[str, Any], config: dict[str, Any] = ONLINE) -> str:
         RunDir(tmp_path).write_config(config)
         write_jsonl(tmp_path / "metrics.jsonl", rows)
-        return verdict(read_run(tmp_path)).replace("\N{NO-BREAK SPACE}", " ")
+        return headline(read_run(tmp_path)).replace("\N{NO-BREAK SPACE}", " ")
 
     return say
 
@@ -116,16 +116,3 @@ def test_an_offline_round_without_heldout_pairs_claims_nothing_of_new_ones(say: 
     said = say({"round": 1, "rewards/accuracies": 0.71}, config={"data": {"heldout": 0}})
     assert "preferred the chosen completion in 71 % of the pairs. None were held out" in said
     assert say(config={"data": {}}) == "The offline round is not done yet."
-
-
-@pytest.mark.parametrize(
-    ("x", "shown"),
-    [(0.294, "0.29"), (0.0, "0.00"), (-0.0034, "-0.0034"), (9.5, "9.50"), (143.2, "143"), (-1234.5, "-1,234")],
-)
-def test_numbers_keep_the_digits_that_matter(x: float, shown: str) -> None:
-    assert number(x) == shown
-
-
-@pytest.mark.parametrize(("x", "shown"), [(0.71, "71"), (0.504, "50.4"), (0.5, "50"), (0.004, "0.4"), (1.0, "100")])
-def test_percentages_do_not_round_onto_one_half(x: float, shown: str) -> None:
-    assert percent(x) == f"{shown}\N{NO-BREAK SPACE}%"
