@@ -150,9 +150,15 @@ def _first_planned(api: PrefectAPI, deployment: UUID) -> datetime:
 
 def _trouble(api: PrefectAPI, deployment: UUID) -> str | None:
     """Why rounds may not start at their time, or None."""
+    import httpx
+
     if failures := api.failures():
         return f"the scheduler of Prefect's server fails, so that rounds may not start at their time: {failures[-1]} (see {api.log})"
-    if _planned(deployment) is None:
+    try:
+        planned = _planned(deployment)
+    except httpx.HTTPError as error:
+        return f"the Prefect server at {api.url} does not answer: {error}"
+    if planned is None:
         return f"the Prefect server at {api.url} plans no rounds: its scheduler does not run, or the schedule is paused"
     return None
 

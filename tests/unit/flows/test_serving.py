@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.serving import OVERRIDABLE, overridden
+from flows.server import FAILED, PrefectAPI
+from flows.serving import OVERRIDABLE, _trouble, overridden
 from iterdpo.config import Config, parse_config
 from iterdpo.errors import ConfigError
+from iterdpo.run.ports import free_port
 
 
 @pytest.fixture
@@ -49,3 +53,18 @@ def test_a_number_out_of_range_is_refused_with_its_key(config: Config) -> None:
         overridden(config, 1, {"prompts.per_round": 0})
     with pytest.raises(ConfigError, match="rounds = 0: input should be greater than or equal to 1"):
         overridden(config, 0, {})
+
+
+def test_a_scheduler_that_fails_later_is_told_with_its_reason_and_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "prefect.log"
+    log.write_text(f"INFO all is well\n{FAILED}schedule_deployments(): OperationalError: disk full\n")
+    trouble = _trouble(PrefectAPI("http://127.0.0.1:1/api", tmp_path / "password", log), uuid4())
+    assert trouble is not None
+    assert "schedule_deployments(): OperationalError: disk full" in trouble
+    assert str(log) in trouble
+
+
+def test_a_server_that_is_gone_is_told(tmp_path: Path) -> None:
+    api = PrefectAPI(f"http://127.0.0.1:{free_port()}/api")
+    with temporary_settings({PREFECT_API_URL: api.url}):
+        assert "does not answer" in str(_trouble(api, uuid4()))
