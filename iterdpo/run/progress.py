@@ -11,17 +11,18 @@ from typing import IO
 class Stage:
     """Work under way: say how far it is with `to` or `advance`, and set `remark` for its last line.
 
-    The rate in that line is of what follows `begin`: neither a start-up nor what an earlier start left counts.
+    The rate in that line is of the work after `begin`: neither the start-up nor the work of an earlier start counts.
     """
 
-    def __init__(self) -> None:
-        self.started = self.begun = time.perf_counter()
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.started = self.begun = clock()
         self.done = self.before = 0
         self.remark = ""
         self.draw: Callable[[int], None] = lambda done: None
 
     def begin(self) -> None:
-        self.begun, self.before = time.perf_counter(), self.done
+        self.begun, self.before = self.clock(), self.done
 
     def to(self, done: int) -> None:
         self.done = done
@@ -32,10 +33,13 @@ class Stage:
 
 
 class Progress:
-    """Where progress goes: a stream, or nowhere. `every`: seconds between a stage's plain lines."""
+    """Where progress goes: a stream, or nowhere. `every`: seconds of `clock` between a stage's plain lines."""
 
-    def __init__(self, stream: IO[str] | None = None, *, every: float = 20.0) -> None:
+    def __init__(
+        self, stream: IO[str] | None = None, *, every: float = 20.0, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.stream = stream
+        self.clock = clock
         self.every = every
 
     def say(self, text: str) -> None:
@@ -44,8 +48,8 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Stage]:
-        """Around a stage's work; prints its line when it ends, also when it fails. A total of 0 is not known."""
-        stage = Stage()
+        """Around a stage's work; prints its line when it ends, also when it fails. A total of 0 means unknown."""
+        stage = Stage(self.clock)
         if self.stream is None:
             yield stage
             return
@@ -58,7 +62,7 @@ class Progress:
             self._close(stage, name, unit, outcome)
 
     def _close(self, stage: Stage, name: str, unit: str, outcome: str) -> None:
-        now = time.perf_counter()
+        now = self.clock()
         start_up = f", {stage.begun - stage.started:.1f} s to start" if stage.begun - stage.started >= 1 else ""
         count = stage.done - stage.before
         rate = f", {count / (now - stage.begun):,.1f} {unit}/s" if count and now > stage.begun else ""
@@ -83,7 +87,7 @@ class Progress:
 
         def line(done: int) -> None:
             nonlocal shown, first
-            now = time.perf_counter()
+            now = self.clock()
             if first[1] == 0:
                 first = (now, done)  # the start-up of a process says nothing of the rate
             elif now - shown >= self.every and not total:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,9 +37,7 @@ def kill_when(workspace: Workspace, moment: Callable[[Path], bool], *options: st
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    killed = time.monotonic()
     wait_for(lambda: not workspace.survivors(), seconds=1.0, what=f"the end of {workspace.survivors()}")
-    assert time.monotonic() - killed < 1.0
 
 
 def test_a_run_killed_in_sampling_training_and_evaluation_ends_bit_identical(
@@ -63,6 +60,7 @@ def test_a_run_killed_in_sampling_training_and_evaluation_ends_bit_identical(
     kill_when(workspace, evaluating, "--no-prefect")
     log = read_jsonl(run / "round-001" / "policy" / "train_log.jsonl")
     assert [row["step"] for row in log] == list(range(1, len(log) + 1))
+    # A step's row is on disk before the checkpoint of that step: a resumed log has no gap.
     assert int(checkpoint.removeprefix("checkpoint-")) <= steps
 
     result = workspace.iterdpo("run", str(workspace.root / "config.yaml"), "--no-prefect")

@@ -242,7 +242,7 @@ def test_a_file_that_is_not_there_or_not_text_is_refused() -> None:
     assert refusal(files=(".",)).startswith(".: cannot be read: ")
 
 
-def test_an_offline_configuration_given_to_a_run_and_the_other_way_round_is_told_where_it_belongs() -> None:
+def test_a_configuration_of_the_other_kind_is_told_where_it_belongs() -> None:
     assert refusal(files=("offline.yaml",)) == "offline.yaml: has 'data': this is a configuration of `iterdpo train`"
     with pytest.raises(ConfigError, match=r"run\.yaml: has 'judge': this is a configuration of `iterdpo run`"):
         load_offline_config("run.yaml")

@@ -104,7 +104,7 @@ def test_pairs_of_one_prompt_do_not_count_as_independent() -> None:
     assert narrow < 0.7  # what is avoided
 
 
-def test_the_intervals_of_a_difference_and_of_the_position_hold_the_truth_as_often_as_they_say() -> None:
+def test_the_intervals_of_differences_and_positions_hold_the_truth_as_often_as_they_say() -> None:
     names = [str(i) for i in range(300)]
 
     def difference(rng: np.random.Generator) -> Estimate:

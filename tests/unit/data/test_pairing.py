@@ -122,7 +122,7 @@ def test_an_abstention_is_neither_the_worst_nor_a_tie() -> None:
     assert counts.completions_unjudged == 2
 
 
-def test_truncated_completions_are_paired_unless_they_are_to_be_dropped_and_counted_either_way() -> None:
+def test_truncated_completions_are_counted_and_paired_unless_they_are_to_be_dropped() -> None:
     group = judged("abc", [1.0, 0.5, 0.0], cut=[0])
     kept, counts = build(group)
     assert texts(kept) == ["a>c"]

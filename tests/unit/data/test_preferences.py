@@ -429,7 +429,7 @@ def test_sharegpts_turns_are_read_as_messages(tmp_path: Path, row: dict[str, Any
     assert parts(pair) == ([user("hi"), assistant("hello"), user("2+2?")], [assistant("4")], [assistant("5")])
 
 
-def test_sharegpts_conversations_may_be_followed_by_plain_completions_and_have_a_system_column(tmp_path: Path) -> None:
+def test_sharegpt_conversations_may_precede_plain_completions_and_have_a_system_column(tmp_path: Path) -> None:
     row = {"system": "Be brief.", "conversations": [said("human", "2+2?")], "chosen": "4", "rejected": "5"}
     (pair,) = read(tmp_path, row).pairs
     assert parts(pair) == ([{"role": "system", "content": "Be brief."}, user("2+2?")], "4", "5")

@@ -114,7 +114,7 @@ def test_a_tokenizer_that_marks_word_starts_adds_no_space_before_the_completion(
     assert tokens(tokenizer, completion_token_ids(tokenizer, "hi", " yes")) == ["▁yes", "</s>"]
 
 
-def test_a_template_that_writes_an_empty_thought_into_the_finished_turn_keeps_it_in_the_completion() -> None:
+def test_an_empty_thought_that_a_template_writes_stays_in_the_completion() -> None:
     template = CHATML.replace(
         "{{ message['content'] }}",
         "{% if message['role'] == 'assistant' %}<think></think>{% endif %}{{ message['content'] }}",

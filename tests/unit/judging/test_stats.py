@@ -82,7 +82,7 @@ def test_the_judge_that_rewards_length_is_seen() -> None:
     assert JudgeMetrics().add(groups, backwards).result()["length_correlation"] == pytest.approx(-1.0)
 
 
-def test_length_correlation_is_within_prompts_so_that_long_answers_to_hard_questions_do_not_count() -> None:
+def test_length_correlation_is_within_prompts_so_long_answers_to_hard_questions_do_not_count() -> None:
     # Between the prompts length and score rise together; within each the shorter is better.
     groups = [make_group("?", ["a", "bb"]), make_group("!", ["aaaaaaaa", "bbbbbbbbb"])]
     judgments = [

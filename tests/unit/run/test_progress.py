@@ -7,7 +7,6 @@ import os
 import pty
 import re
 import threading
-from types import SimpleNamespace
 
 import pytest
 
@@ -36,11 +35,10 @@ def test_a_stage_ends_with_one_line_of_counts_time_and_remark() -> None:
     assert re.fullmatch(r"  pair           3 pairs +\d+\.\d s, [\d,.]+ pairs/s · kept 3 of 4", line)
 
 
-def test_neither_a_start_up_nor_what_was_there_before_counts_in_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_a_start_up_nor_what_was_there_before_counts_in_the_rate() -> None:
     now = 100.0
-    monkeypatch.setattr("iterdpo.run.progress.time", SimpleNamespace(perf_counter=lambda: now))
     stream = io.StringIO()
-    with Progress(stream).stage("sample", 64, "completions") as stage:
+    with Progress(stream, clock=lambda: now).stage("sample", 64, "completions") as stage:
         stage.to(32)
         now += 60
         stage.begin()
@@ -71,11 +69,10 @@ def test_a_stage_without_work_has_no_rate() -> None:
     assert re.fullmatch(r"  judge          0 prompts +\d+\.\d s", lines(stream)[0])
 
 
-def test_a_log_gets_a_line_now_and_then_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_gets_a_line_now_and_then_with_the_time_left() -> None:
     clock = iter([0.0, 50.0, 60.0, 75.0, 90.0, 100.0, 200.0])
-    monkeypatch.setattr("iterdpo.run.progress.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     stream = io.StringIO()
-    with Progress(stream, every=20).stage("sample", 10_000, "prompts") as stage:
+    with Progress(stream, every=20, clock=lambda: next(clock)).stage("sample", 10_000, "prompts") as stage:
         stage.to(1000)  # at 50 s: start-up, mostly, which says nothing of the rate
         stage.to(1500)  # at 60 s: 500 in 10 s, 8,500 left
         stage.to(3000)  # at 75 s: too soon for another line

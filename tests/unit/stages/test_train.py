@@ -6,7 +6,6 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,10 +165,9 @@ def test_the_rate_of_training_leaves_out_the_steps_of_an_earlier_start(
         if not earlier:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("iterdpo.run.progress.time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(stage, "launch_training", launch)
     screen = io.StringIO()
-    run = room.open(dpo={"pairs_per_step": 4}, progress=Progress(screen))
+    run = room.open(dpo={"pairs_per_step": 4}, progress=Progress(screen, clock=lambda: now))
     with pytest.raises(KeyboardInterrupt):
         train(run, 1, PAIRS, POLICY, POLICY)
     train(run, 1, PAIRS, POLICY, POLICY)

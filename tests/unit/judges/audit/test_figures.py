@@ -15,7 +15,7 @@ from judges.audit.figures import measure
 from tests.unit.judges.audit.faulty_judges import PAIRS, Faulty, Scores, holds, labelled
 
 
-def test_a_comparing_judges_accuracy_flips_position_and_length_bias_are_what_it_was_built_with() -> None:
+def test_a_comparing_judges_accuracy_flips_and_biases_are_what_it_was_built_with() -> None:
     right_longer, right_shorter, blind, longer = 0.9, 0.6, 0.2, 0.4
     judge = Faulty(right={True: right_longer, False: right_shorter}, blind=blind)
     check = check_judge_on(judge, labelled(PAIRS, longer=longer, subsets=["math", "code"]), seed=3)

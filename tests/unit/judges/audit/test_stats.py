@@ -28,7 +28,7 @@ def test_the_interval_of_the_calibration_error_holds_the_truth_as_often_as_it_sa
     assert covered(draw, float((claimed - true).mean()), seeds=100) >= 0.9
 
 
-def test_the_intervals_of_kappa_and_of_the_rank_correlation_hold_the_truth_as_often_as_they_say() -> None:
+def test_the_intervals_of_kappa_and_rank_correlation_hold_the_truth_as_often_as_they_say() -> None:
     names = [str(i) for i in range(300)]
 
     def of_kappa(rng: np.random.Generator) -> Estimate:  # fair coins that agree with P = 0.8: kappa = (0.8 - 0.5) / 0.5

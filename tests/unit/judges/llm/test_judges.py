@@ -67,7 +67,7 @@ def test_every_two_are_asked_in_both_orders_and_a_consistent_judge_is_believed(e
 
 
 @pytest.mark.parametrize(("status", "scores"), [(400, [1.0, 0.0, None]), (500, [None] * 3)])
-def test_the_others_are_scored_without_one_that_is_always_refused_but_not_without_one_that_was_unlucky(
+def test_the_others_are_scored_without_one_that_is_always_refused_but_with_an_unlucky_one(
     endpoint: Any, status: int, scores: list[float | None]
 ) -> None:
     verdict = better("GOOD", "BAD")
