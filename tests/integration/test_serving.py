@@ -114,7 +114,7 @@ def test_the_page_of_prefect_shows_rounds_table_and_plots(served: Served, tmp_pa
         browser = playwright.chromium.launch(executable_path=browser_path, args=options)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(f"{page_url}/runs")
-        page.locator("input[type=password]").fill(os.environ["PREFECT_API_AUTH_STRING"])
+        page.locator("input[type=password]").fill(os.environ["PREFECT_API_AUTH_STRING"], timeout=60_000)
         page.keyboard.press("Enter")
         page.get_by_text("run round 2").first.wait_for(timeout=60_000)
         page.goto(f"{page_url}/artifacts/artifact/{keys['run-scores']['latest_id']}")
