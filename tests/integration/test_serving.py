@@ -29,7 +29,7 @@ from iterdpo.run.ports import answers, free_port
 from iterdpo.testing import build_tiny_checkpoint
 from tests.integration.harness import Workspace, call, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # several engines start, one after the other
 
 
 @contextmanager
@@ -66,6 +66,7 @@ class Served(NamedTuple):
 def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Served]:
     """A deployment that is served, to which two triggers at once have added a round each."""
     workspace = Workspace(tmp_path_factory.mktemp("served"), tiny_model)
+    workspace.config["prompts"] |= {"per_round": 8, "heldout": 4}
     with serving(workspace, "--cron", "0 2 * * *") as page:
         found = call(f"{page}/api/deployments/name/add_rounds/nightly")
         runs = [call(f"{page}/api/deployments/{found['id']}/create_flow_run", {})["id"] for _ in range(2)]
@@ -74,7 +75,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
 
 
 def wait_for_completion(workspace: Workspace, page: str, runs: list[str]) -> None:
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     states: dict[str, str] = {}
     while time.monotonic() < deadline and set(states.values()) != {"COMPLETED"}:
         time.sleep(1)
@@ -131,7 +132,7 @@ def test_the_page_of_prefect_shows_rounds_table_and_plots(served: Served, tmp_pa
 def test_a_cron_of_a_minute_adds_a_round_by_itself(workspace: Workspace) -> None:
     workspace.config["prompts"] |= {"per_round": 4, "heldout": 4}
     with serving(workspace, "--cron", "* * * * *") as page:
-        wait_for(lambda: (workspace.run_dir / "round-001" / "round.json").exists(), seconds=450, what="a round")
+        wait_for(lambda: (workspace.run_dir / "round-001" / "round.json").exists(), seconds=900, what="a round")
         [first, *_] = call(f"{page}/api/flow_runs/filter", {"sort": "EXPECTED_START_TIME_ASC"})
     assert first["auto_scheduled"] is True
     assert "WARNING" not in (workspace.root / "output.log").read_text()
