@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -101,21 +101,19 @@ class TreeLayout:
     query_slot: Tensor  # [N], the token's position in the concatenated block queries; out of range for padding
     key_slots: Tensor  # [N, J], its positions in the concatenated block keys, padded with an out-of-range index
 
-    def to(self, device: torch.device | str) -> TreeLayout:
-        blocks = tuple(Block(*(getattr(b, f.name).to(device) for f in fields(b))) for b in self.blocks)
-        return TreeLayout(
-            self.tree.to(device),
-            self.branch.to(device),
-            self.position.to(device),
-            blocks,
-            self.query_slot.to(device),
-            self.key_slots.to(device),
-        )
-
     @cached_property
     def mask_cache(self) -> dict[Any, Any]:
         """Masks that the first layer makes from the layout, for the layers after it."""
         return {}
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """`value` with the tensors in its dataclasses and tuples on `device`."""
+    if isinstance(value, tuple):
+        return tuple(moved(part, device) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def tree_layout(trees: Sequence[tuple[int, Sequence[int]]], width: int) -> TreeLayout:

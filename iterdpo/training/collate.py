@@ -9,12 +9,13 @@ back to the pairs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from iterdpo.config import DPOConfig
 from iterdpo.data.pairs import TokenPair, TokenPairs
 from iterdpo.seeds import derive_seed
 from iterdpo.training.attention import PAD_MULTIPLE, TreeLayout, tree_layout
@@ -52,18 +53,6 @@ class Batch:
     """Tokens in `input_ids` that are not padding."""
     attention_pairs: int
     """How many pairs of a query and a key that it sees there are."""
-
-    def to(self, device: torch.device | str) -> Batch:
-        position_ids = None if self.position_ids is None else self.position_ids.to(device)
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            position_ids=position_ids,
-            layout=None if self.layout is None else self.layout.to(device),
-            sources=self.sources.to(device),
-            targets=self.targets.to(device),
-            branch=self.branch.to(device),
-        )
 
 
 def collate(trees: Sequence[Tree], *, shared: bool, pad_token_id: int = 0) -> Batch:
@@ -195,33 +184,21 @@ class PairSlots:
 class RoundPairs:
     """All pairs of a round, numbered: those to train on first, then those held out.
 
-    Args:
-        training, held_out: the files of pairs; the second is None if nothing is held out.
-        chosen_only: leave the rejected completions out, which SFT does not use.
-        with_partners: give each pair another prompt's, for KTO's KL estimate.
-        seed: the round's, which decides the order and the partners.
+    `held_out` is None if nothing is. The round's `seed` decides the order, and for KTO each pair's partner, which is a
+    pair of another prompt. For SFT, pairs come without their rejected completions.
     """
 
-    def __init__(
-        self,
-        training: TokenPairs,
-        held_out: TokenPairs | None,
-        *,
-        epochs: int,
-        pairs_per_step: int,
-        chosen_only: bool,
-        with_partners: bool,
-        seed: int,
-    ) -> None:
-        self.training, self.held_out, self.chosen_only = training, held_out, chosen_only
-        self.steps = plan_steps(training.groups, epochs=epochs, pairs_per_step=pairs_per_step, seed=seed)
-        self.one_epoch = self.steps[: len(self.steps) // epochs]
+    def __init__(self, training: TokenPairs, held_out: TokenPairs | None, dpo: DPOConfig, *, seed: int) -> None:
+        self.training, self.held_out, self.chosen_only = training, held_out, dpo.loss.type == "sft"
+        size = dpo.pairs_per_step
+        self.steps = plan_steps(training.groups, epochs=dpo.epochs, pairs_per_step=size, seed=seed)
+        self.one_epoch = self.steps[: len(self.steps) // dpo.epochs]
         rest = np.arange(len(training), len(self))
-        self.held_out_steps = [rest[i : i + pairs_per_step] for i in range(0, len(rest), pairs_per_step)]
+        self.held_out_steps = [rest[i : i + size] for i in range(0, len(rest), size)]
         groups = [training.groups]
         if held_out is not None:
             groups.append(held_out.groups + 1 + int(training.groups.max()))
-        self.partners = choose_partners(np.concatenate(groups), seed=seed) if with_partners else None
+        self.partners = choose_partners(np.concatenate(groups), seed=seed) if dpo.loss.type == "kto" else None
 
     def __len__(self) -> int:
         return len(self.training) + (len(self.held_out) if self.held_out is not None else 0)

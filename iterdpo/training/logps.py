@@ -66,7 +66,8 @@ class Scorer(torch.nn.Module):
             self.causal.set_attn_implementation(wanted)
 
     def collate(self, trees: Sequence[Tree]) -> Batch:
-        return collate(trees, shared=self.path == "shared").to(self.causal.device)
+        batch: Batch = attention.moved(collate(trees, shared=self.path == "shared"), self.causal.device)
+        return batch
 
     def forward(self, batch: Batch, *, aligned: bool = False) -> CompletionLogps:
         """Log pi(y|x) of the batch's branches; `aligned` adds what WPO weighs pairs by."""

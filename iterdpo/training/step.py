@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,6 @@ class Trainer:
         self.compute, self.accelerator, self.dpo = compute, compute.accelerator, compute.dpo
         self.pairs, self.policy, self.optimizer, self.reference_logps = pairs, policy, optimizer, reference_logps
         self.sentinels = Sentinels(self.dpo.sentinels)
-        self.peak: float | None = None
 
     def step(self, number: int) -> tuple[dict[str, Any], list[Alarm]]:
         """Train on the pairs of one step, counted from 0. Returns its line of the training log, and its alarms.
@@ -87,7 +87,7 @@ class Trainer:
             **metrics,
             "pairs_per_second": len(pairs) / seconds,
             "tokens_per_second": sum(tree.tokens for tree in trees) / seconds,
-            "mfu": flops / seconds / self.matmul_peak(),
+            "mfu": flops / seconds / self.peak,
         }
         if finite:
             return row, self.sentinels.observe(row)
@@ -147,11 +147,9 @@ class Trainer:
         metrics = summarize(self.compute.gather(torch.cat(rows)))
         return {f"eval_{name}": value for name, value in metrics.items()}
 
-    def matmul_peak(self) -> float:
-        if self.peak is None:
-            dtype = torch.bfloat16 if self.dpo.precision == "bf16" else torch.float32
-            self.peak = matmul_peak(self.accelerator.device, dtype)
-        return self.peak
+    @cached_property
+    def peak(self) -> float:
+        return matmul_peak(self.accelerator.device, torch.bfloat16 if self.dpo.precision == "bf16" else torch.float32)
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,7 @@ def train(spec: TrainSpec) -> None:
     pairs = RoundPairs(
         TokenPairs(spec.pairs, spec.pairs_cache),
         TokenPairs(spec.eval_pairs, spec.pairs_cache) if spec.eval_pairs else None,
-        epochs=spec.dpo.epochs,
-        pairs_per_step=spec.dpo.pairs_per_step,
-        chosen_only=spec.dpo.loss.type == "sft",
-        with_partners=spec.dpo.loss.type == "kto",
+        spec.dpo,
         seed=spec.seed,
     )
     trainer = _trainer(spec, accelerator, pairs)

@@ -131,7 +131,7 @@ def test_flex_attention_and_the_blocks_give_the_same_outputs_and_gradients(
     found = []
     for device in ("cpu", "cuda"):
         inputs = [t.detach().to(device).requires_grad_() for t in tensors]
-        attention.use_layout(layout.to(device))
+        attention.use_layout(attention.moved(layout, device))
         output, _ = attention.tree_attention(None, *inputs, None, sliding_window=window, softcap=softcap)
         gradients = torch.autograd.grad((output * wanted.to(device)).sum(), inputs)
         found.append([output[:, :tokens].cpu(), *(g.cpu() for g in gradients)])

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iterdpo.config import DPOConfig
 from iterdpo.training.collate import (
     PAD_MULTIPLE,
     ROW_MULTIPLE,
@@ -151,15 +152,7 @@ class Pairs(list[TokenPair]):
 def test_a_mismatched_tree_has_a_completion_of_another_prompt() -> None:
     pairs = Pairs(TokenPair([p], [100 + 10 * p + i], [200 + 10 * p + i]) for p in range(3) for i in range(1 + p))
     held_out = Pairs([TokenPair([7], [170], [])])
-    source = RoundPairs(
-        pairs,
-        held_out,
-        epochs=1,
-        pairs_per_step=2,
-        chosen_only=False,
-        with_partners=True,
-        seed=5,
-    )
+    source = RoundPairs(pairs, held_out, DPOConfig(loss="kto"), seed=5)
     trees = source.mismatched_trees(np.arange(len(source)))
     assert len(trees) == 7
     for number, tree in enumerate(trees):
@@ -177,15 +170,7 @@ def test_pairs_that_are_held_out_come_after_those_to_train_on() -> None:
         Pairs(TokenPair([p], [1], [2]) for p in range(5)),
         Pairs(TokenPair([p], [3], [4]) for p in range(3)),
     )
-    source = RoundPairs(
-        pairs,
-        held_out,
-        epochs=2,
-        pairs_per_step=2,
-        chosen_only=True,
-        with_partners=False,
-        seed=5,
-    )
+    source = RoundPairs(pairs, held_out, DPOConfig(loss="sft", epochs=2, pairs_per_step=2), seed=5)
     assert sorted(np.concatenate(source.one_epoch).tolist()) == [0, 1, 2, 3, 4]
     assert len(source.steps) == 2 * len(source.one_epoch) == 6
     assert [numbers.tolist() for numbers in source.held_out_steps] == [[5, 6], [7]]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from iterdpo.config import DPOConfig
 from iterdpo.data.pairs import TokenPairs, write_pairs
 from iterdpo.testing import build_tiny_checkpoint
 from iterdpo.training.collate import RoundPairs
@@ -142,7 +143,7 @@ def test_ktos_stored_reference_has_a_completion_of_another_prompt(tmp_path: Path
     run(tmp_path, sharp, grouped, loss="kto")
     stored = load_file(tmp_path / "reference" / "logps.safetensors")["logps"]
     source = TokenPairs(grouped, tmp_path / "cache")
-    pairs = RoundPairs(source, None, epochs=1, pairs_per_step=4, chosen_only=False, with_partners=True, seed=3)
+    pairs = RoundPairs(source, None, DPOConfig(loss="kto"), seed=3)
     exact = load_policy(sharp, dtype=torch.float64).eval()
     for number, tree in enumerate(pairs.mismatched_trees(np.arange(8))):
         (completion,) = tree.branches
