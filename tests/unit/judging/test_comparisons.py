@@ -106,7 +106,7 @@ def test_a_win_against_a_tie_in_the_other_order_is_a_tie() -> None:
     assert judgment.scores == [0.5, 0.5]
 
 
-def test_a_circle_is_three_that_beat_each_other() -> None:
+def test_a_cycle_is_three_completions_that_beat_each_other() -> None:
     circle = [Comparison(0, 1, "first"), Comparison(1, 2, "first"), Comparison(2, 0, "first")]
     ladder = [Comparison(0, 1, "first"), Comparison(1, 2, "first"), Comparison(0, 2, "first")]
     assert count_cycles(circle) == (1, 1)
