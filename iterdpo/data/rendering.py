@@ -58,11 +58,17 @@ def prompts_token_ids(tokenizer: Any, contents: Sequence[str | list[Message]]) -
         return []
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False).input_ids
     plain = [i for i, content in enumerate(contents) if isinstance(content, str)]
-    if plain:
+    if plain and _adds_specials(tokenizer):
         whole = tokenizer([texts[i] for i in plain]).input_ids
         for i, with_specials in zip(plain, whole, strict=True):
             ids[i] = _with_opening_specials(tokenizer, ids[i], with_specials)
     return ids
+
+
+def _adds_specials(tokenizer: Any) -> bool:
+    """Whether the tokenizer may put a special token around a text; if it does not say, it may."""
+    count: int = tokenizer.num_special_tokens_to_add() if hasattr(tokenizer, "num_special_tokens_to_add") else 1
+    return count > 0
 
 
 def _with_opening_specials(tokenizer: Any, bare: list[int], whole: list[int]) -> list[int]:

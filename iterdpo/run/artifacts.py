@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from iterdpo.errors import DataError
 from iterdpo.run.rundir import Manifest, read_jsonl, write_jsonl, write_with
@@ -137,15 +138,15 @@ def write_completion_shard(path: Path, groups: Sequence[CompletionGroup]) -> Non
 
     each = [c for g in groups for c in g.completions]
     counts = [len(g.completions) for g in groups]
-    ids = [c.token_ids for c in each]
     columns = {
         "prompt_id": pa.array([g.prompt.id for g in groups], pa.string()),
-        "prompt": pa.array([_json(g.prompt.content) for g in groups], pa.string()),
+        "prompt": pa.array([c if isinstance(c := g.prompt.content, str) else _json(c) for g in groups], pa.string()),
+        "conversational": pa.array([g.prompt.conversational for g in groups], pa.bool_()),
         "columns": pa.array([_json(g.prompt.columns) for g in groups], pa.string()),
-        "prompt_token_ids": _lists([g.prompt_ids for g in groups], pa.int32()),
+        "prompt_token_ids": _lists([g.prompt_ids for g in groups], "i"),
         "completions": _lists_of(pa.array([c.text for c in each], pa.string()), counts),
-        "token_ids": _lists_of(_lists(ids, pa.int32()), counts),
-        "logprobs": _lists_of(_lists([c.logprobs for c in each], pa.float32()), counts),
+        "token_ids": _lists_of(_lists([c.token_ids for c in each], "i"), counts),
+        "logprobs": _lists_of(_lists([c.logprobs for c in each], "f"), counts),
         "finish_reasons": _lists_of(pa.array([c.finish_reason for c in each], pa.string()), counts),
     }
     table = pa.table(columns)
@@ -170,19 +171,18 @@ def read_completion_shard(path: Path) -> list[CompletionGroup]:
     table = {name: read[name].combine_chunks() for name in read.column_names}
     offsets = table["token_ids"].offsets.to_pylist()
     texts, reasons = table["completions"].values.to_pylist(), table["finish_reasons"].values.to_pylist()
-    ids, logprobs = _unnested(table["token_ids"].values), _unnested(table["logprobs"].values)
+    ids, logprobs = _unnested(table["token_ids"].values, "i"), _unnested(table["logprobs"].values, "f")
     completions = list(map(Completion, texts, ids, logprobs, reasons))
-    prompts = map(
-        Prompt,
-        table["prompt_id"].to_pylist(),
-        map(json.loads, table["prompt"].to_pylist()),
-        map(json.loads, table["columns"].to_pylist()),
-    )
+    contents = [
+        json.loads(text) if conversational else text
+        for text, conversational in zip(table["prompt"].to_pylist(), table["conversational"].to_pylist(), strict=True)
+    ]
+    columns = [json.loads(text) if text != "{}" else {} for text in table["columns"].to_pylist()]
+    prompts = map(Prompt, table["prompt_id"].to_pylist(), contents, columns)
+    prompt_ids = _unnested(table["prompt_token_ids"], "i")
     return [
         CompletionGroup(prompt, prompt_ids, completions[start:end])
-        for prompt, prompt_ids, start, end in zip(
-            prompts, _unnested(table["prompt_token_ids"]), offsets, offsets[1:], strict=False
-        )
+        for prompt, prompt_ids, start, end in zip(prompts, prompt_ids, offsets[:-1], offsets[1:], strict=True)
     ]
 
 
@@ -190,10 +190,16 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def _lists(rows: Sequence[Sequence[Any]], kind: pa.DataType) -> pa.ListArray:
+def _lists(rows: Sequence[Sequence[Any]], kind: Literal["i", "f"]) -> pa.ListArray:
+    """Rows of numbers, as int32 (i) or float32 (f): a typed array is filled several times as quickly as Arrow's."""
     import pyarrow as pa
 
-    return _lists_of(pa.array(list(itertools.chain.from_iterable(rows)), kind), [len(row) for row in rows])
+    flat = array(kind)
+    for row in rows:
+        flat.extend(row)
+    typed = {"i": pa.int32(), "f": pa.float32()}[kind]
+    values = pa.Array.from_buffers(typed, len(flat), [None, pa.py_buffer(flat)])
+    return _lists_of(values, [len(row) for row in rows])
 
 
 def _lists_of(values: pa.Array, lengths: Sequence[int]) -> pa.ListArray:
@@ -203,7 +209,7 @@ def _lists_of(values: pa.Array, lengths: Sequence[int]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array([0, *itertools.accumulate(lengths)], pa.int32()), values)
 
 
-def _unnested(lists: pa.ListArray) -> list[list[Any]]:
-    """The lists as Python's: by way of one flat list, which is several times as quick as `to_pylist`."""
-    flat, offsets = lists.values.to_numpy().tolist(), lists.offsets.to_pylist()
-    return [flat[start:end] for start, end in itertools.pairwise(offsets)]
+def _unnested(lists: pa.ListArray, kind: Literal["i", "f"]) -> list[list[Any]]:
+    """The lists as Python's, cut out of one flat array: several times as quick as `to_pylist`."""
+    flat = array(kind, lists.values.to_numpy().tobytes())
+    return [flat[start:end].tolist() for start, end in itertools.pairwise(lists.offsets.to_pylist())]
