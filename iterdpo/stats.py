@@ -71,7 +71,7 @@ def clustered_mean(
     """The mean of `values`, which lie within `bounds`; of zeros and ones it is a share. `prompts[i]` is value i's.
 
     Agresti and Coull's interval (The American Statistician 52, 1998), whose centre is Wilson's: z² observations are
-    added, half of them at each bound, and the normal interval is taken. It stays honest where all values are equal,
+    added, half of them at each bound, and the normal interval is taken. It stays honest if all values are equal,
     and near the bounds. Beyond the paper, the variance is that between prompts, so that any bounded values may stand
     for zeros and ones and several pairs may share a prompt; the added observations are prompts of the mean size.
     """

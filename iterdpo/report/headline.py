@@ -90,15 +90,15 @@ def _comparison(row: pd.Series, confidence: float) -> str:
     subject, distance = f"round {row.name}", f", at {nats(kl)} nats of KL" if kl is not None else ""
     if rate is None:
         return f"{subject} was not compared with the initial policy{distance}."
-    where = f"{percent(rate)} of held-out prompts"
+    wins = f"{percent(rate)} of held-out prompts"
     if low is None or high is None:
-        return f"{subject} wins on {where}, without an interval{distance}."
+        return f"{subject} wins on {wins}, without an interval{distance}."
     interval = f"({percent(confidence)} interval {_range(low, high)}){distance}."
     if low > 0.5:
-        return f"{subject} beats the initial policy on {where} {interval}"
+        return f"{subject} beats the initial policy on {wins} {interval}"
     if high < 0.5:
-        return f"{subject} is worse than the initial policy and wins on only {where} {interval}"
-    return f"{subject} is not distinguishable from the initial policy, with wins on {where} {interval}"
+        return f"{subject} is worse than the initial policy and wins on only {wins} {interval}"
+    return f"{subject} is not distinguishable from the initial policy, with wins on {wins} {interval}"
 
 
 def _offline_headline(run: Run) -> str:

@@ -9,7 +9,7 @@ from iterdpo.training.launch import TRAIN_LOG
 
 
 def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
-    """One line of metrics.jsonl, from the steps of a round. None where a round has no such stage."""
+    """One line of metrics.jsonl, from the steps of a round. A metric is None if the round has no such stage."""
     directory = run.round_dir(round)
     steps = {
         name: read_manifest(directory / name) for name in ("completions", "judgments", "pairs", "policy", "evaluation")

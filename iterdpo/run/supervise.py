@@ -5,7 +5,7 @@
     parent --(pipe)--> guard --> command --> whatever it starts
 
 Only the parent holds the pipe's writing end. When the parent ends, by SIGKILL too, the guard reads end-of-file and
-kills everything below it, and itself. What the command leaves behind when it ends goes too.
+kills everything below it, and itself. Processes that the command leaves running when it ends are killed too. By hand, since no library does this.
 
 Run as `python -m iterdpo.run.supervise FD -- COMMAND ...`; imports only the standard library.
 """
@@ -27,7 +27,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
 
 
 class Child:
-    """A supervised process. `stdin` and `stdout` are its pipes where they were asked for."""
+    """A supervised process. `process.stdin` and `process.stdout` are its pipes if they were asked for."""
 
     def __init__(self, process: subprocess.Popen[bytes], lifeline: int, log: Path) -> None:
         self.process = process
@@ -35,7 +35,7 @@ class Child:
         self._lifeline: int | None = lifeline
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit status; 128 + N where signal N ended the command, negative where `kill` did."""
+        """Its exit status; 128 + N if signal N ended the command, negative if `kill` did."""
         return self.process.wait(timeout)
 
     def poll(self) -> int | None:

@@ -1,4 +1,4 @@
-"""How far two judges agree on the same completions, and where they do not.
+"""How far two judges agree on the same completions, and on which they do not.
 
 Groups go in as a stream, a record of every two completions comes out, and `measure_agreement` turns the records into
 figures. Of two completions a judge prefers the one with the higher score; equal scores are a tie.
@@ -152,11 +152,11 @@ def measure_agreement(
     agreement          the share on which both say the same: first, second, or tie
     kappa              Cohen's, of the same (see `kappa`)
     kendall, spearman  mean over prompts of the correlation of the scores within the prompt
-    opposite           the share where one says first and the other second
-    accuracy_a, _b     where there are labels: the share judged right; a tie is half right
+    opposite           the share on which one says first and the other second
+    accuracy_a, _b     of the labelled pairs, the share judged right; a tie is half right
     accuracy_gain      accuracy_b - accuracy_a, of the same pairs
 
-    `confusion[x][y]` counts the pairs where A says x and B says y.
+    `confusion[x][y]` counts the pairs of which A says x and B says y.
     """
     rated = agreement.rated
     both = [(r.a, r.b, r.prompt_id) for r in rated if r.a is not None and r.b is not None]

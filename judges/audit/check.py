@@ -35,7 +35,7 @@ FROM_SCORES = "sigmoid of the difference of the scores, the reading of Bradley a
 
 @dataclass(frozen=True, slots=True)
 class OrderedVerdict:
-    """A single comparison of a pair: `OrderedVerdict(chosen_first=False, verdict="chosen")`; None where the judge abstained."""
+    """A single comparison of a pair: `OrderedVerdict(chosen_first=False, verdict="chosen")`; None if the judge abstained."""
 
     chosen_first: bool
     verdict: LabelOutcome
@@ -137,21 +137,18 @@ def check_judge_on(
     try:
         while block := list(islice(stream, BLOCK)):
             started = time.perf_counter()
-            judged = [_unjudged(pair, seed, unit) for pair in block]
-            for pair, j, judgment in zip(block, judged, _judge(judge, block, judged), strict=True):
-                j.judgment = interpret(pair, judgment, chosen_first=j.chosen_first)
+            firsts = [derive_seed(seed, "judge check", pair.row) % 2 == 0 for pair in block]
+            asked = zip(block, firsts, _judge(judge, block, firsts), strict=True)
+            judged = [_judged(pair, first, judgment, unit) for pair, first, judgment in asked]
             if swap is None:
                 swap = _compares(judge) and not any(orders(j) for j in judged)
             if swap:
-                for j in judged:
-                    j.chosen_first = not j.chosen_first
-                for pair, j, judgment in zip(block, judged, _judge(judge, block, judged), strict=True):
-                    j.swapped = interpret(pair, judgment, chosen_first=j.chosen_first)
-                    j.chosen_first = not j.chosen_first
+                for j, judgment in zip(judged, _judge(judge, block, [not f for f in firsts]), strict=True):
+                    j.swapped = judgment
             for number in range(1, repeats):
                 draw_again(judge, number)
-                for pair, j, judgment in zip(block, judged, _judge(judge, block, judged), strict=True):
-                    j.repeats.append(interpret(pair, judgment, chosen_first=j.chosen_first).verdict)
+                for j, judgment in zip(judged, _judge(judge, block, firsts), strict=True):
+                    j.repeats.append(judgment.verdict)
             draw_again(judge, 0)
             check.seconds += time.perf_counter() - started
             check.pairs += judged
@@ -194,7 +191,7 @@ def interpret(pair: LabelledPair, judgment: Judgment, *, chosen_first: bool) -> 
 
 
 def orders(judged: JudgedPair) -> tuple[LabelOutcome, LabelOutcome] | None:
-    """The verdicts with the chosen shown first and with it shown second. None where either was not asked or given."""
+    """The verdicts with the chosen shown first and with it shown second. None if either is missing."""
     by_order = {s.chosen_first: s.verdict for s in judged.judgment.shown}
     if judged.swapped is not None and len(by_order) < 2:
         by_order = {judged.chosen_first: judged.judgment.verdict, not judged.chosen_first: judged.swapped.verdict}
@@ -212,16 +209,15 @@ def used_since(before: dict[str, float], judge: JudgeBase) -> dict[str, float]:
     return {name: amount - before.get(name, 0) for name, amount in judge.usage().items()}
 
 
-def _unjudged(pair: LabelledPair, seed: int, unit: str) -> JudgedPair:
-    chosen_first = derive_seed(seed, "judge check", pair.row) % 2 == 0
-    sizes = [len(c.text) if unit == "characters" else len(c.token_ids) for c in (pair.chosen, pair.rejected)]
-    nothing = PairJudgment(None, (None, None), (), (), None, "")
-    return JudgedPair(pair.row, pair.prompt.id, pair.subset, pair.tie, chosen_first, (sizes[0], sizes[1]), nothing)
+def _judge(judge: JudgeBase, block: Sequence[LabelledPair], firsts: Sequence[bool]) -> list[PairJudgment]:
+    """The judgments of the pairs; `firsts` says of which the chosen comes first."""
+    judgments = checked_judgments(judge, [p.group(chosen_first=f) for p, f in zip(block, firsts, strict=True)])
+    return [interpret(p, j, chosen_first=f) for p, j, f in zip(block, judgments, firsts, strict=True)]
 
 
-def _judge(judge: JudgeBase, block: Sequence[LabelledPair], judged: Sequence[JudgedPair]) -> list[Judgment]:
-    groups = [p.group(chosen_first=j.chosen_first) for p, j in zip(block, judged, strict=True)]
-    return checked_judgments(judge, groups)
+def _judged(pair: LabelledPair, chosen_first: bool, judgment: PairJudgment, unit: str) -> JudgedPair:
+    chosen, rejected = (len(c.text) if unit == "characters" else len(c.token_ids) for c in (pair.chosen, pair.rejected))
+    return JudgedPair(pair.row, pair.prompt.id, pair.subset, pair.tie, chosen_first, (chosen, rejected), judgment)
 
 
 def _compares(judge: JudgeBase) -> bool:

@@ -30,7 +30,7 @@ def measure(
 ) -> dict[str, Any]:
     """The figures of a check, as `{"counts": …, "figures": {name: Estimate}, "subsets": …, "reliability": …, …}`.
 
-    Intervals are over prompts (see judges/audit/stats.py); a figure that nothing is there to tell by is None.
+    Intervals are over prompts (see judges/audit/stats.py); a metric with no data is None.
 
     Of the pairs that are labelled with a winner:
 
@@ -41,8 +41,8 @@ def measure(
     longer_wins              of those decided with different lengths: the longer one won
     longer_is_better         of the same pairs: the label says that the longer one is better
     length_bias              the difference of these two: what the judge likes in length beyond what the label does
-    accuracy_chosen_longer   accuracy_decided where the chosen is the longer one
-    accuracy_chosen_shorter  and where it is the shorter one
+    accuracy_chosen_longer   accuracy_decided of the pairs whose chosen is the longer one
+    accuracy_chosen_shorter  and of those whose chosen is the shorter one
     ece, brier               calibration error (see `calibration_error`), mean squared error, of the
                              probability that the chosen is better
     ece_tempered             on one half of the prompts, of sigmoid(d / T) with the T that fits the other half best
@@ -191,7 +191,7 @@ def _calibration(pairs: Sequence[JudgedPair], seed: int, confidence: float, samp
 
 
 def _temperature(pairs: Sequence[JudgedPair], seed: int) -> float | None:
-    """The best one of half of the prompts. None where there is none, or where the verdicts carry no degree."""
+    """The temperature that fits half of the prompts best. None if there is none, or if the verdicts are all or nothing."""
     if any(pair.judgment.source == FROM_VERDICTS for pair in pairs):
         return None
     return best_temperature(_differences([pair for pair in pairs if _fits(pair, seed)]))

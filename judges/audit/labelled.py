@@ -19,7 +19,7 @@ NOT_COLUMNS = {"prompt", "chosen", "rejected", "conversations", "system", "tie",
 
 @dataclass(frozen=True, slots=True)
 class LabelledPair:
-    """Two completions of a prompt, and which is the better one by the label; neither, where it is a `tie`.
+    """Two completions of a prompt, and which is the better one by the label; neither if it is a `tie`.
 
     `LabelledPair(prompt, prompt_ids=[40, 8], chosen=y_1, rejected=y_2, tie=False, subset="math", row=12)`
     """

@@ -36,8 +36,8 @@ def calibration_error(
 
         ECE = Σ_b (n_b / n) |accuracy_b - confidence_b|
 
-    over equal bins of the confidence max(p, 1 - p), which lies in [0.5, 1] where theirs, of many classes, lies in
-    [0, 1]. The judge is right where p > 0.5, and half right where it is 0.5.
+    over equal bins of the confidence max(p, 1 - p), which lies in [0.5, 1]; theirs, of many classes, lies in
+    [0, 1]. The judge is right if p > 0.5, and half right if it is 0.5.
 
     Noise can only raise it, so that percentiles of a bootstrap would miss a calibrated judge every time. The interval
     has instead the errors c · ECE, c >= 0, under which what was found is no surprise: with the bins' gaps at c times
@@ -115,7 +115,7 @@ def reliability(p: ArrayLike, prompts: Sequence[str], *, bins: int = BINS) -> li
 def best_temperature(differences: ArrayLike) -> float | None:
     """The T that makes sigmoid(d / T) likeliest, over `differences` d of score, chosen minus rejected.
 
-    None where no T > 0 is best: the judge is right no more often than chance, or never wrong.
+    None if no T > 0 is best: the judge is right no more often than chance, or never wrong.
     """
     d = np.asarray(differences, dtype=float)
     scale = math.sqrt((d * d).mean()) if len(d) else 0.0
@@ -166,7 +166,7 @@ def kappa(first: ArrayLike, second: ArrayLike, *, categories: int) -> Statistic:
 
         kappa = (p_o - p_e) / (1 - p_e)
 
-    Not defined where both say one and the same of everything.
+    Not defined if both say one and the same of everything.
     """
     cell = np.asarray(first, dtype=int) * categories + np.asarray(second, dtype=int)
 
