@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Literal
 
 from iterdpo.seeds import derive_seed
@@ -27,15 +27,19 @@ class PairCounts:
     these that leaves it without a pair: `truncated`, `unjudged`, `identical`, `tied`. `kept` counts pairs.
     """
 
-    groups: int
-    groups_paired: int
-    kept: int
+    groups: int = 0
+    groups_paired: int = 0
+    kept: int = 0
     tied: int = 0
     unjudged: int = 0
     identical: int = 0
     truncated: int = 0
     completions_unjudged: int = 0
     completions_truncated: int = 0
+
+    def __add__(self, later: PairCounts) -> PairCounts:
+        """The counts of both: groups may be paired a few at a time."""
+        return PairCounts(*map(sum, zip(astuple(self), astuple(later), strict=True)))
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)

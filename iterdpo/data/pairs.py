@@ -12,8 +12,9 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -46,13 +47,29 @@ Preference data of iterdpo, in TRL's formats: `prompt`, `chosen`, `rejected`, or
 
 
 def write_pairs(
-    directory: Path, pairs: Sequence[PreferencePair], *, heldout: Sequence[PreferencePair] = (), summary: str
+    directory: Path,
+    pairs: Iterable[PreferencePair],
+    *,
+    heldout: Iterable[PreferencePair] = (),
+    summary: str | Callable[[], str],
 ) -> None:
-    """Write `train.parquet`, `heldout.parquet` where there are such pairs, and the card that names them."""
-    write_tables(directory / TRAIN, [pairs_table(pairs)])
-    if heldout:
-        write_tables(directory / HELDOUT, [pairs_table(heldout)])
-    write_card(directory, summary)
+    """Write `train.parquet`, `heldout.parquet` if there are such pairs, and the card that names them.
+
+    A thousand pairs are in memory at a time. `summary` may be a function, which is called when all are written.
+    """
+    write_tables(directory / TRAIN, _tables(pairs))
+    heldout = iter(heldout)
+    if first := list(islice(heldout, 1)):
+        write_tables(directory / HELDOUT, _tables(chain(first, heldout)))
+    write_card(directory, summary if isinstance(summary, str) else summary())
+
+
+def _tables(pairs: Iterable[PreferencePair]) -> Iterator[pa.Table]:
+    """At least one, so that the columns are written of no pairs, too."""
+    pairs = iter(pairs)
+    yield pairs_table(list(islice(pairs, ROW_GROUP)))
+    while group := list(islice(pairs, ROW_GROUP)):
+        yield pairs_table(group)
 
 
 def write_card(directory: Path, summary: str) -> None:
@@ -155,9 +172,6 @@ class TokenPairs:
     uncompressed, since training reads it in random order. Processes that open the same file share the copy.
     """
 
-    prompt_tokens: np.ndarray  # [N] int32, how many
-    chosen_tokens: np.ndarray  # [N] int32, 0 where an unpaired example has no such side
-    rejected_tokens: np.ndarray  # [N] int32
     groups: np.ndarray  # [N] int64, equal where the prompt_id is, numbered by first appearance
     sampler_logps: np.ndarray | None  # [N, 2], what the sampler reported of chosen and rejected; None where it did not
 
@@ -171,7 +185,6 @@ class TokenPairs:
             index = np.load(copy / "index.npy")
             self._tokens = np.asarray(np.memmap(copy / "tokens.bin", np.int32, "r"))
         self._starts, self._lengths, self.groups = index[:3], index[3:6].astype(np.int32), index[6]
-        self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = self._lengths
         self.sampler_logps = _sampler_logps(path)
 
     def __len__(self) -> int:

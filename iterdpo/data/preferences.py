@@ -13,26 +13,21 @@ batches and forgotten, so that the size of the data does not matter.
 
 from __future__ import annotations
 
-import ctypes
 import difflib
-import multiprocessing
 import os
 import re
-import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from iterdpo.data.pairs import ABSENT, Kind, pairs_table
+from iterdpo.data.pool import map_in_order
 from iterdpo.data.rendering import common_length, completion_token_ids, prompt_token_ids
 from iterdpo.data.rows import column_value, content_of, load_rows
 from iterdpo.errors import DataError
 from iterdpo.run.rundir import digest
-from iterdpo.run.supervise import PR_SET_PDEATHSIG
 from iterdpo.types import Completion, Message, PreferencePair, Prompt
 
 if TYPE_CHECKING:
@@ -104,13 +99,17 @@ class Account:
         return self.kept + sum(int(entry["count"]) for entry in self.left_out.values())
 
     def keep(self, pair: RawPair) -> None:
-        self.add(Account(self.source, kept=1, first={"messages" if pair.prompt.conversational else "text": pair.row}))
+        self.kept += 1
+        self._note_kind({"messages" if pair.prompt.conversational else "text": pair.row})
 
-    def leave_out(self, reason: str, row: int) -> None:
-        self.add(Account(self.source, left_out={reason: {"count": 1, "rows": [row]}}))
+    def leave_out(self, reason: str, *rows: int, count: int = 1) -> None:
+        """Count rows that are left out; `rows` are the numbers of the first of them."""
+        entry = self.left_out.setdefault(reason, {"count": 0, "rows": []})
+        entry["count"] += count
+        entry["rows"] += rows[: LISTED - len(entry["rows"])]
 
     def add(self, later: Account) -> None:
-        """The account of rows behind these.
+        """Add the account of the rows after these.
 
         Raises:
             DataError: the prompts of some are text and of others messages; one file of pairs cannot hold both.
@@ -119,10 +118,11 @@ class Account:
         self.prompts_truncated += later.prompts_truncated
         self.completions_truncated += later.completions_truncated
         for reason, entry in later.left_out.items():
-            mine = self.left_out.setdefault(reason, {"count": 0, "rows": []})
-            mine["count"] += entry["count"]
-            mine["rows"] += entry["rows"][: LISTED - len(mine["rows"])]
-        self.first = later.first | self.first
+            self.leave_out(reason, *entry["rows"], count=entry["count"])
+        self._note_kind(later.first)
+
+    def _note_kind(self, first: dict[str, int]) -> None:
+        self.first = first | self.first
         if len(self.first) > 1:
             raise DataError(
                 f"{self.source}: the prompt is text in row {self.first['text']} and messages in row "
@@ -193,7 +193,7 @@ class PreferenceData:
             max_prompt_tokens=max_prompt_tokens,
             max_completion_tokens=max_completion_tokens,
         )
-        for table, account in _in_order(work, chain(head, batches), processes):
+        for table, account in map_in_order(work, chain(head, batches), processes):
             self.account.add(account)
             if table is not None:
                 yield table
@@ -288,44 +288,6 @@ def _tokenized_batch(
         max_completion_tokens=max_completion_tokens,
     )
     return (pairs_table(pairs, "unpaired" if format == "unpaired" else "pairs") if pairs else None), account
-
-
-def _in_order(work: Callable[[Batch], Tokenized], batches: Iterable[Batch], processes: int) -> Iterator[Tokenized]:
-    """`map(work, batches)` by several processes, which are at most a few batches ahead of what is taken.
-
-    Forked, since a spawned process would import a user's script a second time; the tokenizer has not been used in this
-    one, so that no thread of its own is lost.
-    """
-    if processes == 1:
-        yield from map(work, batches)
-        return
-    waiting: deque[Any] = deque()
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, initializer=_become_worker, initargs=(work,)) as pool:
-        try:
-            for batch in batches:
-                waiting.append(pool.submit(_worker, batch))
-                if len(waiting) > 2 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_work: Callable[[Batch], Tokenized]  # of a worker
-
-
-def _become_worker(work: Callable[[Batch], Tokenized]) -> None:
-    global _work
-    _work = work
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads in each of as many processes as cores
-
-
-def _worker(batch: Batch) -> Tokenized:
-    return _work(batch)
 
 
 # Formats

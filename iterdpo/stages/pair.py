@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from iterdpo.data.pairing import build_pairs
+from iterdpo.data.pairing import PairCounts, build_pairs
 from iterdpo.data.pairs import write_pairs
 from iterdpo.errors import DataError
 from iterdpo.run.artifacts import Completions, Judgments, Pairs
 from iterdpo.run.rundir import Step
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.runs import IterativeRun
+from iterdpo.types import PreferencePair
 
 
 def pair(run: IterativeRun, round: int, completions: Completions, judgments: Judgments) -> Pairs:
@@ -23,17 +25,21 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
     if (manifest := step.manifest()) is None:
         directory = step.begin()
         with run.progress.stage("pair", 0, "pairs") as stage:
-            pairs, counts = build_pairs(
-                list(completions),
-                list(judgments),
-                **run.config.pairing.model_dump(),
-                seed=derive_seed(run.config.seed, round, "pair"),
-            )
-            stage.to(len(pairs))
+            options = {**run.config.pairing.model_dump(), "seed": derive_seed(run.config.seed, round, "pair")}
+            counts = PairCounts()
+
+            def pairs() -> Iterator[PreferencePair]:
+                nonlocal counts
+                for group, judgment in zip(completions, judgments, strict=True):
+                    found, more = build_pairs([group], [judgment], **options)
+                    counts += more
+                    yield from found
+                    stage.to(counts.kept)
+
+            write_pairs(directory, pairs(), summary=lambda: counts.summary())
             stage.remark = counts.summary()
-            if not pairs:
+            if not counts.kept:
                 raise DataError(_nothing(round, counts.summary(), judgments))
-            write_pairs(directory, pairs, summary=counts.summary())
         manifest = step.finish(counts=counts.to_json())
     return Pairs.of(step.path, manifest)
 

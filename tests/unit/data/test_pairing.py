@@ -217,3 +217,23 @@ def test_the_order_of_the_completions_does_not_change_which_texts_all_pairs_pair
     one, _ = build(judged(drawn, [scores[t] for t in drawn]), strategy="all_pairs")
     other, _ = build(judged(shuffled, [scores[t] for t in shuffled]), strategy="all_pairs")
     assert Counter(texts(one)) == Counter(texts(other))
+
+
+@settings(max_examples=50)
+@given(
+    scores=st.lists(st.lists(st.sampled_from([None, 0.0, 0.5, 1.0]), min_size=2, max_size=4), max_size=12),
+    strategy=st.sampled_from(STRATEGIES),
+    cut=st.booleans(),
+)
+def test_groups_paired_one_at_a_time_give_the_same_pairs_and_counts(
+    scores: list[list[float | None]], strategy: Strategy, cut: bool
+) -> None:
+    groups = [
+        judged([f"y {k % 3}" for k in range(len(s))], s, cut=[0] if n % 2 else [], id=f"p-{n}")
+        for n, s in enumerate(scores)
+    ]
+    options: dict[str, Any] = {"strategy": strategy, "drop_truncated": cut, "seed": 3}
+    together, counts = build(*groups, **options)
+    apart = [build(group, **options) for group in groups]
+    assert [pair for pairs, _ in apart for pair in pairs] == together
+    assert sum((each for _, each in apart), PairCounts()) == counts

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from iterdpo.data.prompts import PromptFile
 from iterdpo.errors import ChildFailed, StaleStepError
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_groups, read_judgments
-from iterdpo.run.rundir import directory_digest, read_json, read_jsonl, read_manifest
+from iterdpo.run.rundir import directory_digest, read_json, read_manifest
 from iterdpo.stages.evaluate import evaluate, inputs
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.testing import build_tiny_checkpoint
@@ -87,7 +88,7 @@ def test_the_initial_policy_is_no_distance_from_itself(room: Room) -> None:
     assert (metrics["score/train_judge"], metrics["kl/to_initial"], metrics["win_rate/vs_initial"]) == (2.0, 0.0, None)
     assert metrics["sampler/logp_gap"] is None
     assert not (evaluation.path / "logps.json").exists()
-    assert len(read_jsonl(run.dir.root / "heldout.jsonl")) == HELDOUT
+    assert [p.id for p in PromptFile.open(run.dir.root / "heldout.jsonl")] == [p.id for p in run.prompts.heldout]
     assert [g.prompt for g in read_groups(evaluation.completions)] == list(run.prompts.heldout)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -227,8 +226,8 @@ def test_unpaired_examples_are_in_trls_columns_beside_their_token_ids(step: Offl
         assert len(row[f"{present}_token_ids"]) == len(row["completion"]) + 1  # a token a byte, and the end token
         assert row[f"{absent}_token_ids"] == []
     read = TokenPairs(step.root / "run" / "round-001" / "pairs" / "train.parquet", step.root)
-    assert ((read.chosen_tokens > 0) == np.array(found["train"]["label"])).all()
-    assert ((read.rejected_tokens > 0) != (read.chosen_tokens > 0)).all()
+    assert [bool(pair.chosen) for pair in read] == found["train"]["label"]
+    assert all(bool(pair.rejected) != bool(pair.chosen) for pair in read)
 
 
 # The round

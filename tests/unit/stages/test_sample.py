@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from iterdpo.data.prompts import PromptFile
 from iterdpo.errors import StaleStepError
 from iterdpo.run.artifacts import Completions, shard_name
-from iterdpo.run.rundir import read_jsonl, read_manifest
+from iterdpo.run.rundir import read_manifest
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.sample import inputs, parameters_of, sample
 from tests.unit.stages.harness import PER_ROUND, SHARD_SIZE, K, Lengths, Room
@@ -106,8 +107,8 @@ def test_counts_are_of_all_that_was_sampled(room: Room) -> None:
 def test_prompts_of_the_round_are_written_down(room: Room) -> None:
     run = room.open()
     sampled(run)
-    rows = read_jsonl(run.dir.round_dir(1) / "prompts.jsonl")
-    assert all(p.id in json.dumps(row) for p, row in zip(run.prompts.of(1), rows, strict=True))
+    written = PromptFile.open(run.dir.round_dir(1) / "prompts.jsonl")
+    assert [p.id for p in written] == [p.id for p in run.prompts.of(1)]
 
 
 def test_what_is_sampled_is_not_sampled_again(room: Room) -> None:
