@@ -9,8 +9,8 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -25,38 +25,25 @@ def visible_gpus() -> list[str]:
 
 @contextmanager
 def reserved_gpus(count: int, *, say: Callable[[str], None]) -> Iterator[list[int]]:
-    """The first `count` visible GPUs, or as many as there are, reserved while the context is open.
+    """The first `count` visible GPUs, or as many as there are, reserved among iterdpo runs while the context is open.
 
-    Yields the descriptors that `supervise.start(reserved=...)` takes. Waits for a GPU that another run has; `say` gets
-    a line about it.
+    Yields the descriptors that `supervise.start(reserved=...)` takes. They are taken in order, so that no two runs wait
+    for each other; `say` gets a line if a GPU has to be waited for.
     """
-    descriptors = reserve(
-        visible_gpus()[:count], on_wait=lambda device: say(f"waiting for GPU {device}, which another run has")
-    )
-    try:
+    descriptors: list[int] = []
+    with ExitStack() as opened:
+        for device in sorted(set(visible_gpus()[:count])):
+            name = "".join(c if c.isalnum() else "-" for c in device)
+            path = Path(tempfile.gettempdir()) / f"iterdpo-gpu-{name}.lock"
+            try:
+                descriptor = os.open(path, os.O_RDONLY)  # enough for a lock, and the file may be another user's
+            except FileNotFoundError:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+            opened.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for GPU {device}, which another run has")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            descriptors.append(descriptor)
         yield descriptors
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
-def reserve(devices: Sequence[str], *, on_wait: Callable[[str], None] = lambda device: None) -> list[int]:
-    """Reserve GPUs on this machine among iterdpo runs, in order; waits for one that is taken, after `on_wait(device)`.
-
-    Returns descriptors. The reservation ends when they are closed here and in every guard that inherited them.
-    """
-    held = []
-    for device in sorted(set(devices)):
-        name = "".join(c if c.isalnum() else "-" for c in device)
-        path = Path(tempfile.gettempdir()) / f"iterdpo-gpu-{name}.lock"
-        try:
-            descriptor = os.open(path, os.O_RDONLY)  # enough for a lock, and the file may be another user's
-        except FileNotFoundError:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait(device)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        held.append(descriptor)
-    return held

@@ -73,7 +73,7 @@ def start(
 ) -> Child:
     """Start `command` under guard. Its stderr (and its stdout, unless `pipes`) is appended to `log`.
 
-    `pipes`: its stdin and stdout are pipes to the caller. `reserved`: descriptors from `devices.reserve`, held while it lives.
+    `pipes`: its stdin and stdout are pipes to the caller. `reserved`: descriptors from `devices.reserved_gpus`, held while it lives.
     """
     read_end, write_end = os.pipe()
     guard = [sys.executable, "-S", "-E", "-P", str(Path(__file__)), str(read_end), "--", *command]

@@ -38,7 +38,7 @@ class JsonLinesWorker:
         name: what error messages call it, such as "sampler".
         log: file that its output is appended to; by default nothing is kept.
         env: its environment; by default this process's.
-        reserved: descriptors of `devices.reserve`, held while it lives.
+        reserved: descriptors of `devices.reserved_gpus`, held while it lives.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ class VLLMSampler:
         adapter_rank: rank of the adapters that will be loaded. None: the engine is built without room for adapters,
             and an adapter is merged into its base.
         say: called with a note for the user.
-        reserved: descriptors of `devices.reserve`, held while the worker lives.
+        reserved: descriptors of `devices.reserved_gpus`, held while the worker lives.
     """
 
     def __init__(

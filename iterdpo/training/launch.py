@@ -110,7 +110,7 @@ def launch_training(
 ) -> None:
     """Run the round in a child process, and return when its policy is written. The child dies with this process.
 
-    `reserved` are descriptors of `devices.reserve`. `on_step` gets each line of the training log soon after it is
+    `reserved` are descriptors of `devices.reserved_gpus`. `on_step` gets each line of the training log soon after it is
     written; those of an earlier start come first.
 
     Raises:

@@ -138,11 +138,11 @@ def _chunked_logps(causal: Any, hidden: Tensor, targets: Tensor, squares: bool) 
             logits = softcap * torch.tanh(logits / softcap)
         return _picked_logps(logits, wanted, squares)
 
-    found = [
+    parts = [
         checkpoint(some, *part, use_reentrant=False)
         for part in zip(hidden.split(chunk), targets.split(chunk), strict=True)
     ]
-    logps, log_squares = zip(*found, strict=True)
+    logps, log_squares = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(log_squares) if squares else log_squares[0]
 
 
@@ -170,8 +170,8 @@ class _Head(torch.autograd.Function):
         small = max(1, chunk // 4)  # in float32 here, and twice
         for part, wanted in zip(rows.split(small), targets.split(small), strict=True):
             logits, _ = _logits(part, matrix, bias, scale, softcap)
-            found, log_square = _picked_logps(logits, wanted, squares)
-            logps.append(found)
+            picked, log_square = _picked_logps(logits, wanted, squares)
+            logps.append(picked)
             log_squares.append(log_square)
         log_square = torch.cat(log_squares) if squares else log_squares[0]
         ctx.mark_non_differentiable(log_square)
