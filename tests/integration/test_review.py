@@ -308,7 +308,7 @@ def test_a_run_waits_paused_for_twenty_pairs_and_then_trains_by_itself(
             assert process.poll() is None, (workspace.root / "output.log").read_text()
             return bool(Reviews(workspace.run_dir).pending())
 
-        wait_for(asked, seconds=120, what="pairs to judge")
+        wait_for(asked, seconds=300, what="pairs to judge")
         paused = {"iterative_dpo": "PAUSED", "round": "PAUSED"}
         wait_for(lambda: states(prefect).items() >= paused.items(), seconds=20, what="a paused run")
         tab = Reviewing(browser.new_page())
