@@ -1,4 +1,7 @@
-"""Log-probabilities of completions under a causal language model."""
+"""Log-probabilities of completions under a causal language model.
+
+The output head that never holds all logits is by hand because the fused ones of libraries need a GPU.
+"""
 
 from __future__ import annotations
 

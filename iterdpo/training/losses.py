@@ -1,5 +1,7 @@
 """Preference losses. Tensors in, per-example tensors out; the training loop owns the reduction.
 
+By hand because TRL's are methods of its trainers, bound to their batches; each is held against TRL's by a test.
+
     preference_loss(loss, logps, beta=...)    any loss of `iterdpo.config.Loss` on pairs; each has its function below
     kto_loss(...), kl_estimate(...)           single completions, each desirable or undesirable
     nll_term(...)                             added to any loss with a coefficient: iterative RPO

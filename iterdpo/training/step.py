@@ -68,12 +68,12 @@ class Trainer:
         grad_norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), dpo.max_grad_norm))
         metrics = summarize(self.compute.gather(torch.cat(statistics))) | ({} if kl is None else {"kl": float(kl)})
         finite = math.isfinite(grad_norm) and math.isfinite(metrics["loss"])
+        figures = f"step {number + 1}: loss {metrics['loss']}, gradient norm {grad_norm}"
         if finite:
             self.optimizer.step()
         elif dpo.sentinels.non_finite == "stop":
             raise RuntimeError(
-                f"step {number + 1}: loss {metrics['loss']}, gradient norm {grad_norm}: not finite, and not applied. "
-                "Lower dpo.learning_rate, or set dpo.precision to fp32"
+                f"{figures}: not finite, and not applied. Lower dpo.learning_rate, or set dpo.precision to fp32"
             )
         self.optimizer.zero_grad()
         if self.accelerator.device.type == "cuda":
@@ -91,9 +91,8 @@ class Trainer:
         }
         if finite:
             return row, self.sentinels.observe(row)
-        message = f"step {number + 1}: loss {metrics['loss']}, gradient norm {grad_norm}"
         row = {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
-        return row, [Alarm("non_finite", "skip", message)]
+        return row, [Alarm("non_finite", "skip", figures)]
 
     def losses(
         self, pairs: np.ndarray, trees: Sequence[Tree], index: PairIndex, batch: Sequence[int], kl: Tensor | None
