@@ -29,7 +29,7 @@ def test_no_more_than_a_few_items_are_taken_ahead_of_the_results() -> None:
 
     def items() -> Iterator[int]:
         nonlocal taken
-        for taken in range(1, 101):
+        for taken in range(1, 101):  # noqa: B007  # read below
             yield 2
 
     results = map_in_order(squared, items(), 2)
