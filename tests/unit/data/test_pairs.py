@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,12 +193,13 @@ def test_the_mapped_copy_is_made_once_and_again_where_the_file_is_another(
     assert len([p for p in cache.iterdir() if p.is_dir()]) == 1  # the old copy is gone
 
 
-def test_reading_a_mapped_pair_takes_well_under_a_millisecond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mapped_pair_is_read_without_the_file_that_it_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pairs, "IN_MEMORY", 0)
-    write_random(tmp_path / "train.parquet", 5000)
-    read = TokenPairs(tmp_path / "train.parquet", tmp_path)
-    order = random.Random(0).sample(range(5000), 2000)
-    start = time.perf_counter()
-    for i in order:
-        read[i]
-    assert (time.perf_counter() - start) / 2000 < 0.5e-3
+    path = tmp_path / "train.parquet"
+    written = write_random(path, 2000)
+    read = TokenPairs(path, tmp_path)
+    path.unlink()  # a row group would have to be decoded for each pair
+    order = random.Random(0).sample(range(2000), 2000)
+    assert [read[i] for i in order] == [written[i] for i in order]
