@@ -143,6 +143,7 @@ def measure(root: Path, count: int, shard_size: int) -> dict[str, Any]:
         "prompts": {"path": str(root / "prompts.jsonl"), "per_round": count, "heldout": count // 10},
         "sampling": {"n": K, "max_tokens": TOKENS, "shard_size": shard_size, "engine": {"max_model_len": 256}},
         "judge": {"use": "fake"},
+        "evaluation": {"bootstrap_samples": 100},
     }
     figures: dict[str, Any] = {"prompts": count}
 

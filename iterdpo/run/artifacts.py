@@ -118,6 +118,14 @@ def read_groups(directory: Path) -> Iterator[CompletionGroup]:
     return itertools.chain.from_iterable(map(read_completion_shard, completion_shards(directory)))
 
 
+def read_token_ids(directory: Path) -> Iterator[list[int]]:
+    """The token ids of every completion in `directory`; nothing else of a shard is read."""
+    import pyarrow.parquet as pq
+
+    for path in completion_shards(directory):
+        yield from _unnested(pq.read_table(path, columns=["token_ids"])["token_ids"].combine_chunks().values, "i")
+
+
 def read_judgments(directory: Path) -> Iterator[Judgment]:
     """Every judgment in `directory`, a shard in memory at a time."""
     return itertools.chain.from_iterable(map(read_judgment_shard, sorted(directory.glob("shard-*.jsonl"))))

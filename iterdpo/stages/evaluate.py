@@ -10,7 +10,7 @@ from iterdpo.errors import ChildFailed
 from iterdpo.evaluate import Scores, evaluation_metrics, logp_gap
 from iterdpo.judging.run_judge import RunJudge
 from iterdpo.judging.shards import NamedShard, completion_shards
-from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_groups, read_judgments, shard_name
+from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_groups, read_judgments, read_token_ids, shard_name
 from iterdpo.run.rundir import Step, read_json, write_json
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.judge import judge_with_progress
@@ -101,7 +101,7 @@ def _evaluate(
     logps = _sequence_logps(run, directory / "logps.json", candidate, completions, counts["completions"])
     gap = _checked_gap(read_groups(completions), logps, limit=section.max_logp_gap)
     metrics = evaluation_metrics(
-        lambda: (c.token_ids for g in read_groups(completions) for c in g.completions),
+        lambda: read_token_ids(completions),
         scores,
         {name: {r: _scores(path) for r, path in b.judgments().items()} for name, b in against.items()},
         duels,

@@ -11,8 +11,11 @@ from iterdpo.errors import DataError
 from iterdpo.run.artifacts import Completions, Judgments, Pairs
 from iterdpo.run.rundir import Step
 from iterdpo.seeds import derive_seed
-from iterdpo.stages.runs import IterativeRun
+from iterdpo.stages.runs import IterativeRun, batches
 from iterdpo.types import PreferencePair
+
+AT_ONCE = 256
+"""Groups in memory."""
 
 
 def pair(run: IterativeRun, round: int, completions: Completions, judgments: Judgments) -> Pairs:
@@ -30,8 +33,8 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
 
             def pairs() -> Iterator[PreferencePair]:
                 nonlocal counts
-                for group, judgment in zip(completions, judgments, strict=True):
-                    found, more = build_pairs([group], [judgment], **options)
+                for some in batches(zip(completions, judgments, strict=True), AT_ONCE):
+                    found, more = build_pairs(*zip(*some, strict=True), **options)
                     counts += more
                     yield from found
                     stage.to(counts.kept)
