@@ -18,14 +18,7 @@ from iterdpo.training.models import ADAPTER_CONFIG
 
 # Files that a policy takes over from the one it was trained from: the tokenizer's, byte for byte, and its code.
 CARRIED_FILES = (
-    "tokenizer*",
-    "special_tokens*",
-    "added_tokens*",
-    "vocab*",
-    "merges*",
-    "*.model",
-    "chat_template*",
-    "*.py",
+    *("tokenizer*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.model", "chat_template*", "*.py"),
 )
 
 
