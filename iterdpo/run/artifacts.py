@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -181,11 +182,10 @@ def read_completion_shard(path: Path) -> list[CompletionGroup]:
     texts, reasons = table["completions"].values.to_pylist(), table["finish_reasons"].values.to_pylist()
     ids, logprobs = _unnested(table["token_ids"].values, "i"), _unnested(table["logprobs"].values, "f")
     completions = list(map(Completion, texts, ids, logprobs, reasons))
-    contents = [
-        json.loads(text) if conversational else text
-        for text, conversational in zip(table["prompt"].to_pylist(), table["conversational"].to_pylist(), strict=True)
-    ]
-    columns = [json.loads(text) if text != "{}" else {} for text in table["columns"].to_pylist()]
+    texts = table["prompt"].to_pylist()
+    conversational = table["conversational"].to_pylist()
+    contents = [json.loads(text) if chat else text for text, chat in zip(texts, conversational, strict=True)]
+    columns = json.loads(f"[{','.join(table['columns'].to_pylist())}]")
     prompts = map(Prompt, table["prompt_id"].to_pylist(), contents, columns)
     prompt_ids = _unnested(table["prompt_token_ids"], "i")
     return [
@@ -199,15 +199,13 @@ def _json(value: Any) -> str:
 
 
 def _lists(rows: Sequence[Sequence[Any]], kind: Literal["i", "f"]) -> pa.ListArray:
-    """Rows of numbers, as int32 (i) or float32 (f): a typed array is filled several times as quickly as Arrow's."""
+    """Rows of numbers, as int32 (i) or float32 (f): packed several times as quickly as Arrow does."""
     import pyarrow as pa
 
-    flat = array(kind)
-    for row in rows:
-        flat.extend(row)
+    lengths = [len(row) for row in rows]
+    packed = pa.py_buffer(b"".join(struct.pack(f"{len(row)}{kind}", *row) for row in rows))
     typed = {"i": pa.int32(), "f": pa.float32()}[kind]
-    values = pa.Array.from_buffers(typed, len(flat), [None, pa.py_buffer(flat)])
-    return _lists_of(values, [len(row) for row in rows])
+    return _lists_of(pa.Array.from_buffers(typed, sum(lengths), [None, packed]), lengths)
 
 
 def _lists_of(values: pa.Array, lengths: Sequence[int]) -> pa.ListArray:
