@@ -99,10 +99,10 @@ def check(
         loaded.close()
     report = {
         "judge": {"use": use, "name": done.name, "version": done.version},
-        **_circumstances(data, output, done.stopped, account=account.summary()),
+        **_circumstances(data, output, done.turn.stopped, account=account.summary()),
         "repeats": repeats,
         "length_unit": unit,
-        "cost": {"seconds": round(done.seconds, 3), "usage": done.usage},
+        "cost": {"seconds": round(done.turn.seconds, 3), "usage": done.turn.usage},
         **measure(done.pairs, seed=data.seed, confidence=output.confidence),
     }
 
@@ -114,7 +114,7 @@ def check(
     return _put_out(
         output,
         {**plain(report), "pairs": [pair.to_json() for pair in done.pairs]},
-        done.stopped,
+        done.turn.stopped,
         sentence=check_sentence(report),
         tables=check_tables(report),
         settings=[
@@ -169,10 +169,7 @@ def compare(
             for (use, _), name, version in zip(specs, done.names, done.versions, strict=True)
         ],
         **_circumstances(data, output, done.stopped, round=number),
-        "costs": [
-            {"seconds": round(seconds, 3), "usage": usage}
-            for seconds, usage in zip(done.seconds, done.usage, strict=True)
-        ],
+        "costs": [{"seconds": round(turn.seconds, 3), "usage": turn.usage} for turn in done.turns],
         **measure_agreement(done, seed=data.seed, confidence=output.confidence),
     }
     first, second = done.names

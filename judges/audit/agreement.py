@@ -7,7 +7,6 @@ figures. Of two completions a judge prefers the one with the higher score; equal
 from __future__ import annotations
 
 import itertools
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from iterdpo.run.rundir import RunDir, digest
 from iterdpo.seeds import derive_seed
 from iterdpo.stats import Estimate, clustered_bootstrap, clustered_mean
 from iterdpo.types import CompletionGroup, Judgment, Prompt
-from judges.audit.check import BLOCK, EXAMPLES, used_since
+from judges.audit.check import EXAMPLES, Turn, in_blocks
 from judges.audit.labelled import NOT_COLUMNS, LabelledPair, completion_of, prompt_ids_of, read_labelled
 from judges.audit.stats import kappa, kendall, spearman
 
@@ -63,13 +62,15 @@ class Agreement:
 
     names: tuple[str, str]
     versions: tuple[str, str]
+    turns: tuple[Turn, Turn]
     groups: int = 0
     rated: list[Rated] = field(default_factory=list)
     scores: list[tuple[str, list[float], list[float]]] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
-    seconds: tuple[float, float] = (0.0, 0.0)
-    usage: tuple[dict[str, float], dict[str, float]] = field(default_factory=lambda: ({}, {}))
-    stopped: BaseException | None = None
+
+    @property
+    def stopped(self) -> BaseException | None:
+        return self.turns[0].stopped or self.turns[1].stopped
 
 
 def read_samples(
@@ -123,24 +124,21 @@ def compare_judges(
     `samples` is called twice, and gives the same each time. Ctrl-C, and whatever the data or a judge raise, end that
     judge's turn early; B is only asked what A has judged. Before a first block is finished, errors are raised.
     """
-    a_judgments: list[Judgment] = []
+    judged_by_a: list[Judgment] = []
     a = make_a()
-    stopped, seconds_a, usage_a = _in_turn(a, samples(), lambda _, found: a_judgments.extend(found), advance)
+    turn_a = in_blocks(a, samples(), lambda block: judged_by_a.extend(_judged(a, block)), advance)
     a.close()
     b = make_b()
-    result = Agreement((a.name, b.name), (a.version, b.version), usage=(usage_a, {}), seconds=(seconds_a, 0.0))
+    result = Agreement((a.name, b.name), (a.version, b.version), (turn_a, Turn()))
 
-    def record(block: Sequence[Sample], judgments: Sequence[Judgment]) -> None:
-        at = result.groups
-        for sample, ours, theirs in zip(block, a_judgments[at : at + len(block)], judgments, strict=True):
-            _record(result, sample, ours, theirs)
+    def work(block: Sequence[Sample]) -> None:
+        ours = judged_by_a[result.groups : result.groups + len(block)]
+        for sample, x, y in zip(block, ours, _judged(b, block), strict=True):
+            _record(result, sample, x, y)
 
-    if not isinstance(stopped, KeyboardInterrupt):
-        both = islice(samples(), len(a_judgments))
-        stopped_b, seconds_b, usage_b = _in_turn(b, both, record, advance)
-        result.usage, result.seconds, stopped = (usage_a, usage_b), (seconds_a, seconds_b), stopped or stopped_b
+    if not isinstance(turn_a.stopped, KeyboardInterrupt):
+        result.turns = turn_a, in_blocks(b, islice(samples(), len(judged_by_a)), work, advance)
     b.close()
-    result.stopped = stopped
     return result
 
 
@@ -199,28 +197,8 @@ def measure_agreement(
     }
 
 
-def _in_turn(
-    judge: JudgeBase,
-    samples: Iterable[Sample],
-    record: Callable[[Sequence[Sample], Sequence[Judgment]], None],
-    advance: Callable[[int], None],
-) -> tuple[BaseException | None, float, dict[str, float]]:
-    """Judge in blocks and hand each on; why it stopped early, the seconds, and what was used."""
-    before, seconds, done, stream = judge.usage(), 0.0, 0, iter(samples)
-    stopped: BaseException | None = None
-    try:
-        while block := list(islice(stream, BLOCK)):
-            started = time.perf_counter()
-            judgments = checked_judgments(judge, [sample.group for sample in block])
-            seconds += time.perf_counter() - started
-            record(block, judgments)
-            done += len(block)
-            advance(len(block))
-    except (Exception, KeyboardInterrupt) as error:  # for the caller to raise, once what is judged is reported
-        if not done and isinstance(error, Exception):
-            raise
-        stopped = error
-    return stopped, seconds, used_since(before, judge)
+def _judged(judge: JudgeBase, samples: Sequence[Sample]) -> list[Judgment]:
+    return checked_judgments(judge, [sample.group for sample in samples])
 
 
 def _record(result: Agreement, sample: Sample, a: Judgment, b: Judgment) -> None:

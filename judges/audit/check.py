@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.seeds import derive_seed
@@ -21,12 +21,12 @@ from iterdpo.types import Judgment
 from judges.adapter import CustomJudge
 from judges.audit.labelled import LabelledPair
 
+T = TypeVar("T")
 LabelOutcome = Literal["chosen", "rejected", "tie"] | None
 """Which completion the judge preferred, named by the label; None if it abstained."""
 
 BLOCK = 64  # groups that a judge is given at a time
 EXAMPLES = 12  # mistakes, or differences of two judges, that are kept with their texts
-EXPORTED_FIELDS = ("row", "prompt_id", "subset", "tie", "chosen_first", "lengths")
 
 FROM_PROBABILITIES = "the probabilities that the judge gave with its verdicts, mean over both orders"
 FROM_VERDICTS = "its verdicts, taken as certain; one in each order counts half"
@@ -85,14 +85,10 @@ class JudgedPair:
     repeats: list[LabelOutcome] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        judgment = {k: v for k, v in asdict(self.judgment).items() if k != "source"}
-        swapped = None if self.swapped is None else self.swapped.verdict
-        return {
-            **{k: getattr(self, k) for k in EXPORTED_FIELDS},
-            **judgment,
-            "swapped": swapped,
-            "repeats": self.repeats,
-        }
+        row = asdict(self)
+        judgment, swapped, repeats = (row.pop(name) for name in ("judgment", "swapped", "repeats"))
+        del judgment["source"]
+        return {**row, **judgment, "swapped": swapped and swapped["verdict"], "repeats": repeats}
 
 
 class Mistake(NamedTuple):
@@ -101,16 +97,23 @@ class Mistake(NamedTuple):
 
 
 @dataclass
+class Turn:
+    """What judging took. `stopped` says why it ended before the data did."""
+
+    seconds: float = 0.0
+    usage: dict[str, float] = field(default_factory=dict)
+    stopped: BaseException | None = None
+
+
+@dataclass
 class Check:
-    """A judge's verdicts on labelled pairs, and what they took. `stopped` says why it ended before the data did."""
+    """A judge's verdicts on labelled pairs, the mistakes that it is surest of, and what judging took."""
 
     name: str
     version: str
     pairs: list[JudgedPair] = field(default_factory=list)
     mistakes: list[Mistake] = field(default_factory=list)
-    seconds: float = 0.0
-    usage: dict[str, float] = field(default_factory=dict)
-    stopped: BaseException | None = None
+    turn: Turn = field(default_factory=Turn)
 
 
 def check_judge_on(
@@ -131,63 +134,76 @@ def check_judge_on(
     the reason. Before a first block is finished, errors are raised.
     """
     check = Check(judge.name, judge.version)
-    before = judge.usage()
     swap: bool | None = None  # not known before the first judgments
-    stream = iter(pairs)
+
+    def work(block: Sequence[LabelledPair]) -> None:
+        nonlocal swap
+        firsts = [derive_seed(seed, "judge check", pair.row) % 2 == 0 for pair in block]
+        asked = zip(block, firsts, _judge(judge, block, firsts), strict=True)
+        judged = [_judged(pair, first, judgment, unit) for pair, first, judgment in asked]
+        if swap is None:
+            swap = _compares(judge) and not any(orders(j) for j in judged)
+        if swap:
+            for j, judgment in zip(judged, _judge(judge, block, [not f for f in firsts]), strict=True):
+                j.swapped = judgment
+        for number in range(1, repeats):
+            draw_again(judge, number)
+            for j, judgment in zip(judged, _judge(judge, block, firsts), strict=True):
+                j.repeats.append(judgment.verdict)
+        draw_again(judge, 0)
+        check.pairs += judged
+        wrong = [m for m in map(Mistake, block, judged) if not m.pair.tie and m.judged.judgment.verdict == "rejected"]
+        check.mistakes = heapq.nsmallest(EXAMPLES, check.mistakes + wrong, key=_how_right)
+
+    check.turn = in_blocks(judge, pairs, work, advance)
+    return check
+
+
+def in_blocks(
+    judge: JudgeBase, items: Iterable[T], work: Callable[[Sequence[T]], None], advance: Callable[[int], None]
+) -> Turn:
+    """Hand the items to `work` in blocks, until it, the items or Ctrl-C raise. An error in the first block is raised."""
+    turn, before, done, stream = Turn(), judge.usage(), 0, iter(items)
     try:
         while block := list(islice(stream, BLOCK)):
             started = time.perf_counter()
-            firsts = [derive_seed(seed, "judge check", pair.row) % 2 == 0 for pair in block]
-            asked = zip(block, firsts, _judge(judge, block, firsts), strict=True)
-            judged = [_judged(pair, first, judgment, unit) for pair, first, judgment in asked]
-            if swap is None:
-                swap = _compares(judge) and not any(orders(j) for j in judged)
-            if swap:
-                for j, judgment in zip(judged, _judge(judge, block, [not f for f in firsts]), strict=True):
-                    j.swapped = judgment
-            for number in range(1, repeats):
-                draw_again(judge, number)
-                for j, judgment in zip(judged, _judge(judge, block, firsts), strict=True):
-                    j.repeats.append(judgment.verdict)
-            draw_again(judge, 0)
-            check.seconds += time.perf_counter() - started
-            check.pairs += judged
-            wrong = [Mistake(p, j) for p, j in zip(block, judged, strict=True) if _is_mistake(j)]
-            check.mistakes = heapq.nsmallest(EXAMPLES, check.mistakes + wrong, key=_how_right)
+            work(block)
+            turn.seconds += time.perf_counter() - started
+            done += len(block)
             advance(len(block))
     except (Exception, KeyboardInterrupt) as error:  # for the caller to raise, once what is judged is reported
-        if not check.pairs and isinstance(error, Exception):
+        if not done and isinstance(error, Exception):
             raise
-        check.stopped = error
-    check.usage = used_since(before, judge)
-    return check
+        turn.stopped = error
+    turn.usage = {name: amount - before.get(name, 0) for name, amount in judge.usage().items()}
+    return turn
 
 
 def interpret(pair: LabelledPair, judgment: Judgment, *, chosen_first: bool) -> PairJudgment:
     """What the judgment of `pair.group(chosen_first=…)` says of chosen and rejected."""
-    chosen, rejected = judgment.scores if chosen_first else judgment.scores[::-1]
-    reasons = dict.fromkeys(
-        r for r in (*judgment.abstentions, *(c.reason for c in judgment.comparisons if c.winner is None)) if r
-    )
+    first, second = judgment.scores
+    chosen, rejected = scores = (first, second) if chosen_first else (second, first)
+    failed = (c.reason for c in judgment.comparisons if c.winner is None)
+    reasons = tuple(dict.fromkeys(r for r in (*judgment.abstentions, *failed) if r))
     at = 0 if chosen_first else 1
-    shown = []
-    for c in judgment.comparisons:
-        won = {"first": c.first == at, "second": c.second == at}
-        verdict: LabelOutcome = c.winner if c.winner in ("tie", None) else "chosen" if won[c.winner] else "rejected"
-        shown.append(OrderedVerdict(c.first == at, verdict))
+    names: dict[str | None, LabelOutcome] = {"tie": "tie", None: None}
+    shown = tuple(
+        OrderedVerdict(
+            c.first == at, names.get(c.winner, "chosen" if (c.winner == "first") == (c.first == at) else "rejected")
+        )
+        for c in judgment.comparisons
+    )
     if chosen is None or rejected is None:
-        return PairJudgment(None, (chosen, rejected), tuple(reasons), tuple(shown), None, "")
-    given = [
-        c.probability if c.first == at else 1 - c.probability for c in judgment.comparisons if c.probability is not None
-    ]
+        return PairJudgment(None, scores, reasons, shown, None, "")
+    given = [(c.probability, c.first == at) for c in judgment.comparisons if c.probability is not None]
     if given and len(given) == len(judgment.comparisons):
-        probability, source = sum(given) / len(given), FROM_PROBABILITIES
+        probability, source = sum(p if first else 1 - p for p, first in given) / len(given), FROM_PROBABILITIES
     elif shown and 0 <= chosen <= 1 and math.isclose(chosen + rejected, 1):
         probability, source = chosen, FROM_VERDICTS
     else:
         probability, source = sigmoid(chosen - rejected), FROM_SCORES
-    verdict = "tie" if chosen == rejected else "chosen" if chosen > rejected else "rejected"
-    return PairJudgment(verdict, (chosen, rejected), tuple(reasons), tuple(shown), probability, source)
+    verdict: LabelOutcome = "tie" if chosen == rejected else "chosen" if chosen > rejected else "rejected"
+    return PairJudgment(verdict, scores, reasons, shown, probability, source)
 
 
 def orders(judged: JudgedPair) -> tuple[LabelOutcome, LabelOutcome] | None:
@@ -205,10 +221,6 @@ def draw_again(judge: JudgeBase, number: int) -> None:
         part.repeat = number
 
 
-def used_since(before: dict[str, float], judge: JudgeBase) -> dict[str, float]:
-    return {name: amount - before.get(name, 0) for name, amount in judge.usage().items()}
-
-
 def _judge(judge: JudgeBase, block: Sequence[LabelledPair], firsts: Sequence[bool]) -> list[PairJudgment]:
     """The judgments of the pairs; `firsts` says of which the chosen comes first."""
     judgments = checked_judgments(judge, [p.group(chosen_first=f) for p, f in zip(block, firsts, strict=True)])
@@ -223,10 +235,6 @@ def _judged(pair: LabelledPair, chosen_first: bool, judgment: PairJudgment, unit
 def _compares(judge: JudgeBase) -> bool:
     """Whether a completion's score may depend on the others of its group, and so on their order."""
     return judge.comparative or (isinstance(judge, CustomJudge) and judge.kind == "groups")
-
-
-def _is_mistake(judged: JudgedPair) -> bool:
-    return not judged.tie and judged.judgment.verdict == "rejected"
 
 
 def _how_right(mistake: Mistake) -> tuple[float, float, int]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from iterdpo.seeds import derive_seed
 from iterdpo.stats import NOTHING, Estimate, Floats, clustered_bootstrap, clustered_mean
@@ -21,7 +21,8 @@ from judges.audit.stats import (
     symmetric_rank_correlation,
 )
 
-CREDIT = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0}
+CREDIT: dict[str | None, float] = {"chosen": 1.0, "tie": 0.5, "rejected": 0.0}
+WINNERS = ("chosen", "rejected")
 SUBSET_FIGURES = ("accuracy", "accuracy_decided", "tie_rate", "coverage", "flip_rate")
 
 
@@ -92,43 +93,37 @@ def measure(
     }
 
 
-def _shares(pairs: Sequence[JudgedPair], confidence: float) -> dict[str, Estimate]:
-    def share(rows: Iterable[tuple[float, JudgedPair]]) -> Estimate:
-        found = list(rows)
-        return clustered_mean([v for v, _ in found], [p.prompt_id for _, p in found], confidence=confidence)
+def _mean(
+    rows: Iterable[tuple[float, JudgedPair]], *, confidence: float, bounds: tuple[float, float] = (0.0, 1.0)
+) -> Estimate:
+    found = list(rows)
+    prompts = [pair.prompt_id for _, pair in found]
+    return clustered_mean([value for value, _ in found], prompts, bounds=bounds, confidence=confidence)
 
+
+def _shares(pairs: Sequence[JudgedPair], confidence: float) -> dict[str, Estimate]:
+    share = partial(_mean, confidence=confidence)
     judged = [(p.judgment.verdict, p) for p in pairs if p.judgment.verdict is not None]
     labelled = [(verdict, p) for verdict, p in judged if not p.tie]
-    decided = [(verdict, p) for verdict, p in labelled if verdict != "tie"]
     both = [(found, p) for p in pairs if (found := orders(p)) is not None]
     judgments = [(judgment, order, p) for p in pairs for judgment, order in _judgments(p)]
-    single = [(s, p) for judgment, _, p in judgments for s in judgment.shown if s.verdict in ("chosen", "rejected")]
-    first = share((float((s.verdict == "chosen") == s.chosen_first), p) for s, p in single)
+    shown = [(s, p) for judgment, _, p in judgments for s in judgment.shown if s.verdict in WINNERS]
+    single = [(float((s.verdict == "chosen") == s.chosen_first), p) for s, p in shown]
+    grouped = [(j.verdict == "chosen", order, p) for j, order, p in judgments if j.verdict in WINNERS]
     repeated = [([p.judgment.verdict, *p.repeats], p) for p in pairs if p.repeats]
     return {
         "accuracy": share((CREDIT[verdict], p) for verdict, p in labelled),
-        "accuracy_decided": share((CREDIT[verdict], p) for verdict, p in decided),
-        "accuracy_agreeing": share(
-            (CREDIT[a], p) for (a, b), p in both if not p.tie and a is not None and a == b != "tie"
-        ),
+        "accuracy_decided": share((CREDIT[verdict], p) for verdict, p in labelled if verdict != "tie"),
+        "accuracy_agreeing": share((CREDIT[a], p) for (a, b), p in both if not p.tie and a in WINNERS and a == b),
         "coverage": share((float(p.judgment.verdict is not None), p) for p in pairs),
         "tie_rate": share((float(verdict == "tie"), p) for verdict, p in labelled),
         "tie_agreement": share((float(verdict == "tie"), p) for verdict, p in judged if p.tie),
         "flip_rate": share((float(a != b), p) for (a, b), p in both),
-        "first_position": first,
-        "position_bias": _less_half(first),
-        "first_index": share(
-            (float((judgment.verdict == "chosen") == order), p)
-            for judgment, order, p in judgments
-            if judgment.verdict in ("chosen", "rejected")
-        ),
+        "first_position": share(single),
+        "position_bias": share(((first - 0.5, p) for first, p in single), bounds=(-0.5, 0.5)),
+        "first_index": share((float(right == order), p) for right, order, p in grouped),
         "self_consistency": share((max(Counter(v).values()) / len(v), p) for v, p in repeated),
     }
-
-
-def _less_half(share: Estimate) -> Estimate:
-    value, low, high = (None if v is None else v - 0.5 for v in share[:3])
-    return Estimate(value, low, high, share.n)
 
 
 def _judgments(pair: JudgedPair) -> list[tuple[PairJudgment, bool]]:
@@ -138,37 +133,24 @@ def _judgments(pair: JudgedPair) -> list[tuple[PairJudgment, bool]]:
 
 
 def _lengths(pairs: Sequence[JudgedPair], seed: int, confidence: float, samples: int) -> dict[str, Estimate]:
+    share = partial(_mean, confidence=confidence)
     uneven = [
-        (p.judgment.verdict == "chosen", p.lengths[0] > p.lengths[1], p.prompt_id)
+        (p.judgment.verdict == "chosen", p.lengths[0] > p.lengths[1], p)
         for p in pairs
-        if not p.tie and p.judgment.verdict in ("chosen", "rejected") and p.lengths[0] != p.lengths[1]
+        if not p.tie and p.judgment.verdict in WINNERS and p.lengths[0] != p.lengths[1]
     ]
-
-    def share(rows: Iterable[tuple[float, str]], *, bounds: tuple[float, float] = (0.0, 1.0)) -> Estimate:
-        found = list(rows)
-        return clustered_mean([v for v, _ in found], [p for _, p in found], bounds=bounds, confidence=confidence)
-
     judged = [p for p in pairs if p.judgment.verdict is not None]
-    correlation = NOTHING
-    if judged:
-        scores = [p.judgment.difference for p in judged]
-        lengths = [p.lengths[0] - p.lengths[1] for p in judged]
-        correlation = clustered_bootstrap(
-            symmetric_rank_correlation(scores, lengths),
-            [p.prompt_id for p in judged],
-            confidence=confidence,
-            samples=samples,
-            seed=seed,
-        )
+    differences = [p.judgment.difference for p in judged], [p.lengths[0] - p.lengths[1] for p in judged]
+    statistic, prompts = symmetric_rank_correlation(*differences), [p.prompt_id for p in judged]
     return {
-        "longer_wins": share((float(right == longer), prompt) for right, longer, prompt in uneven),
-        "longer_is_better": share((float(longer), prompt) for _, longer, prompt in uneven),
-        "length_bias": share(
-            ((float(right == longer) - float(longer), prompt) for right, longer, prompt in uneven), bounds=(-1.0, 1.0)
+        "longer_wins": share((float(right == longer), p) for right, longer, p in uneven),
+        "longer_is_better": share((float(longer), p) for _, longer, p in uneven),
+        "length_bias": share((((right == longer) - longer, p) for right, longer, p in uneven), bounds=(-1.0, 1.0)),
+        "accuracy_chosen_longer": share((float(right), p) for right, longer, p in uneven if longer),
+        "accuracy_chosen_shorter": share((float(right), p) for right, longer, p in uneven if not longer),
+        "length_rank_correlation": clustered_bootstrap(
+            statistic, prompts, confidence=confidence, samples=samples, seed=seed
         ),
-        "accuracy_chosen_longer": share((float(right), prompt) for right, longer, prompt in uneven if longer),
-        "accuracy_chosen_shorter": share((float(right), prompt) for right, longer, prompt in uneven if not longer),
-        "length_rank_correlation": correlation,
     }
 
 
@@ -204,12 +186,8 @@ def _fits(pair: JudgedPair, seed: int) -> bool:
 
 def _differences(pairs: Sequence[JudgedPair]) -> Floats:
     """Score of the chosen minus that of the rejected; of probabilities, the log-odds. [pairs]"""
-
-    def difference(judgment: PairJudgment) -> float:
-        if judgment.source == FROM_SCORES:
-            return judgment.difference
-        assert judgment.probability is not None
-        p = min(max(judgment.probability, 1e-6), 1 - 1e-6)
-        return math.log(p / (1 - p))
-
-    return np.array([difference(pair.judgment) for pair in pairs], np.float64)
+    p = np.array([pair.judgment.probability for pair in pairs], np.float64)
+    log_odds = logit(p.clip(1e-6, 1 - 1e-6))
+    scored = np.array([pair.judgment.source == FROM_SCORES for pair in pairs], bool)
+    differences: Floats = np.where(scored, [pair.judgment.difference for pair in pairs], log_odds)
+    return differences

@@ -105,16 +105,12 @@ def check_sentence(report: dict[str, Any]) -> str:
     accuracy: Estimate = figures["accuracy"]
     if accuracy.value is None or accuracy.low is None or accuracy.high is None:
         return f"{name} judged no pair that is labelled with a winner."
+    chance = ", which is worse than chance" if accuracy.high < 0.5 else ""
+    if accuracy.low <= 0.5 <= accuracy.high:
+        chance = ", which is not distinguishable from chance"
     said = [
         f"{name} prefers the better completion in {share(accuracy.value)} of {accuracy.n:,} pairs "
-        f"({percent(report['confidence'])[:-4]} % interval {_range(accuracy, share)})"
-        + (
-            ", which is not distinguishable from chance."
-            if accuracy.low <= 0.5 <= accuracy.high
-            else ", which is worse than chance."
-            if accuracy.high < 0.5
-            else "."
-        )
+        f"({percent(report['confidence'])[:-4]} % interval {_range(accuracy, share)}){chance}."
     ]
     coverage, first, index, length = (figures[k] for k in ("coverage", "first_position", "first_index", "length_bias"))
     if coverage.value < 0.95:
@@ -136,17 +132,16 @@ def check_tables(report: dict[str, Any]) -> list[Table]:
         ]
         tables.append(Table("By subset", ["subset", "pairs", *(row.heading for row in SUBSET_ROWS)], rows))
     if report["abstentions"]:
-        tables.append(_reasons(report["abstentions"]))
+        reasons, counts = list(report["abstentions"]), list(report["abstentions"].values())
+        rows = [[f"{count:,}", reason] for reason, count in zip(reasons[:SHOWN], counts, strict=False)]
+        if rest := counts[SHOWN:]:
+            rows.append([f"{sum(rest):,}", f"{len(rest):,} other reasons"])
+        tables.append(Table("Why it abstained", ["pairs", "reason"], rows))
     if report["reliability"]:
-        rows = [
-            [
-                f"{b['from']:.2f} to {b['to']:.2f}",
-                f"{b['pairs']:,}",
-                decimals(b["confidence"]),
-                _cell(b["accuracy"], decimals),
-            ]
-            for b in report["reliability"]
-        ]
+        rows = []
+        for b in report["reliability"]:
+            claimed, right = decimals(b["confidence"]), _cell(b["accuracy"], decimals)
+            rows.append([f"{b['from']:.2f} to {b['to']:.2f}", f"{b['pairs']:,}", claimed, right])
         about = report["calibration"]
         note = f"The judge's probability that a completion is the better one: {about['probability']}."
         if about["ece_if_calibrated"] is not None:
@@ -179,30 +174,18 @@ def compare_tables(report: dict[str, Any]) -> list[Table]:
         f"Two completions a prompt make one pair, K make K(K-1)/2: {counts['pairs']:,} pairs of {counts['groups']:,} "
         f"prompts. A could not judge {counts['unjudged_a']:,}, B {counts['unjudged_b']:,}."
     )
+    verdicts = Table("Verdicts", ["", *(f"B: {y}" for y in confusion)], rows, note)
     costs = [_cost(c, counts["groups"], f"Cost of {x}", "prompt") for c, x in zip(report["costs"], "AB", strict=True)]
-    return [
-        _figures(report, COMPARE_ROWS, "n"),
-        Table("Verdicts", ["", *(f"B: {y}" for y in confusion)], rows, note),
-        *costs,
-    ]
+    return [_figures(report, COMPARE_ROWS, "n"), verdicts, *costs]
 
 
 def _figures(report: dict[str, Any], rows: Sequence[Column], counted: str) -> Table:
-    found = [(row, report["figures"][row.key]) for row in rows]
     cells = [
         [row.heading, row.show(e.value), "" if e.low is None else _range(e, row.show), f"{e.n:,}"]
-        for row, e in found
-        if e.value is not None
+        for row in rows
+        if (e := report["figures"][row.key]).value is not None
     ]
     return Table("Figures", ["", "", f"{100 * report['confidence']:.0f} % interval", counted], cells)
-
-
-def _reasons(abstentions: dict[str, int]) -> Table:
-    rows = [[f"{count:,}", reason] for reason, count in list(abstentions.items())[:SHOWN]]
-    rest = list(abstentions.values())[SHOWN:]
-    if rest:
-        rows.append([f"{sum(rest):,}", f"{len(rest):,} other reasons"])
-    return Table("Why it abstained", ["pairs", "reason"], rows)
 
 
 def _cost(cost: dict[str, Any], units: int, title: str = "Cost", unit: str = "pair") -> Table:
@@ -218,14 +201,9 @@ def mistake_example(mistake: Mistake) -> Example:
     pair, judgment = mistake.pair, mistake.judged.judgment
     assert judgment.probability is not None
     chosen, rejected = (f"score {score:.4g}" for score in judgment.scores)
-    return Example(
-        f"Row {pair.row:,}: the judge gives the better completion {share(judgment.probability)}",
-        pair.prompt.text,
-        [
-            Side("better by the label", pair.chosen.text, chosen),
-            Side("the judge's choice", pair.rejected.text, rejected),
-        ],
-    )
+    title = f"Row {pair.row:,}: the judge gives the better completion {share(judgment.probability)}"
+    better = Side("better by the label", pair.chosen.text, chosen)
+    return Example(title, pair.prompt.text, [better, Side("the judge's choice", pair.rejected.text, rejected)])
 
 
 def difference_example(found: Difference) -> Example:
@@ -247,8 +225,7 @@ def _cell(estimate: Estimate, show: Callable[[float], str]) -> str:
 def _range(estimate: Estimate, show: Callable[[float], str]) -> str:
     assert estimate.low is not None
     assert estimate.high is not None
-    low = show(estimate.low).removesuffix(UNIT)
-    return f"{low} to {show(estimate.high)}"
+    return f"{show(estimate.low).removesuffix(UNIT)} to {show(estimate.high)}"
 
 
 # Terminal
@@ -273,11 +250,8 @@ def print_report(
     for table in tables:
         drawn = RichTable(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=any(table.headings))
         for place, heading in enumerate(table.headings):
-            drawn.add_column(
-                Text(heading),
-                overflow="fold",
-                justify="left" if place == 0 else "right" if len(table.headings) > 2 else "left",
-            )
+            numbers = place > 0 and len(table.headings) > 2
+            drawn.add_column(Text(heading), overflow="fold", justify="right" if numbers else "left")
         for row in table.rows:
             drawn.add_row(*(Text(visible(cell)) for cell in row))
         say("")
@@ -305,41 +279,19 @@ def _short(text: str) -> str:
 
 def plain(value: Any) -> Any:
     """The report as JSON has it: an `Estimate` as `{"value": …, "low": …, "high": …, "n": …}`."""
-    match value:
-        case Estimate():
-            return value._asdict()
-        case dict():
-            return {k: plain(v) for k, v in value.items()}
-        case list() | tuple():
-            return [plain(v) for v in value]
-        case _:
-            return value
+    if isinstance(value, Estimate):
+        return value._asdict()
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def write_page(
-    path: str | Path,
-    *,
-    title: str,
-    sentence: str,
-    settings: Sequence[tuple[str, str]],
-    tables: Sequence[Table],
-    figures: Sequence[tuple[str, str, Figure]],
-    examples: Sequence[Example],
-    examples_title: str,
-) -> None:
-    """One HTML file, written atomically. `figures` are (title, caption, plot)."""
+def write_page(path: str | Path, *, figures: Sequence[tuple[str, str, Figure]], **page: Any) -> None:
+    """One HTML file, written atomically. `figures` are (title, caption, plot); the template names the rest of `page`."""
     from markupsafe import Markup
 
     from iterdpo.report.page import page_template
     from iterdpo.report.plots import as_svg
 
-    page = page_template("judges.audit", "page.html.j2").render(
-        title=title,
-        sentence=sentence,
-        settings=settings,
-        tables=tables,
-        figures=[(name, caption, Markup(as_svg(plot))) for name, caption, plot in figures],
-        examples=examples,
-        examples_title=examples_title,
-    )
-    write_text(Path(path), page)
+    plots = [(title, caption, Markup(as_svg(plot))) for title, caption, plot in figures]
+    write_text(Path(path), page_template("judges.audit", "page.html.j2").render(figures=plots, **page))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,6 +21,7 @@ from iterdpo.judging.judge import JudgeBase, Waiting
 from iterdpo.run.rundir import digest
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment
+from judges.base import is_number
 from judges.person.store import Batch, Reviews, Task, Verdict
 from judges.schedules import all_pairs, random_pairs
 
@@ -28,63 +30,50 @@ Comparisons = int | Literal["all", "chain"]
 POLL_SECONDS = 0.5
 NOT_SHOWN = "not shown to a person"
 SKIPPED = "skipped by the reviewer"
+WINNERS: dict[str, Literal["first", "second", "tie"]] = {"left": "first", "right": "second", "tie": "tie"}
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class Person(JudgeBase):
     """Asks a person which of two completions is better.
-
-    Args:
-        comparisons: of each prompt. A number draws that many pairs, `chain` links all completions with one pair fewer
-            than there are, `all` asks for every pair. A completion in none of the pairs abstains.
-        question: shown above the two completions.
-        who: for whom the pairs are; `iterdpo judge review RUN_DIR --who NAME` shows theirs alone. Two people as
-            training and held-out judge need two names.
-        aggregate: how comparisons become scores, see `judgment_from_comparisons`.
-        seed: decides the pairs drawn, and which of the two is shown on the left.
 
     Raises:
         JudgeError: naming the argument that is none of these.
     """
 
+    comparisons: Comparisons = 1
+    """Of each prompt. A number draws that many pairs, `chain` links all completions with one pair fewer than there are,
+    `all` asks for every pair. A completion in none of the pairs abstains."""
+    question: str = "Which completion is better?"
+    """Shown above the two completions."""
+    who: str = ""
+    """For whom the pairs are; `iterdpo judge review RUN_DIR --who NAME` shows theirs alone. Two people as training and
+    held-out judge need two names."""
+    aggregate: Aggregate = "win_rate"
+    """How comparisons become scores, see `judgment_from_comparisons`."""
+    seed: int = 0
+    """Decides the pairs drawn, and which of the two is shown on the left."""
+
     EXPECTED_ABSTENTIONS = (NOT_SHOWN,)
     comparative = True
-    needs_device = (
-        True  # though it needs none: a person is better asked once for all than shard by shard beside sampling
-    )
+    needs_device = True  # so that a person is asked once for all prompts, not shard by shard while they are sampled
 
-    def __init__(
-        self,
-        *,
-        comparisons: Comparisons = 1,
-        question: str = "Which completion is better?",
-        who: str = "",
-        aggregate: Aggregate = "win_rate",
-        seed: int = 0,
-    ) -> None:
-        number = isinstance(comparisons, int) and not isinstance(comparisons, bool) and comparisons >= 1
-        if not number and comparisons not in ("all", "chain"):
-            raise JudgeError(
-                f"judge 'person': comparisons = {comparisons!r}; a number of pairs for each prompt, all or chain"
-            )
-        if not isinstance(question, str) or not question.strip():
-            raise JudgeError(f"judge 'person': question = {question!r}; the question that the page asks")
-        if not isinstance(who, str):
-            raise JudgeError(f"judge 'person': who = {who!r}; a name, or nothing")
-        if aggregate not in ("win_rate", "bradley_terry"):
-            raise JudgeError(f"judge 'person': aggregate = {aggregate!r}; win_rate or bradley_terry")
-        if not isinstance(seed, int):
-            raise JudgeError(f"judge 'person': seed = {seed!r}; a whole number")
-        self.name = f"person:{who}" if who else "person"
-        self.comparisons = comparisons
-        self.question = question
-        self.who = who
-        self.aggregate = aggregate
-        self.seed = seed
+    def __post_init__(self) -> None:
+        number = is_number(self.comparisons) and isinstance(self.comparisons, int) and self.comparisons >= 1
+        for name, valid, remedy in (
+            ("comparisons", number or self.comparisons in ("all", "chain"), "a number of pairs a prompt, all or chain"),
+            ("question", isinstance(self.question, str) and self.question.strip(), "the question that the page asks"),
+            ("who", isinstance(self.who, str), "a name, or nothing"),
+            ("aggregate", self.aggregate in ("win_rate", "bradley_terry"), "win_rate or bradley_terry"),
+            ("seed", isinstance(self.seed, int), "a whole number"),
+        ):
+            if not valid:
+                raise JudgeError(f"judge 'person': {name} = {getattr(self, name)!r}; {remedy}")
+        self.name = f"person:{self.who}" if self.who else "person"
         self._run_dir: Path | None = None
         self._waiting: Waiting | None = None
 
     def attach(self, run_dir: Path, waiting: Waiting) -> None:
-        """The run that this judge works for, and what to put around its waits."""
         self._run_dir, self._waiting = run_dir, waiting
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
@@ -143,13 +132,12 @@ def plan(group: CompletionGroup, *, comparisons: Comparisons, question: str, who
     texts = [c.text for c in group.completions]
     same = [texts.index(text) for text in texts]
     distinct = sorted(set(same))
-    match comparisons:
-        case "all":
-            drawn = all_pairs(len(distinct))
-        case _:
-            number = len(distinct) - 1 if comparisons == "chain" else int(comparisons)
-            content = digest([group.prompt.content, texts])
-            drawn = random_pairs(len(distinct), number, seed=derive_seed(seed, "person", content))
+    if comparisons == "all":
+        drawn = all_pairs(len(distinct))
+    else:
+        number = len(distinct) - 1 if comparisons == "chain" else comparisons
+        content = digest([group.prompt.content, texts])
+        drawn = random_pairs(len(distinct), number, seed=derive_seed(seed, "person", content))
     tasks, shown = [], []
     for a, b in drawn:
         # Sorted first, so that the same two texts are the same task in whatever order a later round samples them.
@@ -172,27 +160,12 @@ def judgment(group: CompletionGroup, plan: Plan, verdicts: Mapping[str, Verdict]
         # The answer may be to a task of another seed, with the other one on the left.
         if (verdict.left, verdict.right) != (task.left, task.right):
             left, right = right, left
-        compared.append(comparison(left, right, verdict))
+        winner = WINNERS.get(verdict.choice)
+        compared.append(Comparison(left, right, winner, None if winner else SKIPPED))
         notes += [verdict.note] if verdict.note else []
     scored = judgment_from_comparisons(group, compared, aggregate=aggregate)
     met = {k for pair in plan.shown for k in pair}
     single = len(set(plan.same)) == 1
     reasons = [scored.abstentions[k] if k in met or single else NOT_SHOWN for k in plan.same]
-    return Judgment(
-        group.prompt.id,
-        [scored.scores[k] for k in plan.same],
-        reasons,
-        compared,
-        {"notes": notes} if notes else {},
-    )
-
-
-def comparison(left: int, right: int, verdict: Verdict) -> Comparison:
-    match verdict.choice:
-        case "left":
-            return Comparison(left, right, "first")
-        case "right":
-            return Comparison(left, right, "second")
-        case "tie":
-            return Comparison(left, right, "tie")
-    return Comparison(left, right, None, SKIPPED)
+    scores = [scored.scores[k] for k in plan.same]
+    return Judgment(group.prompt.id, scores, reasons, compared, {"notes": notes} if notes else {})

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -32,6 +33,9 @@ from judges.person.store import Reviews, Task
 LIMIT = 64 * 1024  # bytes of a request
 NOTE_LIMIT = 2_000  # characters
 CHOICES = ("left", "right", "tie", "skip")
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("judges.person", "."), autoescape=True, undefined=jinja2.StrictUndefined
+)
 
 
 class Desk:
@@ -87,16 +91,10 @@ class Desk:
 
 def shown(task: Task) -> dict[str, Any]:
     """A task as the page gets it, with every character visible."""
-    content = task.prompt if isinstance(task.prompt, list) else [{"role": "", "content": task.prompt}]
-    return {
-        "id": task.id,
-        "question": revealed(task.question),
-        "prompt": [
-            {"role": revealed(m.get("role", "")), "content": revealed(str(m.get("content", "")))} for m in content
-        ],
-        "left": revealed(task.left),
-        "right": revealed(task.right),
-    }
+    content = task.prompt if isinstance(task.prompt, list) else [{"content": task.prompt}]
+    prompt = [{key: revealed(str(message.get(key, ""))) for key in ("role", "content")} for message in content]
+    texts = {"question": revealed(task.question), "left": revealed(task.left), "right": revealed(task.right)}
+    return {"id": task.id, "prompt": prompt, **texts}
 
 
 @contextmanager
@@ -107,15 +105,10 @@ def review_server(desk: Desk, *, port: int = 0, title: str = "") -> Iterator[str
         OSError: the port is taken.
     """
     token = secrets.token_urlsafe(24)
+    app = _app(desk, token=token, title=title)
     # The path has the token, so that nothing is logged.
-    settings = uvicorn.Config(
-        _app(desk, token=token, title=title),
-        log_level="critical",
-        access_log=False,
-        lifespan="off",
-        server_header=False,
-    )
-    server = uvicorn.Server(settings)
+    quiet: dict[str, Any] = {"log_level": "critical", "access_log": False, "server_header": False}
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", **quiet))
     with socket.create_server(("127.0.0.1", port)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -141,7 +134,9 @@ def _app(desk: Desk, *, token: str, title: str) -> Starlette:
         if action:
             return _refusal(404)
         nonce = secrets.token_urlsafe(16)
-        return HTMLResponse(_page(title, nonce), headers=_headers(nonce))
+        return HTMLResponse(
+            TEMPLATES.get_template("page.html.j2").render(title=revealed(title), nonce=nonce), headers=_headers(nonce)
+        )
 
     return Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])])
 
@@ -153,16 +148,14 @@ async def _act(desk: Desk, action: str, request: Request) -> Response:
         tab, task, choice, note = (str(body.get(name, "")) for name in ("tab", "task", "choice", "note"))
     except (ValueError, AttributeError):
         return _refusal(400)
-    match action:
-        case "next":
-            answer = await run_in_threadpool(desk.next, tab)
-        case "verdict":
-            answer = await run_in_threadpool(desk.submit, tab, task, choice, note)
-        case "undo":
-            answer = await run_in_threadpool(desk.undo, tab, task)
-        case _:
-            return _refusal(404)
-    return JSONResponse(answer, headers=_headers())
+    actions = {
+        "next": lambda: desk.next(tab),
+        "verdict": lambda: desk.submit(tab, task, choice, note),
+        "undo": lambda: desk.undo(tab, task),
+    }
+    if action not in actions:
+        return _refusal(404)
+    return JSONResponse(await run_in_threadpool(actions[action]), headers=_headers())
 
 
 def _refusal(status: int) -> Response:
@@ -180,12 +173,3 @@ def _headers(nonce: str | None = None) -> dict[str, str]:
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cache-Control": "no-store",
     }
-
-
-def _page(title: str, nonce: str) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("judges.person", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template("page.html.j2").render(title=revealed(title), nonce=nonce)

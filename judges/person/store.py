@@ -80,15 +80,13 @@ class Reviews:
             answered: dict[str, Verdict] = {}
             waiting: list[Batch] = []
             for batch in self.batches():
-                mine = [t.id for t in batch.tasks() if t.id in wanted]
-                if not mine:
-                    continue
-                verdicts = batch.verdicts()
+                mine = wanted.keys() & {t.id for t in batch.tasks()}
+                verdicts = {id: v for id, v in batch.verdicts().items() if id in mine}
                 if batch.closed:
-                    answered |= {id: verdicts[id] for id in mine if verdicts[id].choice != "skip"}
-                else:
+                    answered |= {id: v for id, v in verdicts.items() if v.choice != "skip"}
+                elif mine:
                     waiting.append(batch)
-                    answered |= {id: verdicts[id] for id in mine if id in verdicts}
+                    answered |= verdicts
             found = answered.keys() | {t.id for batch in waiting for t in batch.tasks()}
             fresh = [t for id, t in wanted.items() if id not in found]
             return answered, waiting + ([self._write(fresh)] if fresh else [])
@@ -106,10 +104,11 @@ class Reviews:
         return next((b for b in reversed(self.batches()) if any(t.id == task_id for t in b.tasks())), None)
 
     def _write(self, tasks: Sequence[Task]) -> Batch:
-        name = f"{len(self.batches()) + 1:04d}-{digest([asdict(t) for t in tasks])}"
+        rows = [asdict(t) for t in tasks]
+        name = f"{len(self.batches()) + 1:04d}-{digest(rows)}"
         fresh = self.root / f".new-{name}"
         fresh.mkdir()
-        write_jsonl(fresh / "tasks.jsonl", (asdict(t) for t in tasks))
+        write_jsonl(fresh / "tasks.jsonl", rows)
         os.replace(fresh, self.root / name)
         fsync(self.root)
         return Batch(self.root / name)

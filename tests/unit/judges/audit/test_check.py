@@ -37,7 +37,7 @@ def test_a_judge_that_gives_up_half_way_leaves_what_it_has_said() -> None:
 
     check = check_judge_on(Mortal(lambda g, rng: (1.0, 0.0)), labelled(500))
     assert len(check.pairs) == 128
-    assert str(check.stopped) == "the endpoint is gone"
+    assert str(check.turn.stopped) == "the endpoint is gone"
     with pytest.raises(UserError, match="gone"):
         check_judge_on(Mortal(lambda g, rng: (1.0, 0.0)), iter_raising())
 
