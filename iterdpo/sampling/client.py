@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from iterdpo.config import EngineConfig
 from iterdpo.errors import ChildFailed
 from iterdpo.run.worker import Done, JsonLinesWorker
 from iterdpo.sampling.base import Load, Release, Released, Sample, SamplingParameters, Start, Started
@@ -25,7 +26,7 @@ class VLLMSampler:
     Args:
         max_model_len: longest prompt and completion together, in tokens.
         log: file for everything that vLLM prints.
-        dtype, max_num_seqs, kv_cache_gib, gpu_memory_utilization, tensor_parallel_size, lora, extra: see `EngineConfig`.
+        engine: its other settings.
         adapter_rank: rank of the adapters that will be loaded. None: the engine is built without room for adapters,
             and an adapter is merged into its base.
         say: called with a note for the user.
@@ -37,32 +38,24 @@ class VLLMSampler:
         *,
         max_model_len: int,
         log: Path,
-        dtype: str = "bfloat16",
-        max_num_seqs: int = 256,
-        kv_cache_gib: int = 1,
-        gpu_memory_utilization: float = 0.85,
-        tensor_parallel_size: int = 1,
-        lora: str = "auto",
+        engine: EngineConfig,
         adapter_rank: int | None = None,
-        extra: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
         reserved: Sequence[int] = (),
-        say: Callable[[str], None] | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.log = log
-        self._say = say or (lambda text: None)
-        self._lora = lora
-        self._adapter_rank = adapter_rank
-        self._reserved = reserved
-        self._kv_cache_gib = kv_cache_gib
-        self._engine = {
-            "max_model_len": max_model_len,
-            "dtype": dtype,
-            "max_num_seqs": max_num_seqs,
-            "gpu_memory_utilization": gpu_memory_utilization,
-            "tensor_parallel_size": tensor_parallel_size,
-            "trust_remote_code": trust_remote_code,
-            **(extra or {}),
+        self.log, self._say, self._reserved = log, say, reserved
+        self._lora, self._adapter_rank = engine.lora, adapter_rank
+        own = {"max_model_len": max_model_len, "trust_remote_code": trust_remote_code, **engine.extra}
+        self._engine = engine.model_dump(exclude={"max_model_len", "kv_cache_gib", "lora", "extra"}) | own
+        self._env = {
+            "VLLM_CONFIGURE_LOGGING": "1",
+            **os.environ,
+            # In-process is the quicker start for one device; several need vLLM's own worker processes.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if self._engine["tensor_parallel_size"] > 1 else "0",
+            "VLLM_CPU_KVCACHE_SPACE": f"{engine.kv_cache_gib}",
+            "VLLM_NO_USAGE_STATS": "1",
+            "PYTHONUNBUFFERED": "1",
         }
         self._worker: JsonLinesWorker | None = None
         self._loaded: str | None = None
@@ -71,7 +64,9 @@ class VLLMSampler:
     def warm_up(self) -> None:
         """Start the worker and let it import vLLM, without waiting for it: seconds that other work can hide."""
         if self._worker is None:
-            self._worker = self._new_worker()
+            self._worker = JsonLinesWorker(
+                "iterdpo.sampling.worker", name="sampler", log=self.log, env=self._env, reserved=self._reserved
+            )
 
     def load(self, policy: Path, digest: str) -> None:
         """See `Sampler.load`.
@@ -109,30 +104,14 @@ class VLLMSampler:
 
     def _start_engine(self, policy: Path) -> None:
         scratch = str(self.log.absolute().parent / ".merged")
-        reason = self._call(
-            Start(str(policy), self._engine, self._lora, self._adapter_rank, scratch), Started
-        ).no_adapters
+        start = Start(str(policy), self._engine, self._lora, self._adapter_rank, scratch)
+        reason = self._call(start, Started).no_adapters
         if reason is not None:
-            reason = reason.splitlines()[0]
-            self._say(f"vLLM does not start with room for adapters; they are merged instead ({reason})")
+            self._say(f"vLLM does not start with room for adapters; they are merged instead ({reason.splitlines()[0]})")
             self._lora = "merge"
             self.close()  # the engine that failed left things behind in its process
             self.warm_up()
             self._start_engine(policy)
-
-    def _new_worker(self) -> JsonLinesWorker:
-        env = {
-            **os.environ,
-            # In-process is the quicker start for one device; several need vLLM's own worker processes.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if self._engine["tensor_parallel_size"] > 1 else "0",
-            "VLLM_CPU_KVCACHE_SPACE": f"{self._kv_cache_gib}",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CONFIGURE_LOGGING": os.environ.get("VLLM_CONFIGURE_LOGGING", "1"),
-            "PYTHONUNBUFFERED": "1",
-        }
-        return JsonLinesWorker(
-            "iterdpo.sampling.worker", name="sampler", log=self.log, env=env, reserved=self._reserved
-        )
 
     def _call(self, request: Any, read: Callable[..., R]) -> R:
         assert self._worker is not None

@@ -22,8 +22,7 @@ from iterdpo.run.checkpoints import check_checkpoint, context_length, resolve_ch
 from iterdpo.run.devices import reserved_gpus
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import RunDir, directory_digest, read_manifest, write_text
-from iterdpo.sampling import Sampler, VLLMSampler
-from iterdpo.sampling.lazy import LazySampler
+from iterdpo.sampling import LazySampler, Sampler, VLLMSampler
 from iterdpo.training.launch import check_training
 from iterdpo.types import Prompt
 
@@ -215,15 +214,15 @@ class IterativeRun(OfflineRun):
         return max(self.config.sampling.engine.tensor_parallel_size, self.config.dpo.processes)
 
     def _start_sampler(self) -> Sampler:
-        engine, adapter = self.config.sampling.engine, self.config.dpo.adapter
+        adapter = self.config.dpo.adapter
         return VLLMSampler(
             max_model_len=self.max_model_len,
+            engine=self.config.sampling.engine,
             log=self.dir.log_path("sampler"),
             trust_remote_code=self.config.model.trust_remote_code,
             adapter_rank=adapter.r if adapter is not None else None,
             reserved=self.reserved,
             say=self.progress.say,
-            **engine.model_dump(exclude={"max_model_len"}),
         )
 
     @contextmanager

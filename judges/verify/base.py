@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from iterdpo.errors import JudgeError
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import CompletionGroup, Judgment
-from judges.base import Abstention, judgment_from_outcomes
+from judges.base import Abstention, judgments_from_outcomes
 
 Score = float | Abstention
 
@@ -27,11 +27,9 @@ class Verifier(JudgeBase):
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         work = [(c.text, group) for group in groups for c in group.completions]
         if self.concurrency == 1:
-            scores: Iterator[Score] = iter([self._score(*item) for item in work])
-        else:
-            with ThreadPoolExecutor(self.concurrency) as pool:
-                scores = iter(list(pool.map(lambda item: self._score(*item), work)))
-        return [judgment_from_outcomes(group, [next(scores) for _ in group.completions]) for group in groups]
+            return judgments_from_outcomes(groups, [self._score(*item) for item in work])
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            return judgments_from_outcomes(groups, pool.map(lambda item: self._score(*item), work))
 
     def _score(self, completion: str, group: CompletionGroup) -> Score:
         if self.column is None:

@@ -6,8 +6,8 @@ arguments, in which keys that are null or unknown to the instruction are ignored
     {"instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
      "kwargs": [{}, {"relation": "at least", "num_words": 300}]}
 
-`CHECKS` has the 25 instructions as pure functions of the completion and their arguments, written from the paper's
-definitions. Departures from its program: sentences are split by a rule instead of nltk's Punkt model (an abbreviation
+`CHECKS` has the 25 instructions as pure functions of the completion and their arguments, by the names that IFEval gives
+them, written from the paper's definitions. Departures from its program: sentences are split by a rule instead of nltk's Punkt model (an abbreviation
 may count as an end), words in capitals are counted by a rule instead of nltk's tokenizer, and languages are told apart
 by py3langid instead of langdetect, whose guesses differ from run to run.
 """
@@ -19,14 +19,12 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from iterdpo.errors import JudgeError
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import CompletionGroup, Judgment
 from judges.base import Abstention, judgment_from_outcomes, nearest
-
-Relation = Literal["at least", "less than"]
 
 
 class Instructions(JudgeBase):
@@ -63,12 +61,10 @@ class Instructions(JudgeBase):
         asked = self._asked(group.prompt.columns)
         if isinstance(asked, Abstention):
             return judgment_from_outcomes(group, [asked] * len(group.completions))
-        scores, followed = [], []
-        for completion in group.completions:
-            kept = [name for name, arguments in asked if follows(completion.text, name, arguments, strict=self.strict)]
-            followed.append(kept)
-            scores.append(len(kept) / len(asked) if self.partial else float(len(kept) == len(asked)))
-        judgment = judgment_from_outcomes(group, scores)
+        followed = [[name for name, arguments in asked if follows(c.text, name, arguments, strict=self.strict)]
+                    for c in group.completions]  # fmt: skip
+        shares = [len(kept) / len(asked) for kept in followed]
+        judgment = judgment_from_outcomes(group, shares if self.partial else [float(share == 1) for share in shares])
         judgment.details["followed"] = followed
         return judgment
 
@@ -76,21 +72,17 @@ class Instructions(JudgeBase):
         """The instructions with their arguments, or why they cannot be checked."""
         names = columns.get(self.column)
         if not names:
-            return Abstention(
-                f"the prompt's column {self.column!r} is {'empty' if self.column in columns else 'missing'}"
-            )
+            missing = "empty" if self.column in columns else "missing"
+            return Abstention(f"the prompt's column {self.column!r} is {missing}")
         given = columns.get(self.kwargs_column) or [{}] * len(names)
         if not isinstance(names, list) or not isinstance(given, list) or len(given) != len(names):
             return Abstention(
                 f"the columns {self.column!r} and {self.kwargs_column!r} are not lists of the same length"
             )
-        asked = []
-        for name, arguments in zip(names, given, strict=True):
-            try:
-                asked.append((name, check_instruction(name, arguments or {})))
-            except JudgeError as error:
-                return Abstention(str(error))
-        return asked
+        try:
+            return [(name, check_instruction(name, own or {})) for name, own in zip(names, given, strict=True)]
+        except JudgeError as error:
+            return Abstention(str(error))
 
 
 def follows(completion: str, name: str, arguments: dict[str, Any], *, strict: bool = True) -> bool:
@@ -119,75 +111,50 @@ def check_instruction(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
             if parameter.default is parameter.empty:
                 raise JudgeError(f"instruction {name!r} lacks its argument {parameter.name!r}")
             continue
-        match str(parameter.annotation):
-            case "int":
-                fits = isinstance(value, int | float) and value == int(value)
-            case "Relation":
-                fits = value in ("at least", "less than")
-            case "list[str]":
-                fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
-            case _:
-                fits = isinstance(value, str) and value != ""
+        if parameter.name.endswith("relation"):
+            kind, fits = "'at least' or 'less than'", value in ("at least", "less than")
+        elif parameter.name in ("keywords", "forbidden_words"):
+            kind = "a list of texts"
+            fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        elif parameter.name.startswith(("num_", "nth_")) or parameter.name.endswith("frequency"):
+            kind, fits = "a whole number", isinstance(value, int | float) and value == int(value)
+        else:
+            kind, fits = "a text", isinstance(value, str) and value != ""
         if not fits:
-            raise JudgeError(f"instruction {name!r}: {parameter.name} must be {KINDS[str(parameter.annotation)]}")
-        own[parameter.name] = int(value) if str(parameter.annotation) == "int" else value
+            raise JudgeError(f"instruction {name!r}: {parameter.name} must be {kind}")
+        own[parameter.name] = int(value) if kind == "a whole number" else value
     return own
-
-
-KINDS = {
-    "int": "a whole number",
-    "Relation": "'at least' or 'less than'",
-    "list[str]": "a list of texts",
-    "str": "a text",
-}
 
 
 def loose_variants(completion: str) -> Iterator[str]:
     """The eight readings of the paper's loose accuracy (section 2.2), the completion itself first."""
     lines = completion.split("\n")
-    for asterisks, (first, last) in itertools.product((True, False), itertools.product((0, 1), (0, 1))):
+    for asterisks, first, last in itertools.product((True, False), (0, 1), (0, 1)):
         text = "\n".join(lines[first : len(lines) - last]).strip()
         yield text if asterisks else text.replace("*", "")
 
 
-def _compare(count: int, relation: Relation, wanted: int) -> bool:
+def _compare(count: int, relation: str, wanted: int) -> bool:
     return count >= wanted if relation == "at least" else count < wanted
 
 
-def _existence(text: str, keywords: list[str]) -> bool:
-    return all(keyword.lower() in text.lower() for keyword in keywords)
-
-
-def _frequency(text: str, keyword: str, frequency: int, relation: Relation = "at least") -> bool:
-    return _compare(text.lower().count(keyword.lower()), relation, frequency)
-
-
-def _forbidden_words(text: str, forbidden_words: list[str]) -> bool:
-    return not any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in forbidden_words)
-
-
-def _letter_frequency(text: str, letter: str, let_frequency: int, let_relation: Relation = "at least") -> bool:
-    return _compare(text.lower().count(letter.lower()), let_relation, let_frequency)
-
-
-def _response_language(text: str, language: str) -> bool:
-    return _language(text) == language.lower().split("-")[0]
-
-
-def _number_sentences(text: str, num_sentences: int, relation: Relation = "at least") -> bool:
-    return _compare(count_sentences(text), relation, num_sentences)
+def _parts(text: str, divider: str) -> list[str]:
+    """The text's parts between dividers; a divider may open or close the text."""
+    parts = [part.strip() for part in re.split(divider, text)]
+    parts = parts if parts[0] else parts[1:]
+    return parts[:-1] if parts and not parts[-1] else parts
 
 
 def _number_paragraphs(text: str, num_paragraphs: int) -> bool:
-    """Paragraphs divided by `***`; a divider may open or close the text, but not stand beside another."""
-    parts = [part.strip() for part in re.split(r"\s?\*\*\*\s?", text)]
-    parts = parts[1:] if not parts[0] else parts
-    parts = parts[:-1] if parts and not parts[-1] else parts
+    """Paragraphs divided by `***`; a divider may not stand beside another."""
+    parts = _parts(text, r"\s?\*\*\*\s?")
     return all(parts) and len(parts) == num_paragraphs
 
 
-def _number_words(text: str, num_words: int, relation: Relation = "at least") -> bool:
-    return _compare(len(re.findall(r"\w+", text)), relation, num_words)
+def _two_responses(text: str) -> bool:
+    """Two different answers divided by six asterisks."""
+    parts = _parts(text, r"\*{6}")
+    return len(parts) == 2 and all(parts) and parts[0] != parts[1]
 
 
 def _nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
@@ -199,10 +166,6 @@ def _nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int
     return first is not None and first[0].lstrip("'’-").lower() == first_word.strip().lower()
 
 
-def _number_placeholders(text: str, num_placeholders: int) -> bool:
-    return len(re.findall(r"\[[^\[\]\n]+\]", text)) >= num_placeholders
-
-
 def _postscript(text: str, postscript_marker: str) -> bool:
     """A line, or a sentence, that begins with the marker; letters of P.S. and P.P.S may be spaced."""
     letters = postscript_marker.strip().rstrip(".").split(".")
@@ -212,24 +175,10 @@ def _postscript(text: str, postscript_marker: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(postscript_marker.strip())}", text, re.IGNORECASE) is not None
 
 
-def _number_bullet_lists(text: str, num_bullets: int) -> bool:
-    """Lines that begin with `* ` or `- `, exactly so many."""
-    return len(re.findall(r"^\s*(?:\*(?!\*)|-(?!-))\s*\S", text, re.MULTILINE)) == num_bullets
-
-
-def _constrained_response(text: str) -> bool:
-    return any(option in text for option in ("My answer is yes.", "My answer is no.", "My answer is maybe."))
-
-
 def _number_highlighted_sections(text: str, num_highlights: int) -> bool:
     """Spans `*so*` or `**so**` within a line."""
     spans = re.findall(r"\*\*([^*\n]+)\*\*|\*([^*\n]+)\*", text)
     return sum(bool((double or single).strip()) for double, single in spans) >= num_highlights
-
-
-def _multiple_sections(text: str, section_spliter: str, num_sections: int) -> bool:
-    """At least so many of `SECTION 1`, `SECTION 2`, ..., by the splitter's name."""
-    return len(re.findall(rf"(?<!\w){re.escape(section_spliter.strip())}\s?\d+", text)) >= num_sections
 
 
 def _json_format(text: str) -> bool:
@@ -241,75 +190,58 @@ def _json_format(text: str) -> bool:
     return True
 
 
-def _title(text: str) -> bool:
-    return any(title.strip("<> ") for title in re.findall(r"<<[^\n]+?>>", text))
-
-
-def _two_responses(text: str) -> bool:
-    """Two different answers divided by six asterisks."""
-    parts = [part.strip() for part in text.split("******")]
-    parts = parts[1:] if not parts[0] else parts
-    parts = parts[:-1] if parts and not parts[-1] else parts
-    return len(parts) == 2 and all(parts) and parts[0] != parts[1]
-
-
-def _repeat_prompt(text: str, prompt_to_repeat: str) -> bool:
-    return text.strip().lower().startswith(prompt_to_repeat.strip().lower())
-
-
-def _end_checker(text: str, end_phrase: str) -> bool:
-    return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
-
-
-def _quotation(text: str) -> bool:
-    text = text.strip()
-    return len(text) > 1 and text[0] == text[-1] == '"'
-
-
-def _capital_word_frequency(text: str, capital_frequency: int, capital_relation: Relation = "at least") -> bool:
-    """Words with all of their letters in capitals; `I` and `A` count."""
-    words = re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text)
-    return _compare(sum(word.isupper() for word in words), capital_relation, capital_frequency)
-
-
-def _english_capital(text: str) -> bool:
-    return text.isupper() and _language(text.lower()) == "en"
-
-
-def _english_lowercase(text: str) -> bool:
-    return text.islower() and _language(text) == "en"
-
-
-def _no_comma(text: str) -> bool:
-    return "," not in text
-
-
 CHECKS: dict[str, Callable[..., bool]] = {
-    "keywords:existence": _existence,
-    "keywords:frequency": _frequency,
-    "keywords:forbidden_words": _forbidden_words,
-    "keywords:letter_frequency": _letter_frequency,
-    "language:response_language": _response_language,
-    "length_constraints:number_sentences": _number_sentences,
+    "keywords:existence": lambda text, keywords: all(keyword.lower() in text.lower() for keyword in keywords),
+    "keywords:frequency": lambda text, keyword, frequency, relation="at least": _compare(
+        text.lower().count(keyword.lower()), relation, frequency
+    ),
+    "keywords:forbidden_words": lambda text, forbidden_words: (
+        not any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in forbidden_words)
+    ),
+    "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation="at least": _compare(
+        text.lower().count(letter.lower()), let_relation, let_frequency
+    ),
+    "language:response_language": lambda text, language: _language(text) == language.lower().split("-")[0],
+    "length_constraints:number_sentences": lambda text, num_sentences, relation="at least": _compare(
+        count_sentences(text), relation, num_sentences
+    ),
     "length_constraints:number_paragraphs": _number_paragraphs,
-    "length_constraints:number_words": _number_words,
+    "length_constraints:number_words": lambda text, num_words, relation="at least": _compare(
+        len(re.findall(r"\w+", text)), relation, num_words
+    ),
     "length_constraints:nth_paragraph_first_word": _nth_paragraph_first_word,
-    "detectable_content:number_placeholders": _number_placeholders,
+    "detectable_content:number_placeholders": lambda text, num_placeholders: (
+        len(re.findall(r"\[[^\[\]\n]+\]", text)) >= num_placeholders
+    ),
     "detectable_content:postscript": _postscript,
-    "detectable_format:number_bullet_lists": _number_bullet_lists,
-    "detectable_format:constrained_response": _constrained_response,
+    "detectable_format:number_bullet_lists": lambda text, num_bullets: (  # lines that begin with `* ` or `- `, exactly
+        len(re.findall(r"^\s*(?:\*(?!\*)|-(?!-))\s*\S", text, re.MULTILINE)) == num_bullets
+    ),
+    "detectable_format:constrained_response": lambda text: any(
+        f"My answer is {option}." in text for option in ("yes", "no", "maybe")
+    ),
     "detectable_format:number_highlighted_sections": _number_highlighted_sections,
-    "detectable_format:multiple_sections": _multiple_sections,
+    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: (  # `SECTION 1`, `SECTION 2`, ...
+        len(re.findall(rf"(?<!\w){re.escape(section_spliter.strip())}\s?\d+", text)) >= num_sections
+    ),
     "detectable_format:json_format": _json_format,
-    "detectable_format:title": _title,
+    "detectable_format:title": lambda text: any(title.strip("<> ") for title in re.findall(r"<<[^\n]+?>>", text)),
     "combination:two_responses": _two_responses,
-    "combination:repeat_prompt": _repeat_prompt,
-    "startend:end_checker": _end_checker,
-    "startend:quotation": _quotation,
-    "change_case:capital_word_frequency": _capital_word_frequency,
-    "change_case:english_capital": _english_capital,
-    "change_case:english_lowercase": _english_lowercase,
-    "punctuation:no_comma": _no_comma,
+    "combination:repeat_prompt": lambda text, prompt_to_repeat: (
+        text.strip().lower().startswith(prompt_to_repeat.strip().lower())
+    ),
+    "startend:end_checker": lambda text, end_phrase: (
+        text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+    ),
+    "startend:quotation": lambda text: len(text.strip()) > 1 and text.strip()[0] == text.strip()[-1] == '"',
+    "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation="at least": _compare(
+        sum(word.isupper() for word in re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text)),  # `I` and `A` count
+        capital_relation,
+        capital_frequency,
+    ),
+    "change_case:english_capital": lambda text: text.isupper() and _language(text.lower()) == "en",
+    "change_case:english_lowercase": lambda text: text.islower() and _language(text) == "en",
+    "punctuation:no_comma": lambda text: "," not in text,
 }
 
 ABBREVIATIONS = re.compile(

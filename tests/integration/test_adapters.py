@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flows import run_rounds
-from iterdpo.config import Config, parse_config
+from iterdpo.config import Config, EngineConfig, parse_config
 from iterdpo.run.artifacts import read_groups
 from iterdpo.run.rundir import read_json, read_jsonl
 from iterdpo.sampling import SamplingParameters, VLLMSampler
@@ -120,7 +120,8 @@ def test_the_engine_moves_between_adapters_and_their_base(tmp_path: Path) -> Non
         "second": random_adapter(base, tmp_path / "second", seed=7, target_modules=["v_proj", "down_proj"]),
     }
     log = tmp_path / "sampler.log"
-    sampler = VLLMSampler(max_model_len=64, log=log, dtype="float32", lora="vllm", adapter_rank=4)
+    engine = EngineConfig(dtype="float32", lora="vllm")
+    sampler = VLLMSampler(max_model_len=64, log=log, engine=engine, adapter_rank=4)
     try:
         sampled: dict[str, Any] = {}
         for name in ("first", "base", "head", "base", "second", "first"):

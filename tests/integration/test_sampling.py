@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from iterdpo.config import EngineConfig
 from iterdpo.sampling import SamplingParameters, VLLMSampler
 from iterdpo.testing import build_tiny_checkpoint
 from iterdpo.types import Completion
@@ -21,7 +22,7 @@ PARAMETERS = SamplingParameters(n=3, temperature=1.0, max_tokens=12)
 @pytest.fixture(scope="module")
 def sampler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMSampler]:
     log = tmp_path_factory.mktemp("sampler") / "sampler.log"
-    engine = VLLMSampler(max_model_len=64, log=log, dtype="float32")
+    engine = VLLMSampler(max_model_len=64, log=log, engine=EngineConfig(dtype="float32"))
     yield engine
     engine.close()
 
@@ -88,7 +89,7 @@ def test_the_completions_of_a_prompt_differ_and_truncation_is_marked(sampler: VL
 def test_an_engine_that_cannot_start_says_why_and_where_its_log_is(tmp_path: Path) -> None:
     from iterdpo.errors import ChildFailed
 
-    broken = VLLMSampler(max_model_len=64, log=tmp_path / "sampler.log")
+    broken = VLLMSampler(max_model_len=64, log=tmp_path / "sampler.log", engine=EngineConfig())
     with pytest.raises(ChildFailed, match=r"(?s)sampler, start: .*sampler\.log"):
         broken.load(tmp_path / "missing", "none")
     assert broken._worker is None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from iterdpo.config import EngineConfig
 from iterdpo.errors import ChildFailed
 from iterdpo.run.worker import Done
 from iterdpo.sampling import VLLMSampler
@@ -16,9 +17,10 @@ from iterdpo.sampling.base import Load, Start, Started
 class Scripted(VLLMSampler):
     """Its worker is the list of replies; `asked` are the requests."""
 
-    def __init__(self, *replies: Any, log: Path, **options: Any) -> None:
+    def __init__(self, *replies: Any, log: Path, lora: Any = "auto") -> None:
         self.said: list[str] = []
-        super().__init__(max_model_len=64, log=log, say=self.said.append, **options)
+        engine = EngineConfig(lora=lora)
+        super().__init__(max_model_len=64, log=log, engine=engine, adapter_rank=4, say=self.said.append)
         self.replies, self.asked = list(replies), []
 
     def warm_up(self) -> None:
@@ -36,7 +38,7 @@ REFUSAL = "ValueError: TinyForCausalLM does not support LoRA yet.\nlog"
 
 
 def test_an_engine_that_cannot_take_adapters_is_started_again_without_them(tmp_path: Path) -> None:
-    sampler = Scripted(Started(REFUSAL), Started(), Done(), log=tmp_path / "sampler.log", adapter_rank=4)
+    sampler = Scripted(Started(REFUSAL), Started(), Done(), log=tmp_path / "sampler.log")
     sampler.load(tmp_path, "first")
     sampler.load(tmp_path, "second")
     assert [(type(asked), getattr(asked, "lora", None)) for asked in sampler.asked] == [
@@ -50,16 +52,14 @@ def test_an_engine_that_cannot_take_adapters_is_started_again_without_them(tmp_p
 
 
 def test_an_engine_that_must_take_adapters_fails_if_it_cannot(tmp_path: Path) -> None:
-    sampler = Scripted(
-        ChildFailed(f"sampler, start: {REFUSAL}"), log=tmp_path / "sampler.log", adapter_rank=4, lora="vllm"
-    )
+    sampler = Scripted(ChildFailed(f"sampler, start: {REFUSAL}"), log=tmp_path / "sampler.log", lora="vllm")
     with pytest.raises(ChildFailed, match="does not support LoRA"):
         sampler.load(tmp_path, "first")
     assert sampler.said == []
 
 
 def test_another_failure_is_not_tried_again(tmp_path: Path) -> None:
-    sampler = Scripted(ChildFailed("sampler, start: no memory"), log=tmp_path / "sampler.log", adapter_rank=4)
+    sampler = Scripted(ChildFailed("sampler, start: no memory"), log=tmp_path / "sampler.log")
     with pytest.raises(ChildFailed, match="no memory"):
         sampler.load(tmp_path, "first")
     assert len(sampler.asked) == 1

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from iterdpo.sampling import Sampler, SamplingParameters
-from iterdpo.sampling.lazy import LazySampler
+from iterdpo.sampling import LazySampler, Sampler, SamplingParameters
 from iterdpo.testing import FakeSampler
 
 
