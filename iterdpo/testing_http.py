@@ -22,6 +22,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from aiohttp import web
@@ -58,6 +59,7 @@ GARBAGE: tuple[str | None, ...] = (
 """Replies with status 200 and a content that says nothing, or both; only a parser can tell."""
 
 
+@dataclass(eq=False)
 class FakeEndpoint:
     """A chat endpoint in a thread of this process, from `with` until its end.
 
@@ -77,30 +79,19 @@ class FakeEndpoint:
         api_key: refuse requests with another key by 401.
     """
 
-    def __init__(
-        self,
-        reply: Callable[[Body], str | Body],
-        *,
-        latency: float = 0.0,
-        faults: float = 0.0,
-        kinds: Sequence[str] = FAULTS,
-        max_faults: int | None = None,
-        retry_after: str = "0",
-        garbage: float = 0.0,
-        seed: int = 0,
-        api_key: str | None = None,
-        model: str = "fake",
-    ) -> None:
-        self.reply = reply
-        self.latency = latency
-        self.faults = faults
-        self.kinds = kinds
-        self.max_faults = max_faults
-        self.retry_after = retry_after
-        self.garbage = garbage
-        self.seed = seed
-        self.api_key = api_key
-        self.model = model
+    reply: Callable[[Body], str | Body]
+    _: KW_ONLY
+    latency: float = 0.0
+    faults: float = 0.0
+    kinds: Sequence[str] = FAULTS
+    max_faults: int | None = None
+    retry_after: str = "0"
+    garbage: float = 0.0
+    seed: int = 0
+    api_key: str | None = None
+    model: str = "fake"
+
+    def __post_init__(self) -> None:
         self.requests = 0
         """Chat requests that came, whatever became of them."""
         self.attempts: Counter[str] = Counter()
@@ -111,8 +102,7 @@ class FakeEndpoint:
         """How often each of `kinds` was given."""
         self.spans: dict[str, tuple[float, float]] = {}
         """When each request first came, and when it last ended, in seconds of the server's clock."""
-        self.in_flight = 0
-        self.max_in_flight = 0
+        self.in_flight = self.max_in_flight = 0
         self.slept = 0.0
         """Seconds slept for `latency`, all requests together."""
         self._port = 0
@@ -205,38 +195,26 @@ class FakeEndpoint:
 
     def _answer(self, body: Body, name: str) -> Body:
         """What is sent; a mapping with `status` is `reply`'s own."""
-        given: str | Body | None = None
-        if self.garbage:
-            chance = random.Random(f"garbage {self.seed} {name}")
-            if chance.random() < self.garbage:
-                given = {"text": chance.choice(GARBAGE)}
-        given = self.reply(body) if given is None else given
+        if self.garbage and (chance := random.Random(f"garbage {self.seed} {name}")).random() < self.garbage:
+            given: str | Body = {"text": chance.choice(GARBAGE)}
+        else:
+            given = self.reply(body)
         given = {"text": given} if isinstance(given, str) else given
         if "status" in given:
             return given
-        text = given["text"]
-        tokens_in = sum(len(str(m.get("content"))) for m in body["messages"]) // 4
-        tokens_out = max(1, len(text or "") // 4)
-        choice: Body = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text},
-            "finish_reason": given.get("finish_reason", "stop"),
-        }
+        text, reason = given["text"], given.get("finish_reason", "stop")
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
         if body.get("logprobs") and "logprobs" in given:
             tokens = [given["logprobs"]] if isinstance(given["logprobs"], dict) else given["logprobs"]
             choice["logprobs"] = {"content": [_token(token) for token in tokens]}
-        usage = {
-            "prompt_tokens": tokens_in,
-            "completion_tokens": tokens_out,
-            "total_tokens": tokens_in + tokens_out,
-            **given.get("usage", {}),
-        }
+        read, written = sum(len(str(m.get("content"))) for m in body["messages"]) // 4, max(1, len(text or "") // 4)
+        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
         return {
             "id": "fake",
             "object": "chat.completion",
             "model": body.get("model"),
             "choices": [choice],
-            "usage": usage,
+            "usage": usage | given.get("usage", {}),
         }
 
     async def _fail(self, request: web.Request, kind: str, raw: bytes) -> web.StreamResponse:

@@ -19,8 +19,8 @@ def headline(run: Run) -> str:
     """`Three rounds moved the held-out judge's score from 0.29 to 0.72; round 3 beats the initial policy on …`."""
     if "data" in run.config:
         return _offline_headline(run)
-    judge = "heldout" if (run.config.get("evaluation") or {}).get("judge") else "train"
-    planned, metrics = run.config.get("rounds"), run.metrics
+    evaluation, planned, metrics = run.config.get("evaluation") or {}, run.config.get("rounds"), run.metrics
+    judge = "heldout" if evaluation.get("judge") else "train"
     if metrics.empty:
         return "Nothing is measured yet: the evaluation of the initial policy has not finished."
     initial, last = metrics.iloc[0], metrics.iloc[-1]
@@ -36,20 +36,15 @@ def headline(run: Run) -> str:
     elif planned and done < planned:
         sentences.append(f"Unfinished: {done} of {planned} rounds done.")
     promoted = [r for r in metrics.index if r > 0 and metrics.at[r, "gate/decision"] == "promote"]
+    final = metrics.loc[promoted[-1]] if promoted else last
+    comparison = _comparison(final, float(evaluation.get("confidence", 0.95)))
     if promoted:
-        final = metrics.loc[promoted[-1]]
         some = f", {_word(len(promoted))} of them promoted," if len(promoted) < done else ""
         moved = _movement(initial, final, judge)
-        comparison = _comparison(final, _confidence(run))
-        rounds = f"{_word(done).capitalize()} round{'s' if done > 1 else ''}{some}"
-        if moved:
-            sentences.append(f"{rounds} moved {JUDGES[judge]}'s score {moved}; {comparison}")
-        else:
-            sentences.append(f"{rounds}: {comparison}")
+        score_moved = f" moved {JUDGES[judge]}'s score {moved};" if moved else ":"
+        sentences.append(f"{_word(done).capitalize()} round{'s' if done > 1 else ''}{some}{score_moved} {comparison}")
     else:
-        final = last
         none = f"None of {_word(done)} rounds was" if done > 1 else "The one round was not"
-        comparison = _comparison(last, _confidence(run))
         sentences.append(f"{none} promoted: the policy is still the initial one. R{comparison[1:]}")
 
     high = value(final, "win_rate/vs_initial_high")
@@ -65,9 +60,8 @@ def headline(run: Run) -> str:
         )
     unjudged, completions = value(final, "evaluation/unjudged"), value(final, "evaluation/completions")
     if unjudged and completions and unjudged > 0.05 * completions:
-        sentences.append(
-            f"{unjudged:,.0f} of {completions:,.0f} held-out completions could not be judged and do not count."
-        )
+        share = f"{unjudged:,.0f} of {completions:,.0f}"
+        sentences.append(f"{share} held-out completions could not be judged and do not count.")
     flips = value(last, "judge/flip_rate")
     if flips is not None and flips >= 0.5:
         sentences.append(
@@ -105,19 +99,21 @@ def _offline_headline(run: Run) -> str:
     if run.metrics.empty:
         return "The offline round is not done yet."
     row = run.metrics.iloc[-1]
-    kept = value(row, "pairs/kept")
+    kept, heldout = value(row, "pairs/kept"), value(row, "eval_rewards/accuracies")
+    training = value(row, "rewards/accuracies")
     start = f"One offline round{f' on {kept:,.0f} pairs' if kept else ''}"
-    heldout, training = value(row, "eval_rewards/accuracies"), value(row, "rewards/accuracies")
     if heldout is not None:
         n = run.config["data"].get("heldout") or 0
-        interval = _wilson(heldout, n) if n else (0.0, 1.0)
-        words = (
-            "which is not distinguishable from chance" if interval[0] <= 0.5 <= interval[1] else "where chance is half"
-        )
-        shown = f" ({percent(0.95)} interval {_range(*interval)})" if n else ""
+        low, high, among, interval = 0.0, 1.0, "", ""
+        if n:
+            from scipy.stats import binomtest
+
+            low, high = binomtest(round(heldout * n), n).proportion_ci(0.95, method="wilson")
+            among, interval = f"{n:,} ", f" ({percent(0.95)} interval {_range(low, high)})"
+        words = "which is not distinguishable from chance" if low <= 0.5 <= high else "where chance is half"
         return (
             f"{start}: the implicit reward prefers the chosen completion in {percent(heldout)} "
-            f"of {f'{n:,} ' if n else ''}held-out pairs{shown}, {words}."
+            f"of {among}held-out pairs{interval}, {words}."
         )
     if training is not None:
         return (
@@ -139,18 +135,6 @@ def _rose(initial: pd.Series, final: pd.Series, key: str) -> bool:
 
 def _range(low: float, high: float) -> str:
     return f"{percent(low, unit=False)} to {percent(high)}"
-
-
-def _wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share observed in n independent cases."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(round(share * n), n).proportion_ci(0.95, method="wilson")
-    return interval.low, interval.high
-
-
-def _confidence(run: Run) -> float:
-    return float((run.config.get("evaluation") or {}).get("confidence", 0.95))
 
 
 def _word(n: int) -> str:

@@ -6,6 +6,7 @@ configuration wrote is escaped, and its control characters are made visible.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 from collections import Counter
@@ -83,7 +84,7 @@ def write_report(run_dir: str | Path) -> Path:
         settings=_settings(run.config),
         versions=run.versions,
         rounds=_table(run.metrics, ROUNDS),
-        figures=[(key, *_caption(key, run), Markup(as_svg(fig))) for key, fig in figures(run).items()],
+        figures=list(_plots(run)),
         left_out=_table(run.metrics, LEFT_OUT),
         reasons=_reasons(run),
         judge=_table(run.metrics[run.metrics.index > 0], JUDGE),
@@ -119,36 +120,27 @@ def page_template(package: str, name: str) -> jinja2.Template:
 
 def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
     """The settings that decide a run, as (what, value), in the order of the loop. Those not set are left out."""
-
-    def get(key: str) -> Any:
-        at: Any = config
-        for part in key.split("."):
-            at = at.get(part) if isinstance(at, dict) else None
-        return at
-
-    def text(pattern: str, *keys: str) -> str | None:
-        values = [get(key) for key in keys]
-        return None if None in values else pattern.format(*values)
-
-    heldout = get("evaluation.judge.use")
-    offline = "data" in config
-    settings = {
-        "Initial policy": text("{}", "model.path"),
-        "Preference data": text("{}", "data.path"),
-        "Prompts": text("{}", "prompts.path"),
-        "Prompts a round": text("{} sampled, {} held out", "prompts.per_round", "prompts.heldout"),
-        "Sampling": text("{} completions a prompt, temperature {}, up to {} tokens", "sampling.n", "sampling.temperature",
-                         "sampling.max_tokens"),
-        "Training judge": text("{}", "judge.use"),
-        "Held-out judge": None if offline else heldout or "none",
-        "Pairs": text("{}, margin over {}", "pairing.strategy", "pairing.min_margin"),
-        "DPO": text("beta {}" if offline else "beta {}, reference: the {} policy", "dpo.beta", "dpo.reference"),
-        "Optimizer": text("AdamW, learning rate {}, {} pairs a step, epochs: {}", "dpo.learning_rate", "dpo.pairs_per_step",
-                          "dpo.epochs"),
-        "Gate": text("promotes if {} is at least {}, otherwise: {}", "gate.metric", "gate.minimum", "gate.otherwise"),
-        "Seed": text("{}", "seed"),
-    }  # fmt: skip
-    return [(what, setting) for what, setting in settings.items() if setting is not None]
+    offline, heldout = "data" in config, (config.get("evaluation") or {}).get("judge")
+    patterns = {
+        "Initial policy": "{model[path]}",
+        "Preference data": "{data[path]}",
+        "Prompts": "{prompts[path]}",
+        "Prompts a round": "{prompts[per_round]} sampled, {prompts[heldout]} held out",
+        "Sampling": "{sampling[n]} completions a prompt, temperature {sampling[temperature]}, "
+        "up to {sampling[max_tokens]} tokens",
+        "Training judge": "{judge[use]}",
+        "Held-out judge": "{evaluation[judge][use]}" if heldout or offline else "none",
+        "Pairs": "{pairing[strategy]}, margin over {pairing[min_margin]}",
+        "DPO": "beta {dpo[beta]}" if offline else "beta {dpo[beta]}, reference: the {dpo[reference]} policy",
+        "Optimizer": "AdamW, learning rate {dpo[learning_rate]}, {dpo[pairs_per_step]} pairs a step, epochs: {dpo[epochs]}",
+        "Gate": "promotes if {gate[metric]} is at least {gate[minimum]}, otherwise: {gate[otherwise]}",
+        "Seed": "{seed}",
+    }
+    found = []
+    for what, pattern in patterns.items():
+        with contextlib.suppress(KeyError, TypeError):  # no such section, or an empty one
+            found.append((what, pattern.format_map(config)))
+    return found
 
 
 def _reasons(run: Run) -> list[tuple[str, int]]:
@@ -181,37 +173,35 @@ def _table(metrics: pd.DataFrame, columns: Sequence[Column]) -> dict[str, Any]:
     return {"headings": [c.heading for c in columns], "rows": rows if columns else []}
 
 
-def _caption(name: str, run: Run) -> tuple[str, str]:
-    """Title and explanation of a plot."""
+def _plots(run: Run) -> Iterator[tuple[str, str, str, Markup]]:
+    """Each plot as (name, title, explanation, SVG)."""
     confidence = percent((run.config.get("evaluation") or {}).get("confidence", 0.95))
     hollow = " Hollow: not promoted." if "keep" in set(run.metrics.get("gate/decision", [])) else ""
-    match name:
-        case "scores":
-            return "Score", f"Means over the held-out prompts with {confidence} intervals.{hollow}"
-        case "win_rate":
-            return "Win rate", f"Held-out prompts won; a tie is half a win. With {confidence} intervals.{hollow}"
-        case "reward_kl":
-            return (
-                "Score against KL",
-                f"The score reached at each distance from the initial policy. Points are rounds.{hollow}",
-            )
-        case "kl":
-            return "Drift and diversity", "Distance to the initial policy, and how varied the completions still are."
-        case "length":
-            return "Length", "If a judge prefers long completions, this curve rises."
-        case "pairs":
-            return (
-                "Pair yield",
-                "Kept counts pairs. The rest counts prompts that gave none, by the first reason that applies.",
-            )
-        case "rewards":
-            return "Implicit reward", "In training, against the round's reference. Strong lines are running means."
-        case "logps":
-            caption = "In training. In DPO, chosen often falls along with rejected. If it falls far, that is a warning."
-            return "Log-probabilities and loss", caption
-        case "time":
-            return "Where the time went", "Wall time of the stages."
-    raise AssertionError(name)
+    for name, fig in figures(run).items():
+        title, explanation = CAPTIONS[name]
+        yield name, title, explanation.format(confidence=confidence, hollow=hollow), Markup(as_svg(fig))
+
+
+CAPTIONS = {  # title and explanation of each plot
+    "scores": ("Score", "Means over the held-out prompts with {confidence} intervals.{hollow}"),
+    "win_rate": ("Win rate", "Held-out prompts won; a tie is half a win. With {confidence} intervals.{hollow}"),
+    "reward_kl": (
+        "Score against KL",
+        "The score reached at each distance from the initial policy. Points are rounds.{hollow}",
+    ),
+    "kl": ("Drift and diversity", "Distance to the initial policy, and how varied the completions still are."),
+    "length": ("Length", "If a judge prefers long completions, this curve rises."),
+    "pairs": (
+        "Pair yield",
+        "Kept counts pairs. The rest counts prompts that gave none, by the first reason that applies.",
+    ),
+    "rewards": ("Implicit reward", "In training, against the round's reference. Strong lines are running means."),
+    "logps": (
+        "Log-probabilities and loss",
+        "In training. In DPO, chosen often falls along with rejected. If it falls far, that is a warning.",
+    ),
+    "time": ("Where the time went", "Wall time of the stages."),
+}
 
 
 def _examples(run: Run) -> dict[str, Any]:
