@@ -26,7 +26,7 @@ from iterdpo.report.plots import as_svg, figures
 from iterdpo.run.artifacts import completion_shards, read_completion_shard, read_judgment_shard
 from iterdpo.run.read import Run, read_run
 from iterdpo.run.rundir import read_manifest, write_text
-from iterdpo.types import Prompt
+from iterdpo.types import Completion, Prompt
 
 EXAMPLES = 8  # held-out prompts shown
 MAX_CHARACTERS = 4_000  # of a completion or prompt shown
@@ -212,21 +212,17 @@ def _examples(run: Run) -> dict[str, Any]:
         return {"rounds": [], "prompts": []}
     shards = completion_shards(next(iter(steps.values())) / "completions")
     first = set(heapq.nsmallest(EXAMPLES, chain.from_iterable(map(_prompt_ids, shards))))
-    rounds = {r: {prompt.id: (prompt, shown) for prompt, shown in _shown(step, first)} for r, step in steps.items()}
-    prompts = [
-        {
-            "id": id,
-            "text": clip(next(iter(rounds.values()))[id][0].text),
-            "completions": [by_prompt[id][1] for by_prompt in rounds.values()],
-        }
-        for id in sorted(set.intersection(*map(set, rounds.values())))
-    ]
+    shown = [{prompt.id: (prompt, *more) for prompt, *more in _shown(step, first)} for step in steps.values()]
+    in_all = sorted(set.intersection(*map(set, shown)))
     decided = {r: _text(row, "gate/decision") for r, row in run.metrics.iterrows() if r}
-    return {"rounds": [(r, decided.get(r, "")) for r in rounds], "prompts": prompts}
+    return {
+        "rounds": [(r, decided.get(r, "")) for r in steps],
+        "prompts": [[by_prompt[id] for by_prompt in shown] for id in in_all],
+    }
 
 
-def _shown(evaluation: Path, ids: set[str]) -> Iterator[tuple[Prompt, dict[str, Any]]]:
-    """Each of these prompts with its first completion, as the page shows it. Other shards than theirs are not read."""
+def _shown(evaluation: Path, ids: set[str]) -> Iterator[tuple[Prompt, Completion, list[tuple[str, str, str]]]]:
+    """Each of these prompts with its first completion and its scores. Other shards than theirs are not read."""
     for shard in completion_shards(evaluation / "completions"):
         if ids.isdisjoint(_prompt_ids(shard)):
             continue
@@ -235,20 +231,11 @@ def _shown(evaluation: Path, ids: set[str]) -> Iterator[tuple[Prompt, dict[str, 
             path = evaluation / "judgments" / role / f"{shard.stem}.jsonl"
             judgments[name] = {j.prompt_id: j for j in read_judgment_shard(path)} if path.exists() else {}
         for group in read_completion_shard(shard):
-            if group.prompt.id not in ids:
-                continue
-            judged = [(name, by_prompt.get(group.prompt.id)) for name, by_prompt in judgments.items()]
-            scores = [(name, j.scores[0], j.abstentions[0]) for name, j in judged if j is not None]
-            first = group.completions[0]
-            yield (
-                group.prompt,
-                {
-                    "text": clip(first.text),
-                    "scores": [(name, "" if x is None else number(x), reason or "") for name, x, reason in scores],
-                    "tokens": len(first.token_ids),
-                    "cut": first.truncated,
-                },
-            )
+            if group.prompt.id in ids:
+                judged = [(name, by_prompt.get(group.prompt.id)) for name, by_prompt in judgments.items()]
+                scores = [(name, j.scores[0], j.abstentions[0]) for name, j in judged if j is not None]
+                texts = [(name, "" if x is None else number(x), reason or "") for name, x, reason in scores]
+                yield group.prompt, group.completions[0], texts
 
 
 def _prompt_ids(shard: Path) -> list[str]:

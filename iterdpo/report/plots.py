@@ -76,6 +76,7 @@ def figures(run: Run) -> dict[str, Figure]:
     against = [Line("win_rate/vs_initial", "vs initial", BLUE), Line("win_rate/vs_previous", "vs previous", ORANGE)]
     distinct = [Line("distinct/1", "single tokens", BLUE), Line("distinct/2", "token pairs", ORANGE)]
     logps = [Line("logps/chosen", "chosen", BLUE), Line("logps/rejected", "rejected", ORANGE)]
+    accuracies = Line("rewards/accuracies", "", BLUE)
     panels: dict[str, list[Panel]] = {
         "scores": [
             *_over_rounds(rounds, "Score by the held-out judge", heldout),
@@ -97,13 +98,7 @@ def figures(run: Run) -> dict[str, Figure]:
         "pairs": _pair_yield(rounds),
         "rewards": [
             *_over_steps(steps, "Reward margin, chosen over rejected", Line("rewards/margins", "", BLUE), level=0),
-            *_over_steps(
-                steps,
-                "Pairs whose chosen has the higher reward",
-                Line("rewards/accuracies", "", BLUE),
-                level=0.5,
-                share=True,
-            ),
+            *_over_steps(steps, "Pairs whose chosen has the higher reward", accuracies, level=0.5, share=True),
         ],
         "logps": [
             *_over_steps(steps, "Log-probability of a completion, nats", *logps),
@@ -160,17 +155,13 @@ def _over_rounds(
     def draw(ax: Axes) -> None:
         for line in drawn:
             y = _series(rounds, line.key)
-            low, high = (
-                _series(rounds, f"{line.key}_low").reindex(y.index),
-                _series(rounds, f"{line.key}_high").reindex(y.index),
-            )
+            low, high = (_series(rounds, f"{line.key}_{end}").reindex(y.index) for end in ("low", "high"))
             ax.plot(y.index, y, color=line.color, label=line.label)
             ax.fill_between(y.index, low, high, color=line.color, alpha=0.14, linewidth=0)
             ax.vlines(y.index, low, high, color=line.color, linewidth=1, alpha=0.7)
             _markers(ax, y.index, y, _promoted(rounds).reindex(y.index), line.color)
         _finish(ax, title, legend=len(lines) > 1, level=level, share=share)
-        _whole_rounds(ax.xaxis)
-        ax.set_xlabel("round")
+        _whole_rounds(ax)
 
     return [draw] if drawn else []
 
@@ -233,16 +224,10 @@ def _pair_yield(rounds: pd.DataFrame) -> list[Panel]:
         return []
 
     def draw(ax: Axes) -> None:
-        table = pd.DataFrame(counts).fillna(0.0)
-        floor = pd.Series(0.0, index=table.index)
-        for name, color in colors.items():
-            if table[name].any():
-                ax.bar(table.index, table[name], bottom=floor, width=0.62, color=color, label=name)
-                floor += table[name]
+        _stack(ax, pd.DataFrame(counts).fillna(0.0), colors)
         ax.grid(visible=False, axis="x")
         _finish(ax, "Pairs kept, and what was left out", legend=True)
-        _whole_rounds(ax.xaxis)
-        ax.set_xlabel("round")
+        _whole_rounds(ax)
 
     return [draw]
 
@@ -257,19 +242,27 @@ def _time(rounds: pd.DataFrame) -> list[Panel]:
     unit, seconds = ("hours", 3600) if longest > 2 * 3600 else ("minutes", 60) if longest > 2 * 60 else ("seconds", 1)
 
     def draw(ax: Axes) -> None:
-        left = pd.Series(0.0, index=table.index)
-        for name, color in colors.items():
-            if table[name].any():
-                ax.barh(table.index, table[name] / seconds, left=left, height=0.62, color=color, label=name)
-                left += table[name] / seconds
+        _stack(ax, table / seconds, colors, sideways=True)
         ax.grid(visible=False, axis="y")
         first, last = table.index.min(), table.index.max()
         ax.set_ylim(max(last, first + 2) + 0.6, first - 0.6)  # downwards, and a lone bar stays slim
         _finish(ax, f"Wall time by round, {unit}", legend=True)
-        _whole_rounds(ax.yaxis)
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
         ax.yaxis.set_major_formatter(lambda y, _: f"round {y:.0f}" if y in table.index else "")
 
     return [draw]
+
+
+def _stack(ax: Axes, table: pd.DataFrame, colors: dict[str, str], *, sideways: bool = False) -> None:
+    """A bar for each row, stacked of the columns that have anything."""
+    floor = pd.Series(0.0, index=table.index)
+    for name, color in colors.items():
+        if table[name].any():
+            if sideways:
+                ax.barh(table.index, table[name], left=floor, height=0.62, color=color, label=name)
+            else:
+                ax.bar(table.index, table[name], bottom=floor, width=0.62, color=color, label=name)
+            floor += table[name]
 
 
 def _finish(ax: Axes, title: str, *, legend: bool = False, level: float | None = None, share: bool = False) -> None:
@@ -289,8 +282,9 @@ def _markers(ax: Axes, x: pd.Index | pd.Series, y: pd.Series, promoted: pd.Serie
     ax.scatter(x, y, s=30, c=faces, edgecolors=color, linewidths=1.4, zorder=3)
 
 
-def _whole_rounds(axis: object) -> None:
-    axis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))  # type: ignore[attr-defined]
+def _whole_rounds(ax: Axes) -> None:
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
+    ax.set_xlabel("round")
 
 
 def _promoted(rounds: pd.DataFrame) -> pd.Series:
