@@ -36,6 +36,7 @@ from judges.cache import SQLiteCache
 from judges.load import load_judge
 
 Scores = list[float | None]  # [K]
+Lengths = list[int]  # [K], in tokens
 Outcome = float | Abstention | None
 
 STANDARDIZE = ("none", "group")
@@ -105,8 +106,7 @@ class Ensemble(_JudgeOfJudges):
         self.comparative = standardize == "group"
         super().__init__("ensemble", [load_judge(judge["use"], judge.get("args") or {}) for judge in judges])
         self.weights = [float(judge.get("weight", 1)) for judge in judges]
-        self.standardize = standardize
-        self.max_disagreement = max_disagreement
+        self.standardize, self.max_disagreement = standardize, max_disagreement
         self.min_judges = len(judges) if min_judges is None else min_judges
 
     @staticmethod
@@ -135,12 +135,9 @@ class Ensemble(_JudgeOfJudges):
         columns = list(zip(*(j.scores for j in judgments), strict=True))  # [K][members]
         enough = [sum(s is not None for s in column) >= self.min_judges for column in columns]
         rows = [[s if kept else None for s, kept in zip(j.scores, enough, strict=True)] for j in judgments]
-        contrary = disagreement(
-            [
-                [None if s is None else math.copysign(1, w) * s for s in row]
-                for row, w in zip(rows, self.weights, strict=True)
-            ]
-        )
+        signs = [math.copysign(1, w) for w in self.weights]
+        signed = [[None if s is None else sign * s for s in row] for row, sign in zip(rows, signs, strict=True)]
+        contrary = disagreement(signed)
         if self.standardize == "group":
             rows = [z_scores(row) for row in rows]
         disagree = self.max_disagreement is not None and contrary is not None and contrary > self.max_disagreement
@@ -157,14 +154,10 @@ class Ensemble(_JudgeOfJudges):
             for m, w, j in zip(self.members, self.weights, judgments, strict=True)
         ]
         compared = [j.comparisons for j in judgments if j.comparisons]
-        return Judgment(
-            judgments[0].prompt_id,
-            scores,
-            reasons,
-            # One member's verdicts: those of several would pass for one judge that contradicts itself.
-            comparisons=compared[0] if len(compared) == 1 else [],
-            details={"judges": members, "disagreement": contrary},
-        )
+        # One member's verdicts: those of several would pass for one judge that contradicts itself.
+        comparisons = compared[0] if len(compared) == 1 else []
+        details = {"judges": members, "disagreement": contrary}
+        return Judgment(judgments[0].prompt_id, scores, reasons, comparisons, details)
 
     def _too_few(self, judgments: list[Judgment], k: int) -> str:
         missing = [(m, j.abstentions[k]) for m, j in zip(self.members, judgments, strict=True) if j.scores[k] is None]
@@ -182,11 +175,11 @@ def disagreement(rows: Sequence[Sequence[float | None]]) -> float | None:
     """
     contrary = both = 0
     for first, second in combinations(rows, 2):
-        for (a, c), (b, d) in combinations(zip(first, second, strict=True), 2):
-            if a is None or b is None or c is None or d is None or a == b or c == d:
-                continue
-            both += 1
-            contrary += (a > b) != (c > d)
+        scored = [(x, y) for x, y in zip(first, second, strict=True) if x is not None and y is not None]
+        for (a, c), (b, d) in combinations(scored, 2):
+            if a != b and c != d:
+                both += 1
+                contrary += (a > b) != (c > d)
     return contrary / both if both else None
 
 
@@ -213,15 +206,32 @@ class _Wrapper(_JudgeOfJudges):
         self.inner = load_judge(judge["use"], judge.get("args") or {})
         super().__init__(self.KIND, [self.inner])
 
+    @classmethod
+    def check(cls, judge: Any, **args: Any) -> None:
+        _check_nested(cls.KIND, judge)
+        cls.check_arguments(**args)
+
+    @staticmethod
+    def check_arguments(*_: Any, **args: Any) -> None:
+        """Refuse bad arguments of its own."""
+
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         judgments = checked_judgments(self.inner, groups)
-        return [
-            _changed(judgment, outcomes, self.KIND)
-            for judgment, outcomes in zip(judgments, self.rescored(groups, judgments), strict=True)
-        ]
+        lengths = [[len(completion.token_ids) for completion in group.completions] for group in groups]
+        return [self._changed(j, o) for j, o in zip(judgments, self.rescored(judgments, lengths), strict=True)]
 
-    def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
-        """The new scores of each group; None if the inner judge abstained."""
+    def _changed(self, judgment: Judgment, outcomes: Sequence[Outcome]) -> Judgment:
+        """The judgment with other scores; an `Abstention` among them is a new one."""
+        refused = [str(o) if isinstance(o, Abstention) else None for o in outcomes]
+        return replace(
+            judgment,
+            scores=[None if o is None or isinstance(o, Abstention) else float(o) for o in outcomes],
+            abstentions=[old or new for old, new in zip(judgment.abstentions, refused, strict=True)],
+            details={**judgment.details, f"before_{self.KIND}": judgment.scores},
+        )
+
+    def rescored(self, judgments: Sequence[Judgment], lengths: Sequence[Lengths]) -> Iterable[Sequence[Outcome]]:
+        """The new scores of each group, from the old and the completions' tokens; None if the inner judge abstained."""
         raise NotImplementedError
 
 
@@ -232,20 +242,16 @@ class LengthPenalty(_Wrapper):
 
     def __init__(self, judge: dict[str, Any], per_token: float, above: int = 0) -> None:
         super().__init__(judge)
-        self.per_token = per_token
-        self.above = above
+        self.per_token, self.above = per_token, above
 
     @staticmethod
-    def check(judge: Any, per_token: Any, above: Any = 0) -> None:
-        _check_nested("length_penalty", judge)
+    def check_arguments(per_token: Any, above: Any = 0) -> None:
         _check_not_negative("length_penalty", per_token=per_token, above=above)
 
-    def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
-        for group, judgment in zip(groups, judgments, strict=True):
-            yield [
-                None if s is None else s - self.per_token * max(0, n - self.above)
-                for s, n in zip(judgment.scores, _lengths(group), strict=True)
-            ]
+    def rescored(self, judgments: Sequence[Judgment], lengths: Sequence[Lengths]) -> Iterable[Sequence[Outcome]]:
+        for judgment, tokens in zip(judgments, lengths, strict=True):
+            excess = [max(0, n - self.above) for n in tokens]
+            yield [None if s is None else s - self.per_token * n for s, n in zip(judgment.scores, excess, strict=True)]
 
 
 class LengthRegressed(_Wrapper):
@@ -269,29 +275,20 @@ class LengthRegressed(_Wrapper):
         self.min_completions = min_completions
 
     @staticmethod
-    def check(judge: Any, min_completions: Any = 8) -> None:
-        _check_nested("length_regressed", judge)
+    def check_arguments(min_completions: Any = 8) -> None:
         if not isinstance(min_completions, int) or min_completions < 2:
             raise JudgeError(f"length_regressed: min_completions is {min_completions!r}; it is a number of at least 2")
 
-    def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
-        tables = [
-            [(n, s) for n, s in zip(_lengths(g), j.scores, strict=True) if s is not None]
-            for g, j in zip(groups, judgments, strict=True)
-        ]
-        centers = [fmean(n for n, _ in table) if table else 0.0 for table in tables]
+    def rescored(self, judgments: Sequence[Judgment], lengths: Sequence[Lengths]) -> Iterable[Sequence[Outcome]]:
+        rows = [list(zip(tokens, j.scores, strict=True)) for j, tokens in zip(judgments, lengths, strict=True)]
+        tables = [[(n, s) for n, s in row if s is not None] for row in rows]
         few = sum(len(table) - 1 for table in tables if table) < self.min_completions
         slope = 0.0 if few else within_slope(tables)
-        for group, judgment, center in zip(groups, judgments, centers, strict=True):
+        refusal = Abstention("too few completions judged together to tell what length does")
+        for judgment, row, table in zip(judgments, rows, tables, strict=True):
             judgment.details["length_slope"] = slope
-            yield [
-                None
-                if s is None
-                else Abstention("too few completions judged together to tell what length does")
-                if few
-                else s - slope * (n - center)
-                for s, n in zip(judgment.scores, _lengths(group), strict=True)
-            ]
+            center = fmean(n for n, _ in table) if table else 0.0
+            yield [None if s is None else refusal if few else s - slope * (n - center) for n, s in row]
 
 
 def within_slope(tables: Sequence[Sequence[tuple[float, float]]]) -> float:
@@ -318,15 +315,13 @@ class Clip(_Wrapper):
         self.high = math.inf if high is None else high
 
     @staticmethod
-    def check(judge: Any, low: Any = None, high: Any = None) -> None:
-        _check_nested("clip", judge)
+    def check_arguments(low: Any = None, high: Any = None) -> None:
         given = [bound for bound in (low, high) if bound is not None]
         if not given or not all(map(is_number, given)) or sorted(given) != given:
             raise JudgeError(f"clip: low is {low!r} and high is {high!r}; give numbers for one or both, low first")
 
-    def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
-        for judgment in judgments:
-            yield [None if s is None else min(max(s, self.low), self.high) for s in judgment.scores]
+    def rescored(self, judgments: Sequence[Judgment], lengths: Sequence[Lengths]) -> Iterable[Sequence[Outcome]]:
+        return [[None if s is None else min(max(s, self.low), self.high) for s in j.scores] for j in judgments]
 
 
 class TieBand(_Wrapper):
@@ -345,19 +340,17 @@ class TieBand(_Wrapper):
 
     def __init__(self, judge: dict[str, Any], width: float, length_ratio: float | None = None) -> None:
         super().__init__(judge)
-        self.width = width
-        self.length_ratio = length_ratio
+        self.width, self.length_ratio = width, length_ratio
 
     @staticmethod
-    def check(judge: Any, width: Any, length_ratio: Any = None) -> None:
-        _check_nested("tie_band", judge)
+    def check_arguments(width: Any, length_ratio: Any = None) -> None:
         _check_not_negative("tie_band", width=width)
         if length_ratio is not None and not (is_number(length_ratio) and length_ratio >= 1):
             raise JudgeError(f"tie_band: length_ratio is {length_ratio!r}; it is a number of at least 1, such as 1.5")
 
-    def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
-        for group, judgment in zip(groups, judgments, strict=True):
-            yield tied(judgment.scores, _lengths(group), width=self.width, length_ratio=self.length_ratio)
+    def rescored(self, judgments: Sequence[Judgment], lengths: Sequence[Lengths]) -> Iterable[Sequence[Outcome]]:
+        for judgment, tokens in zip(judgments, lengths, strict=True):
+            yield tied(judgment.scores, tokens, width=self.width, length_ratio=self.length_ratio)
 
 
 def tied(scores: Scores, lengths: Sequence[int], *, width: float, length_ratio: float | None) -> Scores:
@@ -389,11 +382,7 @@ class ZScore(_Wrapper):
     KIND = "z_score"
     comparative = True
 
-    @staticmethod
-    def check(judge: Any) -> None:
-        _check_nested("z_score", judge)
-
-    def rescored(self, groups: Sequence[CompletionGroup], judgments: Sequence[Judgment]) -> Iterable[Sequence[Outcome]]:
+    def rescored(self, judgments: Sequence[Judgment], lengths: Sequence[Lengths]) -> Iterable[Sequence[Outcome]]:
         return [z_scores(judgment.scores) for judgment in judgments]
 
 
@@ -417,21 +406,23 @@ class Cached(_Wrapper):
         self.hits = 0
 
     @staticmethod
-    def check(judge: Any, path: Any) -> None:
-        _check_nested("cached", judge)
+    def check_arguments(path: Any) -> None:
         if not isinstance(path, str) or not path or Path(path).expanduser().is_dir():
             raise JudgeError(f"cached: path is {path!r}; it is the file to keep judgments in, such as judgments.sqlite")
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         draw = [self.repeat] if self.repeat else []
         keys = [digest([self.inner.version, _content(group), *draw]) for group in groups]
-        known = self._known(keys)
+        with self._open() as cache:
+            found = ((key, cache.get(key, lambda text: Judgment.from_json(json.loads(text)))) for key in keys)
+            known = {key: judgment for key, judgment in found if judgment is not None}
         self.hits += sum(key in known for key in keys)
         missing = {key: group for key, group in zip(keys, groups, strict=True) if key not in known}
         if missing:
             judged = checked_judgments(self.inner, list(missing.values()))
             fresh = dict(zip(missing, judged, strict=True))
-            self._keep({key: j for key, j in fresh.items() if None not in j.scores})
+            with self._open() as cache:
+                cache.put({key: json.dumps(j.to_json()) for key, j in fresh.items() if None not in j.scores})
             known |= fresh
         return [known[key] for key in keys]
 
@@ -439,19 +430,9 @@ class Cached(_Wrapper):
         used = super().usage()
         return {**used, "cached": used.get("cached", 0) + self.hits}
 
-    def _known(self, keys: Sequence[str]) -> dict[str, Judgment]:
-        with closing(self._open()) as cache:
-            found = {key: cache.get(key, lambda text: Judgment.from_json(json.loads(text))) for key in keys}
-        return {key: judgment for key, judgment in found.items() if judgment is not None}
-
-    def _keep(self, judgments: dict[str, Judgment]) -> None:
-        with closing(self._open()) as cache:
-            cache.put({key: json.dumps(judgment.to_json()) for key, judgment in judgments.items()})
-
-    def _open(self) -> SQLiteCache:
-        return SQLiteCache(
-            self.path, table="judgments", column="judgment", owner="cached", remedy="or name another in `path`"
-        )
+    def _open(self) -> closing[SQLiteCache]:
+        remedy = "or name another in `path`"
+        return closing(SQLiteCache(self.path, table="judgments", column="judgment", owner="cached", remedy=remedy))
 
 
 def _content(group: CompletionGroup) -> dict[str, Any]:
@@ -459,21 +440,6 @@ def _content(group: CompletionGroup) -> dict[str, Any]:
     for completion in row["completions"]:
         del completion["logprobs"]  # measured, and of the same completion not the same to the last bit
     return row
-
-
-def _changed(judgment: Judgment, outcomes: Sequence[Outcome], kind: str) -> Judgment:
-    """The judgment with other scores; an `Abstention` among them is a new one."""
-    refused = [str(o) if isinstance(o, Abstention) else None for o in outcomes]
-    return replace(
-        judgment,
-        scores=[None if o is None or isinstance(o, Abstention) else float(o) for o in outcomes],
-        abstentions=[old or new for old, new in zip(judgment.abstentions, refused, strict=True)],
-        details={**judgment.details, f"before_{kind}": judgment.scores},
-    )
-
-
-def _lengths(group: CompletionGroup) -> list[int]:
-    return [len(completion.token_ids) for completion in group.completions]
 
 
 def _check_nested(owner: str, judge: Any, known: Iterable[str] = ("use", "args")) -> None:

@@ -65,7 +65,6 @@ class ClassifierJudge(JudgeBase):
             judge._check_config(config)
 
     def close(self) -> None:
-        """Free the model's memory. The next judgment loads it again."""
         self._model = self._tokenizer = None
         free_memory()
 

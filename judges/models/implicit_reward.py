@@ -61,9 +61,7 @@ class ImplicitReward(JudgeBase):
         """Refuse bad arguments, and look for both checkpoints. A hub id is not looked up."""
         judge = cls(**args)
         if not is_number(judge.beta) or judge.beta <= 0:
-            raise JudgeError(
-                f"implicit reward: beta is {judge.beta!r}; it is a number above 0, that of the policy's training"
-            )
+            raise JudgeError(f"implicit reward: beta is {judge.beta!r}; it is a number above 0, that of the training")
         check_choice("implicit reward", "precision", judge.precision, PRECISIONS)
         for role, model in (("policy", judge.policy), ("reference", judge.reference)):
             if not (Path(model).expanduser() / "adapter_config.json").is_file():
@@ -83,7 +81,6 @@ class ImplicitReward(JudgeBase):
         return judgments_from_outcomes(groups, [next(rewards) if isinstance(row, _Row) else row for row in found])
 
     def close(self) -> None:
-        """Free the models' memory. The next judgment loads them again."""
         self._models = []
         free_memory()
 
@@ -100,22 +97,14 @@ class ImplicitReward(JudgeBase):
                 f"implicit reward: {self.policy} and {self.reference} have different tokenizers, so that their "
                 "log-probabilities are not of the same tokens; give the reference that the policy was trained against"
             )
-        limits = [
-            getattr(
-                AutoConfig.from_pretrained(base, trust_remote_code=self.trust_remote_code).get_text_config(),
-                "max_position_embeddings",
-                None,
-            )
-            for base in bases
-        ]
+        configs = [AutoConfig.from_pretrained(base, trust_remote_code=self.trust_remote_code) for base in bases]
+        limits = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
         self._tokenizer, self._limit = policy, min((n for n in limits if n), default=1 << 30)
 
     def _row(self, group: CompletionGroup, completion: Completion) -> _Row | Abstention:
         row = self._sampled(group, completion) or self._tokenized(group.prompt, completion)
-        if not row.completion:
-            return Abstention("the completion has no token")
-        if not row.prompt:
-            return Abstention("the prompt has no token")
+        if not (row.completion and row.prompt):
+            return Abstention(f"the {'prompt' if row.completion else 'completion'} has no token")
         if len(row.prompt) + len(row.completion) > self._limit:
             return Abstention(f"more than the {self._limit} tokens that the policy reads")
         return row
@@ -131,10 +120,8 @@ class ImplicitReward(JudgeBase):
         if not same or max(completion.token_ids, default=0) >= len(self._tokenizer):
             return None
         # Ids may go on after the text: an end token, a stop string, half a character.
-        decoded = self._tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        return (
-            _Row(group.prompt_ids, completion.token_ids) if _bare(decoded).startswith(_bare(completion.text)) else None
-        )
+        decoded = _bare(self._tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+        return _Row(group.prompt_ids, completion.token_ids) if decoded.startswith(_bare(completion.text)) else None
 
     def _tokenized(self, prompt: Prompt, completion: Completion) -> _Row:
         from iterdpo.data.rendering import completion_token_ids, prompt_token_ids
@@ -154,20 +141,11 @@ class ImplicitReward(JudgeBase):
             self._models = [
                 load_policy(path, trust_remote_code=self.trust_remote_code) for path in (self.policy, self.reference)
             ]
-        policy, reference = (
-            score_completions(
-                model,
-                [row.prompt for row in rows],
-                [row.completion for row in rows],
-                precision=self.precision,
-                rows_per_batch=self.batch_size,
-            )
-            for model in self._models
-        )
-        return [
-            self.beta * (p - r) / (len(row.completion) if self.length_normalized else 1)
-            for p, r, row in zip(policy, reference, rows, strict=True)
-        ]
+        prompts, completions = [row.prompt for row in rows], [row.completion for row in rows]
+        settings: dict[str, Any] = {"precision": self.precision, "rows_per_batch": self.batch_size}
+        policy, reference = (score_completions(model, prompts, completions, **settings) for model in self._models)
+        tokens = [len(completion) if self.length_normalized else 1 for completion in completions]
+        return [self.beta * (p - r) / n for p, r, n in zip(policy, reference, tokens, strict=True)]
 
 
 class _Row(NamedTuple):

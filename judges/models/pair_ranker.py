@@ -23,6 +23,7 @@ from judges.models.checkpoint import ClassifierJudge, check_architecture, label_
 
 PAIRRM_TOKENS = 2048
 """What PairRM was trained on at most: 1,224 tokens of a prompt and 412 of each completion."""
+PAIRRM_KEYS = {"source_prefix_id", "cand1_prefix_id"}
 REMEDY = "PairRM in its Hugging Face form (llm-blender/PairRM-hf), or a ...ForSequenceClassification that compares"
 PLACES = re.compile(r"\{(prompt|first|second)\}")
 
@@ -49,14 +50,11 @@ class PairRanker(ClassifierJudge):
         self._pairrm = False
 
     def _check_arguments(self) -> None:
-        named = set(PLACES.findall(f"{self.text}{self.text_pair or ''}"))
-        if not {"first", "second"} <= named:
-            raise JudgeError(
-                f"{self._what}: text and text_pair do not name {{first}} and {{second}}; both must be in them"
-            )
+        if not {"first", "second"} <= set(PLACES.findall(f"{self.text}{self.text_pair or ''}")):
+            raise JudgeError(f"{self._what}: text and text_pair lack {{first}} or {{second}}; both must be in them")
 
     def _check_config(self, config: dict[str, Any]) -> None:
-        if not _is_pairrm(config):
+        if not config.keys() >= PAIRRM_KEYS:
             check_architecture(self._what, config.get("architectures"), ["SequenceClassification"], REMEDY)
             _check_one_label(self._what, label_count(config))
 
@@ -75,24 +73,20 @@ class PairRanker(ClassifierJudge):
         logits: dict[int, float] = {}
         for batch in self._batches(readable):
             logits |= zip(batch, self._logits([rows[n] for n in batch]), strict=True)
+        long = f"more than the {limit} tokens that the pair ranker reads"
         compared = iter(
             [
-                _comparison(i, j, logits[n])
-                if n in logits
-                else Comparison(i, j, None, f"more than the {limit} tokens that the pair ranker reads")
+                _comparison(i, j, logits[n]) if n in logits else Comparison(i, j, None, long)
                 for n, (_, i, j) in enumerate(asked)
             ]
         )
-        return [
-            judgment_from_comparisons(
-                g, list(itertools.islice(compared, len(g.completions) * (len(g.completions) - 1)))
-            )
-            for g in groups
-        ]
+        counts = [len(g.completions) for g in groups]
+        own = [list(itertools.islice(compared, count * (count - 1))) for count in counts]
+        return [judgment_from_comparisons(g, comparisons) for g, comparisons in zip(groups, own, strict=True)]
 
     def _load(self) -> None:
         config, tokenizer = self._load_config_and_tokenizer()
-        self._pairrm = _is_pairrm(config.to_dict())
+        self._pairrm = config.to_dict().keys() >= PAIRRM_KEYS
         if self._pairrm:
             from judges.models.pairrm import PairRM
 
@@ -103,9 +97,7 @@ class PairRanker(ClassifierJudge):
             _check_one_label(self._what, config.num_labels)
             model = self._load_classifier(AutoModelForSequenceClassification, **self._source)
         if tokenizer.pad_token_id is None:
-            raise JudgeError(
-                f"{self._what}: its tokenizer has no pad token; set pad_token in its tokenizer_config.json"
-            )
+            raise JudgeError(f"{self._what}: its tokenizer has no pad token; set one in tokenizer_config.json")
         self._model, self._tokenizer = model, tokenizer
 
     def _limit(self) -> int:
@@ -122,12 +114,11 @@ class PairRanker(ClassifierJudge):
             config = self._model.config
             marks = (config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id)
             source, before = pairrm_texts(prompt)
-            texts = (source, before + first, before + second)
-            ids = [
-                [tokenizer.cls_token_id, mark, *tokenizer(text, add_special_tokens=False, **plain)["input_ids"]]
-                for mark, text in zip(marks, texts, strict=True)
-            ]
-            return [token for part in ids for token in (*part, tokenizer.sep_token_id)], []
+            ids: list[int] = []
+            for mark, text in zip(marks, (source, before + first, before + second), strict=True):
+                encoded = tokenizer(text, add_special_tokens=False, **plain)["input_ids"]
+                ids += [tokenizer.cls_token_id, mark, *encoded, tokenizer.sep_token_id]
+            return ids, []
         fill = {"prompt": prompt.text, "first": first, "second": second}
         filled = [PLACES.sub(lambda place: fill[place[1]], form) for form in (self.text, self.text_pair) if form]
         encoded = tokenizer(*filled, **plain)
@@ -174,10 +165,6 @@ def _comparison(first: int, second: int, logit: float) -> Comparison:
     probability = sigmoid(logit)
     winner = "first" if logit > 0 else "second" if logit < 0 else "tie"
     return Comparison(first, second, winner, probability=probability)  # type: ignore[arg-type]
-
-
-def _is_pairrm(config: dict[str, Any]) -> bool:
-    return "source_prefix_id" in config and "cand1_prefix_id" in config
 
 
 def _check_one_label(what: str, count: int) -> None:

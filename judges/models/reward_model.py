@@ -59,9 +59,7 @@ class RewardModelJudge(ClassifierJudge):
             raise JudgeError(f"{what}: head is {head!r}; it is the number of a label, from 0")
         for name, value, owner in (("device", self.device, "transformers"), ("engine", self.engine, "vllm")):
             if value is not None and self.backend != owner:
-                raise JudgeError(
-                    f"{what}: {name} is for `backend: {owner}`, and the backend is {self.backend}; leave it out"
-                )
+                raise JudgeError(f"{what}: {name} is for `backend: {owner}`, not {self.backend}; leave it out")
 
     def _check_config(self, config: dict[str, Any]) -> None:
         check_architecture(self._what, config.get("architectures"), ARCHITECTURES, REMEDY)
@@ -152,15 +150,13 @@ class RewardModelJudge(ClassifierJudge):
         if not self._names_pad:
             used = set().union(*rows)
             config.pad_token_id = next(i for i in range(config.vocab_size) if i not in used)
-        input_ids = torch.full((len(rows), width), config.pad_token_id)  # [B, T]
-        mask = torch.zeros((len(rows), width), dtype=torch.long)  # [B, T]
-        for i, row in enumerate(rows):
-            input_ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
+        padding = [width - len(row) for row in rows]
+        input_ids = torch.tensor(
+            [row + [config.pad_token_id] * n for row, n in zip(rows, padding, strict=True)]
+        )  # [B, T]
+        mask = torch.tensor([[1] * (width - n) + [0] * n for n in padding])  # [B, T]
         device = self._model.device
         with torch.inference_mode():
-            logits = self._model(
-                input_ids=input_ids.to(device), attention_mask=mask.to(device)
-            ).logits.float()  # [B, labels]
-        values: list[list[float]] = logits.tolist()
+            output = self._model(input_ids=input_ids.to(device), attention_mask=mask.to(device))
+        values: list[list[float]] = output.logits.float().tolist()
         return values

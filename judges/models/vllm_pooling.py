@@ -70,32 +70,24 @@ class Pooler:
 
 class _Server:
     def start(self, request: Start) -> Done:
-        self.llm = _engine(request.model, request.engine)
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        from iterdpo.sampling.worker import cpu_defaults
+
+        defaults = cpu_defaults(request.engine) if current_platform.is_cpu() else {}
+        # Weights from safetensors only, never unpickled.
+        settings = {"runner": "pooling", "load_format": "safetensors", "seed": 0, "disable_log_stats": True}
+        self.llm = LLM(request.model, **{**settings, **defaults, **request.engine})
         return Done()
 
     def score(self, request: Score) -> Scored:
-        return Scored(_logits(self.llm, request.rows))
+        from vllm import PoolingParams
 
-
-def _engine(model: str, engine: dict[str, Any]) -> Any:
-    from vllm import LLM
-    from vllm.platforms import current_platform
-
-    from iterdpo.sampling.worker import cpu_defaults
-
-    defaults = cpu_defaults(engine) if current_platform.is_cpu() else {}
-    # Weights from safetensors only, never unpickled.
-    settings = {"runner": "pooling", "load_format": "safetensors", "seed": 0, "disable_log_stats": True}
-    return LLM(model, **{**settings, **defaults, **engine})
-
-
-def _logits(llm: Any, rows: list[list[int]]) -> list[list[float]]:
-    from vllm import PoolingParams
-
-    prompts = [{"prompt_token_ids": row} for row in rows]
-    bare = PoolingParams(use_activation=False)  # by default a sigmoid, or a softmax over the labels
-    outputs = llm.encode(prompts, bare, pooling_task="classify", use_tqdm=False)
-    return [output.outputs.data.float().tolist() for output in outputs]
+        prompts = [{"prompt_token_ids": row} for row in request.rows]
+        bare = PoolingParams(use_activation=False)  # by default a sigmoid, or a softmax over the labels
+        outputs = self.llm.encode(prompts, bare, pooling_task="classify", use_tqdm=False)
+        return Scored([output.outputs.data.float().tolist() for output in outputs])
 
 
 if __name__ == "__main__":
