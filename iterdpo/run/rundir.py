@@ -27,7 +27,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -99,8 +99,7 @@ class Step:
             StaleStepError: there is such a step, and no attic.
         """
         note = self.partial / "STEP.json"
-        manifest = read_manifest(self.path)
-        if manifest is not None:
+        if manifest := read_manifest(self.path):
             self._retire(self.path, manifest.inputs)
         if note.exists():
             self._retire(self.partial, read_json(note))
@@ -118,22 +117,15 @@ class Step:
         (self.partial / "STEP.json").unlink(missing_ok=True)
         for left in [p for p in self.partial.rglob(".*") if p.is_file()]:  # of a write that was cut short
             left.unlink()
-        logs = set(logs)
-        files = {}
+        files: dict[str, dict[str, Any]] = {}
         for file in sorted(p for p in self.partial.rglob("*") if p.is_file() and p.name != MANIFEST):
-            name = file.relative_to(self.partial).as_posix()
-            files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-            if name in logs:
-                files[name]["log"] = True
-        elapsed = {"total": round(time.perf_counter() - self.started, 3)}
-        manifest = Manifest(
-            step=self.name,
-            inputs=self.inputs,
-            counts=counts or {},
-            seconds={**elapsed, **{k: round(v, 3) for k, v in (seconds or {}).items()}},
-            files=files,
-            versions=versions(),
-        )
+            entry = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+            files[file.relative_to(self.partial).as_posix()] = entry
+        for name in files.keys() & logs:
+            files[name]["log"] = True
+        spent = {"total": time.perf_counter() - self.started} | (seconds or {})
+        rounded = {name: round(value, 3) for name, value in spent.items()}
+        manifest = Manifest(self.name, self.inputs, counts or {}, rounded, files, versions())
         sync_tree(self.partial)
         write_json(self.partial / MANIFEST, asdict(manifest))
         shutil.rmtree(self.path, ignore_errors=True)  # a directory without a valid manifest: not done
@@ -154,9 +146,7 @@ class Step:
         (self.partial / MANIFEST).unlink()
         write_json(self.partial / "STEP.json", self.inputs)
         sync_tree(self.partial)
-        target = keep / self.path.parent.name / self.path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(self.path, target)
+        self._move(self.path, keep)
         return self.partial
 
     def differences(self) -> list[tuple[str, Any, Any]]:
@@ -167,11 +157,13 @@ class Step:
 
     def _retire(self, directory: Path, inputs: dict[str, Any]) -> None:
         """Move `directory` to the attic if it was made with other inputs."""
-        if not (differing := differing_keys(inputs, self.inputs)):
-            return
-        if self.attic is None:
-            raise StaleStepError(self.name, differing)
-        target = self.attic / self.path.parent.name / directory.name
+        if differing := differing_keys(inputs, self.inputs):
+            if self.attic is None:
+                raise StaleStepError(self.name, differing)
+            self._move(directory, self.attic)
+
+    def _move(self, directory: Path, root: Path) -> None:
+        target = root / self.path.parent.name / directory.name
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(directory, target)
 
@@ -224,8 +216,7 @@ class RunDir:
 
     def refresh(self) -> None:
         """Make `metrics.jsonl` and the link `policy` again if they differ from the records, which alone are true."""
-        records = self.records()
-        if not records:
+        if not (records := self.records()):
             return
         metrics, link, fresh = self.root / "metrics.jsonl", self.root / "policy", self.root / ".policy.new"
         text = "".join(canonical(record.metrics) + "\n" for record in records)
@@ -241,16 +232,11 @@ class RunDir:
         write_json(self.root / "run.json", {"format": FORMAT, "config": config, "versions": versions()})
 
     def read_config(self) -> dict[str, Any]:
-        """The configuration in run.json.
-
-        Raises:
-            UserError: the directory is not a run's.
-        """
+        """The configuration in run.json. Raises a UserError if the directory is not a run's."""
         path = self.root / "run.json"
         if not path.exists():
             raise UserError(f"{self.root}: no run here (no run.json)")
-        config: dict[str, Any] = read_json(path)["config"]
-        return config
+        return dict(read_json(path)["config"])
 
     @contextmanager
     def lock(self, *, wait: bool = False) -> Iterator[None]:
@@ -264,18 +250,15 @@ class RunDir:
             self.root.mkdir(parents=True, exist_ok=True)
             handle = open(self.root / ".lock", "a+")  # noqa: SIM115  # closed below
         except OSError as error:
-            raise UserError(
-                f"run_dir {self.root}: cannot be written ({error.strerror}); choose another run_dir"
-            ) from None
+            reason = f"cannot be written ({error.strerror})"
+            raise UserError(f"run_dir {self.root}: {reason}; choose another run_dir") from None
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 handle.seek(0)
-                raise RunLockedError(
-                    f"run_dir {self.root}: in use by process {handle.read().strip() or 'unknown'}; "
-                    "wait for it to end, or choose another run_dir"
-                ) from None
+                holder = f"in use by process {handle.read().strip() or 'unknown'}; wait for it to end"
+                raise RunLockedError(f"run_dir {self.root}: {holder}, or choose another run_dir") from None
             handle.truncate(0)
             handle.write(str(os.getpid()))
             handle.flush()
@@ -288,11 +271,8 @@ def read_manifest(step: Path) -> Manifest | None:
         manifest = Manifest(**read_json(step / MANIFEST))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, TypeError):
         return None
-    for name, entry in manifest.files.items():
-        file = step / name
-        if not file.exists() or file.stat().st_size != entry["bytes"]:
-            return None
-    return manifest
+    sizes = {step / name: entry["bytes"] for name, entry in manifest.files.items()}
+    return manifest if all(file.exists() and file.stat().st_size == size for file, size in sizes.items()) else None
 
 
 def differing_keys(was: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -322,17 +302,13 @@ def sha256_file(path: Path) -> str:
 
 def directory_digest(path: Path) -> str:
     """A hash of the files directly in a checkpoint directory. Where a manifest lists their hashes, those are used."""
-    manifest = read_manifest(path)
-    if manifest is not None:
+    if manifest := read_manifest(path):
         return manifest.digest
     return digest({p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file()})
 
 
 def write_with(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write so that a reader, or a crash, sees the old content or the new, never a part. Afterwards it is on disk.
-
-    `write` fills the open file.
-    """
+    """Let `write` fill a file so that a reader, or a crash, sees all of it or the old one. Afterwards it is on disk."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     with open(fresh, "wb") as handle:
         write(handle)
@@ -366,9 +342,8 @@ def read_jsonl(path: Path) -> list[Any]:
 def sync_tree(directory: Path) -> None:
     """Sync every file and directory below `directory`, and it last: whoever wrote them, they are on disk afterwards."""
     for parent, _, names in os.walk(directory, topdown=False):
-        for name in names:
+        for name in [*names, "."]:
             fsync(Path(parent, name))
-        fsync(Path(parent))
 
 
 def fsync(path: Path) -> None:
@@ -383,8 +358,6 @@ def fsync(path: Path) -> None:
 def versions() -> dict[str, str]:
     found = {}
     for package in VERSIONED_PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
