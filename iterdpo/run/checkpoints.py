@@ -32,10 +32,8 @@ def resolve_checkpoint(path: str, *, revision: str | None = None) -> Path:
         return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_PATTERNS, etag_timeout=5))
     except (OSError, HFValidationError, RuntimeError) as error:  # not found, not reachable, not an id
         reason = str(error).strip().splitlines()[0][:200]
-        raise ConfigError(
-            f"model.path {path!r}: no such directory here, and not to be had from the hub ({reason}); check the "
-            "spelling, the network, or give a local directory"
-        ) from None
+        problem = f"no such directory here, and not to be had from the hub ({reason})"
+        raise ConfigError(f"model.path {path!r}: {problem}; check the spelling and the network") from None
 
 
 def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -63,15 +61,11 @@ def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> dic
     if architectures and not any("CausalLM" in name or "LMHead" in name for name in architectures):
         raise ConfigError(f"{where}: {architectures[0]} is not a causal language model")
     if config.get("auto_map") and not trust_remote_code:
-        raise ConfigError(
-            f"{where}: needs Python code of its own; read it, then set model.trust_remote_code=true to run it"
-        )
+        raise ConfigError(f"{where}: needs Python code of its own; read it, then set model.trust_remote_code=true")
     weights = sorted(directory.glob("*.safetensors"))
     if not weights:
-        raise ConfigError(
-            f"{where}: has no .safetensors weights; pickled ones are not loaded. Convert them with "
-            "from_pretrained(...).save_pretrained(...)"
-        )
+        remedy = "convert them with from_pretrained(...).save_pretrained(...)"
+        raise ConfigError(f"{where}: has no .safetensors weights; pickled ones are not loaded: {remedy}")
     index = directory / "model.safetensors.index.json"
     if index.exists():
         missing = set(json.loads(index.read_text())["weight_map"].values()) - {file.name for file in weights}
@@ -95,10 +89,8 @@ def _check_vocabulary(where: str, directory: Path, config: dict[str, Any], weigh
                 names = [name for name in tensors.keys() if name.endswith(EMBEDDINGS)]  # noqa: SIM118  # no mapping
                 embedded = {name: tensors.get_slice(name).get_shape()[0] for name in names}
         except (SafetensorError, OSError) as error:
-            raise ConfigError(
-                f"{where}/{file.name}: not a safetensors file ({error}); it was cut short, or is a Git LFS pointer: "
-                "download it again"
-            ) from None
+            problem = f"not a safetensors file ({error}); it was cut short, or is a Git LFS pointer"
+            raise ConfigError(f"{where}/{file.name}: {problem}: download it again") from None
         for name, rows in embedded.items():
             if rows != vocabulary:
                 raise ConfigError(
@@ -109,8 +101,7 @@ def _check_vocabulary(where: str, directory: Path, config: dict[str, Any], weigh
         from tokenizers import Tokenizer
 
         known = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab(with_added_tokens=True)
-        highest = max(known.values(), default=-1)
-        if highest >= vocabulary:
+        if (highest := max(known.values(), default=-1)) >= vocabulary:
             raise ConfigError(
                 f"{where}: the tokenizer has ids up to {highest:,}, the model embeds {vocabulary:,} tokens "
                 "(config.json, vocab_size); use the tokenizer that the model was trained with"
@@ -119,8 +110,6 @@ def _check_vocabulary(where: str, directory: Path, config: dict[str, Any], weigh
 
 def context_length(config: dict[str, Any]) -> int | None:
     """Longest sequence that the model takes, in tokens, where its configuration says."""
-    for section in (config, config.get("text_config") or {}):
-        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-            if isinstance(section.get(key), int):
-                return int(section[key])
-    return None
+    keys = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    found = [section.get(key) for section in (config, config.get("text_config") or {}) for key in keys]
+    return next((length for length in found if isinstance(length, int)), None)

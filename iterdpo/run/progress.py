@@ -38,9 +38,7 @@ class Progress:
     def __init__(
         self, stream: IO[str] | None = None, *, every: float = 20.0, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        self.stream = stream
-        self.clock = clock
-        self.every = every
+        self.stream, self.every, self.clock = stream, every, clock
 
     def say(self, text: str) -> None:
         if self.stream is not None:
@@ -59,16 +57,12 @@ class Progress:
                 yield stage
             outcome = ""
         finally:  # when the bar is gone from the screen
-            self._close(stage, name, unit, outcome)
-
-    def _close(self, stage: Stage, name: str, unit: str, outcome: str) -> None:
-        now = self.clock()
-        start_up = f", {stage.begun - stage.started:.1f} s to start" if stage.begun - stage.started >= 1 else ""
-        count = stage.done - stage.before
-        rate = f", {count / (now - stage.begun):,.1f} {unit}/s" if count and now > stage.begun else ""
-        remark = f" · {stage.remark}" if stage.remark else ""
-        seconds = now - stage.started
-        self.say(f"  {name:<9} {stage.done:>6,} {unit:<12} {seconds:6.1f} s{start_up}{rate}{remark}{outcome}")
+            now, count, waited = self.clock(), stage.done - stage.before, stage.begun - stage.started
+            start_up = f", {waited:.1f} s to start" if waited >= 1 else ""
+            rate = f", {count / (now - stage.begun):,.1f} {unit}/s" if count and now > stage.begun else ""
+            remark = f" · {stage.remark}" if stage.remark else ""
+            done = f"  {name:<9} {stage.done:>6,} {unit:<12} {now - stage.started:6.1f} s"
+            self.say(f"{done}{start_up}{rate}{remark}{outcome}")
 
     @contextmanager
     def _drawing(self, name: str, total: int, unit: str, started: float) -> Iterator[Callable[[int], None]]:
@@ -90,12 +84,10 @@ class Progress:
             now = self.clock()
             if first[1] == 0:
                 first = (now, done)  # the start-up of a process says nothing of the rate
-            elif now - shown >= self.every and not total:
+            elif now - shown >= self.every and (not total or first[1] < done < total):
                 shown = now
-                self.say(f"  {name:<9} {done:>6,} {unit} so far")
-            elif now - shown >= self.every and first[1] < done < total:
-                shown = now
-                left = (now - first[0]) / (done - first[1]) * (total - done)
-                self.say(f"  {name:<9} {done:>6,} of {total:,} {unit}, about {left:,.0f} s left")
+                left = (now - first[0]) / (done - first[1]) * (total - done) if total else 0
+                how_far = f"of {total:,} {unit}, about {left:,.0f} s left" if total else f"{unit} so far"
+                self.say(f"  {name:<9} {done:>6,} {how_far}")
 
         yield line

@@ -45,11 +45,8 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         self.dir = RunDir(path)
+        self.root = self.dir.root
         self.config: dict[str, Any] = self.dir.read_config()
-
-    @property
-    def root(self) -> Path:
-        return self.dir.root
 
     @property
     def versions(self) -> dict[str, str]:
@@ -66,9 +63,8 @@ class Run:
     def train_log(self, round: int | None = None) -> pd.DataFrame:
         """A row for each optimizer step of `round`, or of all trained rounds, with a `round` column."""
         name = "train_log.jsonl"
-        rounds = [r for r in self.dir.rounds() if (self.dir.round_dir(r) / "policy" / name).exists()]
-        if round is not None:
-            rounds = [round]
+        trained = [r for r in self.dir.rounds() if (self.dir.round_dir(r) / "policy" / name).exists()]
+        rounds = trained if round is None else [round]
         rows = [{"round": r, **row} for r in rounds for row in read_jsonl(self._step(r, f"policy/{name}"))]
         return pd.DataFrame(rows, columns=None if rows else ["round", "step"])
 
@@ -124,9 +120,7 @@ class Run:
             if not link.is_symlink():
                 raise UserError(f"{self.root}: no policy yet, since no round has ended; {self._what_there_is()}")
             return self.root / link.readlink()
-        if round == 0:
-            return Path(self.config["model"]["path"])
-        return self._step(round, "policy")
+        return Path(self.config["model"]["path"]) if round == 0 else self._step(round, "policy")
 
     def _step(self, round: int, name: str) -> Path:
         path = self.dir.round_dir(round) / name
@@ -135,14 +129,11 @@ class Run:
         return path
 
     def _what_there_is(self) -> str:
-        found = {
-            r: [p.name for p in sorted(self.dir.round_dir(r).iterdir()) if p.is_dir() and p.suffix != ".partial"]
-            for r in self.dir.rounds()
-        }
-        return (
-            "; ".join(f"round {r} has {', '.join(s) or 'nothing finished'}" for r, s in found.items())
-            or "no round is there"
-        )
+        found = []
+        for r in self.dir.rounds():
+            steps = [p.name for p in sorted(self.dir.round_dir(r).iterdir()) if p.is_dir() and p.suffix != ".partial"]
+            found.append(f"round {r} has {', '.join(steps) or 'nothing finished'}")
+        return "; ".join(found) or "no round is there"
 
 
 def _rows(groups: Path, judges: dict[str, Path]) -> Iterator[dict[str, Any]]:
@@ -153,14 +144,8 @@ def _rows(groups: Path, judges: dict[str, Path]) -> Iterator[dict[str, Any]]:
         judgments = {name: next(rows, None) for name, rows in judged.items()}
         columns = {f"column/{name}" if name in own else name: value for name, value in group.prompt.columns.items()}
         for k, completion in enumerate(group.completions):
-            row: dict[str, Any] = {
-                "prompt_id": group.prompt.id,
-                "prompt": group.prompt.text,
-                "k": k,
-                "text": completion.text,
-                "tokens": len(completion.token_ids),
-                "finish_reason": completion.finish_reason,
-            }
+            sampled = (completion.text, len(completion.token_ids), completion.finish_reason)
+            row: dict[str, Any] = dict(zip(COLUMNS, (group.prompt.id, group.prompt.text, k, *sampled), strict=True))
             for name, judgment in judgments.items():
                 row[name] = None if judgment is None else judgment.scores[k]
                 row[f"{name}_abstention"] = None if judgment is None else judgment.abstentions[k]

@@ -30,8 +30,7 @@ class Child:
     """A supervised process. `process.stdin` and `process.stdout` are its pipes if they were asked for."""
 
     def __init__(self, process: subprocess.Popen[bytes], lifeline: int, log: Path) -> None:
-        self.process = process
-        self.log = log
+        self.process, self.log = process, log
         self._lifeline: int | None = lifeline
 
     def wait(self, timeout: float | None = None) -> int:
@@ -54,7 +53,7 @@ class Child:
             text = self.log.read_text(errors="replace")
         except OSError:
             return ""
-        return "\n".join(line for line in text.splitlines()[-lines:])
+        return "\n".join(text.splitlines()[-lines:])
 
     def __enter__(self) -> Child:
         return self
