@@ -43,7 +43,7 @@ from judges.llm.templates import Kind, load_template, principles
 from judges.schedules import LOST_COIN_FLIP, Knockout, all_pairs, random_pairs
 
 Constrain = Literal["auto", "structured_outputs", "json_schema", "none"]
-REVISION = 1
+REVISION = 2
 """Number of the prompts' and parsers' revision, part of every version: raise it if scores could change."""
 REASONING_TOKENS = 512
 CUT = "cut off at max_tokens"

@@ -1,12 +1,12 @@
-"""The part of a reply that counts, its lines, and which statement in it is the last: what all parsers share."""
+"""The part of a reply that counts, its statements, and which of them is the last: what all parsers share."""
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -41,49 +41,47 @@ _HARMONY = [
     (re.compile(r"<\|channel\|>\s*(?:analysis|commentary)[^<]*<\|message\|>"), "<think>"),
     (re.compile(r"<\|channel\|>\s*final[^<]*<\|message\|>"), "</think>"),
 ]
-_FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)} | dict.fromkeys([0x3000, 0xA0, 0x202F, 0x2009], 0x20)
-_INVISIBLE = dict.fromkeys(
-    [0xAD, 0xFEFF, 0xFE0F, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A)]
+_CHARACTERS = (
+    {0xFF01 + i: 0x21 + i for i in range(94)}  # full-width forms
+    | dict.fromkeys([0x3000, 0xA0, 0x202F, 0x2009], 0x20)  # spaces
+    | dict.fromkeys([0xAD, 0xFEFF, 0xFE0F, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A)])
 )
-_CHARACTERS = _FULL_WIDTH | _INVISIBLE
 LONGEST_LINE = 2000
 """No statement stands in a longer line, which bounds the time that a hostile one takes."""
 QUOTED = "[quoted]"
-FENCE = "```"
-_CODE_FENCE = re.compile(r"\s*(?:`{3,}|~{3,})\s*[\w+-]*\s*")
-_RULE = re.compile(r"[\s\-–—_=.,;·()\[\]{}]*")
+_RULE = re.compile(r"[\s\-–—_=.,;·()\[\]{}]*|\s*(?:`{3,}|~{3,})\s*[\w+-]*\s*")
 _LATEX = re.compile(r"\\(?:boxed|fbox|text|textbf|textit|mathbf|mathrm|mathit)\s*\{([^{}]*)\}")
-_NOISE = re.compile(r"\\[()\[\]]|\$+|[*`]+|</?(?:b|strong|i|em|u|span|p|code|mark)>", re.IGNORECASE)
-TAG = re.compile(r"</?[A-Za-z][A-Za-z_-]+/?>")
+_NOISE = re.compile(r"\\[()\[\]]|\$+|[*`]+|</?[biu]>|^\s*[-•·]\s+")
 _DISAPPROVING = "❌✗✘✖🚫👎⛔🙅"  # "❌ A" is no verdict for A
+_TAG = re.compile(r"</?[A-Za-z][A-Za-z_-]+/?>")
+_WRAPPED = re.compile(
+    r"\{|\[\[(?P<brackets>[^\[\]\n]{1,80})\]\]|<(?P<tag>\w+)>(?:(?P<inner>[^<>:]{0,80})</(?P=tag)>)?", re.IGNORECASE
+)
 OPEN = r"[\s(\[{<\"'“‘«「『【《]*"
 SHUT = r"[\s)\]}>\"'”’»」』】》]*"
 NOUN = (
     r"(?i:completion|response|assistant|answer|option|candidate|model|summary|output|choice|text|version|reply"
     r"|respuesta|antwort|réponse|ответ|回答|回复|答案|选项)"
 )
-_SENTENCE_END = re.compile(r"[.!?](?:\s+|$)|[。！？]\s*")
+PLACEHOLDER = r"<[^<>0-9]*>|\[[^\[\]\"0-9]+\]|\.\.\."
+"""What a format has in the place of a value, as in `Score: <1-10>`."""
 LEAD = re.compile(
-    r"(?:(?:and|so|thus|therefore|hence|overall|finally|ultimately|accordingly|conclusion|in conclusion|in summary"
-    r"|to conclude|to summari[sz]e|in short|all in all|on balance|all things considered|in my opinion|as a result"
-    r"|for these reasons|(?:after|based on|considering|given|weighing|taking)\b[^:]{0,100}?)\s*[,:]?\s*)?"
-    r"(?:(?:i|we)\s+(?:conclude|decide|think|believe|find|feel|would say)(?:\s+that)?\s*[,:]?\s*)?"
-    r"(?:(?:here|this) is\b\s*)?",
+    r"(?:[0-9]{1,2}[.)]\s*)?(?:(?:and|so|thus|therefore|hence|overall|finally|ultimately|conclusion|in conclusion"
+    r"|in summary|to conclude|in short|all in all|on balance|in my opinion"
+    r"|(?:after|based on|considering|given|weighing)\b[^:]{0,100}?)\s*[,:]?\s*)?"
+    r"(?:(?:i|we)\s+(?:conclude|decide|think|believe|find|would say)(?:\s+that)?\s*[,:]?\s*)?(?:(?:here|this) is\b\s*)?",
     re.IGNORECASE,
-)
-INTRO = re.compile(
-    r"\s*(?P<because>(?:because|since|due to|as (?:it|its|the|they|completion|response))\b)|\s*(?:[.;,:(–—#]|-(?=\s))",
-    re.I,
 )
 _REPORTED = re.compile(
-    r"\b(?:not|no|if|unless|whether|says?|said|claims?|asks?|asked|writes?|wrote|contains?)\b|n't", re.I
+    r"\b(?:not|no|if|unless|whether|says?|said|claims?|asks?|asked|writes?|wrote|contains?)\b|n't", re.IGNORECASE
 )
+_REASON = re.compile(r"\s*(?:(?:because|since|due to|as (?:it|the|they))\b|[.;,:(–—#]|-(?=\s))", re.IGNORECASE)
 _AFTERWARDS = re.compile(
-    r"(?:the\s+|my\s+|brief\s+)*(?:reason|reasoning|reasons|explanation|rationale|justification|why|because|confidence"
-    r"|note|comments?)\b|let me know|i hope|hope this|please let|feel free|thank|解释|理由|原因",
+    r"(?:the\s+|my\s+|brief\s+)*(?:reason(?:s|ing)?|explanation|rationale|justification|confidence|note)\b"
+    r"|let me know|i hope|hope this|please let|feel free|thank",
     re.IGNORECASE,
 )
-TURN = re.compile(
+_TURN = re.compile(
     r"(?:^|[.!?;,–—(-]\s*)(?:wait|no wait|no,|actually|hmm+|oops|sorry|correction|scratch that|on second thoughts?"
     r"|let me re|i (?:take (?:that|it) back|changed? my mind|was wrong))",
     re.IGNORECASE | re.MULTILINE,
@@ -92,12 +90,19 @@ TURN = re.compile(
 
 def read_with(reply: str, parse: Callable[[str], T | Unclear], *, contradiction: Unclear) -> T | Unclear:
     """`parse` of what counts in the reply. Control tokens part it: then what is before may not contradict its end."""
-    if not reply.strip():
-        return EMPTY
-    text = _without_thoughts(reply.replace("\r\n", "\n").replace("\r", "\n"))
-    text = text if isinstance(text, Unclear) else _without_quotations(text)
-    if isinstance(text, Unclear):
-        return text
+    text = reply.replace("\r\n", "\n").replace("\r", "\n")
+    for channel, tag in _HARMONY:
+        text = channel.sub(tag, text)
+    text = _THOUGHT.sub("\n", text.replace("[THINK]", "<think>").replace("[/THINK]", "</think>"))
+    # The chat template may have opened the block, so that the reply has only its end.
+    text = _THOUGHT_ENDS.split(text)[-1]
+    if _THOUGHT_BEGINS.search(text):
+        return ENDLESS
+    while opening := MARK.search(text):
+        closing = opening if opening[1] else re.compile(f"</text-{opening[2]}>").search(text, opening.end())
+        if closing is None:
+            return ALL_QUOTED  # all that follows may be what it quotes
+        text = f"{text[: opening.start()]}\n{QUOTED}\n{text[closing.end() :]}"
     # Letters are mapped after this: `＜think＞` is no token.
     parts = [part.translate(_CHARACTERS) for part in SPECIAL_TOKEN.split(text) if part.strip()]
     if not parts:
@@ -108,39 +113,63 @@ def read_with(reply: str, parse: Callable[[str], T | Unclear], *, contradiction:
     return last
 
 
-def _without_thoughts(text: str) -> str | Unclear:
-    for channel, tag in _HARMONY:
-        text = channel.sub(tag, text)
-    text = text.replace("[THINK]", "<think>").replace("[/THINK]", "</think>")
-    text = _THOUGHT.sub("\n", text)
-    # The chat template may have opened the block, so that the reply has only its end.
-    text = _THOUGHT_ENDS.split(text)[-1]
-    return ENDLESS if _THOUGHT_BEGINS.search(text) else text
+def lines_of(
+    text: str, frame: re.Pattern[str], label: str, fields: Callable[[dict[str, Any]], Iterable[tuple[str, Any]]]
+) -> list[str]:
+    """The lines that say something, without markdown, LaTeX and emojis.
 
-
-def _without_quotations(text: str) -> str | Unclear:
-    """`text` without what stands between the marks of a fence. One that never ends may hold all that follows it."""
-    kept, position = [], 0
-    while opening := MARK.search(text, position):
-        closing = opening if opening[1] else re.compile(f"</text-{opening[2]}>").search(text, opening.end())
-        if closing is None:
-            return ALL_QUOTED
-        kept += [text[position : opening.start()], f"\n{QUOTED}\n"]
-        position = closing.end()
-    return "".join(kept) + text[position:]
-
-
-def lines_of(text: str) -> list[str]:
-    """The lines that say something, without markdown, LaTeX and emojis; code fences stay as they part statements."""
+    A JSON object, a tag (as the object `{tag: text}`) and double brackets (as `{label: text}`) become a line `name: value`
+    for each of their `fields`, or `QUOTED` if the text only mentions them. `frame` is what may stand before them.
+    """
     lines = []
-    for line in TAG.sub("\n", text).splitlines():
-        if _CODE_FENCE.fullmatch(line):
-            lines.append(FENCE)
-        elif line.lstrip().startswith(">") or len(line) > LONGEST_LINE:
+    for line in _TAG.sub("\n", _unwrapped(text, frame, label, fields)).splitlines():
+        if line.lstrip().startswith(">") or len(line) > LONGEST_LINE:
             lines.append(QUOTED)
         elif not _RULE.fullmatch(line := _plain(line)):
             lines.append(line)
     return lines
+
+
+def _unwrapped(
+    text: str, frame: re.Pattern[str], label: str, fields: Callable[[dict[str, Any]], Iterable[tuple[str, Any]]]
+) -> str:
+    decoder = json.JSONDecoder(object_pairs_hook=_once)
+    announced = re.compile(rf"(?:{frame.pattern}|(?:json|output|result)\s*:\s*)\Z", re.IGNORECASE)
+    done, position = "", 0
+    for found in _WRAPPED.finditer(text):
+        if (start := found.start()) < position:
+            continue
+        tag, end = found["tag"], found.end()
+        open_tag = tag is not None and found["inner"] is None
+        if open_tag and f"</{tag}>" in text[end:]:
+            continue  # around more than a value
+        value: Any = {tag or label: found["inner"] if tag else found["brackets"]}
+        if found[0] == "{":
+            for spelled in (text, text.replace("'", '"')):  # models write Python's dicts too
+                with suppress(ValueError, RecursionError):
+                    value, end = decoder.raw_decode(spelled, start)
+                    break
+            else:
+                continue
+        stated = list(fields({" ".join(k.replace("_", " ").casefold().split()): v for k, v in value.items()}))
+        if not stated:
+            continue
+        done += text[position:start]
+        before = re.sub(r"`{3,}\w*", "", _TAG.sub("", done.rpartition("\n")[2]))
+        after = _TAG.sub("", _WRAPPED.sub("", text[end:].partition("\n")[0]))
+        alone = is_stated(announced.sub("", before)) and re.fullmatch(r"[\s`;,.!$\])}]*", after)
+        said = [f"{k}: {' '.join(v.split()) if isinstance(v, str) else json.dumps(v)}\n" for k, v in stated]
+        done += "\n" + "".join(said) if open_tag or alone else QUOTED
+        position = end
+    return done + text[position:]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that comes twice with different values has none."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        found[key] = value if found.get(key, value) == value else None
+    return found
 
 
 def _plain(line: str) -> str:
@@ -156,121 +185,69 @@ def _plain(line: str) -> str:
 
 def decide(
     lines: list[str],
-    explicit: Callable[[str], T | Unclear | None],
-    bare: Callable[[str], T | None],
+    frame: re.Pattern[str],
+    value: Callable[[str], T | Unclear],
+    bare: Callable[[str], T | Unclear | None],
     *,
-    heading: re.Pattern[str],
     none: Unclear,
+    unreadable: Unclear,
     contradiction: Unclear,
 ) -> T | Unclear:
     """The last explicit statement of the lines, else a last line that is a bare one.
 
-    `explicit` gives None for a line without a statement, and why for one that it cannot read; a statement's value may
-    stand below a line that `heading` matches.
+    `frame` is what begins a statement, `Verdict: `; its value follows in the line, or is the `bare` line below. What
+    follows a frame of its group `weak`, an `Answer: `, may be no `value`.
     """
+
+    def explicit(line: str) -> T | Unclear | None:
+        frames = list(frame.finditer(line))
+        if not frames or not is_stated(line[: frames[0].start()]):
+            return None
+        ends = [f.start() for f in frames[1:]] + [len(line)]
+        *before, last = [value(line[f.end() : end]) for f, end in zip(frames, ends, strict=True)]
+        if any(other not in (last, CUT_OFF) for other in before):  # "Verdict: the winner is A" says one thing
+            return contradiction
+        return None if last == unreadable and all(f.lastgroup == "weak" for f in frames) else last
+
     said: dict[int, T | Unclear] = {}
     headed = False
     for i, line in enumerate(lines):
-        if line == FENCE:
-            continue
         below = bare(line) if headed else None
-        headed = bool(heading.fullmatch(line))
-        value = CUT_OFF if headed else explicit(line) if below is None else below
-        if value is not None:
-            said[i] = value
+        headed = bool(frame.fullmatch(line.rstrip(": ") + ":"))
+        if (stated := CUT_OFF if headed else explicit(line) if below is None else below) is not None:
+            said[i] = stated
+    bares = {i: b for i, line in enumerate(lines) if (b := bare(line)) is not None}
+    readable: dict[int, T | Unclear] = {i: b for i, b in bares.items() if not isinstance(b, Unclear)}
+    framed, said = bool(said), said or readable
     if not said:
-        return _decide_bare([line for line in lines if line != FENCE], bare, none, contradiction)
+        why = bares.get(len(lines) - 1)
+        return why if isinstance(why, Unclear) else none
     at = max(said)
     last = said[at]
     if isinstance(last, Unclear):
         return last
-    run = at
-    while run - 1 in said:  # contradicting statements next to each other are one statement that says both
-        run -= 1
-        if said[run] != last and said[run] != CUT_OFF:
-            return contradiction
-    after = [line for line in lines[at + 1 :] if line != FENCE]
-    if any((other := bare(line)) is not None and other != last for line in after):
+    # Contradicting statements next to each other are one statement that says both.
+    beside = range(next(i for i in range(at, -2, -1) if i not in said) + 1, at) if framed else said
+    others = [said[i] for i in beside] + [b for i, b in readable.items() if i > at]
+    if any(other not in (last, CUT_OFF, none) for other in others):
         return contradiction
-    if after and TURN.search("\n".join(after)):
-        return TAKEN_BACK
-    first = not any(line != FENCE and i not in said for i, line in enumerate(lines[:at]))
-    return last if not after or first or _AFTERWARDS.match(after[0]) else NOT_LAST
-
-
-def _decide_bare(
-    lines: list[str], bare: Callable[[str], T | None], none: Unclear, contradiction: Unclear
-) -> T | Unclear:
-    values = [bare(line) for line in lines]
-    stated = [value for value in values if value is not None]
-    if any(value != stated[0] for value in stated):
-        return contradiction
-    if not stated:
-        return none
-    if values[-1] is not None:
-        return stated[0]
-    reasons_follow = values[0] is not None and _AFTERWARDS.match(lines[1])
-    return stated[0] if reasons_follow and not TURN.search("\n".join(lines[1:])) else none
+    after = lines[at + 1 :]
+    if _TURN.search("\n".join(after)):
+        return TAKEN_BACK if framed else none
+    first = all(i in said for i in range(at))
+    resumed = bool(after and _AFTERWARDS.match(after[0]))
+    return last if not after or first + resumed + framed > 1 else NOT_LAST if framed else none
 
 
 def is_stated(before: str) -> bool:
     """Whether a statement after `before` in its line stands for itself, and is not quoted or reported."""
     if before.count('"') % 2 or before.count("“") > before.count("”") or before.count("‘") > before.count("’"):
         return False
-    sentence = _SENTENCE_END.split(before)[-1].strip(" \t-–—•·([{")
-    sentence = re.sub(r"^[0-9]{1,2}[.)]?\s*", "", sentence)
+    sentence = re.split(r"[.!?](?:\s+|$)|[。！？]\s*", before)[-1].strip(" \t-–—•·([{`")
     return bool(LEAD.fullmatch(sentence)) and not _REPORTED.search(sentence)
 
 
-def unwrapped(text: str, spell: Callable[[dict[str, Any]], list[str]]) -> str:
-    """`text` with each JSON object for which `spell` has lines replaced by them, or left out if it is a mention."""
-    kept, position = [], 0
-    for start, end, value in _objects(text):
-        if lines := spell(value):
-            before, after = text[position:start], text[end:].partition("\n")[0]
-            line_before = text[:start].rpartition("\n")[2]
-            line_before = re.sub(r"`{3,}\w*|</?\w+>", "", line_before)
-            own = is_stated(
-                re.sub(
-                    r"(?i)(?:my |the |final )*(?:verdict|answer|json|output|result|scores?|ranking)\s*:?\s*$",
-                    "",
-                    line_before,
-                )
-            )
-            alone = re.fullmatch(r"[\s`;,.\])}]*(?:<.*)?", after)
-            kept += [before, "\n" + "\n".join(lines) + "\n" if own and alone else QUOTED]
-            position = end
-    return "".join(kept) + text[position:]
-
-
-def _objects(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """The outermost JSON objects in a text, and Python's flat dicts, which models write in their place."""
-    decoder = json.JSONDecoder(object_pairs_hook=_once)
-    position = 0
-    while (start := text.find("{", position)) >= 0:
-        position = start + 1
-        try:
-            value, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            flat = re.compile(r"\{[^{}]*\}").match(text, start)
-            if not flat or "'" not in flat[0]:
-                continue
-            try:
-                value, end = ast.literal_eval(flat[0]), flat.end()
-            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                continue
-        if isinstance(value, dict):
-            yield start, end, {" ".join(str(k).replace("_", " ").casefold().split()): v for k, v in value.items()}
-            position = end
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that comes twice with different values has none."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        found[key] = value if found.get(key, value) == value else None
-    return found
-
-
-def in_line(value: Any) -> str:
-    return " ".join(value.split()) if isinstance(value, str) else json.dumps(value, default=str)
+def only_explains(rest: str) -> bool:
+    """Whether what follows a value in its line leaves it as it is: nothing, or reasons."""
+    reasons = _REASON.match(rest) and not rest.startswith(("..", "…")) and "?" not in rest and not _TURN.search(rest)
+    return bool(reasons or re.fullmatch(r"[.!。,;|]?", rest))
