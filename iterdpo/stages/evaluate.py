@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from iterdpo.errors import ChildFailed
 from iterdpo.evaluate import Scores, evaluation_metrics, logp_gap
 from iterdpo.judging.run_judge import RunJudge
 from iterdpo.judging.shards import NamedShard, completion_shards
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_groups, read_judgments, read_token_ids, shard_name
+from iterdpo.run.progress import Stage
 from iterdpo.run.rundir import Step, read_json, write_json
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.judge import judge_with_progress
@@ -38,29 +38,24 @@ def evaluate(
         directory = step.begin()
         if round == 0:
             run.prompts.pin(0)
-        counts = _evaluate(run, directory, candidate, against)
-        manifest = step.finish(counts=counts)
+        manifest = step.finish(counts=_evaluate(run, directory, candidate, against))
     return Evaluation(step.path, manifest.digest, round)
 
 
 def evaluate_step(
     run: IterativeRun, round: int, candidate: PolicyCheckpoint, against: Mapping[str, Evaluation]
 ) -> Step:
-    return run.dir.step(round, "evaluation", inputs(run, candidate, against))
-
-
-def inputs(run: IterativeRun, candidate: PolicyCheckpoint, against: Mapping[str, Evaluation]) -> dict[str, Any]:
-    n, temperature = _sampling(run)
-    return {
+    inputs = {
         "model": run.initial.digest,
         "policy": candidate.digest,
         "prompts": prompts_key(run, run.prompts.heldout),
-        "sampling": sampling_key(run.config.sampling, n, temperature),
+        "sampling": sampling_key(run.config.sampling, *_sampling(run)),
         "evaluation": run.config.evaluation.model_dump(exclude={"judge", "max_logp_gap"}),
         "judges": {judge.role: judge.key for judge in run.judges},
         "baselines": {name: baseline.digest for name, baseline in against.items()},
         "seed": run.config.seed,
     }
+    return run.dir.step(round, "evaluation", inputs)
 
 
 def _sampling(run: IterativeRun) -> tuple[int, float]:
@@ -133,9 +128,8 @@ def _duels(run: IterativeRun, judge: RunJudge, candidates: Path, baseline: Evalu
     def differing() -> Iterator[CompletionGroup]:
         return (pair for group in _opponents(candidates, baseline.completions) for pair in group if not _twins(pair))
 
-    shards: Iterable[NamedShard] = (
-        (shard_name(number), asked) for number, asked in enumerate(batches(differing(), run.config.sampling.shard_size))
-    )
+    asked = batches(differing(), run.config.sampling.shard_size)
+    shards: Iterable[NamedShard] = ((shard_name(number), some) for number, some in enumerate(asked))
     judge_with_progress(run, "compare", judge, shards, target, total=2 * sum(1 for _ in differing()))
     judged = read_judgments(target)
     return [
@@ -166,14 +160,14 @@ def _sequence_logps(
     logps = {}
     with run.progress.stage("kl", 2 * total, "completions") as stage:
         for name, which in (("policy", policy), ("initial", run.initial)):
-            flat = _logps(run, which, completions, on_scored=stage.advance)
+            flat = _logps(run, which, completions, stage)
             by_prompt = [[next(flat) for c in g.completions if c.token_ids] for g in read_groups(completions)]
             logps[name] = [group for group in by_prompt if group]
     write_json(note, logps)
     return logps
 
 
-def _logps(run: IterativeRun, policy: PolicyCheckpoint, completions: Path, *, on_scored: Any) -> Iterator[float]:
+def _logps(run: IterativeRun, policy: PolicyCheckpoint, completions: Path, stage: Stage) -> Iterator[float]:
     """Log policy(y|x) of each completion that has tokens, in order, in nats."""
     from iterdpo.training.logps import score_completions
     from iterdpo.training.models import load_policy
@@ -181,20 +175,12 @@ def _logps(run: IterativeRun, policy: PolicyCheckpoint, completions: Path, *, on
     rows = ((g.prompt_ids, c.token_ids) for g in read_groups(completions) for c in g.completions if c.token_ids)
     model = load_policy(policy.path, trust_remote_code=run.config.model.trust_remote_code)
     for batch in batches(rows, SCORED_AT_ONCE):
-        done = 0
 
-        def on_progress(scored: int) -> None:
-            nonlocal done
-            on_scored(scored - done)
-            done = scored
+        def on_progress(scored: int, before: int = stage.done) -> None:
+            stage.to(before + scored)
 
-        yield from score_completions(
-            model,
-            [prompt for prompt, _ in batch],
-            [completion for _, completion in batch],
-            precision=run.config.dpo.precision,
-            on_progress=on_progress,
-        )
+        precision = run.config.dpo.precision
+        yield from score_completions(model, *zip(*batch, strict=True), precision=precision, on_progress=on_progress)
 
 
 def _checked_gap(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from iterdpo.data.pairing import PairCounts, build_pairs
 from iterdpo.data.pairs import write_pairs
@@ -48,16 +47,13 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
 
 
 def pair_step(run: IterativeRun, round: int, judgments: Judgments) -> Step:
-    return run.dir.step(round, "pairs", inputs(run, judgments))
-
-
-def inputs(run: IterativeRun, judgments: Judgments) -> dict[str, Any]:
-    return {
+    inputs = {
         "pairing": run.config.pairing.model_dump(),
         "judgments": judgments.digest,
         "completions": judgments.completions,
         "seed": run.config.seed,
     }
+    return run.dir.step(round, "pairs", inputs)
 
 
 def _nothing(round: int, summary: str, judgments: Judgments) -> str:

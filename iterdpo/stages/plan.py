@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from iterdpo.run.artifacts import Completions, Judgments, Pairs, PolicyCheckpoint
-from iterdpo.run.rundir import Manifest, Step, read_manifest
+from iterdpo.run.rundir import Manifest, Step
 from iterdpo.stages.evaluate import evaluate_step
 from iterdpo.stages.gate import decision_record
 from iterdpo.stages.judge import judge_step
@@ -37,11 +37,13 @@ def first_pending_of(run: IterativeRun, round: int) -> str | None:
     Raises:
         StaleStepError: see `first_pending`.
     """
+    candidate = run.initial
     for step in steps_of_round(run, round):
-        if step.manifest() is None:
+        if (manifest := step.manifest()) is None:
             return step.name
+        if step.path.name == "policy":
+            candidate = PolicyCheckpoint(step.path, manifest.digest, round)
     previous = run.policy_after(round - 1) if round else None
-    candidate = run.initial if previous is None else _trained(run, round)
     if run.dir.record(round) != decision_record(run, round, candidate, previous):
         return f"{run.dir.round_dir(round).name}/round.json"
     return None
@@ -69,10 +71,3 @@ def _done(step: Step) -> Manifest:
     manifest = step.manifest()
     assert manifest is not None, f"{step.name} comes first"
     return manifest
-
-
-def _trained(run: IterativeRun, round: int) -> PolicyCheckpoint:
-    path = run.dir.round_dir(round) / "policy"
-    manifest = read_manifest(path)
-    assert manifest is not None
-    return PolicyCheckpoint(path, manifest.digest, round)

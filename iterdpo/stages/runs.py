@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -21,7 +20,7 @@ from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
 from iterdpo.run.checkpoints import check_checkpoint, context_length, resolve_checkpoint
 from iterdpo.run.devices import reserved_gpus
 from iterdpo.run.progress import Progress
-from iterdpo.run.rundir import RunDir, directory_digest, read_manifest, write_text
+from iterdpo.run.rundir import RunDir, directory_digest, read_json, read_manifest, write_json
 from iterdpo.sampling import LazySampler, Sampler, VLLMSampler
 from iterdpo.training.launch import check_training
 from iterdpo.types import Prompt
@@ -49,7 +48,18 @@ class OfflineRun:
 
     @cached_property
     def initial(self) -> PolicyCheckpoint:
-        return PolicyCheckpoint(self.model_path, self._initial_digest(), 0)
+        """The policy of round 0. Its digest reads all of it; a note in the run directory saves that on the next start."""
+        stamp = [
+            [p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(self.model_path.iterdir()) if p.is_file()
+        ]
+        note, key = self.dir.root / ".initial.json", {"path": str(self.model_path), "stamp": stamp}
+        known = read_json(note) if note.exists() else {}
+        digest = str(known.pop("digest", ""))
+        if known != key:
+            digest = directory_digest(self.model_path)
+            if self.dir.root.exists():
+                write_json(note, {**key, "digest": digest})
+        return PolicyCheckpoint(self.model_path, digest, 0)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -72,21 +82,6 @@ class OfflineRun:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _initial_digest(self) -> str:
-        """Hashing the initial policy reads all of it; a note in the run directory saves that on the next start."""
-        stamp = [
-            [p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(self.model_path.iterdir()) if p.is_file()
-        ]
-        note = self.dir.root / ".initial.json"
-        if note.exists():
-            known = json.loads(note.read_text())
-            if known["path"] == str(self.model_path) and known["stamp"] == stamp:
-                return str(known["digest"])
-        value = directory_digest(self.model_path)
-        if self.dir.root.exists():
-            write_text(note, json.dumps({"path": str(self.model_path), "stamp": stamp, "digest": value}))
-        return value
 
 
 class IterativeRun(OfflineRun):
@@ -157,17 +152,10 @@ class IterativeRun(OfflineRun):
         Raises:
             UserError: a prompt that leaves no room for `max_tokens` in the model's context.
         """
-        return self._max_model_len(1 << 62)
+        return self.estimated_max_model_len(1 << 62)
 
-    def estimated_max_model_len(self) -> int:
-        """`max_model_len` from the `LONGEST` longest texts of each round alone: the same, but in a very large file.
-
-        Raises:
-            UserError: as `max_model_len`.
-        """
-        return self._max_model_len(LONGEST)
-
-    def _max_model_len(self, most: int) -> int:
+    def estimated_max_model_len(self, most: int = LONGEST) -> int:
+        """`max_model_len` from the `most` longest texts of each round alone: the same, but in a very large file."""
         config = self.config
         limit = config.sampling.engine.max_model_len
         context = context_length(self.model_config)

@@ -55,28 +55,20 @@ def sample(
 
 
 def sample_step(run: IterativeRun, round: int, policy: PolicyCheckpoint, prompts: PromptFile) -> Step:
-    return run.dir.step(round, "completions", inputs(run, policy, prompts))
-
-
-def inputs(run: IterativeRun, policy: PolicyCheckpoint, prompts: PromptFile) -> dict[str, Any]:
     sampling = run.config.sampling
-    return {
+    inputs = {
         "model": run.initial.digest,
         "policy": policy.digest,
         "prompts": prompts_key(run, prompts),
         "sampling": sampling_key(sampling, sampling.n, sampling.temperature),
         "seed": run.config.seed,
     }
+    return run.dir.step(round, "completions", inputs)
 
 
 def prompts_key(run: IterativeRun, prompts: PromptFile) -> dict[str, Any]:
-    section = run.config.prompts
-    return {
-        "per_round": section.per_round,
-        "heldout": section.heldout,
-        "column": section.column,
-        "content": prompts.digest(),
-    }
+    section = run.config.prompts.model_dump(include={"per_round", "heldout", "column"})
+    return {**section, "content": prompts.digest()}
 
 
 def sampling_key(section: SamplingConfig, n: int, temperature: float) -> dict[str, Any]:
@@ -94,9 +86,7 @@ def parameters_of(
     return SamplingParameters(
         n=section.n if n is None else n,
         temperature=section.temperature if temperature is None else temperature,
-        top_p=section.top_p,
-        top_k=section.top_k,
-        max_tokens=section.max_tokens,
+        **section.model_dump(include={"top_p", "top_k", "max_tokens"}),
     )
 
 
@@ -133,7 +123,11 @@ def sample_shards(
         for number, asked in enumerate(batches(prompts, run.config.sampling.shard_size)):
             shard = directory / f"{shard_name(number)}.parquet"
             groups = groups_of(shard, asked)
-            count(counts, groups)
+            sampled = [c for g in groups for c in g.completions]
+            counts["prompts"] += len(groups)
+            counts["completions"] += len(sampled)
+            counts["tokens"] += sum(len(c.token_ids) for c in sampled)
+            counts["truncated"] += sum(c.truncated for c in sampled)
             if on_shard is not None:
                 on_shard(shard)
             stage.to(counts["completions"])
@@ -142,11 +136,3 @@ def sample_shards(
         stage.remark = f"{counts['tokens'] / max(1, stage.done):.1f} tokens each"
     run.sampler.release()
     return counts
-
-
-def count(counts: dict[str, int], groups: list[CompletionGroup]) -> None:
-    each = [c for g in groups for c in g.completions]
-    counts["prompts"] += len(groups)
-    counts["completions"] += len(each)
-    counts["tokens"] += sum(len(c.token_ids) for c in each)
-    counts["truncated"] += sum(c.truncated for c in each)

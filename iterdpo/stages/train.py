@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 from iterdpo.data.pairs import HELDOUT, TRAIN
@@ -38,7 +37,7 @@ def train(
     """
     step = train_step(run, round, pairs, policy, reference)
     if (manifest := step.manifest()) is None:
-        _train(run, step.begin(), round, pairs, policy, reference)
+        _train(run, step, pairs, policy, reference)
         manifest = step.finish(counts={"pairs": pairs.kept}, logs=[TRAIN_LOG, "train.json"])
     return PolicyCheckpoint(step.path, manifest.digest, round)
 
@@ -46,30 +45,20 @@ def train(
 def train_step(
     run: OfflineRun, round: int, pairs: Pairs, policy: PolicyCheckpoint, reference: PolicyCheckpoint
 ) -> Step:
-    return run.dir.step(round, "policy", inputs(run, round, pairs, policy, reference))
-
-
-def inputs(
-    run: OfflineRun, round: int, pairs: Pairs, policy: PolicyCheckpoint, reference: PolicyCheckpoint
-) -> dict[str, Any]:
-    return {
+    inputs = {
         "model": run.initial.digest,
         "policy": policy.digest,
         "dpo": run.settings.dpo.model_dump(exclude=SPEED_ONLY),
         "reference": reference.digest,
         "pairs": pairs.digest,
-        "seed": train_seed(run, round),
+        "seed": derive_seed(run.settings.seed, round, "train"),
     }
+    return run.dir.step(round, "policy", inputs)
 
 
-def train_seed(run: OfflineRun, round: int) -> int:
-    return derive_seed(run.settings.seed, round, "train")
-
-
-def _train(
-    run: OfflineRun, directory: Path, round: int, pairs: Pairs, policy: PolicyCheckpoint, reference: PolicyCheckpoint
-) -> None:
-    dpo, place, seed = run.settings.dpo, run.dir.round_dir(round), train_seed(run, round)
+def _train(run: OfflineRun, step: Step, pairs: Pairs, policy: PolicyCheckpoint, reference: PolicyCheckpoint) -> None:
+    directory, place = step.begin(), step.path.parent
+    dpo, seed = run.settings.dpo, step.inputs["seed"]
     heldout, carried = pairs.path / HELDOUT, policy.path / OPTIMIZER_STATE
     spec = TrainSpec(
         name=place.name,

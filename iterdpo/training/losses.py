@@ -20,7 +20,8 @@ the losses are equal to TRL's; `tests/unit/training/test_losses_trl.py` holds th
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, assert_never
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,37 +56,13 @@ def preference_loss(loss: Loss, logps: PairLogps, *, beta: float, kl: Tensor | N
     match loss.type:
         case "sigmoid":
             return dpo_loss(*logps[:4], beta=beta, **keys)
-        case "sigmoid_norm":
-            return sigmoid_norm_loss(logps, beta=beta, **keys)
-        case "robust":
-            return robust_loss(logps, beta=beta, **keys)
-        case "ipo":
-            return ipo_loss(logps, beta=beta)
-        case "hinge":
-            return hinge_loss(logps, beta=beta)
-        case "dpop":
-            return dpop_loss(logps, beta=beta, **keys)
-        case "exo_pair":
-            return exo_pair_loss(logps, beta=beta, **keys)
-        case "nca_pair":
-            return nca_pair_loss(logps, beta=beta)
-        case "apo_zero":
-            return apo_zero_loss(logps, beta=beta)
-        case "apo_down":
-            return apo_down_loss(logps, beta=beta)
-        case "sppo_hard":
-            return sppo_hard_loss(logps, beta=beta)
-        case "orpo":
-            return orpo_loss(logps, beta=beta)
-        case "simpo":
-            return simpo_loss(logps, beta=beta, **keys)
         case "sft":
             return sft_loss(logps)
         case "kto":
             assert kl is not None
             return kto_pair_loss(logps, kl, beta=beta, **keys)
         case _:
-            assert_never(loss.type)
+            return OTHERS[loss.type](logps, beta=beta, **keys)
 
 
 def dpo_loss(
@@ -311,11 +288,8 @@ def kto_loss(
     return losses, rewards.detach()
 
 
-def kto_pair_loss(
-    logps: PairLogps, kl: Tensor, *, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
-) -> PreferenceLoss:
-    """`kto_loss` of pairs: each completion is an example, and a pair's loss is the mean over the completions it has."""
-    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+def kto_pair_loss(logps: PairLogps, kl: Tensor, *, beta: float, **weights: float) -> PreferenceLoss:
+    """`kto_loss` of pairs, `weights` too: each completion is an example, a pair's loss the mean over those it has."""
     desirable = torch.ones_like(logps.chosen, dtype=torch.bool)
     chosen, chosen_rewards = kto_loss(logps.chosen, logps.reference_chosen, desirable, kl, beta=beta, **weights)
     rejected, rejected_rewards = kto_loss(
@@ -380,3 +354,20 @@ def _log_odds(p: Tensor) -> Tensor:
 
 def _detached(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> PreferenceLoss:
     return PreferenceLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
+
+
+OTHERS: dict[str, Callable[..., PreferenceLoss]] = {
+    "sigmoid_norm": sigmoid_norm_loss,
+    "robust": robust_loss,
+    "ipo": ipo_loss,
+    "hinge": hinge_loss,
+    "dpop": dpop_loss,
+    "exo_pair": exo_pair_loss,
+    "nca_pair": nca_pair_loss,
+    "apo_zero": apo_zero_loss,
+    "apo_down": apo_down_loss,
+    "sppo_hard": sppo_hard_loss,
+    "orpo": orpo_loss,
+    "simpo": simpo_loss,
+}
+"""The losses that take `PairLogps` and beta, with what the configuration has for them."""

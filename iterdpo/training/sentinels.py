@@ -32,52 +32,28 @@ class Sentinels:
     def observe(self, metrics: dict[str, Any]) -> list[Alarm]:
         """The alarms of a step that was applied. `metrics` is its line of the training log."""
         config = self.config
-        checks = (
-            ("chosen_drop", config.chosen_drop_action, self._drop(metrics.get("logps/chosen_drop"))),
-            ("margin", config.margin_action, self._margin(metrics.get("rewards/margins"))),
-            ("stuck_accuracy", config.stuck_accuracy_action, self._stuck(metrics.get("rewards/accuracies"))),
-            ("grad_norm", config.grad_norm_action, self._norm(metrics["grad_norm"])),
-        )
+        drop = _full_mean(self.drops, metrics.get("logps/chosen_drop"))
+        margin = _full_mean(self.margins, metrics.get("rewards/margins"))
+        accuracy = _full_mean(self.accuracies, metrics.get("rewards/accuracies"))
+        norm, before = metrics["grad_norm"], median(self.norms) if len(self.norms) >= 5 else None
+        self.norms.append(norm)
+        window = f"in the mean of {config.window} steps"
+        found = {}
+        if drop is not None and drop > config.chosen_drop:
+            found["chosen_drop"] = f"the chosen completions have lost {drop:.1f} nats against the reference {window}"
+        if margin is not None and margin > config.margin:
+            found["margin"] = f"the reward margin is {margin:.1f} {window}"
+        if accuracy is not None and abs(accuracy - 0.5) <= config.stuck_accuracy:
+            last = f"the accuracy of the last {config.stuck_window} steps"
+            found["stuck_accuracy"] = f"{last} is {accuracy:.3f}: nothing is learnt"
+        if before and norm > config.grad_norm * before:
+            found["grad_norm"] = f"the gradient norm is {norm:.3g}, the median of the steps before {before:.3g}"
+        settings = config.model_dump()
         return [
-            Alarm(name, action, message) for name, action, message in checks if message is not None and action != "off"
+            Alarm(name, action, f"{said} (dpo.sentinels.{name} = {settings[name]:g})")
+            for name, said in found.items()
+            if (action := settings[f"{name}_action"]) != "off"
         ]
-
-    def _drop(self, value: float | None) -> str | None:
-        mean = _full_mean(self.drops, value)
-        if mean is None or mean <= self.config.chosen_drop:
-            return None
-        return (
-            f"the chosen completions have lost {mean:.1f} nats against the reference in the mean of {len(self.drops)} "
-            f"steps (dpo.sentinels.chosen_drop = {self.config.chosen_drop:g})"
-        )
-
-    def _margin(self, value: float | None) -> str | None:
-        mean = _full_mean(self.margins, value)
-        if mean is None or mean <= self.config.margin:
-            return None
-        return (
-            f"the reward margin is {mean:.1f} in the mean of {len(self.margins)} steps "
-            f"(dpo.sentinels.margin = {self.config.margin:g})"
-        )
-
-    def _stuck(self, value: float | None) -> str | None:
-        mean = _full_mean(self.accuracies, value)
-        if mean is None or abs(mean - 0.5) > self.config.stuck_accuracy:
-            return None
-        return (
-            f"the accuracy of the last {len(self.accuracies)} steps is {mean:.3f}: nothing is learnt "
-            f"(dpo.sentinels.stuck_accuracy = {self.config.stuck_accuracy:g})"
-        )
-
-    def _norm(self, value: float) -> str | None:
-        before = median(self.norms) if len(self.norms) >= 5 else None
-        self.norms.append(value)
-        if not before or value <= self.config.grad_norm * before:
-            return None
-        return (
-            f"the gradient norm is {value:.3g}, the median of the steps before {before:.3g} "
-            f"(dpo.sentinels.grad_norm = {self.config.grad_norm:g})"
-        )
 
 
 def _full_mean(values: deque[float], value: float | None) -> float | None:

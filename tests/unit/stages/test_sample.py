@@ -10,15 +10,19 @@ import pytest
 
 from iterdpo.data.prompts import PromptFile
 from iterdpo.errors import StaleStepError
-from iterdpo.run.artifacts import Completions, shard_name
+from iterdpo.run.artifacts import Completions, PolicyCheckpoint, shard_name
 from iterdpo.run.rundir import read_manifest
 from iterdpo.stages.runs import IterativeRun
-from iterdpo.stages.sample import inputs, parameters_of, sample
+from iterdpo.stages.sample import parameters_of, sample, sample_step
 from tests.unit.stages.harness import PER_ROUND, SHARD_SIZE, K, Lengths, Room
 
 
 def sampled(run: IterativeRun) -> Completions:
     return sample(run, 1, run.initial, run.prompts.of(1))
+
+
+def inputs(run: IterativeRun, policy: PolicyCheckpoint, prompts: PromptFile) -> dict[str, Any]:
+    return sample_step(run, 1, policy, prompts).inputs
 
 
 def key(run: IterativeRun) -> dict[str, Any]:
