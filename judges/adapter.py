@@ -34,7 +34,7 @@ import functools
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -47,7 +47,6 @@ from judges.base import Abstention, judgments_from_outcomes, nearest
 
 Kind = Literal["groups", "batch", "score", "compare"]
 Bound = functools.partial[Any]
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 CONCURRENCY = 16
 METHODS = ("judge", "score", "compare")
@@ -86,6 +85,7 @@ class CustomJudge(JudgeBase):
         self.comparative = kind == "compare" or bool(getattr(owner, "comparative", False))
         self.needs_device = bool(getattr(owner, "needs_device", True))
         self.ahead = kind == "groups" and callable(getattr(owner, "judge_each", None))
+        self._parameters = inspect.signature(function.func).parameters
         self._runner = asyncio.Runner()
         weakref.finalize(self, self._runner.close).atexit = False  # a thread may still be judging then
 
@@ -102,11 +102,11 @@ class CustomJudge(JudgeBase):
                 judgments: list[Judgment] = self._run(judged) if inspect.iscoroutine(judged) else judged
                 return judgments
             case "batch":
-                return _judge_batch(self.function, groups, self._run, self.name)
+                return self._judge_batch(groups)
             case "score":
-                return _judge_scores(self.function, groups, self._run)
+                return self._judge_scores(groups)
             case "compare":
-                return _judge_comparisons(self.function, groups, self._run)
+                return self._judge_comparisons(groups)
 
     def judge_each(self, groups: Iterable[CompletionGroup]) -> Generator[Judgment]:
         yield from self.owner.judge_each(groups) if self.ahead else super().judge_each(groups)
@@ -132,6 +132,96 @@ class CustomJudge(JudgeBase):
         if self._runner.get_loop().is_running():
             return returned.close()
         return self._run(returned)
+
+    def _judge_scores(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        calls = [
+            {**self._facts(g.prompt, {"": c}), **g.prompt.columns, "prompt": g.prompt.content, "completion": c.text}
+            for g in groups
+            for c in g.completions
+        ]
+        return judgments_from_outcomes(groups, self._call_all(calls))
+
+    def _judge_comparisons(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        orders = [list(itertools.permutations(range(len(g.completions)), 2)) for g in groups]
+        calls = []
+        for g, pairs in zip(groups, orders, strict=True):
+            for a, b in ((g.completions[i], g.completions[j]) for i, j in pairs):
+                facts = {**self._facts(g.prompt, {"a_": a, "b_": b}), **g.prompt.columns}
+                calls.append({**facts, "prompt": g.prompt.content, "a": a.text, "b": b.text})
+        verdicts = iter(self._call_all(calls))
+        return [
+            judgment_from_comparisons(g, [_comparison(i, j, next(verdicts)) for i, j in pairs])
+            for g, pairs in zip(groups, orders, strict=True)
+        ]
+
+    def _facts(self, prompt: Prompt, completions: Mapping[str, Completion]) -> dict[str, Any]:
+        """Those of `OPTIONAL_PARAMETERS` that the function names. `**columns` alone gets none of them."""
+        facts: dict[str, Any] = {"messages": prompt.messages, "prompt_id": prompt.id}
+        for prefix, c in completions.items():
+            facts |= {f"{prefix}token_count": len(c.token_ids), f"{prefix}finish_reason": c.finish_reason}
+        return {name: value for name, value in facts.items() if name in self._parameters}
+
+    def _judge_batch(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        """One call for all completions, with the keyword arguments that GRPOTrainer of TRL 1.16 passes."""
+        rows = [(g.prompt, c) for g in groups for c in g.completions]
+        if not rows:
+            return judgments_from_outcomes(groups, [])
+        columns = {column: [p.columns.get(column) for p, _ in rows] for g in groups for column in g.prompt.columns}
+        call = {
+            **columns,
+            "prompts": [p.content for p, _ in rows],
+            "completions": [
+                [{"role": "assistant", "content": c.text}] if p.conversational else c.text for p, c in rows
+            ],
+            "completion_ids": [c.token_ids for _, c in rows],
+            "trainer_state": SimpleNamespace(global_step=0, max_steps=0, epoch=0.0),  # as before the first step
+            "log_extra": lambda column, values: None,
+            "log_metric": lambda metric, value: None,
+        }
+        [returned] = self._call_all([call])
+        if isinstance(returned, Abstention):
+            return judgments_from_outcomes(groups, [returned] * len(rows))
+        try:
+            scores = list(returned)
+        except TypeError:
+            scores = None
+        if scores is None or len(scores) != len(rows):
+            got = f"{len(scores)} scores" if scores is not None else f"a {type(returned).__name__}"
+            raise JudgeError(
+                f"judge {self.name!r} returned {'nothing' if returned is None else got} for {len(rows)} completions; it "
+                "must return a list with a score for each (None abstains)"
+            )
+        return judgments_from_outcomes(groups, scores)
+
+    def _call_all(self, calls: Sequence[dict[str, Any]]) -> list[Any]:
+        """What each call returned, in order; an `Abstention` for one that raised. Coroutines run `concurrency` at once."""
+        function, target = self.function, self.function.func
+        everything = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
+        wanted = [{k: v for k, v in call.items() if everything or k in self._parameters} for call in calls]
+        calls = [{**call, **function.keywords} for call in wanted]  # the configuration's args win over columns
+
+        def call_one(call: dict[str, Any]) -> Any:
+            try:
+                return function(**call)
+            except Exception as error:
+                return _raised(error)
+
+        if not any(map(inspect.iscoroutinefunction, (target, type(target).__call__))):
+            return [call_one(call) for call in calls]
+
+        async def await_one(call: dict[str, Any], slots: asyncio.Semaphore) -> Any:
+            async with slots:
+                try:
+                    return await function(**call)
+                except Exception as error:
+                    return _raised(error)
+
+        async def await_all() -> list[Any]:
+            slots = asyncio.Semaphore(getattr(getattr(target, "__self__", target), "concurrency", CONCURRENCY))
+            return await asyncio.gather(*(await_one(call, slots) for call in calls))
+
+        returned: list[Any] = self._run(await_all())
+        return returned
 
 
 def check_signature(
@@ -195,47 +285,6 @@ def _adapted(made: Any, args: dict[str, Any], name: str, *, produced: bool = Fal
     return _adapted(function(**args), {}, name, produced=True)
 
 
-def _judge_scores(function: Bound, groups: Sequence[CompletionGroup], run: Run) -> list[Judgment]:
-    wants = inspect.signature(function.func).parameters
-    calls = [
-        {**_facts(wants, g.prompt, c), **g.prompt.columns, "prompt": g.prompt.content, "completion": c.text}
-        for g in groups
-        for c in g.completions
-    ]
-    return judgments_from_outcomes(groups, _call_all(function, calls, run))
-
-
-def _judge_comparisons(function: Bound, groups: Sequence[CompletionGroup], run: Run) -> list[Judgment]:
-    orders = [list(itertools.permutations(range(len(g.completions)), 2)) for g in groups]
-    wants = inspect.signature(function.func).parameters
-    calls = [
-        {
-            **_facts(wants, g.prompt, a_=g.completions[i], b_=g.completions[j]),
-            **g.prompt.columns,
-            "prompt": g.prompt.content,
-            "a": g.completions[i].text,
-            "b": g.completions[j].text,
-        }
-        for g, pairs in zip(groups, orders, strict=True)
-        for i, j in pairs
-    ]
-    verdicts = iter(_call_all(function, calls, run))
-    return [
-        judgment_from_comparisons(g, [_comparison(i, j, next(verdicts)) for i, j in pairs])
-        for g, pairs in zip(groups, orders, strict=True)
-    ]
-
-
-def _facts(
-    wants: Iterable[str], prompt: Prompt, completion: Completion | None = None, **named: Completion
-) -> dict[str, Any]:
-    """Those of `OPTIONAL_PARAMETERS` that a function names. `**columns` alone gets none of them."""
-    facts: dict[str, Any] = {"messages": prompt.messages, "prompt_id": prompt.id}
-    for prefix, c in {**({"": completion} if completion else {}), **named}.items():
-        facts |= {f"{prefix}token_count": len(c.token_ids), f"{prefix}finish_reason": c.finish_reason}
-    return {name: value for name, value in facts.items() if name in wants}
-
-
 def _comparison(first: int, second: int, verdict: object) -> Comparison:
     if isinstance(verdict, Abstention):
         return Comparison(first, second, None, str(verdict))
@@ -243,71 +292,6 @@ def _comparison(first: int, second: int, verdict: object) -> Comparison:
         return Comparison(first, second, WINNERS[verdict])
     said = "None" if verdict is None else f"{str(verdict)[:80]!r}, not 'a', 'b', 'tie' or None"
     return Comparison(first, second, None, f"the judge returned {said}")
-
-
-def _judge_batch(function: Bound, groups: Sequence[CompletionGroup], run: Run, name: str) -> list[Judgment]:
-    """One call for all completions, with the keyword arguments that GRPOTrainer of TRL 1.16 passes."""
-    rows = [(g.prompt, c) for g in groups for c in g.completions]
-    if not rows:
-        return judgments_from_outcomes(groups, [])
-    columns = {column: [p.columns.get(column) for p, _ in rows] for g in groups for column in g.prompt.columns}
-    call = {
-        **columns,
-        "prompts": [p.content for p, _ in rows],
-        "completions": [[{"role": "assistant", "content": c.text}] if p.conversational else c.text for p, c in rows],
-        "completion_ids": [c.token_ids for _, c in rows],
-        "trainer_state": SimpleNamespace(global_step=0, max_steps=0, epoch=0.0),  # as before the first step
-        "log_extra": lambda column, values: None,
-        "log_metric": lambda metric, value: None,
-    }
-    [returned] = _call_all(function, [call], run)
-    if isinstance(returned, Abstention):
-        return judgments_from_outcomes(groups, [returned] * len(rows))
-    try:
-        scores = list(returned)
-    except TypeError:
-        raise JudgeError(
-            f"judge {name!r} returned {'nothing' if returned is None else f'a {type(returned).__name__}'} for "
-            f"{len(rows)} completions; it must return a list with a score for each (None abstains)"
-        ) from None
-    if len(scores) != len(rows):
-        raise JudgeError(
-            f"judge {name!r} returned {len(scores)} scores for {len(rows)} completions; it must return one for each "
-            "(None abstains)"
-        )
-    return judgments_from_outcomes(groups, scores)
-
-
-def _call_all(function: Bound, calls: Sequence[dict[str, Any]], run: Run) -> list[Any]:
-    """What each call returned, in order; an `Abstention` for one that raised. Coroutines run `concurrency` at once."""
-    target = function.func
-    parameters = inspect.signature(target).parameters
-    everything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    wanted = [{k: v for k, v in call.items() if everything or k in parameters} for call in calls]
-    calls = [{**call, **function.keywords} for call in wanted]  # the configuration's args win over columns
-
-    def call_one(call: dict[str, Any]) -> Any:
-        try:
-            return function(**call)
-        except Exception as error:
-            return _raised(error)
-
-    if not any(map(inspect.iscoroutinefunction, (target, type(target).__call__))):
-        return [call_one(call) for call in calls]
-
-    async def await_one(call: dict[str, Any], slots: asyncio.Semaphore) -> Any:
-        async with slots:
-            try:
-                return await function(**call)
-            except Exception as error:
-                return _raised(error)
-
-    async def await_all() -> list[Any]:
-        slots = asyncio.Semaphore(getattr(getattr(target, "__self__", target), "concurrency", CONCURRENCY))
-        return await asyncio.gather(*(await_one(call, slots) for call in calls))
-
-    returned: list[Any] = run(await_all())
-    return returned
 
 
 def _raised(error: Exception) -> Abstention:

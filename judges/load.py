@@ -97,11 +97,10 @@ def check_judge(use: str, args: dict[str, Any]) -> None:
     if source.file is None:
         return
     try:
-        tree = ast.parse(source.file.read_bytes(), filename=str(source.file))
+        defined = dict(_definitions(ast.parse(source.file.read_bytes(), filename=str(source.file)).body))
     except (SyntaxError, ValueError) as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise JudgeError(f"judge {use!r}: {source.file}{line}: not valid Python: {error}") from None
-    defined = dict(_definitions(tree.body))
     if source.name in defined:
         _check_definition(defined[source.name], args, _label(use))
     elif not {"*", "__getattr__"} & defined.keys():
@@ -111,14 +110,13 @@ def check_judge(use: str, args: dict[str, Any]) -> None:
 
 def expected_abstentions(use: str, args: dict[str, Any]) -> tuple[str, ...]:
     """Reasons of abstentions that are part of how this judge, or one within it, works."""
-    own = _built_in(use).EXPECTED_ABSTENTIONS if use in BUILT_IN else ()
-    inner = (expected_abstentions(judge["use"], judge.get("args") or {}) for judge in _nested(args))
-    return (*own, *(reason for reasons in inner for reason in reasons))
+    judges = (name for name in _uses(use, args) if name in BUILT_IN)
+    return tuple(reason for name in judges for reason in _built_in(name).EXPECTED_ABSTENTIONS)
 
 
 def asks_a_person(use: str, args: dict[str, Any]) -> bool:
     """Whether this judge, or one within it, is a person. Such a judge works within a run only."""
-    return use == "person" or any(asks_a_person(inner["use"], inner.get("args") or {}) for inner in _nested(args))
+    return "person" in _uses(use, args)
 
 
 def check_columns(use: str, columns: Iterable[str], args: Iterable[str] = ()) -> None:
@@ -173,6 +171,13 @@ def _built_in(use: str) -> type[JudgeBase]:
     module, _, name = BUILT_IN[use].partition(":")
     found: type[JudgeBase] = getattr(importlib.import_module(module), name)
     return found
+
+
+def _uses(use: str, args: Any) -> Iterator[str]:
+    """The name of this judge, and those of all judges within it."""
+    yield use
+    for inner in _nested(args):
+        yield from _uses(inner["use"], inner.get("args") or {})
 
 
 def _nested(value: Any) -> Iterator[dict[str, Any]]:
@@ -293,21 +298,18 @@ def _check_definition(node: ast.stmt, args: dict[str, Any], label: str) -> None:
 def _signature(arguments: ast.arguments, skip: int = 0) -> inspect.Signature:
     """The signature that a definition will have, without its first `skip` parameters."""
     P = inspect.Parameter
-    positional = [
-        *((a, P.POSITIONAL_ONLY) for a in arguments.posonlyargs),
-        *((a, P.POSITIONAL_OR_KEYWORD) for a in arguments.args),
+    given = [*arguments.posonlyargs, *arguments.args]
+    kinds = [P.POSITIONAL_ONLY] * len(arguments.posonlyargs) + [P.POSITIONAL_OR_KEYWORD] * len(arguments.args)
+    required = len(given) - len(arguments.defaults)
+    named: list[tuple[ast.arg | None, Any, bool]] = [
+        *[(a, kind, i >= required) for i, (a, kind) in enumerate(zip(given, kinds, strict=True))][skip:],
+        (arguments.vararg, P.VAR_POSITIONAL, False),
+        *((a, P.KEYWORD_ONLY, d is not None) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)),
+        (arguments.kwarg, P.VAR_KEYWORD, False),
     ]
-    required = len(positional) - len(arguments.defaults)
-    parameters = [P(a.arg, kind, default=P.empty if i < required else None) for i, (a, kind) in enumerate(positional)][
-        skip:
-    ]
-    if arguments.vararg:
-        parameters.append(P(arguments.vararg.arg, P.VAR_POSITIONAL))
-    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        parameters.append(P(argument.arg, P.KEYWORD_ONLY, default=P.empty if default is None else None))
-    if arguments.kwarg:
-        parameters.append(P(arguments.kwarg.arg, P.VAR_KEYWORD))
-    return inspect.Signature(parameters)
+    return inspect.Signature(
+        [P(a.arg, kind, default=None if optional else P.empty) for a, kind, optional in named if a]
+    )
 
 
 def _label(use: str) -> str:

@@ -148,25 +148,21 @@ def judgments_in_turn(
 
 
 def _check_judgment(judge: JudgeBase, group: CompletionGroup, judgment: Judgment) -> None:
-    count = len(group.completions)
-    if judgment.prompt_id != group.prompt.id:
-        raise JudgeError(
-            f"judge {judge.name!r} answered for prompt {judgment.prompt_id!r} instead of {group.prompt.id!r}; "
-            "judgments must keep the order of the groups"
+    count, scores, reasons, id = len(group.completions), judgment.scores, judgment.abstentions, group.prompt.id
+    wrong = None
+    if judgment.prompt_id != id:
+        wrong = (
+            f"answered for prompt {judgment.prompt_id!r} instead of {id!r}; judgments must keep the order of the groups"
         )
-    if len(judgment.scores) != count or len(judgment.abstentions) != count:
-        raise JudgeError(
-            f"judge {judge.name!r} returned {len(judgment.scores)} scores and {len(judgment.abstentions)} "
-            f"abstentions for {count} completions of prompt {group.prompt.id!r}; each needs one of either"
-        )
-    for score, reason in zip(judgment.scores, judgment.abstentions, strict=True):
-        if score is None and not reason:
-            raise JudgeError(
-                f"judge {judge.name!r} gave neither score nor reason for a completion of {group.prompt.id!r}; "
-                "an abstention needs its reason"
-            )
-        if score is not None and not math.isfinite(score):
-            raise JudgeError(f"judge {judge.name!r} scored {score} for prompt {group.prompt.id!r}; scores are finite")
+    elif len(scores) != count or len(reasons) != count:
+        given = f"{len(scores)} scores and {len(reasons)} abstentions for {count} completions of prompt {id!r}"
+        wrong = f"returned {given}; each needs one of either"
+    elif any(score is None and not reason for score, reason in zip(scores, reasons, strict=True)):
+        wrong = f"gave neither score nor reason for a completion of {id!r}; an abstention needs its reason"
+    elif infinite := [score for score in scores if score is not None and not math.isfinite(score)]:
+        wrong = f"scored {infinite[0]} for prompt {id!r}; scores are finite"
+    if wrong:
+        raise JudgeError(f"judge {judge.name!r} {wrong}")
 
 
 def judgment_from_scores(group: CompletionGroup, scores: Iterable[object]) -> Judgment:
@@ -176,18 +172,11 @@ def judgment_from_scores(group: CompletionGroup, scores: Iterable[object]) -> Ju
         JudgeError: another number of scores than completions.
     """
     raw = list(scores)
-    if len(raw) != len(group.completions):
-        raise JudgeError(
-            f"{len(raw)} scores for {len(group.completions)} completions of prompt {group.prompt.id!r}; "
-            "return one for each (None abstains)"
-        )
-    values: list[float | None] = []
-    reasons: list[str | None] = []
-    for item in raw:
-        score, reason = _as_score(item)
-        values.append(score)
-        reasons.append(reason)
-    return Judgment(group.prompt.id, values, reasons)
+    if len(raw) != (count := len(group.completions)):
+        given = f"{len(raw)} scores for {count} completions of prompt {group.prompt.id!r}"
+        raise JudgeError(f"{given}; return one for each (None abstains)")
+    read = [_as_score(item) for item in raw]
+    return Judgment(group.prompt.id, [score for score, _ in read], [reason for _, reason in read])
 
 
 def _as_score(item: object) -> tuple[float | None, str | None]:

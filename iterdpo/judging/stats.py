@@ -32,8 +32,29 @@ class JudgeMetrics:
         self._lengths = _Correlation()
 
     def add(self, groups: Iterable[CompletionGroup], judgments: Iterable[Judgment]) -> JudgeMetrics:
+        n = self._count
         for group, judgment in zip(groups, judgments, strict=True):
-            self._add(group, judgment)
+            n["completions"] += len(judgment.scores)
+            n["abstained"] += judgment.scores.count(None)
+            if judgment.comparisons:
+                winners = [c.winner for c in judgment.comparisons]
+                flips = _flips(judgment.comparisons)
+                cycles, triads = count_cycles(judgment.comparisons) if len(judgment.scores) > 2 else (0, 0)
+                n["first"] += winners.count("first")
+                n["decided"] += winners.count("first") + winners.count("second")
+                n["flips"] += sum(flips)
+                n["in both orders"] += len(flips)
+                n["cycles"] += cycles
+                n["triads"] += triads
+            scored = zip(judgment.scores, group.completions, strict=True)
+            judged = [(score, len(c.token_ids)) for score, c in scored if score is not None]
+            for (s, m), (t, k) in itertools.combinations(judged, 2):
+                if s != t and m != k:
+                    n["of unlike length"] += 1
+                    n["longer wins"] += (s > t) == (m > k)
+            if len(judged) > 1:
+                scores, lengths = np.array(judged, dtype=float).T
+                self._lengths.add(scores - scores.mean(), lengths - lengths.mean())
         return self
 
     def result(self) -> dict[str, float | None]:
@@ -63,34 +84,6 @@ class JudgeMetrics:
             "length_correlation": self._lengths.result(),
             "intransitive": share("cycles", "triads"),
         }
-
-    def _add(self, group: CompletionGroup, judgment: Judgment) -> None:
-        n = self._count
-        n["completions"] += len(judgment.scores)
-        n["abstained"] += judgment.scores.count(None)
-        if judgment.comparisons:
-            winners = [c.winner for c in judgment.comparisons]
-            n["first"] += winners.count("first")
-            n["decided"] += winners.count("first") + winners.count("second")
-            flips = _flips(judgment.comparisons)
-            n["flips"] += sum(flips)
-            n["in both orders"] += len(flips)
-            if len(judgment.scores) > 2:
-                cycles, triads = count_cycles(judgment.comparisons)
-                n["cycles"] += cycles
-                n["triads"] += triads
-        judged = [
-            (score, len(c.token_ids))
-            for score, c in zip(judgment.scores, group.completions, strict=True)
-            if score is not None
-        ]
-        for (s, m), (t, k) in itertools.combinations(judged, 2):
-            if s != t and m != k:
-                n["of unlike length"] += 1
-                n["longer wins"] += (s > t) == (m > k)
-        if len(judged) > 1:
-            scores, lengths = np.array(judged, dtype=float).T
-            self._lengths.add(scores - scores.mean(), lengths - lengths.mean())
 
 
 class AbstentionCounts:
