@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,6 +30,37 @@ from pydantic import (
 from iterdpo.errors import ConfigError
 
 
+def _local(path: str) -> str:
+    """A path made absolute, so that a run resumes from any directory. One that does not exist may be a hub id."""
+    try:
+        found = Path(path).expanduser()
+        return str(found.absolute()) if found.exists() else path
+    except (OSError, RuntimeError):  # too long for a path, or the home of a user who is not there
+        return path
+
+
+def _used(use: str) -> str:
+    file, sign, name = use.rpartition(":")
+    return f"{_local(file)}{sign}{name}" if file.endswith(".py") else use
+
+
+def _argument(value: Any) -> Any:
+    """An argument with the paths in it made absolute; a mapping with a `use` is a judge within a judge."""
+    match value:
+        case dict():
+            return {k: _used(v) if k == "use" and isinstance(v, str) else _argument(v) for k, v in value.items()}
+        case list():
+            return [_argument(item) for item in value]
+        case str() if "/" in value:
+            return _local(value)
+    return value
+
+
+LocalPath = Annotated[str, AfterValidator(_local)]
+OptionalPath = Annotated[str | None, AfterValidator(lambda path: _local(path) if path else None)]
+RunDirectory = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
@@ -35,7 +68,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: str
+    path: LocalPath
     """The initial policy: a Hugging Face checkpoint directory, or a hub id."""
     revision: str | None = None
     """A hub id's branch, tag or commit. Pin it for runs that must be repeatable."""
@@ -44,7 +77,7 @@ class ModelConfig(Section):
 
 
 class PromptsConfig(Section):
-    path: str
+    path: LocalPath
     """A JSON, JSONL, CSV or Parquet file, a directory of them, or a hub data set id."""
     split: str = "train"
     """The split to read, where the data set has several."""
@@ -56,7 +89,7 @@ class PromptsConfig(Section):
     """Prompts a round samples. Rounds never share a prompt, unless `reuse` allows it."""
     heldout: int = Field(128, ge=1)
     """Prompts kept aside for evaluation: the same for the whole run, never sampled for training."""
-    heldout_path: str | None = None
+    heldout_path: OptionalPath = None
     """A file of held-out prompts of its own, in the format of `path`; prompts it shares with `path` are not trained on."""
     reuse: bool = False
     """When the prompts are used up, start over with another order rather than refuse."""
@@ -100,9 +133,9 @@ class SamplingConfig(Section):
 
 
 class JudgeConfig(Section):
-    use: str
+    use: Annotated[str, AfterValidator(_used)]
     """A judge of docs/judges.md by its name, or one of your own as `path/to/file.py:name` or `package.module:name`."""
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Annotated[dict[str, Any], AfterValidator(_argument)] = Field(default_factory=dict)
     """Keyword arguments of the judge; docs/judges.md lists those of the judges that come with iterdpo."""
     max_abstained: float = Field(0.25, ge=0, le=1)
     """Stop the stage once more than this share of its completions cannot be judged. What is judged is kept, and the
@@ -297,7 +330,7 @@ class DPOConfig(Section):
     """Optimizer steps between checkpoints inside a round. A crash repeats at most this many."""
     processes: int = Field(1, ge=1)
     """Training processes (GPUs) on this machine."""
-    accelerate_config: str | None = None
+    accelerate_config: OptionalPath = None
     """An `accelerate` configuration file, for anything beyond the number of processes: see configs/accelerate. Its
     `num_processes` must equal `processes`."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
@@ -362,7 +395,7 @@ class GateConfig(Section):
 class Config(Section):
     """A run of iterative DPO."""
 
-    run_dir: str
+    run_dir: RunDirectory
     """Where everything goes. Give the same directory again to resume, or to add rounds."""
     rounds: int = Field(3, ge=1)
     """Rounds in all. Raise it on a finished run and it continues."""
@@ -386,7 +419,7 @@ class Config(Section):
 
 
 class DataConfig(Section):
-    path: str
+    path: LocalPath
     """A JSON, JSONL, CSV or Parquet file (plain or .gz), a directory of them, or a hub data set id."""
     split: str = "train"
     """The split to read, where the data set has several."""
@@ -405,7 +438,7 @@ class DataConfig(Section):
 class OfflineConfig(Section):
     """One offline DPO round on preference pairs that exist already."""
 
-    run_dir: str
+    run_dir: RunDirectory
     """Where everything goes. Give the same directory again to resume."""
     seed: int = 0
     """Every random choice of the run derives from it."""
@@ -437,13 +470,9 @@ def load_offline_config(*paths: str | Path, overrides: list[str] | None = None) 
 
 
 def parse_config(schema: type[AnyConfig], values: dict[str, Any], *, source: str = "the configuration") -> AnyConfig:
-    """`values` as a checked configuration, its paths made absolute.
-
-    Raises:
-        ConfigError: naming `source`, the key and the remedy.
-    """
+    """`values` as a checked configuration, or a ConfigError that names `source`, the key and the remedy."""
     try:
-        return _absolute(schema.model_validate(values))
+        return schema.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(explain(schema, e) for e in error.errors())) from None
 
@@ -464,14 +493,11 @@ def _load(schema: type[AnyConfig], paths: tuple[str | Path, ...], overrides: lis
         values = merge(_typed_loss(values), _read_yaml(Path(path)))
     for override in overrides:
         values = assign(_typed_loss(values), override)
-    other = OfflineConfig if schema is Config else Config
-    wants = {"data"} if schema is Config else {"prompts", "judge"}
-    if wants & values.keys() - schema.model_fields.keys():
-        command = "iterdpo train" if other is OfflineConfig else "iterdpo run"
-        raise ConfigError(
-            f"{_names(paths)}: has {sorted(wants & values.keys())[0]!r}: this is a configuration of `{command}`"
-        )
-    return parse_config(schema, values, source=_names(paths))
+    source = " + ".join(map(str, paths)) or "the overrides"
+    command, others = ("train", {"data"}) if schema is Config else ("run", {"judge", "prompts"})
+    if found := sorted(others & values.keys()):
+        raise ConfigError(f"{source}: has {found[0]!r}: this is a configuration of `iterdpo {command}`")
+    return parse_config(schema, values, source=source)
 
 
 def _typed_loss(values: dict[str, Any]) -> dict[str, Any]:
@@ -482,17 +508,12 @@ def _typed_loss(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _names(paths: tuple[str | Path, ...]) -> str:
-    return " + ".join(str(p) for p in paths) or "the overrides"
-
-
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 takes 1e-5 for text, for want of a dot. Here it is a number, as everywhere else."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+_FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -546,22 +567,23 @@ def explain(schema: type[BaseModel], error: Any) -> str:
                     f"it, or set {union}={loc[-2]} to start from its defaults"
                 )
             known = list(section.model_fields)
-            nested = (
-                {f"loss.{name}" for keys in LOSSES.values() for name in keys.model_fields} if "loss" in known else ()
-            )
-            near = difflib.get_close_matches(key, [*known, *sorted(nested)], n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+            nested = {f"loss.{name}" for keys in LOSSES.values() for name in keys.model_fields if "loss" in known}
+            hint = _nearest(key, [*known, *sorted(nested)]) or f"known keys: {', '.join(sorted(known))}"
             return f"unknown key {where!r}; {hint}"
         case "missing":
             return f"missing key {where!r}"
         case "union_tag_invalid":
-            near = difflib.get_close_matches(error["ctx"]["tag"], LOSSES, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"input should be one of {', '.join(LOSSES)}"
-            return f"{where} = {error['ctx']['tag']!r}: {hint}"
+            tag = error["ctx"]["tag"]
+            return f"{where} = {tag!r}: " + (_nearest(tag, LOSSES) or f"input should be one of {', '.join(LOSSES)}")
         case "value_error":
-            return str(error["ctx"]["error"]) if not where else f"{where}: {error['ctx']['error']}"
+            return f"{where}: {error['ctx']['error']}".removeprefix(": ")
         case _:
             return f"{where} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _nearest(word: str, known: Iterable[str]) -> str | None:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else None
 
 
 def _section(schema: type[BaseModel], loc: tuple[Any, ...]) -> type[BaseModel]:
@@ -570,50 +592,3 @@ def _section(schema: type[BaseModel], loc: tuple[Any, ...]) -> type[BaseModel]:
         sections = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
         schema = sections[0] if sections else LOSSES.get(part, schema)
     return schema
-
-
-def _absolute(config: AnyConfig) -> AnyConfig:
-    """Paths made absolute, so that a run resumes from any directory. A path that does not exist may be a hub id."""
-
-    def local(path: str) -> str:
-        try:
-            found = Path(path).expanduser()
-            return str(found.absolute()) if found.exists() else path
-        except (OSError, RuntimeError):  # too long for a path, or the home of a user who is not there
-            return path
-
-    def used(use: str) -> str:
-        file, sign, name = use.rpartition(":")
-        return f"{local(file)}{sign}{name}" if file.endswith(".py") else use
-
-    def argument(value: Any) -> Any:
-        """An argument with the paths in it made absolute; a mapping with a `use` is a judge within a judge."""
-        match value:
-            case dict():
-                return {k: used(v) if k == "use" and isinstance(v, str) else argument(v) for k, v in value.items()}
-            case list():
-                return [argument(item) for item in value]
-            case str() if "/" in value:
-                return local(value)
-        return value
-
-    def judge(section: JudgeConfig) -> JudgeConfig:
-        return section.model_copy(update={"use": used(section.use), "args": argument(section.args)})
-
-    update: dict[str, Any] = {
-        "run_dir": str(Path(config.run_dir).expanduser().absolute()),
-        "model": config.model.model_copy(update={"path": local(config.model.path)}),
-    }
-    if config.dpo.accelerate_config is not None:
-        update["dpo"] = config.dpo.model_copy(update={"accelerate_config": local(config.dpo.accelerate_config)})
-    if isinstance(config, Config):
-        heldout = config.prompts.heldout_path
-        update["prompts"] = config.prompts.model_copy(
-            update={"path": local(config.prompts.path), "heldout_path": local(heldout) if heldout else None}
-        )
-        update["judge"] = judge(config.judge)
-        if config.evaluation.judge is not None:
-            update["evaluation"] = config.evaluation.model_copy(update={"judge": judge(config.evaluation.judge)})
-    else:
-        update["data"] = config.data.model_copy(update={"path": local(config.data.path)})
-    return config.model_copy(update=update)

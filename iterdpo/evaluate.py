@@ -7,7 +7,7 @@ several completions of one prompt are not independent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,8 @@ HELD = 2**23
 MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: multiplying by it permutes the 64-bit integers
 
 
-class Bootstrap(TypedDict):
-    """How intervals are drawn: `{"confidence": 0.95, "samples": 10_000, "seed": 0}`."""
+class Bootstrap(TypedDict, total=False):
+    """How intervals are drawn, if not as `bootstrap_mean` does: `{"confidence": 0.95, "samples": 10_000, "seed": 0}`."""
 
     confidence: float
     samples: int
@@ -78,9 +78,13 @@ def evaluation_metrics(
         metrics |= _interval_keys(f"win_rate/vs_{name}", value)
     kl = Estimate(0.0, 0.0, 0.0) if logps is None else sequence_kl(logps["policy"], logps["initial"], **bootstrap)
     completions = tokens = 0
-    for ids in token_ids():
-        completions += 1
+    for completions, ids in enumerate(token_ids(), 1):  # noqa: B007  # read below
         tokens += len(ids)
+    if decider in scores:
+        unjudged = sum(score is None for group in scores[decider] for score in group)
+    else:
+        found = (sum(None in duel for p in by_prompt for duel in p) for by_prompt in duels[decider].values())
+        unjudged = max(found, default=0)
     return metrics | {
         **_interval_keys("kl/to_initial", kl),
         "length/mean_tokens": tokens / completions,
@@ -89,30 +93,17 @@ def evaluation_metrics(
         "distinct/2": distinct_n(token_ids, 2),
         "evaluation/prompts": prompts,
         "evaluation/completions": completions,
-        "evaluation/unjudged": (
-            sum(s is None for group in scores[decider] for s in group)
-            if decider in scores
-            else max(
-                (sum(None in duel for p in by_prompt for duel in p) for by_prompt in duels[decider].values()), default=0
-            )
-        ),
+        "evaluation/unjudged": unjudged,
     }
 
 
-def mean_score(groups: Iterable[Scores], *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0) -> Estimate:
+def mean_score(groups: Iterable[Scores], **bootstrap: Unpack[Bootstrap]) -> Estimate:
     """The mean over prompts of the mean score of a prompt's judged completions."""
     means = (float(np.mean(judged)) for scores in groups if (judged := [s for s in scores if s is not None]))
-    return bootstrap_mean(means, confidence=confidence, samples=samples, seed=seed)
+    return bootstrap_mean(means, **bootstrap)
 
 
-def win_rate(
-    candidate: Iterable[Scores],
-    baseline: Iterable[Scores],
-    *,
-    confidence: float = 0.95,
-    samples: int = 10_000,
-    seed: int = 0,
-) -> Estimate:
+def win_rate(candidate: Iterable[Scores], baseline: Iterable[Scores], **bootstrap: Unpack[Bootstrap]) -> Estimate:
     """The share of held-out prompts on which the candidate's completion beats the baseline's; a tie is half a win.
 
     Both yield the scores of the same prompts in the same order. With several completions, a prompt counts with its
@@ -122,9 +113,7 @@ def win_rate(
         [0.5 if a == b else float(a > b) for a in ours if a is not None for b in theirs if b is not None]
         for ours, theirs in zip(candidate, baseline, strict=True)
     )
-    return bootstrap_mean(
-        (float(np.mean(prompt)) for prompt in outcomes if prompt), confidence=confidence, samples=samples, seed=seed
-    )
+    return bootstrap_mean((float(np.mean(prompt)) for prompt in outcomes if prompt), **bootstrap)
 
 
 def duel_shares(prompts: Iterable[Sequence[Scores]]) -> Iterator[float]:
@@ -142,10 +131,7 @@ def duel_shares(prompts: Iterable[Sequence[Scores]]) -> Iterator[float]:
 def sequence_kl(
     policy_logps: Iterable[Sequence[float]],
     initial_logps: Iterable[Sequence[float]],
-    *,
-    confidence: float = 0.95,
-    samples: int = 10_000,
-    seed: int = 0,
+    **bootstrap: Unpack[Bootstrap],
 ) -> Estimate:
     """KL(policy || initial) in nats a completion, estimated on the policy's own completions y ~ policy:
 
@@ -157,7 +143,7 @@ def sequence_kl(
     means = (
         float(np.mean(np.subtract(ours, theirs))) for ours, theirs in zip(policy_logps, initial_logps, strict=True)
     )
-    return bootstrap_mean(means, confidence=confidence, samples=samples, seed=seed)
+    return bootstrap_mean(means, **bootstrap)
 
 
 def logp_gap(reported: Iterable[Sequence[float]], computed: Iterable[float]) -> float | None:
@@ -207,12 +193,9 @@ def _ngram_hashes(token_ids: Iterable[TokenIds], n: int, *, block: int) -> Itera
     def hashes() -> NDArray[np.uint64]:
         flat, ends = np.concatenate(waiting), np.cumsum([len(ids) for ids in waiting])
         if bits < 64 and int(flat.max(initial=0)) >= 2**bits:
-            raise ValueError(
-                f"n-grams of {n} tokens are counted for token ids below {2**bits:,} only, not {flat.max():,}"
-            )
-        starts = np.arange(len(flat)) + n <= np.repeat(
-            ends, np.diff(ends, prepend=0)
-        )  # n-grams end with their completion
+            raise ValueError(f"n-grams of {n} tokens are counted for token ids below {2**bits:,}, not {flat.max():,}")
+        # n-grams end with their completion
+        starts = np.arange(len(flat)) + n <= np.repeat(ends, np.diff(ends, prepend=0))
         packed = np.zeros(len(flat), np.uint64)
         for i in range(n):
             packed[: len(flat) - i] |= flat[i:] << np.uint64(bits * i)

@@ -50,15 +50,9 @@ def bootstrap_mean(
         return NOTHING
     generator = np.random.default_rng(seed)
     rows = max(1, min(samples, DRAWS // len(data)))  # a row is a resample; the draws do not depend on the block's size
-    means = np.concatenate(
-        [
-            data[generator.integers(len(data), size=(min(rows, samples - start), len(data)))].mean(axis=1)
-            for start in range(0, samples, rows)
-        ]
-    )
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Estimate(float(data.mean()), float(low), float(high), len(data))
+    sizes = [(min(rows, samples - start), len(data)) for start in range(0, samples, rows)]
+    means = np.concatenate([data[generator.integers(len(data), size=size)].mean(axis=1) for size in sizes])
+    return Estimate(float(data.mean()), *_percentiles(means, confidence), len(data))
 
 
 def clustered_mean(
@@ -89,17 +83,12 @@ def clustered_mean(
     variance = ((between**2).sum() + z * z * size**2 / 2 * (centre**2 + (1 - centre) ** 2)) / total**2
     half = z * math.sqrt(variance)
     low, high = max(0.0, centre - half), min(1.0, centre + half)
-    back = [float(bottom + (top - bottom) * v) for v in (x.mean(), low, high)]
-    return Estimate(back[0], back[1], back[2], len(x))
+    value, low, high = (float(bottom + (top - bottom) * v) for v in (x.mean(), low, high))
+    return Estimate(value, low, high, len(x))
 
 
 def clustered_bootstrap(
-    statistic: Statistic,
-    prompts: Sequence[str],
-    *,
-    confidence: float = 0.95,
-    samples: int = 1_000,
-    seed: int = 0,
+    statistic: Statistic, prompts: Sequence[str], *, confidence: float = 0.95, samples: int = 1_000, seed: int = 0
 ) -> Estimate:
     """`statistic` of all observations, with its percentile bootstrap interval over prompts."""
     if not len(prompts):
@@ -111,9 +100,13 @@ def clustered_bootstrap(
     defined = [v for v in drawn if not math.isnan(v)]
     if not defined:
         return Estimate(value, None, None, len(prompts))
+    return Estimate(float(value), *_percentiles(defined, confidence), len(prompts))
+
+
+def _percentiles(drawn: Floats | list[float], confidence: float) -> tuple[float, float]:
     tail = (1 - confidence) / 2
-    low, high = np.quantile(defined, [tail, 1 - tail])
-    return Estimate(float(value), float(low), float(high), len(prompts))
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def resampled_weights(prompts: Sequence[str], samples: int, seed: int) -> Iterator[Floats]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass
 from typing import Literal
 
 from iterdpo.seeds import derive_seed
@@ -46,18 +46,9 @@ class PairCounts:
 
     def summary(self) -> str:
         """`kept 121 pairs of 128 groups (4 tied, 2 unjudged, 1 identical)`."""
-        left = ", ".join(
-            f"{getattr(self, reason)} {reason}"
-            for reason in ("tied", "unjudged", "identical", "truncated")
-            if getattr(self, reason)
-        )
+        counts = {reason: getattr(self, reason) for reason in ("tied", "unjudged", "identical", "truncated")}
+        left = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
         return f"kept {self.kept:,} pairs of {self.groups:,} groups" + (f" ({left})" if left else "")
-
-
-@dataclass
-class _Candidates:
-    kept: list[int] = field(default_factory=list)
-    reason: str | None = None
 
 
 def build_pairs(
@@ -79,21 +70,20 @@ def build_pairs(
     Among equal scores the order of sampling decides, except that `best_random` draws from `seed` and the prompt's id.
     """
     pairs: list[PreferencePair] = []
-    left_out: Counter[str] = Counter()
-    completions: Counter[str] = Counter()
-    paired = 0
+    counts: Counter[str] = Counter(groups=len(groups))
     for group, judgment in zip(groups, judgments, strict=True):
         assert group.prompt.id == judgment.prompt_id
-        completions["unjudged"] += sum(score is None for score in judgment.scores)
-        completions["truncated"] += sum(completion.truncated for completion in group.completions)
-        candidates = _candidates(group, judgment, drop_truncated=drop_truncated)
-        if candidates.reason is not None:
-            left_out[candidates.reason] += 1
+        counts["completions_unjudged"] += sum(score is None for score in judgment.scores)
+        counts["completions_truncated"] += sum(completion.truncated for completion in group.completions)
+        scores = _candidates(group, judgment, drop_truncated=drop_truncated)
+        if isinstance(scores, str):
+            counts[scores] += 1
             continue
-        scores = {k: score for k in candidates.kept if (score := judgment.scores[k]) is not None}
-        ordered = _ordered_pairs(scores, min_margin)
+        ordered = [
+            (i, j) for i in scores for j in scores if scores[i] > scores[j] and scores[i] - scores[j] >= min_margin
+        ]
         if not ordered:
-            left_out["tied"] += 1
+            counts["tied"] += 1
             continue
         match strategy:
             case "best_worst":
@@ -104,38 +94,25 @@ def build_pairs(
                 selected = [random.Random(derive_seed(seed, "pairing", group.prompt.id)).choice(of_best)]
             case "all_pairs":
                 selected = sorted(ordered, key=lambda ij: scores[ij[1]] - scores[ij[0]])
-        paired += 1
+        counts["groups_paired"] += 1
         pairs.extend(
             PreferencePair(
                 group.prompt, group.prompt_ids, group.completions[i], group.completions[j], scores[i], scores[j]
             )
             for i, j in selected[:max_pairs_per_prompt]
         )
-    return pairs, PairCounts(
-        groups=len(groups),
-        groups_paired=paired,
-        kept=len(pairs),
-        completions_unjudged=completions["unjudged"],
-        completions_truncated=completions["truncated"],
-        **left_out,
-    )
+    return pairs, PairCounts(kept=len(pairs), **counts)
 
 
-def _candidates(group: CompletionGroup, judgment: Judgment, *, drop_truncated: bool) -> _Candidates:
-    """Indices that may enter a pair: whole, judged, one of each text; or why fewer than two are left."""
-    kept = list(range(len(group.completions)))
-    if drop_truncated:
-        kept = [k for k in kept if not group.completions[k].truncated]
-        if len(kept) < 2:
-            return _Candidates(reason="truncated")
-    kept = [k for k in kept if judgment.scores[k] is not None]
-    if len(kept) < 2:
-        return _Candidates(reason="unjudged")
+def _candidates(group: CompletionGroup, judgment: Judgment, *, drop_truncated: bool) -> dict[int, float] | str:
+    """The scores of those that may enter a pair: whole, judged, one of each text; or why fewer than two are left."""
+    whole = [k for k, completion in enumerate(group.completions) if not (drop_truncated and completion.truncated)]
+    if drop_truncated and len(whole) < 2:
+        return "truncated"
+    scores = {k: score for k in whole if (score := judgment.scores[k]) is not None}
+    if len(scores) < 2:
+        return "unjudged"
     # By text: twins that differ in tokens alone look the same to every judge and every reader.
-    texts = [group.completions[k].text for k in kept]
-    kept = [k for position, k in enumerate(kept) if texts[position] not in texts[:position]]
-    return _Candidates(kept) if len(kept) >= 2 else _Candidates(reason="identical")
-
-
-def _ordered_pairs(scores: dict[int, float], min_margin: float) -> list[tuple[int, int]]:
-    return [(i, j) for i in scores for j in scores if scores[i] > scores[j] and scores[i] - scores[j] >= min_margin]
+    first = {group.completions[k].text: k for k in reversed(scores)}
+    scores = {k: score for k, score in scores.items() if first[group.completions[k].text] == k}
+    return scores if len(scores) >= 2 else "identical"
