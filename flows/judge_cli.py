@@ -207,8 +207,8 @@ def attempt(
     from iterdpo.errors import JudgeError
     from iterdpo.judging.judge import checked_judgments
     from iterdpo.run.rundir import digest
-    from iterdpo.types import CompletionGroup, Prompt
-    from judges.audit.labelled import completion_of, prompt_ids_of
+    from iterdpo.types import Prompt
+    from judges.audit.labelled import tokenized
     from judges.load import check_columns, load_judge
 
     use, judge_args = _judge_spec(judge, args, role)
@@ -222,12 +222,7 @@ def attempt(
         raise JudgeError(f"{error}; give it at the end: --columns NAME=VALUE") from None
     tokens = _tokenizer(tokenizer, judge)
     content = [{"role": "user", "content": prompt}] if chat else prompt
-    asked = Prompt(f"p-{digest(content)}", content, row)
-    group = CompletionGroup(
-        asked,
-        prompt_ids_of(asked, tokens, "the prompt"),
-        [completion_of(content, text, tokens, "a completion") for text in completions],
-    )
+    group = tokenized(Prompt(f"p-{digest(content)}", content, row), completions, tokens, "the prompt")
     trace: list[dict[str, Any]] = []
     for part in loaded.parts():
         part.trace = trace

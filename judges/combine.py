@@ -2,16 +2,6 @@
 
 A judge within these is given as in a configuration, `{"use": "reward_model", "args": {"model": "…"}}`. Its abstentions
 stay abstentions, with their reasons.
-
-| judge | score |
-| --- | --- |
-| `Ensemble` | the weighted mean of several judges' scores |
-| `LengthPenalty` | minus a constant for each token above a length |
-| `LengthRegressed` | minus the part that the completions' lengths explain |
-| `Clip` | kept between two numbers |
-| `TieBand` | scores that hardly differ made equal |
-| `ZScore` | in standard deviations from the mean of the prompt's completions |
-| `Cached` | unchanged, kept on disk |
 """
 
 from __future__ import annotations
@@ -144,8 +134,7 @@ class Ensemble(_JudgeOfJudges):
         scores: Scores = []
         reasons: list[str | None] = []
         for k, kept in enumerate(enough):
-            terms = [(w, row[k]) for w, row in zip(self.weights, rows, strict=True)]
-            given = [(w, s) for w, s in terms if s is not None]
+            given = [(w, s) for w, row in zip(self.weights, rows, strict=True) if (s := row[k]) is not None]
             reason = self._too_few(judgments, k) if not kept else "the judges disagree" if disagree else None
             scores.append(None if reason else sum(w * s for w, s in given) / sum(abs(w) for w, _ in given))
             reasons.append(reason)

@@ -23,7 +23,7 @@ from iterdpo.seeds import derive_seed
 from iterdpo.stats import Estimate, clustered_bootstrap, clustered_mean
 from iterdpo.types import CompletionGroup, Judgment, Prompt
 from judges.audit.check import EXAMPLES, Turn, in_blocks
-from judges.audit.labelled import NOT_COLUMNS, LabelledPair, completion_of, prompt_ids_of, read_labelled
+from judges.audit.labelled import NOT_COLUMNS, LabelledPair, read_labelled, tokenized
 from judges.audit.stats import kappa, kendall, spearman
 
 Winner = Literal["first", "second", "tie"] | None
@@ -99,10 +99,8 @@ def read_samples(
         raise UserError(f"{path}: --round is for a run directory, and there is no run.json")
     first = next(load_rows(path, split, limit=1))
     if "completions" in first:
-        return (
-            Sample(_group(row, f"{path}: row {number}", tokenizer))
-            for number, row in enumerate(load_rows(path, split, limit=limit), 1)
-        )
+        rows = enumerate(load_rows(path, split, limit=limit), 1)
+        return (Sample(_group(row, f"{path}: row {number}", tokenizer)) for number, row in rows)
     if not {"chosen", "rejected"} & first.keys():
         raise DataError(
             f"{path}: prompts alone cannot be judged; give labelled pairs (chosen, rejected), rows with prompt and "
@@ -157,8 +155,8 @@ def measure_agreement(
     `confusion[x][y]` counts the pairs of which A says x and B says y.
     """
     rated = agreement.rated
-    both = [(r.a, r.b, r.prompt_id) for r in rated if r.a is not None and r.b is not None]
-    prompts = [prompt for _, _, prompt in both]
+    judged = [r for r in rated if r.a is not None and r.b is not None]
+    both, prompts = [(r.a, r.b) for r in judged], [r.prompt_id for r in judged]
 
     def share(values: Sequence[float], names: Sequence[str], bounds: tuple[float, float] = (0.0, 1.0)) -> Estimate:
         return clustered_mean(values, names, bounds=bounds, confidence=confidence)
@@ -169,10 +167,10 @@ def measure_agreement(
 
     kinds: tuple[Winner, ...] = ("first", "second", "tie")
     codes = [[kinds.index(pair[side]) for pair in both] for side in (0, 1)]
-    labelled = [r for r in rated if r.label is not None and r.a is not None and r.b is not None]
+    labelled = [r for r in judged if r.label is not None]
     credit = [[_credit(r.a, r.label) for r in labelled], [_credit(r.b, r.label) for r in labelled]]
     names = [r.prompt_id for r in labelled]
-    counts = Counter[tuple[Winner, Winner]]((x, y) for x, y, _ in both)
+    counts = Counter(both)
     return {
         "counts": {
             "groups": agreement.groups,
@@ -182,11 +180,11 @@ def measure_agreement(
             "unjudged_b": sum(r.b is None for r in rated),
         },
         "figures": {
-            "agreement": share([float(x == y) for x, y, _ in both], prompts),
+            "agreement": share([float(x == y) for x, y in both], prompts),
             "kappa": clustered_bootstrap(
                 kappa(*codes, categories=3), prompts, confidence=confidence, samples=samples, seed=seed
             ),
-            "opposite": share([float({x, y} == {"first", "second"}) for x, y, _ in both], prompts),
+            "opposite": share([float({x, y} == {"first", "second"}) for x, y in both], prompts),
             "kendall": correlation(kendall),
             "spearman": correlation(spearman),
             "accuracy_a": share(credit[0], names),
@@ -237,22 +235,18 @@ def _sample(pair: LabelledPair, seed: int) -> Sample:
 def _run_groups(path: str, round: int | None) -> Iterator[CompletionGroup]:
     run = RunDir(path)
     there = [r for r in run.rounds() if completion_shards(run.round_dir(r) / "completions")]
-    if not there or (round is not None and round not in there):
-        what = f"round {round}" if round is not None else "any round"
-        raise UserError(
-            f"{path}: no completions of {what}; rounds with completions: {', '.join(map(str, there)) or 'none'}"
-        )
+    if round not in there and (round is not None or not there):
+        what, have = "any round" if round is None else f"round {round}", ", ".join(map(str, there)) or "none"
+        raise UserError(f"{path}: no completions of {what}; rounds with completions: {have}")
     return read_groups(run.round_dir(there[-1] if round is None else round) / "completions")
 
 
 def _group(row: dict[str, Any], where: str, tokenizer: Any) -> CompletionGroup:
-    content = content_of(
-        column_value(row, "prompt", where, "rows have prompt and completions"), f"{where}, column 'prompt'"
-    )
+    given = column_value(row, "prompt", where, "rows have prompt and completions")
+    content = content_of(given, f"{where}, column 'prompt'")
     texts = row.get("completions")
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise DataError(f"{where}, column 'completions' must be a list of texts")
     columns = {k: json_value(v) for k, v in row.items() if k not in NOT_COLUMNS}
     prompt = Prompt(f"p-{digest(content)}", content, columns)
-    completions = [completion_of(content, text, tokenizer, where) for text in texts]
-    return CompletionGroup(prompt, prompt_ids_of(prompt, tokenizer, where), completions)
+    return tokenized(prompt, texts, tokenizer, where)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -14,6 +14,7 @@ from iterdpo.errors import DataError
 from iterdpo.types import Completion, CompletionGroup, Prompt
 
 BLOCK = 64  # pairs that are read at a time
+TIES = {"true": True, "1": True, "false": False, "0": False, "none": False, "": False}
 NOT_COLUMNS = {"prompt", "chosen", "rejected", "conversations", "system", "tie", "completions"}
 
 
@@ -73,33 +74,31 @@ def read_labelled(
 
 def _labelled(raw: RawPair, row: dict[str, Any], where: str, subset_column: str | None, tokenizer: Any) -> LabelledPair:
     columns = {k: json_value(v) for k, v in row.items() if k not in NOT_COLUMNS}
-    subset = None
-    if subset_column is not None:
-        subset = str(column_value(row, subset_column, where, "set --subset-column"))
-    tie = {"true": True, "1": True, "false": False, "0": False, "none": False, "": False}.get(
-        str(row.get("tie")).lower()
-    )
+    subset = subset_column and str(column_value(row, subset_column, where, "set --subset-column"))
+    tie = TIES.get(str(row.get("tie")).lower())
     if tie is None:
         raise DataError(f"{where}, column 'tie' is {row['tie']!r}; it must be true (equally good) or false")
     assert raw.chosen is not None
     assert raw.rejected is not None
-    content = raw.prompt.content
-    chosen, rejected = (completion_of(content, c, tokenizer, where) for c in (raw.chosen, raw.rejected))
-    prompt = replace(raw.prompt, columns=columns)
-    return LabelledPair(prompt, prompt_ids_of(prompt, tokenizer, where), chosen, rejected, tie, subset, raw.row)
+    group = tokenized(replace(raw.prompt, columns=columns), [raw.chosen, raw.rejected], tokenizer, where)
+    chosen, rejected = group.completions
+    return LabelledPair(group.prompt, group.prompt_ids, chosen, rejected, tie, subset, raw.row)
 
 
-def prompt_ids_of(prompt: Prompt, tokenizer: Any, where: str) -> list[int]:
-    try:
-        return list(prompt.text.encode()) if tokenizer is None else prompt_token_ids(tokenizer, prompt.content)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
+def tokenized(prompt: Prompt, contents: Sequence[Content], tokenizer: Any, where: str) -> CompletionGroup:
+    """The prompt with these completions. Without a tokenizer, a token is a byte of UTF-8.
 
-
-def completion_of(prompt: Content, content: Content, tokenizer: Any, where: str) -> Completion:
-    text = content if isinstance(content, str) else "\n\n".join(m["content"] for m in content)
-    try:
-        ids = list(text.encode()) if tokenizer is None else completion_token_ids(tokenizer, prompt, content)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-    return Completion(text, ids, [], "stop")
+    Raises:
+        DataError: beginning with `where`, if the tokenizer's template refuses the messages.
+    """
+    texts = [c if isinstance(c, str) else "\n\n".join(m["content"] for m in c) for c in contents]
+    if tokenizer is None:
+        prompt_ids, ids = list(prompt.text.encode()), [list(text.encode()) for text in texts]
+    else:
+        try:
+            prompt_ids = prompt_token_ids(tokenizer, prompt.content)
+            ids = [completion_token_ids(tokenizer, prompt.content, content) for content in contents]
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+    completions = [Completion(text, tokens, [], "stop") for text, tokens in zip(texts, ids, strict=True)]
+    return CompletionGroup(prompt, prompt_ids, completions)

@@ -53,26 +53,22 @@ def calibration_error(
         return found
 
     found = gaps(np.ones(len(bin)))
-    noise = (
-        np.stack([gaps(weights) for weights in resampled_weights(prompts, samples, seed)]) - found
-    )  # [samples, bins]
+    drawn = np.stack([gaps(weights) for weights in resampled_weights(prompts, samples, seed)])  # [samples, bins]
+    noise = drawn - found
     value = float(np.abs(found).sum())
 
     def least(share: float) -> float:
         """The least c whose quantile `share` is no less than what was found."""
 
-        def reaches(c: float) -> bool:
-            return float(np.quantile(np.abs(c * found + noise).sum(axis=1), share)) >= value
+        def excess(c: float) -> float:
+            return float(np.quantile(np.abs(c * found + noise).sum(axis=1), share)) - value
 
-        low, high = 0.0, 1.0
-        if reaches(low) or value == 0:
+        if value == 0 or excess(0.0) >= 0:
             return 0.0
-        while not reaches(high):
-            low, high = high, 2 * high
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (low, middle) if reaches(middle) else (middle, high)
-        return high
+        high = 1.0
+        while excess(high) < 0:
+            high *= 2
+        return float(brentq(excess, 0.0, high))
 
     tail = (1 - confidence) / 2
     low, high = (value * least(share) for share in (1 - tail, tail))
@@ -97,19 +93,16 @@ def reliability(p: ArrayLike, prompts: Sequence[str], *, bins: int = BINS) -> li
     """`[{"from": 0.5, "to": 0.55, "pairs": 40, "confidence": 0.52, "accuracy": Estimate(…)}, …]`, without empty bins."""
     confidence, right, bin = _binned(p, bins)
     names = np.asarray(prompts)
-    table = []
-    for b in np.unique(bin):
-        inside = bin == b
-        table.append(
-            {
-                "from": 0.5 + 0.5 * int(b) / bins,
-                "to": 0.5 + 0.5 * (int(b) + 1) / bins,
-                "pairs": int(inside.sum()),
-                "confidence": float(confidence[inside].mean()),
-                "accuracy": clustered_mean(right[inside], names[inside].tolist()),
-            }
-        )
-    return table
+    return [
+        {
+            "from": 0.5 + 0.5 * int(b) / bins,
+            "to": 0.5 + 0.5 * (int(b) + 1) / bins,
+            "pairs": int(inside.sum()),
+            "confidence": float(confidence[inside].mean()),
+            "accuracy": clustered_mean(right[inside], names[inside].tolist()),
+        }
+        for b, inside in ((b, bin == b) for b in np.unique(bin))
+    ]
 
 
 def best_temperature(differences: ArrayLike) -> float | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -22,7 +23,7 @@ from iterdpo.run.rundir import digest
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment
 from judges.base import is_number
-from judges.person.store import Batch, Reviews, Task, Verdict
+from judges.person.store import Reviews, Task, Verdict
 from judges.schedules import all_pairs, random_pairs
 
 Comparisons = int | Literal["all", "chain"]
@@ -99,18 +100,12 @@ class Person(JudgeBase):
                 "name this judge in a configuration and `iterdpo run` it"
             )
         answered, batches = Reviews(self._run_dir).ask(tasks)
-        open_batches: list[Batch] = []
-        for batch in batches:  # of a run that was killed they may be complete
-            if (closed := batch.close()) is None:
-                open_batches.append(batch)
-            else:
-                answered |= closed
-        if not open_batches:
-            return answered
-        left = sum(len(batch.unanswered()) for batch in open_batches)
+        waiting = [batch for batch in batches if batch.close() is None]  # of a run that was killed they may be complete
+        left = sum(len(batch.unanswered()) for batch in waiting)
         message = f"{left} {'pair' if left == 1 else 'pairs'} for {self.who or 'a person'}"
-        with self._waiting(f"{message}: iterdpo judge review {self._run_dir}") as still_wanted:
-            for batch in open_batches:
+        ask = self._waiting(f"{message}: iterdpo judge review {self._run_dir}") if waiting else nullcontext()
+        with ask as still_wanted:
+            for batch in batches:
                 while (closed := batch.close()) is None:
                     if still_wanted is not None:
                         still_wanted()
