@@ -6,8 +6,9 @@ Exit status: 0 done, 1 a run failed (what was done stays done), 2 bad input.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -17,9 +18,10 @@ from iterdpo import __version__
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from iterdpo.config import Config, OfflineConfig
+    from iterdpo.config import Config
     from iterdpo.run.progress import Progress
 
+T = TypeVar("T")
 OVERRIDES = "YAML files, merged left to right, and dotted overrides in any place: dpo.beta=0.2 sampling.n=8"
 
 Word = Annotated[str, Parameter(name="CONFIG", required=True, help=OVERRIDES)]
@@ -65,12 +67,9 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         status = app(argv)
-    except UserError as error:
+    except (UserError, RunFailed) as error:
         print(f"iterdpo: {error}", file=sys.stderr)
-        status = 2
-    except RunFailed as error:
-        print(f"iterdpo: {error}", file=sys.stderr)
-        status = 1
+        status = 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("\niterdpo: interrupted; the same command goes on from here", file=sys.stderr)
         status = 130
@@ -93,8 +92,7 @@ def run(*config: Word, options: RunOptions = RUN) -> int:
     """Run rounds of iterative DPO, or go on with them."""
     from iterdpo.config import load_config
 
-    files, overrides = _split(config)
-    return _run_config(load_config(*files, overrides=overrides), options)
+    return _run_config(_load(load_config, config), options)
 
 
 @app.command
@@ -104,22 +102,15 @@ def train(*config: Word, dry_run: DryRun = False, redo: Redo = False) -> int:
     from flows.plan import describe_offline_plan
     from iterdpo.config import load_offline_config
 
-    files, overrides = _split(config)
-    settings: OfflineConfig = load_offline_config(*files, overrides=overrides)
+    settings = _load(load_offline_config, config)
     progress = _progress()
     if dry_run:
         print(describe_offline_plan(settings))
         return 0
     run = train_offline(settings, progress=progress, redo=redo)
     metrics = run.metrics.iloc[-1]
-    for name in (
-        "loss",
-        "rewards/accuracies",
-        "rewards/margins",
-        "eval_loss",
-        "eval_rewards/accuracies",
-        "eval_rewards/margins",
-    ):
+    shown = ("loss", "rewards/accuracies", "rewards/margins")
+    for name in (*shown, *(f"eval_{name}" for name in shown)):
         if name in metrics and metrics[name] is not None and metrics[name] == metrics[name]:  # None, NaN: not logged
             progress.say(f"  {name:<24} {metrics[name]:.4f}")
     progress.say(f"report: {run.root / 'report.html'}")
@@ -142,8 +133,7 @@ def serve(
     from flows.serving import serve as serve_config
     from iterdpo.config import load_config
 
-    files, overrides = _split(config)
-    settings = load_config(*files, overrides=overrides)
+    settings = _load(load_config, config)
     serve_config(settings, name=name, cron=cron, timezone=timezone, rounds=add, progress=_progress())
     return 0
 
@@ -241,12 +231,12 @@ def _run_config(config: Config, options: RunOptions) -> int:
     return 0
 
 
-def _split(arguments: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Configuration files, and `key=value` overrides, in whatever order they came."""
+def _load(load: Callable[..., T], arguments: tuple[str, ...]) -> T:
+    """The configuration from its files and `key=value` overrides, in whatever order they came."""
     from pathlib import Path
 
     files = [a for a in arguments if "=" not in a or Path(a).exists()]
-    return files, [a for a in arguments if a not in files]
+    return load(*files, overrides=[a for a in arguments if a not in files])
 
 
 def _progress() -> Progress:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +18,7 @@ JUDGE = "a run's configuration (its judge), or what `judge.use` takes: a name, o
 ARGS = "arguments of the judge, laid over the configuration's: model=my-rm endpoint.base_url=http://localhost:8000/v1"
 TOKENIZER = "checkpoint that tokens are counted with (default: that of a configuration, else a token is a byte)"
 COLUMNS = "of the prompt's row: gold=4; a value is text, or JSON if it begins with [, { or a quote; put these last"
+YAML = (".yaml", ".yml")
 
 JudgeName = Annotated[str, Parameter(help=JUDGE)]
 Assignments = Annotated[tuple[str, ...], Parameter(consume_multiple=True, help=ARGS)]
@@ -72,10 +75,11 @@ def check(
     output: OutputOptions = TABLES,
 ) -> int:
     """Measure a judge on labelled preference pairs."""
+    from iterdpo.run.progress import Progress
     from judges.audit.check import check_judge_on
     from judges.audit.figures import measure
     from judges.audit.labelled import read_labelled
-    from judges.audit.render import check_sentence, check_tables, mistake_example, plain
+    from judges.audit.render import check_sentence, check_tables, mistake_example
     from judges.load import check_columns, load_judge
 
     use, judge_args = _judge_spec(judge, args, role)
@@ -85,18 +89,13 @@ def check(
     pairs, account = read_labelled(
         data.data, split=data.split, limit=data.limit, subset_column=subset_column, tokenizer=tokenizer
     )
-
-    def known_columns() -> Iterator[Any]:
-        for place, pair in enumerate(pairs):
-            if place == 0:
-                check_columns(use, pair.prompt.columns, judge_args)
-            yield pair
-
-    try:
-        with _progress("judged", "pairs", data.limit or 0) as advance:
-            done = check_judge_on(loaded, known_columns(), seed=data.seed, repeats=repeats, unit=unit, advance=advance)
-    finally:
-        loaded.close()
+    with closing(loaded), Progress(sys.stderr).stage("judged", data.limit or 0, "pairs") as stage:
+        first = list(islice(pairs, 1))
+        for pair in first:
+            check_columns(use, pair.prompt.columns, judge_args)
+        done = check_judge_on(
+            loaded, chain(first, pairs), seed=data.seed, repeats=repeats, unit=unit, advance=stage.advance
+        )
     report = {
         "judge": {"use": use, "name": done.name, "version": done.version},
         **_circumstances(data, output, done.turn.stopped, account=account.summary()),
@@ -105,15 +104,14 @@ def check(
         "cost": {"seconds": round(done.turn.seconds, 3), "usage": done.turn.usage},
         **measure(done.pairs, seed=data.seed, confidence=output.confidence),
     }
-
-    def figures() -> list[Any]:
+    figures = []
+    if output.page:
         from judges.audit.plots import check_plots
 
-        return check_plots(report)
-
+        figures = check_plots(report)
     return _put_out(
         output,
-        {**plain(report), "pairs": [pair.to_json() for pair in done.pairs]},
+        {**report, "pairs": [pair.to_json() for pair in done.pairs]},
         done.turn.stopped,
         sentence=check_sentence(report),
         tables=check_tables(report),
@@ -147,22 +145,26 @@ def compare(
     output: OutputOptions = TABLES,
 ) -> int:
     """How far two judges agree, and where they differ."""
+    from iterdpo.run.progress import Progress
     from judges.audit.agreement import compare_judges, measure_agreement, read_samples
-    from judges.audit.render import compare_sentence, compare_tables, difference_example, plain
+    from judges.audit.render import compare_sentence, compare_tables, difference_example
     from judges.load import check_judge, load_judge
 
     specs = [_judge_spec(a, args_a, role), _judge_spec(b, args_b, role)]
     for use, judge_args in specs:
         check_judge(use, judge_args)  # before the first has judged anything
-    tokenizer = _tokenizer(data.tokenizer, a, b)
-
-    def samples() -> Iterator[Any]:
-        return read_samples(
-            data.data, round=number, split=data.split, limit=data.limit, seed=data.seed, tokenizer=tokenizer
-        )
-
-    with _progress("judged", "prompts", 2 * (data.limit or 0)) as advance:
-        done = compare_judges(lambda: load_judge(*specs[0]), lambda: load_judge(*specs[1]), samples, advance=advance)
+    samples = partial(
+        read_samples,
+        data.data,
+        round=number,
+        split=data.split,
+        limit=data.limit,
+        seed=data.seed,
+        tokenizer=_tokenizer(data.tokenizer, a, b),
+    )
+    load_a, load_b = (partial(load_judge, *spec) for spec in specs)
+    with Progress(sys.stderr).stage("judged", 2 * (data.limit or 0), "prompts") as stage:
+        done = compare_judges(load_a, load_b, samples, advance=stage.advance)
     report = {
         "judges": [
             {"use": use, "name": name, "version": version}
@@ -175,12 +177,12 @@ def compare(
     first, second = done.names
     return _put_out(
         output,
-        plain(report),
+        report,
         done.stopped,
         sentence=compare_sentence(report),
         tables=compare_tables(report),
         settings=[("A", first), ("B", second), ("Data", data.data), ("Seed", str(data.seed))],
-        figures=list,
+        figures=[],
         examples=list(map(difference_example, done.differences)),
         examples_title="Where they differ",
         on_terminal=10,
@@ -226,11 +228,9 @@ def attempt(
     trace: list[dict[str, Any]] = []
     for part in loaded.parts():
         part.trace = trace
-    try:
+    with closing(loaded):
         [judgment] = checked_judgments(loaded, [group])
         usage = loaded.usage()
-    finally:
-        loaded.close()
     found = {
         "judge": {"use": use, "name": loaded.name, "version": loaded.version},
         "columns": row,
@@ -284,7 +284,7 @@ def _judge_spec(which: str, overrides: tuple[str, ...], role: str) -> tuple[str,
     from judges.load import asks_a_person
 
     use, args = which, {}
-    if _is_config(which):
+    if which.endswith(YAML):
         config = load_config(which)
         section = config.judge if role == "train" else config.evaluation.judge
         if section is None:
@@ -316,10 +316,6 @@ def _column(given: str) -> tuple[str, Any]:
         raise ConfigError(f"{given!r}: no JSON: {error}") from None
 
 
-def _is_config(which: str) -> bool:
-    return which.endswith((".yaml", ".yml"))
-
-
 def _tokenizer(given: str | None, *judges: str) -> Any:
     """The tokenizer that was asked for, or that of the first configuration among the judges; None without either."""
     from iterdpo.config import load_config
@@ -327,19 +323,11 @@ def _tokenizer(given: str | None, *judges: str) -> Any:
 
     if given is not None:
         return load_tokenizer(given)
-    config = next((load_config(which) for which in judges if _is_config(which)), None)
+    config = next((load_config(which) for which in judges if which.endswith(YAML)), None)
     if config is None:
         return None
     model = config.model
     return load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-
-
-@contextmanager
-def _progress(name: str, unit: str, total: int) -> Iterator[Callable[[int], None]]:
-    from iterdpo.run.progress import Progress
-
-    with Progress(sys.stderr).stage(name, total, unit) as stage:
-        yield stage.advance
 
 
 def _circumstances(
@@ -355,46 +343,28 @@ def _circumstances(
 
 
 def _put_out(
-    output: OutputOptions,
-    found: dict[str, Any],
-    stopped: BaseException | None,
-    *,
-    sentence: str,
-    tables: list[Any],
-    settings: list[tuple[str, str]],
-    figures: Callable[[], list[Any]],
-    examples: list[Any],
-    on_terminal: int,
-    **page: str,
+    output: OutputOptions, report: dict[str, Any], stopped: BaseException | None, *, on_terminal: int, **page: Any
 ) -> int:
-    """The report on the terminal, and if it was asked for as JSON and as a page. Returns the exit status.
+    """The report on the terminal, and if it was asked for as JSON and as a page (see `write_page`). The exit status.
 
     Ctrl-C gives 130, as everywhere. A judge or data that gave up half-way is raised, once what was found is out.
     """
     import json
 
     from iterdpo.run.rundir import write_json
-    from judges.audit.render import print_report, write_page
+    from judges.audit.render import plain, print_report, write_page
 
     if stopped is not None:
-        sentence = f"Stopped early ({found['stopped']}). {sentence}"
+        page["sentence"] = f"Stopped early ({report['stopped']}). {page['sentence']}"
     if output.page:
-        write_page(
-            output.page,
-            sentence=sentence,
-            settings=settings,
-            tables=tables,
-            figures=figures(),
-            examples=examples,
-            **page,
-        )
+        write_page(output.page, **page)
     if output.json == "-":
-        print(json.dumps(found, indent=2))
+        print(json.dumps(plain(report), indent=2))
     else:
         if output.json:
-            write_json(Path(output.json), found)
-        lines = [f"{what.lower():<9} {value}" for what, value in settings]
-        print_report(sentence, tables, examples[:on_terminal], lines=lines, stream=sys.stdout)
+            write_json(Path(output.json), plain(report))
+        lines = [f"{what.lower():<9} {value}" for what, value in page["settings"]]
+        print_report(page["sentence"], page["tables"], page["examples"][:on_terminal], lines=lines, stream=sys.stdout)
         for path in filter(None, (output.json, output.page)):
             print(f"written: {path}")
     if stopped is None:

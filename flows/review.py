@@ -53,7 +53,8 @@ def serve_review(
             raise UserError(f"--port {port}: {error.strerror}; leave it out to take a free one") from None
         say(f"review: {url}")
         say("  Ctrl-C ends it; what is judged is kept")
-        if open_browser and _has_screen():
+        # Without a screen the browser would come up in this terminal.
+        if open_browser and (sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
             webbrowser.open(url)
         while not once or desk.pending():
             time.sleep(0.5)
@@ -137,8 +138,3 @@ def _check_cancelled(client: SyncPrefectClient, runs: list[UUID]) -> None:
         for run in runs:
             client.set_flow_run_state(run, CancelledState(message="cancelled while waiting for a person"), force=True)
         raise Cancelled("cancelled in Prefect")
-
-
-def _has_screen() -> bool:
-    """Whether a browser would come up in a window of its own, rather than in this terminal."""
-    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

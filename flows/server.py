@@ -66,6 +66,8 @@ def prefect_api(log: Path) -> Iterator[PrefectAPI]:
     Raises:
         ChildFailed: our own server did not come up.
     """
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, get_current_settings, temporary_settings
 
     log_to_file(log)
@@ -83,7 +85,9 @@ def prefect_api(log: Path) -> Iterator[PrefectAPI]:
                 try:
                     yield api
                 finally:
-                    _deliver()
+                    # What Prefect still holds back goes while the server lives: after it, each line would fail aloud.
+                    for worker in (APILogWorker, EventsWorker):
+                        worker.drain_all(timeout=10)
         finally:
             for name, value in previous.items():
                 os.environ.pop(name)
@@ -180,12 +184,3 @@ def log_to_file(log: Path) -> None:
         for old in [h for h in logger.handlers if isinstance(h, PrefectConsoleHandler)]:
             logger.removeHandler(old)
             logger.addHandler(handler)
-
-
-def _deliver() -> None:
-    """Send what Prefect still holds back, while the server lives: after it, each line would wait and fail aloud."""
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-
-    for worker in (APILogWorker, EventsWorker):
-        worker.drain_all(timeout=10)

@@ -63,14 +63,12 @@ def serve(
     schedule = None
     if cron is not None:
         from prefect.schedules import Cron
-        from pydantic import ValidationError
 
         try:
             schedule = Cron(cron, timezone=timezone)
-        except (ValueError, ValidationError):
-            raise ConfigError(
-                f'--cron {cron!r} in {timezone}: not a cron string; "0 2 * * *" is two every night'
-            ) from None
+        except ValueError:
+            hint = '"0 2 * * *" is two every night'
+            raise ConfigError(f"--cron {cron!r} in {timezone}: not a cron string; {hint}") from None
     open_run(config)  # what can be wrong is said now, not at two in the night
     name = name or Path(config.run_dir).name
     log = RunDir(config.run_dir).log_path("prefect")
@@ -81,10 +79,11 @@ def serve(
         flow, parameters = add_rounds_flow(config), {"rounds": rounds, "overrides": {}}
         deployment = cast("UUID", runner.add_flow(flow, name=name, parameters=parameters, schedule=schedule))
         planned = f"{_first_planned(api, deployment):%Y-%m-%d %H:%M %Z}" if cron else "when triggered"
+        sign_in = f'PREFECT_API_AUTH_STRING="$(cat {api.password})" ' if api.password else ""
         when = f"at {cron} ({timezone})" if cron else "when triggered"
         progress.say(f"serving add_rounds/{name}: {rounds} more {'round' if rounds == 1 else 'rounds'} {when}")
         progress.say(f"  next:    {planned}")
-        progress.say(f"  trigger: {_client(api)} prefect deployment run add_rounds/{name}")
+        progress.say(f"  trigger: PREFECT_API_URL={api.url} {sign_in}prefect deployment run add_rounds/{name}")
         progress.say(f"  page:    {api.page}")
         try:
             asyncio.run(_serve(runner, progress, api, deployment if cron else None))
@@ -106,12 +105,6 @@ def overridden(config: Config, rounds: int, overrides: Mapping[str, float]) -> C
             raise ConfigError(f"overrides: {key} = {value!r} is not a number")
         values = assign(values, f"{key}={value}")
     return parse_config(Config, values, source="the trigger's overrides")
-
-
-def _client(api: PrefectAPI) -> str:
-    """The environment of a `prefect` command, as a shell reads it."""
-    url = f"PREFECT_API_URL={api.url}"
-    return url if api.password is None else f'{url} PREFECT_API_AUTH_STRING="$(cat {api.password})"'
 
 
 async def _serve(runner: Any, progress: Progress, api: PrefectAPI, deployment: UUID | None) -> None:

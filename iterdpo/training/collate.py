@@ -92,18 +92,16 @@ def _one_row(trees: Sequence[Tree], pad_token_id: int) -> Batch:
 
 def _rows(trees: Sequence[Tree], pad_token_id: int) -> Batch:
     rows = [(tree.prompt, branch) for tree in trees for branch in tree.branches]
-    width = -(-max(len(prompt) + len(branch) for prompt, branch in rows) // PAD_MULTIPLE) * PAD_MULTIPLE
+    lengths = [len(prompt) + len(branch) for prompt, branch in rows]
+    width = -(-max(lengths) // PAD_MULTIPLE) * PAD_MULTIPLE
     ids = torch.full((len(rows), width), pad_token_id)
     sources: list[int] = []
     for number, (prompt, branch) in enumerate(rows):
-        ids[number, : len(prompt) + len(branch)] = torch.tensor(prompt + branch)
+        ids[number, : lengths[number]] = torch.tensor(prompt + branch)
         first = number * width + len(prompt) - 1
         sources += range(first, first + len(branch))
-    tokens = sum(len(prompt) + len(branch) for prompt, branch in rows)
-    attention_pairs = sum(causal_pairs(0, len(prompt) + len(branch)) for prompt, branch in rows)
-    return Batch(
-        ids, None, None, torch.tensor(sources), *_targets(trees), tokens=tokens, attention_pairs=attention_pairs
-    )
+    seen = sum(causal_pairs(0, length) for length in lengths)
+    return Batch(ids, None, None, torch.tensor(sources), *_targets(trees), tokens=sum(lengths), attention_pairs=seen)
 
 
 def causal_pairs(before: int, length: int) -> int:
@@ -255,17 +253,13 @@ def micro_batches(sizes: Sequence[int], *, budget: int, rank: int = 0, world: in
     each; an empty batch adds nothing.
     """
     ordered = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
-    shares = [_cut(ordered[start::world], sizes, budget) for start in range(world)]
+    shares: list[list[list[int]]] = [[] for _ in range(world)]
+    for start, batches in enumerate(shares):
+        room = 0
+        for item in reversed(ordered[start::world]):  # the largest first: one that does not fit in memory fails at once
+            if sizes[item] > room:
+                batches.append([])
+                room = budget
+            batches[-1].append(item)
+            room -= sizes[item]
     return shares[rank] + [[]] * (max(map(len, shares)) - len(shares[rank]))
-
-
-def _cut(items: list[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
-    batches: list[list[int]] = []
-    room = 0
-    for item in reversed(items):  # the largest first: one that does not fit in memory fails at once
-        if sizes[item] > room:
-            batches.append([])
-            room = budget
-        batches[-1].append(item)
-        room -= sizes[item]
-    return batches

@@ -117,21 +117,18 @@ def launch_training(
         ChildFailed: with the end of its log.
     """
     spec.write(spec_path)
-    steps = spec.output / TRAIN_LOG
-    seen = 0
-    with supervise.start(
-        command(spec, spec_path), log=log, env=environment(processes=spec.dpo.processes), reserved=reserved
-    ) as child:
-        while True:
+    steps, seen = spec.output / TRAIN_LOG, 0
+    status: int | None = None
+    env = environment(processes=spec.dpo.processes)
+    with supervise.start(command(spec, spec_path), log=log, env=env, reserved=reserved) as child:
+        while status is None:
+            time.sleep(0.2)
             status = child.poll()
             lines = steps.read_text().splitlines(keepends=True) if steps.exists() else []
             for line in lines[seen:]:
                 if line.endswith("\n"):
                     on_step(json.loads(line))
                     seen += 1
-            if status is not None:
-                break
-            time.sleep(0.2)
         if status != 0:
             raise ChildFailed(f"training failed (status {status})\n{child.log_tail()}\nThe whole log: {log}")
     for left in spec.output.glob("checkpoint-*"):
@@ -149,18 +146,11 @@ def command(spec: TrainSpec, spec_path: Path) -> list[str]:
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     if spec.dpo.accelerate_config is not None:
         return [*launch, "--config_file", spec.dpo.accelerate_config, *module]
-    options = [
-        f"--num_processes={processes}",
-        "--num_machines=1",
-        "--mixed_precision=no",  # the trainer's own autocast
-        "--dynamo_backend=no",
-        f"--num_cpu_threads_per_process={threads(processes)}",
-    ]
-    if processes > 1:
-        options.append("--multi_gpu")
-    elif not visible_gpus():
-        options.append("--cpu")
-    return [*launch, *options, *module]
+    # The autocast is the trainer's own.
+    launch += [f"--num_processes={processes}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    launch += [f"--num_cpu_threads_per_process={threads(processes)}"]
+    kind = ["--multi_gpu"] if processes > 1 else [] if visible_gpus() else ["--cpu"]
+    return [*launch, *kind, *module]
 
 
 def environment(*, processes: int) -> dict[str, str]:

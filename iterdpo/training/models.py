@@ -84,11 +84,8 @@ def average_checkpoints(first: Path, second: Path, *, decay: float, output: Path
     from safetensors.torch import save_file
 
     for file in second.iterdir():
-        if (
-            file.is_file()
-            and file.suffix != ".pt"
-            and file.name not in ("MANIFEST.json", "train_log.jsonl", "train.json")
-        ):
+        own = file.suffix == ".pt" or file.name in ("MANIFEST.json", "train_log.jsonl", "train.json")
+        if file.is_file() and not own:
             (output / file.name).unlink(missing_ok=True)
             shutil.copy(file, output / file.name)
     file_of: dict[str, Path] = {}

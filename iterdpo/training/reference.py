@@ -70,8 +70,7 @@ def sampler_logps(
     gap = float((computed - sampled[numbers].double()).abs().sum()) / tokens
     used = gap <= tolerance and pairs.partners is None and pairs.held_out is None
     if compute.accelerator.is_main_process:
-        log.info(
-            "the sampler's log-probabilities are off by %.4f nats a token: %s", gap, "used" if used else "not used"
-        )
+        outcome = "used" if used else "not used"
+        log.info("the sampler's log-probabilities are off by %.4f nats a token: %s", gap, outcome)
     logps = torch.cat((sampled, torch.zeros(len(sampled), 1)), dim=1).float() if used else None
     return logps, {"gap": gap, "pairs": len(numbers), "used": used}

@@ -34,7 +34,6 @@ from iterdpo.training.launch import TRAIN_LOG, TrainSpec
 from iterdpo.training.logps import LogpPath, Scorer, select_logp_path
 from iterdpo.training.models import ADAPTER_CONFIG, adapter_base, load_policy, with_new_adapter
 from iterdpo.training.reference import reference_logps
-from iterdpo.training.sentinels import Alarm
 from iterdpo.training.step import Compute, Trainer
 
 log = logging.getLogger(__name__)
@@ -70,7 +69,13 @@ def train(spec: TrainSpec) -> None:
                 named = {"alarms": [f"{alarm.name}: {alarm.message}" for alarm in alarms]} if alarms else {}
                 train_log.write(json.dumps(row | named) + "\n")
                 train_log.flush()
-            _raise_if_stopping(number + 1, alarms, spec.output / TRAIN_LOG)
+            for alarm in alarms:
+                log.warning("step %d: %s: %s", number + 1, alarm.name, alarm.message)
+            if stopping := [alarm.message for alarm in alarms if alarm.action == "stop"]:
+                raise RuntimeError(
+                    f"step {number + 1}: {stopping[0]}: the round is stopped. Look at {train_log.name}, "
+                    "and lower dpo.learning_rate or raise dpo.beta"
+                )
             if (number + 1) % spec.dpo.checkpoint_every == 0 and number + 1 < len(pairs.steps):
                 os.fsync(train_log.fileno())
                 save_checkpoint(accelerator, spec.output, steps=number + 1)
@@ -108,11 +113,9 @@ def _trainer(spec: TrainSpec, accelerator: Accelerator, pairs: RoundPairs) -> Tr
     dpo = spec.dpo
     compute: Compute | None = None
     reference: Tensor | None = None
-    own_reference = spec.reference is None or str(spec.reference) == adapter_base(spec.policy)
     if not dpo.uses_reference:
         reference = torch.zeros(len(pairs), 3, device=accelerator.device)
-    elif not own_reference:
-        assert spec.reference is not None
+    elif spec.reference is not None and str(spec.reference) != adapter_base(spec.policy):
         compute, reference = _foreign_reference(spec, spec.reference, accelerator, pairs)
         accelerator.free_memory()
     model = _policy_to_train(spec)
@@ -153,7 +156,7 @@ def _policy_to_train(spec: TrainSpec) -> Any:
         trainable=True,
     )
     if adapter_base(spec.policy) is not None:
-        _check_adapter(read_json(spec.policy / ADAPTER_CONFIG), adapter, spec.policy)
+        _check_adapter(adapter, spec.policy)
     elif adapter is not None:
         model = with_new_adapter(model, **adapter.model_dump())
     if dpo.gradient_checkpointing:
@@ -173,23 +176,9 @@ def _compute(spec: TrainSpec, accelerator: Accelerator, model: Any, pairs: Round
     return Compute(accelerator, spec.dpo, path)
 
 
-def _raise_if_stopping(step: int, alarms: Sequence[Alarm], train_log: Path) -> None:
-    """Log the alarms of a step; end the round if one of them has the action `stop`."""
-    for alarm in alarms:
-        log.warning("step %d: %s: %s", step, alarm.name, alarm.message)
-    if stopping := [alarm.message for alarm in alarms if alarm.action == "stop"]:
-        raise RuntimeError(
-            f"step {step}: {stopping[0]}: the round is stopped. Look at {train_log}, "
-            "and lower dpo.learning_rate or raise dpo.beta"
-        )
-
-
-def _check_adapter(trained: dict[str, Any], configured: AdapterConfig | None, path: Path) -> None:
-    """Check that training continues an adapter with the rank and alpha that it has.
-
-    Raises:
-        RuntimeError: the configuration has others, or no adapter.
-    """
+def _check_adapter(configured: AdapterConfig | None, path: Path) -> None:
+    """Raises a RuntimeError unless the adapter in `path` has the configured rank and alpha."""
+    trained = read_json(path / ADAPTER_CONFIG)
     if configured is None or (configured.r, configured.alpha) != (trained["r"], trained["lora_alpha"]):
         wanted = f"of r {configured.r} and alpha {configured.alpha}" if configured else "null"
         raise RuntimeError(
@@ -211,10 +200,9 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices; none for biases and norms."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    parts = (([p for p in trained if p.ndim >= 2], weight_decay), ([p for p in trained if p.ndim < 2], 0.0))
+    return [{"params": params, "weight_decay": decay} for params, decay in parts if params]
 
 
 if __name__ == "__main__":
