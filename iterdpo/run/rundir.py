@@ -68,15 +68,10 @@ class Step:
 
     def __init__(self, path: Path, inputs: dict[str, Any], *, attic: Path | None = None) -> None:
         """`attic`: where a step made with other inputs is moved, to be done again; None refuses instead."""
-        self.path = path
-        self.attic = attic
-        self.partial = path.with_name(path.name + ".partial")
+        self.path, self.attic, self.partial = path, attic, path.with_name(path.name + ".partial")
+        self.name = f"{path.parent.name}/{path.name}"
         self.inputs = json.loads(json.dumps(inputs, allow_nan=False))  # as it reads back from a manifest
         self.started = time.perf_counter()
-
-    @property
-    def name(self) -> str:
-        return f"{self.path.parent.name}/{self.path.name}"
 
     def manifest(self) -> Manifest | None:
         """The manifest of the finished step, or None if it is not done. Changes nothing on disk.
@@ -176,10 +171,8 @@ class RunDir:
         self.root = Path(root)
         note = self.root / "run.json"
         if note.exists() and read_json(note).get("format") != FORMAT:
-            raise UserError(
-                f"{self.root}: this run was begun by a version of iterdpo whose files this one cannot read; finish it "
-                "with that version, or choose another run_dir"
-            )
+            remedy = "finish it with that version, or choose another run_dir"
+            raise UserError(f"{self.root}: begun by a version of iterdpo whose files this one cannot read; {remedy}")
         self.redo = redo
         self.attic = self.root / "attic" / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
 

@@ -26,7 +26,6 @@ class SamplingParameters:
 class Sampler(Protocol):
     def load(self, policy: Path, digest: str) -> None:
         """Make `policy` the policy to sample from; `digest` names its content. Cheap if it is already loaded."""
-        ...
 
     def sample(
         self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
@@ -34,15 +33,12 @@ class Sampler(Protocol):
         """`parameters.n` completions of each prompt. The result depends on the policy and the arguments alone, not on
         earlier calls, so that a resumed run samples what the uninterrupted one would have.
         """
-        ...
 
     def release(self) -> None:
         """Give the accelerator's memory back until the next `load`. The process lives on."""
-        ...
 
     def close(self) -> None:
         """End the process. Safe to call twice."""
-        ...
 
 
 class LazySampler:

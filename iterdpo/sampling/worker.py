@@ -11,10 +11,13 @@ of 100 million weights with r = 16 sampled 25 times slower so; merging it takes 
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import traceback
 from pathlib import Path
 from typing import Any, get_args
+
+from safetensors import safe_open
 
 from iterdpo.run.worker import Done, serve
 from iterdpo.sampling.base import Load, Release, Released, Sample, Sampled, Start, Started
@@ -24,12 +27,10 @@ from iterdpo.types import Completion
 def main() -> None:
     worker = Worker()
     serve(
-        {Start: worker.start, Load: worker.load, Sample: worker.sample, Release: worker.release}, prepare=_import_vllm
+        {Start: worker.start, Load: worker.load, Sample: worker.sample, Release: worker.release},
+        # It takes twelve seconds on a small machine, while the parent does other things.
+        prepare=lambda: importlib.import_module("vllm"),
     )
-
-
-def _import_vllm() -> None:
-    import vllm  # noqa: F401  # twelve seconds on a small machine, while the parent does other things
 
 
 class Worker:
@@ -79,7 +80,6 @@ class Worker:
 
     def _use(self, policy: str) -> None:
         """Sample from this policy from now on."""
-        from iterdpo.sampling.merge import adapts_head
         from iterdpo.training.models import adapter_base
 
         base = adapter_base(policy)
@@ -109,8 +109,6 @@ class Worker:
         return request
 
     def _merge(self, policy: str) -> None:
-        from iterdpo.sampling.merge import merge_adapter
-
         print(f"merging the adapter {policy} into its base")
         shutil.rmtree(self.scratch, ignore_errors=True)  # that of a run that was killed
         try:
@@ -140,6 +138,39 @@ class Worker:
         if self.on_gpu:
             self.llm.sleep(level=1)
         return Released(asleep=self.on_gpu)
+
+
+HEADS = ("lm_head", "embed_out", "output_layer")
+
+
+def merge_adapter(adapter: str | Path, output: Path, *, dtype: Any, trust_remote_code: bool = False) -> None:
+    """Write W + (alpha / r) B A in `dtype` to `output`: config.json and weights, as an engine reloads them.
+
+    Added in float32 and rounded once, on the CPU; takes four bytes of memory a weight.
+
+    Raises:
+        ValueError: it adapts an output head, or embeddings, that are tied: two matrices would have to come of one.
+    """
+    from iterdpo.training.models import load_policy
+
+    model = load_policy(adapter, trust_remote_code=trust_remote_code)
+    inner = model.get_base_model()
+    ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    if inner.config.get_text_config().tie_word_embeddings and any(hasattr(end, "lora_A") for end in ends):
+        raise ValueError(
+            f"{adapter} adapts embeddings or output head of a model that ties them, and cannot be merged; leave them "
+            "out of dpo.adapter.target_modules"
+        )
+    model.merge_and_unload().to(dtype).save_pretrained(output)
+
+
+def adapts_head(adapter: str | Path) -> bool:
+    """Whether the adapter changes the output head.
+
+    vLLM 0.32 on a CPU leaves such a head in place when its adapter is gone: the base then samples with it.
+    """
+    with safe_open(Path(adapter) / "adapter_model.safetensors", framework="numpy") as tensors:
+        return any(head in name.split(".") for name in tensors.keys() for head in HEADS)  # noqa: SIM118  # no mapping
 
 
 def repack_output_head(model: Any) -> None:

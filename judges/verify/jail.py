@@ -296,12 +296,7 @@ def _filter_calls(*, alone: bool) -> None:
     program.append(allow)
 
     class Filter(ctypes.Structure):
-        _fields_ = (
-            ("code", ctypes.c_uint16),
-            ("jt", ctypes.c_uint8),
-            ("jf", ctypes.c_uint8),
-            ("k", ctypes.c_uint32),
-        )
+        _fields_ = (("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32))
 
     class Program(ctypes.Structure):
         _fields_ = (("len", ctypes.c_uint16), ("filter", ctypes.POINTER(Filter)))
@@ -354,8 +349,7 @@ def _say(status: int, line: str) -> None:
 
 def _mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
     names = [None if text is None else text.encode() for text in (source, target, kind, data)]
-    done = libc.mount(*names[:3], ctypes.c_ulong(flags), names[3])
-    _call(f"mount of {target}", done)
+    _call(f"mount of {target}", libc.mount(*names[:3], ctypes.c_ulong(flags), names[3]))
 
 
 def _syscall(name: str, *arguments: Any) -> int:

@@ -45,8 +45,9 @@ class JSONSchema(Verifier):
         if self.column is not None and (problem := _schema_problem(schema)):
             return Abstention(f"the column {self.column!r}: {problem}")
         schema = json.loads(schema) if isinstance(schema, str) else schema
+        blocks = [text for language, text in fenced_blocks(completion) if language in ("", "json")]
         try:
-            value = json.loads(_json_text(completion), parse_constant=_no_constant)
+            value = json.loads(blocks[0] if len(blocks) == 1 else completion, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             return 0.0
         try:
@@ -55,11 +56,6 @@ class JSONSchema(Verifier):
             return Abstention(f"the schema refers to {error.ref!r}, which it does not have; nothing is fetched")
         except RecursionError:
             return Abstention("the schema, or the JSON, is nested too deeply to check")
-
-
-def _json_text(completion: str) -> str:
-    blocks = [text for language, text in fenced_blocks(completion) if language in ("", "json")]
-    return blocks[0] if len(blocks) == 1 else completion
 
 
 def _no_constant(name: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace as Namespace
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from iterdpo.sampling.base import Start, Started
-from iterdpo.sampling.worker import Worker, completion_of, cpu_defaults
+from iterdpo.sampling.worker import Worker, adapts_head, completion_of, cpu_defaults
 from iterdpo.types import Completion
 
 START = Start("policy", engine={}, lora="auto", adapter_rank=4, scratch="scratch")
@@ -45,3 +48,17 @@ def test_a_completion_has_the_log_probability_of_each_sampled_token() -> None:
 def test_a_cpu_engine_prefills_the_longest_prompt_in_one_piece() -> None:
     assert cpu_defaults({"max_model_len": 64})["max_num_batched_tokens"] == 4096
     assert cpu_defaults({"max_model_len": 9000})["max_num_batched_tokens"] == 9000
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("base_model.model.lm_head.lora_A.weight", True),
+        ("base_model.model.embed_out.lora_B.weight", True),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", False),
+        ("base_model.model.my_lm_head.lora_A.weight", False),
+    ],
+)
+def test_an_adapter_of_the_output_head_is_told_by_its_tensors_names(tmp_path: Path, name: str, head: bool) -> None:
+    save_file({name: np.zeros((1, 1))}, tmp_path / "adapter_model.safetensors")
+    assert adapts_head(tmp_path) is head
