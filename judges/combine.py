@@ -100,9 +100,7 @@ class Ensemble(_JudgeOfJudges):
         self.min_judges = len(judges) if min_judges is None else min_judges
 
     @staticmethod
-    def check(
-        judges: Any, standardize: str = "none", max_disagreement: float | None = None, min_judges: int | None = None
-    ) -> None:
+    def check(judges: Any, standardize: Any = "none", max_disagreement: Any = None, min_judges: Any = None) -> None:
         if not isinstance(judges, list) or not judges:
             raise JudgeError("ensemble: `judges` is a list of {use: ..., args: {...}, weight: 1}; give at least one")
         for judge in judges:

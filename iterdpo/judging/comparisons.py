@@ -81,8 +81,7 @@ def bradley_terry(count: int, results: Sequence[tuple[int, int, float]], *, prio
     as `prior` of a comparison: without it, one that always wins would be infinitely strong. Maximum likelihood by the
     MM algorithm of Hunter (2004, Annals of Statistics 32), Eq. 3.
     """
-    strengths = [1.0] * count
-    wins = [prior / 2] * count
+    strengths, wins = [1.0] * count, [prior / 2] * count
     for i, j, share in results:
         wins[i] += share
         wins[j] += 1 - share
@@ -111,9 +110,8 @@ def resolve_comparisons(comparisons: Sequence[Comparison]) -> list[PairResult]:
         by_pair.setdefault((min(c.first, c.second), max(c.first, c.second)), []).append(c)
     results = []
     for (i, j), shown in by_pair.items():
-        unjudged = next((c for c in shown if c.winner is None), None)
-        if unjudged is not None:
-            results.append(PairResult(i, j, 0.5, unjudged.reason or "the judge gave no reason"))
+        if unjudged := [c for c in shown if c.winner is None]:
+            results.append(PairResult(i, j, 0.5, unjudged[0].reason or "the judge gave no reason"))
             continue
         shares = [_share(c) if c.first == i else 1 - _share(c) for c in shown]
         if all(c.probability is not None for c in shown):

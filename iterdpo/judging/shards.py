@@ -65,11 +65,10 @@ def judge_shards(
     Raises:
         JudgingStopped: more abstentions than allowed. What was judged stays.
     """
-    named = judge.named
+    named, expected = judge.named, judge.named.expected_abstentions
     most = total if named.max_abstained_count is None else named.max_abstained_count
     allowed = min(int(named.max_abstained * total), most)
     retry = (directory / RETRY).exists()
-    expected = named.expected_abstentions
     counted = AbstentionCounts(leave_out=expected)
 
     def tasks() -> Iterator[_Task]:

@@ -142,7 +142,9 @@ def check_judge_on(
         asked = zip(block, firsts, _judge(judge, block, firsts), strict=True)
         judged = [_judged(pair, first, judgment, unit) for pair, first, judgment in asked]
         if swap is None:
-            swap = _compares(judge) and not any(orders(j) for j in judged)
+            # A completion's score may depend on the others of its group, and so on their order.
+            together = judge.comparative or (isinstance(judge, CustomJudge) and judge.kind == "groups")
+            swap = together and not any(orders(j) for j in judged)
         if swap:
             for j, judgment in zip(judged, _judge(judge, block, [not f for f in firsts]), strict=True):
                 j.swapped = judgment
@@ -153,7 +155,12 @@ def check_judge_on(
         draw_again(judge, 0)
         check.pairs += judged
         wrong = [m for m in map(Mistake, block, judged) if not m.pair.tie and m.judged.judgment.verdict == "rejected"]
-        check.mistakes = heapq.nsmallest(EXAMPLES, check.mistakes + wrong, key=_how_right)
+        check.mistakes = heapq.nsmallest(EXAMPLES, check.mistakes + wrong, key=how_right)
+
+    def how_right(mistake: Mistake) -> tuple[float, float, int]:
+        judgment = mistake.judged.judgment
+        assert judgment.probability is not None
+        return judgment.probability, judgment.difference, mistake.judged.row
 
     check.turn = in_blocks(judge, pairs, work, advance)
     return check
@@ -230,14 +237,3 @@ def _judge(judge: JudgeBase, block: Sequence[LabelledPair], firsts: Sequence[boo
 def _judged(pair: LabelledPair, chosen_first: bool, judgment: PairJudgment, unit: str) -> JudgedPair:
     chosen, rejected = (len(c.text) if unit == "characters" else len(c.token_ids) for c in (pair.chosen, pair.rejected))
     return JudgedPair(pair.row, pair.prompt.id, pair.subset, pair.tie, chosen_first, (chosen, rejected), judgment)
-
-
-def _compares(judge: JudgeBase) -> bool:
-    """Whether a completion's score may depend on the others of its group, and so on their order."""
-    return judge.comparative or (isinstance(judge, CustomJudge) and judge.kind == "groups")
-
-
-def _how_right(mistake: Mistake) -> tuple[float, float, int]:
-    judgment = mistake.judged.judgment
-    assert judgment.probability is not None
-    return judgment.probability, judgment.difference, mistake.judged.row

@@ -12,7 +12,7 @@ from scipy.special import expit, logit
 
 from iterdpo.seeds import derive_seed
 from iterdpo.stats import NOTHING, Estimate, Floats, clustered_bootstrap, clustered_mean
-from judges.audit.check import FROM_SCORES, FROM_VERDICTS, JudgedPair, PairJudgment, orders
+from judges.audit.check import FROM_SCORES, FROM_VERDICTS, JudgedPair, orders
 from judges.audit.stats import (
     best_temperature,
     calibrated_error,
@@ -106,7 +106,8 @@ def _shares(pairs: Sequence[JudgedPair], confidence: float) -> dict[str, Estimat
     judged = [(p.judgment.verdict, p) for p in pairs if p.judgment.verdict is not None]
     labelled = [(verdict, p) for verdict, p in judged if not p.tie]
     both = [(found, p) for p in pairs if (found := orders(p)) is not None]
-    judgments = [(judgment, order, p) for p in pairs for judgment, order in _judgments(p)]
+    judgments = [(p.judgment, p.chosen_first, p) for p in pairs]
+    judgments += [(p.swapped, not p.chosen_first, p) for p in pairs if p.swapped is not None]
     shown = [(s, p) for judgment, _, p in judgments for s in judgment.shown if s.verdict in WINNERS]
     single = [(float((s.verdict == "chosen") == s.chosen_first), p) for s, p in shown]
     grouped = [(j.verdict == "chosen", order, p) for j, order, p in judgments if j.verdict in WINNERS]
@@ -124,12 +125,6 @@ def _shares(pairs: Sequence[JudgedPair], confidence: float) -> dict[str, Estimat
         "first_index": share((float(right == order), p) for right, order, p in grouped),
         "self_consistency": share((max(Counter(v).values()) / len(v), p) for v, p in repeated),
     }
-
-
-def _judgments(pair: JudgedPair) -> list[tuple[PairJudgment, bool]]:
-    """The judgments of a pair, each with whether the chosen came first in it."""
-    swapped = [] if pair.swapped is None else [(pair.swapped, not pair.chosen_first)]
-    return [(pair.judgment, pair.chosen_first), *swapped]
 
 
 def _lengths(pairs: Sequence[JudgedPair], seed: int, confidence: float, samples: int) -> dict[str, Estimate]:

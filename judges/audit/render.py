@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 SHOWN = 10  # differences on the terminal, and lines of a table of reasons
 CHARACTERS = 300  # of a text on the terminal
 
-
 share = partial(percent, digits=1)
 
 
@@ -94,9 +93,6 @@ class Example(NamedTuple):
     title: str
     prompt: str
     sides: list[Side]
-
-
-# What there is to say
 
 
 def check_sentence(report: dict[str, Any]) -> str:
@@ -228,9 +224,6 @@ def _range(estimate: Estimate, show: Callable[[float], str]) -> str:
     return f"{show(estimate.low).removesuffix(UNIT)} to {show(estimate.high)}"
 
 
-# Terminal
-
-
 def print_report(
     sentence: str, tables: Sequence[Table], examples: Sequence[Example], *, lines: Sequence[str], stream: IO[str]
 ) -> None:
@@ -272,9 +265,6 @@ def _short(text: str) -> str:
     text = " ".join(text.split())
     more = len(text) - CHARACTERS
     return text if more <= 0 else f"{text[:CHARACTERS]} … ({more:,} more characters)"
-
-
-# JSON and page
 
 
 def plain(value: Any) -> Any:

@@ -20,9 +20,6 @@ from iterdpo.stats import NOTHING, Estimate, Floats, Statistic, clustered_mean, 
 BINS = 10
 
 
-# Calibration
-
-
 def calibration_error(
     p: ArrayLike,
     prompts: Sequence[str],
@@ -129,9 +126,6 @@ def _binned(p: ArrayLike, bins: int) -> tuple[Floats, Floats, NDArray[np.intp]]:
     confidence = np.maximum(p, 1 - p)
     bin = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     return confidence, np.where(p == 0.5, 0.5, p > 0.5), bin
-
-
-# Agreement
 
 
 def symmetric_rank_correlation(x: ArrayLike, y: ArrayLike) -> Statistic:

@@ -21,6 +21,11 @@ from judges.models.checkpoint import checkpoint_config, free_memory
 PRECISIONS = ("bf16", "fp32")
 
 
+class _Row(NamedTuple):
+    prompt: list[int]  # token ids
+    completion: list[int]
+
+
 @dataclass(eq=False, repr=False)
 class ImplicitReward(JudgeBase):
     """Scores completions by a trained policy and the reference that it was trained against.
@@ -76,9 +81,9 @@ class ImplicitReward(JudgeBase):
         if self._tokenizer is None:
             self._load_tokenizer()
         found = [self._row(group, c) for group in groups for c in group.completions]
-        rows = [row for row in found if isinstance(row, _Row)]
+        rows = [row for row in found if not isinstance(row, Abstention)]
         rewards = iter(self._rewards(rows) if rows else ())
-        return judgments_from_outcomes(groups, [next(rewards) if isinstance(row, _Row) else row for row in found])
+        return judgments_from_outcomes(groups, [row if isinstance(row, Abstention) else next(rewards) for row in found])
 
     def close(self) -> None:
         self._models = []
@@ -102,10 +107,10 @@ class ImplicitReward(JudgeBase):
         self._tokenizer, self._limit = policy, min((n for n in limits if n), default=1 << 30)
 
     def _row(self, group: CompletionGroup, completion: Completion) -> _Row | Abstention:
-        row = self._sampled(group, completion) or self._tokenized(group.prompt, completion)
-        if not (row.completion and row.prompt):
-            return Abstention(f"the {'prompt' if row.completion else 'completion'} has no token")
-        if len(row.prompt) + len(row.completion) > self._limit:
+        before, ids = row = self._sampled(group, completion) or self._tokenized(group.prompt, completion)
+        if not (before and ids):
+            return Abstention(f"the {'prompt' if ids else 'completion'} has no token")
+        if len(before) + len(ids) > self._limit:
             return Abstention(f"more than the {self._limit} tokens that the policy reads")
         return row
 
@@ -141,18 +146,11 @@ class ImplicitReward(JudgeBase):
             self._models = [
                 load_policy(path, trust_remote_code=self.trust_remote_code) for path in (self.policy, self.reference)
             ]
-        prompts, completions = [row.prompt for row in rows], [row.completion for row in rows]
+        prompts, completions = (list(ids) for ids in zip(*rows, strict=True))
         settings: dict[str, Any] = {"precision": self.precision, "rows_per_batch": self.batch_size}
         policy, reference = (score_completions(model, prompts, completions, **settings) for model in self._models)
         tokens = [len(completion) if self.length_normalized else 1 for completion in completions]
         return [self.beta * (p - r) / n for p, r, n in zip(policy, reference, tokens, strict=True)]
-
-
-class _Row(NamedTuple):
-    """Token ids: `_Row(prompt=[40, 8], completion=[253, 2])`."""
-
-    prompt: list[int]
-    completion: list[int]
 
 
 def _bare(text: str) -> str:

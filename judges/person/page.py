@@ -120,6 +120,22 @@ def review_server(desk: Desk, *, port: int = 0, title: str = "") -> Iterator[str
 
 
 def _app(desk: Desk, *, token: str, title: str) -> Starlette:
+    async def act(action: str, request: Request) -> Response:
+        try:
+            length = int(request.headers.get("content-length", ""))
+            body: Any = json.loads(await request.body()) if 0 <= length <= LIMIT else None
+            tab, task, choice, note = (str(body.get(name, "")) for name in ("tab", "task", "choice", "note"))
+        except (ValueError, AttributeError):
+            return _refusal(400)
+        actions = {
+            "next": lambda: desk.next(tab),
+            "verdict": lambda: desk.submit(tab, task, choice, note),
+            "undo": lambda: desk.undo(tab, task),
+        }
+        if action not in actions:
+            return _refusal(404)
+        return JSONResponse(await run_in_threadpool(actions[action]), headers=_headers())
+
     async def answer(request: Request) -> Response:
         host = request.headers.get("host", "").lower()
         # A name that an attacker's DNS points here would reach this server with its own Host.
@@ -130,7 +146,7 @@ def _app(desk: Desk, *, token: str, title: str) -> Starlette:
         if not hmac.compare_digest(given.encode(), token.encode()):
             return _refusal(404)
         if request.method == "POST":
-            return await _act(desk, action, request)
+            return await act(action, request)
         if action:
             return _refusal(404)
         nonce = secrets.token_urlsafe(16)
@@ -139,23 +155,6 @@ def _app(desk: Desk, *, token: str, title: str) -> Starlette:
         )
 
     return Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])])
-
-
-async def _act(desk: Desk, action: str, request: Request) -> Response:
-    try:
-        length = int(request.headers.get("content-length", ""))
-        body: Any = json.loads(await request.body()) if 0 <= length <= LIMIT else None
-        tab, task, choice, note = (str(body.get(name, "")) for name in ("tab", "task", "choice", "note"))
-    except (ValueError, AttributeError):
-        return _refusal(400)
-    actions = {
-        "next": lambda: desk.next(tab),
-        "verdict": lambda: desk.submit(tab, task, choice, note),
-        "undo": lambda: desk.undo(tab, task),
-    }
-    if action not in actions:
-        return _refusal(404)
-    return JSONResponse(await run_in_threadpool(actions[action]), headers=_headers())
 
 
 def _refusal(status: int) -> Response:
