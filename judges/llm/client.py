@@ -31,7 +31,7 @@ from iterdpo.errors import JudgeError
 from iterdpo.escape import printable
 from judges.cache import SQLiteCache
 from judges.llm.reply import Reply, error_of, read_reply, stable_reason, without_key
-from judges.llm.settings import Endpoint, checked_url
+from judges.llm.settings import Endpoint
 from judges.llm.transport import REFUSED, Failure, authorization, post, with_retries
 
 if TYPE_CHECKING:
@@ -94,12 +94,13 @@ class Client:
         assert self._session is None, "a Client is open in one event loop at a time"
         if self.base_url is None:
             raise JudgeError("endpoint: missing key 'base_url', the address of the server: http://localhost:8000/v1")
-        try:
-            self.base_url = checked_url(self.base_url)
-        except ValueError as error:
-            raise JudgeError(f"endpoint: base_url: {error}") from None
+        self.base_url = str(Endpoint(base_url=self.base_url).base_url)
         if self.endpoint.cache != "off":
-            self._cache = _open_cache(self.endpoint.cache)
+            path = self.endpoint.cache or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/iterdpo/judge-calls.sqlite"
+            remedy = "name another in `cache`, or set `cache: off`"
+            self._cache = SQLiteCache(
+                Path(path).expanduser(), table="replies", column="reply", owner="endpoint", remedy=remedy
+            )
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),  # the slots limit it
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -143,7 +144,7 @@ class Client:
             JudgeError: what only the user can mend: the key, the model, the address, the cache file.
         """
         fields = {**body, **self.endpoint.extra, "model": self.model, "messages": messages}
-        request = {name: value for name, value in fields.items() if value is not None}
+        request = {k: v for k, v in fields.items() if v is not None}
         payload = json.dumps(request, sort_keys=True).encode()
         key = hashlib.sha256(json.dumps(salt).encode() + payload).hexdigest()
         self._totals["calls"] += 1
@@ -151,9 +152,11 @@ class Client:
             while flight := self._flights.get(key):
                 await asyncio.wait((flight,))  # unlike `await flight`, does not cancel it for the others
                 if not flight.cancelled():
-                    return self._as_cached(flight.result())
+                    self._totals["cached"] += 1
+                    return flight.result()._replace(cached=True)
             if self._cache is not None and (kept := self._cache.get(key, _kept_reply)) is not None and keep(kept):
-                return self._as_cached(kept)
+                self._totals["cached"] += 1
+                return kept
             flight = self._flights[key] = asyncio.get_running_loop().create_future()
             try:
                 reply = await self._call_with_retries(payload, request)
@@ -182,10 +185,6 @@ class Client:
     def usage(self) -> dict[str, float]:
         """Totals since the client was made. Tokens, dollars and seconds are those of the calls that were not cached."""
         return {**self._totals, "cost_usd": self.endpoint.cost(self._totals["tokens_in"], self._totals["tokens_out"])}
-
-    def _as_cached(self, reply: Reply) -> Reply:
-        self._totals["cached"] += 1
-        return reply._replace(cached=True)
 
     async def _call_with_retries(self, payload: bytes, request: dict[str, Any]) -> Reply:
         """One call with all its attempts. Between attempts it holds no slot."""
@@ -220,13 +219,7 @@ class Client:
             await self._wait(seconds)
 
         try:
-            await with_retries(
-                attempt,
-                attempts=endpoint.attempts,
-                backoff=endpoint.backoff,
-                max_backoff=endpoint.max_backoff,
-                pause=pause,
-            )
+            await with_retries(attempt, pause, endpoint.attempts, endpoint.backoff, endpoint.max_backoff)
         finally:
             self._totals["seconds"] += time.monotonic() - began if began else 0
         if isinstance(outcome, Failure) and outcome.retry:
@@ -265,21 +258,18 @@ class Client:
         if status in REFUSED:
             reason = stable_reason(said, json.dumps(request["messages"], ensure_ascii=False)) or slug
             return Failure(f"HTTP {status}: {reason}" if reason else f"HTTP {status}", retry=False)
-        raise JudgeError(
-            f"endpoint {self.base_url}: HTTP {status}{f' ({printable(said)[:200]})' if said else ''}; "
-            + self._remedy(status)
-        )
+        said = f" ({printable(said)[:200]})" if said else ""
+        raise JudgeError(f"endpoint {self.base_url}: HTTP {status}{said}; {self._remedy(status)}")
 
     def _remedy(self, status: int) -> str:
-        match status:
-            case 401 | 403 if self.endpoint.api_key_env is None:
+        match status, self.endpoint.api_key_env:
+            case 401 | 403, None:
                 return "name the environment variable that holds the key in api_key_env"
-            case 401 | 403:
-                return f"the key in ${self.endpoint.api_key_env} (api_key_env) was refused; give one that may use it"
-            case 404:
+            case 401 | 403, name:
+                return f"the key in ${name} (api_key_env) was refused; give one that may use it"
+            case 404, _:
                 return f"no such model or address: check model ({self.model!r}) and base_url, which usually ends in /v1"
-            case _:
-                return "check base_url and model"
+        return "check base_url and model"
 
     async def _admit(self, tokens_in: int, tokens_out: int) -> None:
         """Wait until the rates and budgets allow an attempt, then reserve what it may use."""
@@ -322,13 +312,9 @@ class Client:
         tokens_out += self._totals["tokens_out"] - self._before[1] + self._reserved[1]
         if self.endpoint.max_tokens_spent is not None and tokens_in + tokens_out > self.endpoint.max_tokens_spent:
             return "budget of tokens spent"
-        if self.endpoint.max_cost_usd is not None:
-            return (
-                "budget of money spent"
-                if self.endpoint.cost(tokens_in, tokens_out) > self.endpoint.max_cost_usd
-                else None
-            )
-        return None
+        dollars = self.endpoint.max_cost_usd
+        over = dollars is not None and self.endpoint.cost(tokens_in, tokens_out) > dollars
+        return "budget of money spent" if over else None
 
     def _stage_left(self) -> float:
         if self.endpoint.stage_deadline is None or self._stage_began is None:
@@ -343,9 +329,8 @@ class Client:
 
     async def _wait(self, seconds: float) -> None:
         """Sleep, but no longer than the stage goes on."""
-        left = self._stage_left()
         with suppress(TimeoutError):
-            async with asyncio.timeout(min(seconds, left)):
+            async with asyncio.timeout(min(seconds, self._stage_left())):
                 await self._halted.wait()
         self._check_stage()
 
@@ -360,17 +345,6 @@ class Client:
         if self._failed_in_a_row >= self.endpoint.give_up_after:
             self._stop(DOWN)
         raise CallFailed(reason)
-
-
-def _open_cache(path: str | None) -> SQLiteCache:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return SQLiteCache(
-        Path(path or f"{base}/iterdpo/judge-calls.sqlite").expanduser(),
-        table="replies",
-        column="reply",
-        owner="endpoint",
-        remedy="name another in `cache`, or set `cache: off`",
-    )
 
 
 def _kept_reply(text: str) -> Reply:

@@ -28,14 +28,13 @@ from iterdpo.judging.judge import JudgeBase, Waiting
 from iterdpo.run.rundir import RunDir
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
-from judges.base import Abstention, check_choice, judgment_from_outcomes
+from judges.base import Abstention, check_choice, is_number, judgment_from_outcomes
 from judges.llm.client import CallFailed, Client, refused
 from judges.llm.concurrency import in_own_loop, run_each
-from judges.llm.parsing.probabilities import expected_score, verdict_probability
 from judges.llm.parsing.ranking import parse_ranking
-from judges.llm.parsing.score import parse_scores
+from judges.llm.parsing.score import expected_score, parse_scores
 from judges.llm.parsing.text import Unclear
-from judges.llm.parsing.verdict import ReplyVerdict, parse_verdict
+from judges.llm.parsing.verdict import ReplyVerdict, parse_verdict, verdict_probability
 from judges.llm.reply import Reply
 from judges.llm.server import Server, ServerSettings
 from judges.llm.settings import Endpoint
@@ -157,7 +156,7 @@ class _LLMJudge(JudgeBase):
         return self.client.usage()
 
     def close(self) -> None:
-        """Give the device back, if this judge has its own server. The next judgment wakes it."""
+        """Give the device of its own server back. The next judgment wakes it."""
         if self.server is not None:
             self.server.release()
 
@@ -182,24 +181,19 @@ class _LLMJudge(JudgeBase):
         """What holds the reply to its form: to one of `choices`, or to a JSON `schema`; and how long it may be."""
         match self._held:
             case "structured_outputs":
-                held = {"choice": list(choices)} if choices is not None else {"json": schema}
+                held: dict[str, Any] = {"json": schema} if choices is None else {"choice": list(choices)}
                 return {"structured_outputs": held, "max_tokens": self.max_tokens or longest}
             case "json_schema":
-                form = {"name": "verdict", "strict": True, "schema": schema}
-                response = {"type": "json_schema", "json_schema": form}
-                return {"response_format": response, "max_tokens": self.max_tokens or longest + 16}
+                held = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
+                return {"response_format": held, "max_tokens": self.max_tokens or longest + 16}
         return {"max_tokens": self.max_tokens or REASONING_TOKENS}
 
     def _seed(self, group: CompletionGroup, *what: Any) -> int:
         return derive_seed(self.seed, self.kind, group.prompt.id, *what)
 
-    def _values(self, prompt: Prompt) -> dict[str, Any]:
-        return {
-            "prompt": prompt.text,
-            "messages": prompt.messages,
-            "columns": prompt.columns,
-            "constrained": self._held != "none",
-        }
+    def _values(self, prompt: Prompt, *, first_token: bool = False) -> dict[str, Any]:
+        shown = {"prompt": prompt.text, "messages": prompt.messages, "columns": prompt.columns}
+        return {**shown, "constrained": first_token or self._held != "none"}
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -227,12 +221,9 @@ class PairwiseJudge(_LLMJudge):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("judge 'pairwise'", "schedule", self.schedule, ("all_pairs", "random_pairs", "knockout"))
-        check_choice(f"judge '{self.kind}'", "aggregate", self.aggregate, get_args(Aggregate))
-        if self.schedule == "random_pairs":
-            fits = isinstance(self.comparisons, int) and self.comparisons > 0
-        else:
-            fits = self.comparisons is None
-        if not fits:
+        check_choice("judge 'pairwise'", "aggregate", self.aggregate, get_args(Aggregate))
+        counted = isinstance(self.comparisons, int) and self.comparisons > 0
+        if not (counted if self.schedule == "random_pairs" else self.comparisons is None):
             raise JudgeError(
                 "judge 'pairwise': `comparisons`, 1 or more, goes with `schedule: random_pairs`, and only with it"
             )
@@ -267,12 +258,11 @@ class PairwiseJudge(_LLMJudge):
         a, b = group.completions[first].text, group.completions[second].text
         if a == b:
             return Comparison(first, second, "tie", None, 0.5 if self.soft else None)
-        values = {**self._values(group.prompt), "a": a, "b": b, "ties": "tie" in self.labels}
+        values = {**self._values(group.prompt, first_token=self.soft), "a": a, "b": b, "ties": "tie" in self.labels}
         if self.principles:
             drawn = random.Random(self._seed(group, "principle", min(first, second), max(first, second)))
             values["principle"] = drawn.choice(self.principles)
         if self.soft:
-            values["constrained"] = True
             likely = await self._ask(_first_token(verdict_probability), values, **FIRST_TOKEN)
             if isinstance(likely, Unclear):
                 return Comparison(first, second, None, str(likely))
@@ -308,26 +298,15 @@ class RubricJudge(_LLMJudge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scale, criteria = self.scale, self.criteria
-        if (
-            not isinstance(scale, Sequence)
-            or len(scale) != 2
-            or not all(isinstance(s, int) for s in scale)
-            or scale[0] >= scale[1]
-        ):
-            raise JudgeError(
-                f"judge 'rubric': scale is {scale!r}; give the lowest and the highest score, as in [1, 10]"
-            )
-        if criteria is not None and not (
-            isinstance(criteria, Mapping)
-            and criteria
-            and all(isinstance(w, int | float) and w > 0 for w in criteria.values())
-        ):
-            raise JudgeError(
-                "judge 'rubric': criteria are names with weights above 0, as in {helpfulness: 2, brevity: 1}"
-            )
-        self.low, self.high = scale
-        self.weights = dict(criteria or {"score": 1.0})
+        match self.scale:
+            case [int() as low, int() as high] if low < high:
+                self.low, self.high = low, high
+            case scale:
+                raise JudgeError(f"judge 'rubric': scale is {scale!r}; give the lowest and the highest score: [1, 10]")
+        weights = {"score": 1.0} if self.criteria is None else self.criteria
+        if not isinstance(weights, Mapping) or not weights or not all(is_number(w) and w > 0 for w in weights.values()):
+            raise JudgeError("judge 'rubric': criteria are names with weights above 0: {helpfulness: 2, brevity: 1}")
+        self.weights = dict(weights)
         if self.expected and (len(self.weights) > 1 or self.low < 0 or self.high > 9):
             raise JudgeError("judge 'rubric': `expected` reads one token: one criterion, and a scale within 0 to 9")
         self.rubric = _text(self.rubric)
@@ -341,16 +320,9 @@ class RubricJudge(_LLMJudge):
         return judgment
 
     async def _score(self, prompt: Prompt, completion: str) -> tuple[object, dict[str, float] | None]:
-        values = {
-            **self._values(prompt),
-            "completion": completion,
-            "rubric": self.rubric,
-            "criteria": list(self.weights),
-            "low": self.low,
-            "high": self.high,
-        }
+        shown = self._values(prompt, first_token=self.expected) | {"completion": completion, "rubric": self.rubric}
+        values = {**shown, "criteria": list(self.weights), "low": self.low, "high": self.high}
         if self.expected:
-            values["constrained"] = True
             read = _first_token(lambda top: expected_score(top, self.low, self.high))
             mean = await self._ask(read, values, **FIRST_TOKEN)
             return (Abstention(mean) if isinstance(mean, Unclear) else mean), None
@@ -359,9 +331,8 @@ class RubricJudge(_LLMJudge):
         single = len(self.weights) == 1 and self._held == "structured_outputs"
         schema = _object(dict.fromkeys(self.weights, number))
         form = self._limits(choices=points if single else None, schema=schema, longest=32 * len(self.weights))
-        said = await self._ask(
-            _whole(lambda text: parse_scores(text, list(self.weights), low=self.low, high=self.high)), values, **form
-        )
+        parse = functools.partial(parse_scores, criteria=list(self.weights), low=self.low, high=self.high)
+        said = await self._ask(_whole(parse), values, **form)
         if isinstance(said, Unclear):
             return Abstention(said), None
         total = sum(self.weights.values())
@@ -392,8 +363,7 @@ class ListwiseJudge(_LLMJudge):
         texts = [c.text for c in group.completions]
         distinct = [k for k, text in enumerate(texts) if text not in texts[:k]]
         if len(distinct) < 2:
-            same = [Comparison(i, j, "tie") for i, j in all_pairs(len(texts))]
-            return judgment_from_comparisons(group, same)
+            return judgment_from_comparisons(group, [Comparison(i, j, "tie") for i, j in all_pairs(len(texts))])
         shown = random.Random(self._seed(group, "order")).sample(distinct, len(distinct))
         asked = await asyncio.gather(*(self._rank(group, order) for order in (shown, shown[::-1])[: self.orders]))
         judged = [c for comparisons in asked for c in comparisons]
@@ -413,10 +383,9 @@ class ListwiseJudge(_LLMJudge):
         ranking = await self._ask(_whole(lambda text: parse_ranking(text, count)), values, **form)
         if isinstance(ranking, Unclear):
             return [Comparison(i, j, None, str(ranking)) for i, j in itertools.combinations(shown, 2)]
-        place = {shown[position]: rank for rank, position in enumerate(ranking)}
-        return [
-            Comparison(i, j, "first" if place[i] < place[j] else "second") for i, j in itertools.combinations(shown, 2)
-        ]
+        best_first = [shown[position] for position in ranking]
+        pairs = itertools.combinations(shown, 2)
+        return [Comparison(i, j, "first" if best_first.index(i) < best_first.index(j) else "second") for i, j in pairs]
 
 
 def _whole(parse: Callable[[str], T | Unclear]) -> Callable[[Reply], T | Unclear]:
@@ -426,12 +395,8 @@ def _whole(parse: Callable[[str], T | Unclear]) -> Callable[[Reply], T | Unclear
 
 def _first_token(parse: Callable[[Mapping[str, float]], float | Unclear]) -> Callable[[Reply], float | Unclear]:
     """Reads the probabilities of a reply's first token, all that there is of it."""
-
-    def read(reply: Reply) -> float | Unclear:
-        top = reply.top_logprobs[0] if reply.top_logprobs else {}
-        return parse(top) if top else Unclear("the endpoint gave no probabilities")
-
-    return read
+    none = Unclear("the endpoint gave no probabilities")
+    return lambda reply: parse(reply.top_logprobs[0]) if any(reply.top_logprobs[:1]) else none
 
 
 def _of_twins(texts: Sequence[str], judged: Sequence[Comparison]) -> Iterator[Comparison]:
@@ -449,12 +414,7 @@ def _of_twins(texts: Sequence[str], judged: Sequence[Comparison]) -> Iterator[Co
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
 def _text(rubric: str | None) -> str | None:
@@ -463,9 +423,7 @@ def _text(rubric: str | None) -> str | None:
         try:
             return Path(rubric).expanduser().read_text(encoding="utf-8")
         except OSError as error:
-            raise JudgeError(
-                f"judge 'rubric': rubric {rubric}: {error.strerror}; give a text, or an existing file"
-            ) from None
+            raise JudgeError(f"judge 'rubric': rubric {rubric}: {error.strerror}; give a text or a file") from None
     return rubric
 
 

@@ -34,10 +34,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,12 +95,6 @@ def principles(source: str | None = None) -> list[str]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Section:
-    role: str
-    template: jinja2.Template
-
-
 class Template:
     """A file of the form above. `source` is its text, `needs` the values that it uses."""
 
@@ -109,12 +103,11 @@ class Template:
         self.name = name
         self.source = source
         needs: set[str] = set()
-        self._sections = []
+        self._sections: list[tuple[str, jinja2.Template]] = []
         for role, text in _sections(name, source):
-            tree = self._parsed(text)
-            self._check_names(tree, kind)
+            tree = self._parsed(text, kind)
             needs |= meta.find_undeclared_variables(tree)
-            self._sections.append(_Section(role, _ENVIRONMENT.from_string(tree)))
+            self._sections.append((role, _ENVIRONMENT.from_string(tree)))
         self.needs = frozenset(needs)
         for value in SHOWN[kind]:
             if value not in needs:
@@ -130,24 +123,22 @@ class Template:
         nonce = _nonce(list(_texts(untrusted)))
         fenced = {name: _fenced(value, nonce) for name, value in untrusted.items()}
         messages = []
-        for section in self._sections:
+        for role, template in self._sections:
             try:
-                content = section.template.render({**values, **fenced}).strip()
+                content = template.render({**values, **fenced}).strip()
             except Exception as error:  # whatever an expression of the user's file raises
                 raise JudgeError(f"{self.name}, line {_line(error)}: {error}") from error
             marks = [mark[0] for mark in MARK.finditer(content) if mark[2] == nonce]
             pairs = [f"<text-{nonce}>", f"</text-{nonce}>"] * (len(marks) // 2)
             if marks != pairs or content.lower().count(nonce) != len(marks):
-                raise JudgeError(
-                    f"{self.name}: it cuts or changes a fenced text, so that its end cannot be told; show it whole"
-                )
+                raise JudgeError(f"{self.name}: it cuts or changes a fenced text, which hides its end; show it whole")
             if content:
-                messages.append({"role": section.role, "content": content})
+                messages.append({"role": role, "content": content})
         if not messages:
             raise JudgeError(f"{self.name}: it renders to nothing")
         return messages
 
-    def _parsed(self, text: str) -> nodes.Template:
+    def _parsed(self, text: str, kind: Kind) -> nodes.Template:
         try:
             tree = _ENVIRONMENT.parse(text)
             _ENVIRONMENT.compile(tree)  # finds unknown filters and tests
@@ -156,18 +147,13 @@ class Template:
             raise JudgeError(f"{self.name}, line {error.lineno}: {error.message}") from error
         if any(True for _ in meta.find_referenced_templates(tree)):
             raise JudgeError(f"{self.name}: a prompt is one file; write out what it includes or extends")
-        return tree
-
-    def _check_names(self, tree: nodes.Template, kind: Kind) -> None:
         known = (*SHOWN[kind], *COMMON)
-        unknown = meta.find_undeclared_variables(tree) - set(known)
-        if unknown:
+        if unknown := meta.find_undeclared_variables(tree) - set(known):
             first = next(n for n in tree.find_all(nodes.Name) if n.name in unknown)
             near = difflib.get_close_matches(first.name, known, n=1)
-            raise JudgeError(
-                f"{self.name}, line {first.lineno}: no value {first.name!r} in a {kind} prompt; "
-                + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}; columns are columns.NAME")
-            )
+            remedy = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}; columns are columns.NAME"
+            raise JudgeError(f"{self.name}, line {first.lineno}: no value {first.name!r} in a {kind} prompt; {remedy}")
+        return tree
 
 
 def fence(text: str, *, nonce: str) -> str:
@@ -189,25 +175,18 @@ def harmless(text: str) -> str:
 
 def _nonce(texts: list[str]) -> str:
     """Eight hex digits that occur in none of the texts. The same for the same texts, so that calls can be cached."""
-    whole = hashlib.sha256()
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
-        whole.update(len(data).to_bytes(8, "big") + data)
-    seed = whole.digest()
-    while any((nonce := seed.hex()[:8]) in text.lower() for text in texts):
+    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    seed = hashlib.sha256(b"".join(len(data).to_bytes(8, "big") + data for data in encoded)).digest()
+    while any(seed.hex()[:8] in text.lower() for text in texts):
         seed = hashlib.sha256(seed).digest()
-    return nonce if texts else seed.hex()[:8]
+    return seed.hex()[:8]
 
 
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _texts(key)
-            yield from _texts(inner)
     elif isinstance(value, Iterable):
-        for inner in value:
+        for inner in itertools.chain.from_iterable(value.items()) if isinstance(value, Mapping) else value:
             yield from _texts(inner)
 
 
@@ -228,33 +207,25 @@ def _fenced(value: Any, nonce: str) -> Any:
 def _sections(name: str, source: str) -> Iterator[tuple[str, str]]:
     """Role and text of each message; empty lines before the text keep the file's line numbers in Jinja's errors."""
     lines = source.splitlines()
-    starts = [i for i, line in enumerate(lines) if _role(name, i + 1, line)]
+    starts = []
+    for i, line in enumerate(lines):
+        if re.fullmatch(rf"### (?:{'|'.join(ROLES)})\s*", line):
+            starts.append(i)
+        elif (heading := re.fullmatch(r"###\s*(\w+)\s*:?\s*", line)) and (
+            near := difflib.get_close_matches(heading[1].lower(), ROLES, n=1, cutoff=0.75)
+        ):  # other headings are text
+            wrong = f"{line.strip()!r} is not the beginning of a message"
+            raise JudgeError(f"{name}, line {i + 1}: {wrong}; write `### {near[0]}`")
     if not starts:
         yield "user", source
         return
-    before = "\n".join(lines[: starts[0]])
-    if re.sub(r"\{#.*?#\}", "", before, flags=re.DOTALL).strip():
+    if re.sub(r"\{#.*?#\}", "", "\n".join(lines[: starts[0]]), flags=re.DOTALL).strip():
         number = next(i + 1 for i, line in enumerate(lines) if line.strip())
         raise JudgeError(
-            f"{name}, line {number}: text before the first `### {ROLES[1]}`; only a {{# comment #}} is allowed there"
+            f"{name}, line {number}: text before the first `### user`; only a {{# comment #}} may be there"
         )
     for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
         yield lines[start].removeprefix("###").strip(), "\n" * (start + 1) + "\n".join(lines[start + 1 : end])
-
-
-def _role(name: str, number: int, line: str) -> str | None:
-    """The role that a line begins. A heading that is nearly one is a mistake, other headings are text."""
-    heading = re.fullmatch(r"###\s*(\w+)\s*:?\s*", line)
-    if not heading:
-        return None
-    word = heading[1]
-    if re.fullmatch(rf"### {word}\s*", line) and word in ROLES:
-        return word
-    if near := difflib.get_close_matches(word.lower(), ROLES, n=1, cutoff=0.75):
-        raise JudgeError(
-            f"{name}, line {number}: {line.strip()!r} is not the beginning of a message; write `### {near[0]}`"
-        )
-    return None
 
 
 def _line(error: Exception) -> int | str:

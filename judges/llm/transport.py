@@ -41,11 +41,10 @@ class Failure(NamedTuple):
 
 async def with_retries(
     attempt: Callable[[], Awaitable[T | Failure]],
-    *,
+    pause: Callable[[float, Failure], Awaitable[None]],
     attempts: int,
     backoff: float,
     max_backoff: float,
-    pause: Callable[[float, Failure], Awaitable[None]],
 ) -> T | Failure:
     """The first result of `attempt` that is no failure, or the last failure.
 
@@ -92,10 +91,7 @@ def check_key_name(name: str) -> None:
         ValueError: the message follows the name of the setting.
     """
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
-        raise ValueError(
-            "is the name of an environment variable, in capitals: OPENAI_API_KEY. The key itself belongs in the "
-            "environment, never into a configuration"
-        )
+        raise ValueError("is the name of an environment variable: OPENAI_API_KEY. Keys belong in the environment only")
 
 
 def authorization(name: str | None, *, owner: str) -> dict[str, str]:

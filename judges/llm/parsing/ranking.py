@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from judges.llm.parsing.text import CUT_OFF, NOUN, OPEN, PLACEHOLDER, SHUT, Unclear, decide, lines_of, read_with
@@ -39,8 +40,7 @@ def parse_ranking(reply: str, count: int) -> list[int] | Unclear:
 
 
 def _ranking_in(text: str, count: int) -> list[int] | Unclear:
-    def value(text: str) -> list[int] | Unclear:
-        return _value(text, count)
+    value = partial(_value, count=count)
 
     def bare(line: str) -> list[int] | Unclear | None:
         ranking = value(line)
@@ -52,13 +52,14 @@ def _ranking_in(text: str, count: int) -> list[int] | Unclear:
         none=NO_RANKING, unreadable=UNREADABLE_RANKING, contradiction=SEVERAL_RANKINGS,
     )  # fmt: skip
     places = [place.groups() for line in lines if (place := _PLACE.fullmatch(line))]
-    if [place[0] for place in places] != [str(k + 1) for k in range(count)] or decided == UNREADABLE_RANKING:
+    if [place[0] for place in places] != [str(k + 1) for k in range(count)]:
         return decided
     numbered = _permutation([place[1] or place[2] for place in places], count)
     discussed = numbered == list(range(count)) and any(p[3].strip(" .") for p in places) and decided != CUT_OFF
-    if discussed or isinstance(numbered, Unclear) or decided == numbered:
-        return decided
-    return numbered if decided in (NO_RANKING, CUT_OFF) else SEVERAL_RANKINGS
+    if decided in (NO_RANKING, CUT_OFF) and not discussed and not isinstance(numbered, Unclear):
+        return numbered
+    contradicted = not discussed and not isinstance(decided, Unclear) and decided != numbered
+    return SEVERAL_RANKINGS if contradicted else decided
 
 
 def _fields(found: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from judges.llm.parsing.text import (
     lines_of,
     only_explains,
     read_with,
+    token_mass,
 )
 
 NO_SCORE = Unclear("no score")
@@ -53,6 +54,18 @@ def parse_scores(reply: str, criteria: Sequence[str], *, low: float, high: float
         return read_with(reply, lambda text: _scores_in(text, criteria, number), contradiction=SEVERAL_SCORES)
     score = read_with(reply, lambda text: _score_in(text, criteria[0], number), contradiction=SEVERAL_SCORES)
     return score if isinstance(score, Unclear) else {criteria[0]: score}
+
+
+def expected_score(top_logprobs: Mapping[str, float], low: int, high: int) -> float | Unclear:
+    """The mean of the scores `low` to `high` under the probabilities of their tokens, renormalised.
+
+    Raises:
+        ValueError: the scale leaves 0 to 9: a score could be several tokens, and "1" the beginning of "10".
+    """
+    if not 0 <= low < high <= 9:
+        raise ValueError(f"expected scores need a scale within 0 to 9, of single digits, not {low} to {high}")
+    mass = token_mass(top_logprobs, {str(s) for s in range(low, high + 1)})
+    return sum(int(s) * p for s, p in mass.items()) / sum(mass.values()) if mass else NO_SCORE
 
 
 def _score_in(text: str, criterion: str, number: Callable[[str], float | Unclear]) -> float | Unclear:

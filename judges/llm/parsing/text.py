@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -76,11 +77,6 @@ _REPORTED = re.compile(
     r"\b(?:not|no|if|unless|whether|says?|said|claims?|asks?|asked|writes?|wrote|contains?)\b|n't", re.IGNORECASE
 )
 _REASON = re.compile(r"\s*(?:(?:because|since|due to|as (?:it|the|they))\b|[.;,:(–—#]|-(?=\s))", re.IGNORECASE)
-_AFTERWARDS = re.compile(
-    r"(?:the\s+|my\s+|brief\s+)*(?:reason(?:s|ing)?|explanation|rationale|justification|confidence|note)\b"
-    r"|let me know|i hope|hope this|please let|feel free|thank",
-    re.IGNORECASE,
-)
 _TURN = re.compile(
     r"(?:^|[.!?;,–—(-]\s*)(?:wait|no wait|no,|actually|hmm+|oops|sorry|correction|scratch that|on second thoughts?"
     r"|let me re|i (?:take (?:that|it) back|changed? my mind|was wrong))",
@@ -121,28 +117,14 @@ def lines_of(
     A JSON object, a tag (as the object `{tag: text}`) and double brackets (as `{label: text}`) become a line `name: value`
     for each of their `fields`, or `QUOTED` if the text only mentions them. `frame` is what may stand before them.
     """
-    lines = []
-    for line in _TAG.sub("\n", _unwrapped(text, frame, label, fields)).splitlines():
-        if line.lstrip().startswith(">") or len(line) > LONGEST_LINE:
-            lines.append(QUOTED)
-        elif not _RULE.fullmatch(line := _plain(line)):
-            lines.append(line)
-    return lines
-
-
-def _unwrapped(
-    text: str, frame: re.Pattern[str], label: str, fields: Callable[[dict[str, Any]], Iterable[tuple[str, Any]]]
-) -> str:
     decoder = json.JSONDecoder(object_pairs_hook=_once)
     announced = re.compile(rf"(?:{frame.pattern}|(?:json|output|result)\s*:\s*)\Z", re.IGNORECASE)
     done, position = "", 0
     for found in _WRAPPED.finditer(text):
-        if (start := found.start()) < position:
-            continue
-        tag, end = found["tag"], found.end()
-        open_tag = tag is not None and found["inner"] is None
-        if open_tag and f"</{tag}>" in text[end:]:
-            continue  # around more than a value
+        start, end, tag = found.start(), found.end(), found["tag"]
+        unclosed = tag is not None and found["inner"] is None
+        if start < position or (unclosed and f"</{tag}>" in text[end:]):
+            continue  # within what was read, or around more than a value
         value: Any = {tag or label: found["inner"] if tag else found["brackets"]}
         if found[0] == "{":
             for spelled in (text, text.replace("'", '"')):  # models write Python's dicts too
@@ -151,17 +133,21 @@ def _unwrapped(
                     break
             else:
                 continue
-        stated = list(fields({" ".join(k.replace("_", " ").casefold().split()): v for k, v in value.items()}))
-        if not stated:
-            continue
-        done += text[position:start]
-        before = re.sub(r"`{3,}\w*", "", _TAG.sub("", done.rpartition("\n")[2]))
-        after = _TAG.sub("", _WRAPPED.sub("", text[end:].partition("\n")[0]))
-        alone = is_stated(announced.sub("", before)) and re.fullmatch(r"[\s`;,.!$\])}]*", after)
-        said = [f"{k}: {' '.join(v.split()) if isinstance(v, str) else json.dumps(v)}\n" for k, v in stated]
-        done += "\n" + "".join(said) if open_tag or alone else QUOTED
-        position = end
-    return done + text[position:]
+        if stated := list(fields({" ".join(k.replace("_", " ").casefold().split()): v for k, v in value.items()})):
+            done += text[position:start]
+            before = re.sub(r"`{3,}\w*", "", _TAG.sub("", done.rpartition("\n")[2]))
+            after = _TAG.sub("", _WRAPPED.sub("", text[end:].partition("\n")[0]))
+            alone = is_stated(announced.sub("", before)) and re.fullmatch(r"[\s`;,.!$\])}]*", after)
+            said = [f"{k}: {' '.join(v.split()) if isinstance(v, str) else json.dumps(v)}\n" for k, v in stated]
+            done += "\n" + "".join(said) if unclosed or alone else QUOTED
+            position = end
+    lines = []
+    for line in _TAG.sub("\n", done + text[position:]).splitlines():
+        if line.lstrip().startswith(">") or len(line) > LONGEST_LINE:
+            lines.append(QUOTED)
+        elif not _RULE.fullmatch(line := _plain(line)):
+            lines.append(line)
+    return lines
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -177,10 +163,7 @@ def _plain(line: str) -> str:
         line = _LATEX.sub(r"\1", line)
     line = _NOISE.sub("", line).replace("_", " ")
     line = "".join(c for c in line if unicodedata.category(c) != "So" or c in _DISAPPROVING)
-    line = line.strip().lstrip("#").strip().strip("|=").strip()
-    if len(line) > 2 and line[0] + line[-1] in ('""', "''", "“”", "‘’", "«»", "「」") and line[0] not in line[1:-1]:
-        line = line[1:-1].strip()
-    return line
+    return line.strip().lstrip("#").strip().strip("|=").strip()
 
 
 def decide(
@@ -234,9 +217,8 @@ def decide(
     after = lines[at + 1 :]
     if _TURN.search("\n".join(after)):
         return TAKEN_BACK if framed else none
-    first = all(i in said for i in range(at))
-    resumed = bool(after and _AFTERWARDS.match(after[0]))
-    return last if not after or first + resumed + framed > 1 else NOT_LAST if framed else none
+    first = framed and all(i in said for i in range(at))
+    return last if first or not after else NOT_LAST if framed else none
 
 
 def is_stated(before: str) -> bool:
@@ -251,3 +233,19 @@ def only_explains(rest: str) -> bool:
     """Whether what follows a value in its line leaves it as it is: nothing, or reasons."""
     reasons = _REASON.match(rest) and not rest.startswith(("..", "…")) and "?" not in rest and not _TURN.search(rest)
     return bool(reasons or re.fullmatch(r"[.!。,;|]?", rest))
+
+
+def token_mass(top_logprobs: Mapping[str, float], wanted: Collection[str]) -> dict[str, float]:
+    """Probabilities of the wanted tokens in a reply's first place, up to a common factor; empty if none has any.
+
+    Spaces, quotes and the tokenizers' marks for a space (`▁A`, `ĠA`) around a token are ignored.
+    """
+    found = [(t.strip(" \t\r\n▁ĠĊ\"'`*([{"), p) for t, p in top_logprobs.items()]
+    found = [(t, p) for t, p in found if t in wanted and math.isfinite(p)]
+    if not found:
+        return {}
+    top = max(p for _, p in found)  # relative to the likeliest: exp(-900) alone would be 0
+    mass = dict.fromkeys(wanted, 0.0)
+    for token, logprob in found:
+        mass[token] += math.exp(logprob - top)
+    return mass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from judges.llm.parsing.text import (
     lines_of,
     only_explains,
     read_with,
+    token_mass,
 )
 
 ReplyVerdict = Literal["first", "second", "tie"]
@@ -59,6 +60,7 @@ _KEYS = [
     "final verdict", "verdict", "winner", "preference", "preferred", "decision", "choice", "judgment", "judgement",
     "better", "final answer", "answer",
 ]  # fmt: skip
+_LOOK_ALIKE = re.compile(rf"{OPEN}(?:\w+\s*:?\s+)?[АВΑΒавᎪᏴꓮꓐᗅᗷ]{SHUT}[.!]?")  # with or without a noun
 _ECHO = re.compile(rf"(?:{PLACEHOLDER}|\W*A\W+B\W+(?:or\W+)?(?:tie|draw|equal|C)\W*|A\|B)[.\s]*", re.IGNORECASE)
 
 
@@ -72,11 +74,20 @@ def parse_verdict(reply: str) -> ReplyVerdict | Unclear:
     like. `A or B`, `A/B` and `both` are Unclear: the prompt offers "tie" for a tie. `neither` after `Verdict:` is a
     tie, since no completion wins.
     """
+    reply = re.sub(r"\[\[\s*C\s*\]\]", "[[tie]]", reply)
     return read_with(reply, _verdict_in, contradiction=BOTH)
 
 
+def verdict_probability(top_logprobs: Mapping[str, float]) -> float | Unclear:
+    """P(first) from the alternatives for a verdict's token: the mass of `A` over that of `A` and `B`.
+
+    All other tokens are left out of the sum. If only one of both is among the alternatives, it has all of the mass.
+    """
+    mass = token_mass(top_logprobs, {"A", "B"})
+    return mass["A"] / (mass["A"] + mass["B"]) if mass else NOTHING
+
+
 def _verdict_in(text: str) -> ReplyVerdict | Unclear:
-    text = re.sub(r"\[\[\s*C\s*\]\]", "[[tie]]", text)
     lines = lines_of(text, _FRAME, "verdict", _fields)
     return decide(lines, _FRAME, _value, _bare, none=NOTHING, unreadable=UNREADABLE, contradiction=BOTH)
 
@@ -95,27 +106,27 @@ def _value(text: str) -> ReplyVerdict | Unclear:
         return UNREADABLE  # the end of a quotation that began in a line above
     if lower := re.fullmatch(rf"{OPEN}(?:{NOUN}\s+)?([ab]){SHUT}[.!]?", text):
         return "first" if lower[1] == "a" else "second"
-    if (said := _said(text)) and _only_explains(*said):
+    if (said := _said(text)) and _only_explains(*said[:2]):
         return said[0]
     if _ECHO.fullmatch(text):
         return NOTHING
     if not text.strip(" .:-*"):
         return CUT_OFF
-    if _looks_alike(text):
+    if _LOOK_ALIKE.fullmatch(text):
         return LOOK_ALIKE
     return BOTH if {"A", "B"} <= set(re.findall(r"\b[AB]\b", text)) or re.match("(?i)both", text) else UNREADABLE
 
 
-def _said(text: str) -> tuple[ReplyVerdict, str] | None:
-    """The verdict that `text` begins with, and the rest of it."""
+def _said(text: str) -> tuple[ReplyVerdict, str, bool] | None:
+    """The verdict that `text` begins with, the rest of it, and whether the words are a verdict by themselves."""
     if found := _COMPARED.match(text):
         left, sign, right = found.groups()
         tie, first = sign[0] in "=≈", (left == "A") == (sign[0] in ">≻")
-        return None if left == right else ("tie" if tie else "first" if first else "second", text[found.end() :])
+        return None if left == right else ("tie" if tie else "first" if first else "second", text[found.end() :], True)
     if found := _TIE.match(text):
-        return "tie", text[found.end() :]
+        return "tie", text[found.end() :], not found["framed"]
     if (found := _CHOICE.match(text)) and found[2] != found[4]:
-        return "first" if found[2] == "A" else "second", text[found.end() :]
+        return "first" if found[2] == "A" else "second", text[found.end() :], any(found.group(1, 3, 4))
     return None
 
 
@@ -131,24 +142,12 @@ def _only_explains(verdict: ReplyVerdict, rest: str) -> bool:
     return only_explains(rest) and not re.search(mind, rest)
 
 
-def _looks_alike(text: str) -> bool:
-    """Whether the text is a letter that only looks like A or B, with or without a noun."""
-    return bool(re.fullmatch(rf"{OPEN}(?:\w+\s*:?\s+)?[АВΑΒавᎪᏴꓮꓐᗅᗷ]{SHUT}[.!]?", text))
-
-
 def _bare(line: str) -> ReplyVerdict | Unclear | None:
     """What a line says that is nothing but a verdict. `Completion A` may be a heading, and `so A` is none."""
-    if _looks_alike(line):
+    if _LOOK_ALIKE.fullmatch(line):
         return LOOK_ALIKE
     line = re.sub(r"^[0-9]{1,2}[.)]\s+", "", line)
-    opening = LEAD.match(line)
-    for start in {0, opening.end() if opening else 0}:
-        said = _said(line[start:])
-        tie, choice = _TIE.match(line, start), _CHOICE.match(line, start)
-        if said is None or not re.fullmatch(r"[.!。]?", said[1]) or (tie and tie["framed"]):
-            continue
-        if tie or _COMPARED.match(line, start) or (choice and (choice[1] or choice[3] or choice[4])):
-            return said[0]
-        if line.strip(" .!()[]'\"") in ("A", "B"):
+    for said in (_said(line), _said(LEAD.sub("", line, count=1))):
+        if said and re.fullmatch(r"[.!。]?", said[1]) and (said[2] or line.strip(" .!()[]'\"") in ("A", "B")):
             return said[0]
     return None

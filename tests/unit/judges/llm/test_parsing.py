@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from judges.llm.parsing.probabilities import expected_score, verdict_probability
 from judges.llm.parsing.ranking import parse_ranking
-from judges.llm.parsing.score import parse_scores
+from judges.llm.parsing.score import expected_score, parse_scores
 from judges.llm.parsing.text import MARK, Unclear
-from judges.llm.parsing.verdict import parse_verdict
+from judges.llm.parsing.verdict import parse_verdict, verdict_probability
 from judges.llm.templates import load_template
 
 
