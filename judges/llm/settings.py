@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from iterdpo.config import Section, explain
 from iterdpo.errors import JudgeError
-from judges.llm.transport import check_key_name
+from judges.llm.transport import checked_key_name
 
 OWN_FIELDS = {"model", "messages", "stream", "n"}
 SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie", re.I)
+
+
+def checked_url(url: str) -> str:
+    """`url` without a slash at its end.
+
+    Raises:
+        ValueError: it is not the address of an endpoint. The message does not repeat a password in it.
+    """
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or re.search(r"\s", url):
+        raise ValueError("is not a valid address; give http://host:port/v1 or https://host/v1")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("must have no user, query or fragment, maybe secret; name the key's variable in api_key_env")
+    url = url.rstrip("/")
+    if url.endswith("/chat/completions"):
+        raise ValueError("must end before /chat/completions, which is added to it")
+    return url
 
 
 class Endpoint(Section):
@@ -25,9 +54,9 @@ class Endpoint(Section):
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
-    base_url: str | None = None
+    base_url: Annotated[str, AfterValidator(checked_url)] | None = None
     """The address of the endpoint, up to and with /v1: `http://localhost:8000/v1`."""
-    api_key_env: str | None = None
+    api_key_env: Annotated[str, AfterValidator(checked_key_name)] | None = None
     """The NAME of the environment variable that holds the key. The key itself is read for each request, and is kept
     nowhere."""
     concurrency: int = Field(32, ge=1)
@@ -60,7 +89,7 @@ class Endpoint(Section):
     """US dollars for a million tokens read."""
     price_out: float = Field(0, ge=0)
     """US dollars for a million tokens written."""
-    cache: str | None = None
+    cache: Annotated[str | None, BeforeValidator(lambda cache: "off" if cache is False else cache)] = None
     """The SQLite file that keeps the replies that could be read, by the content of the request; several runs may share
     it. `off` keeps none. Default: iterdpo/judge-calls.sqlite in $XDG_CACHE_HOME or ~/.cache."""
     headers: dict[str, str] = Field(default_factory=dict)
@@ -75,23 +104,6 @@ class Endpoint(Section):
         except ValidationError as error:
             wrong = "; ".join(explain(Endpoint, e) for e in error.errors())
         raise JudgeError(f"endpoint: {wrong}")  # outside `except`, so that no input hangs on it
-
-    @field_validator("base_url")
-    @classmethod
-    def _an_http_address(cls, url: str | None) -> str | None:
-        return None if url is None else checked_url(url)
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _a_name_and_not_a_key(cls, name: str | None) -> str | None:
-        if name is not None:
-            check_key_name(name)
-        return name
-
-    @field_validator("cache", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, cache: object) -> object:
-        return "off" if cache is False else cache  # YAML reads `off` as false
 
     @field_validator("headers")
     @classmethod
@@ -119,26 +131,3 @@ class Endpoint(Section):
     def cost(self, tokens_in: float, tokens_out: float) -> float:
         """US dollars."""
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
-
-
-def checked_url(url: str) -> str:
-    """`url` without a slash at its end.
-
-    Raises:
-        ValueError: it is not the address of an endpoint. The message does not repeat a password in it.
-    """
-    try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid or re.search(r"\s", url):
-        raise ValueError("is not a valid address; give http://host:port/v1 or https://host/v1")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError(
-            "must have no user, query or fragment, which may be secret; name the key's variable in api_key_env"
-        )
-    url = url.rstrip("/")
-    if url.endswith("/chat/completions"):
-        raise ValueError("must end before /chat/completions, which is added to it")
-    return url

@@ -84,7 +84,7 @@ async def post(
     return status, body
 
 
-def check_key_name(name: str) -> None:
+def checked_key_name(name: str) -> str:
     """Refuse what is not the name of an environment variable, without repeating it: it may be the key itself.
 
     Raises:
@@ -92,6 +92,7 @@ def check_key_name(name: str) -> None:
     """
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
         raise ValueError("is the name of an environment variable: OPENAI_API_KEY. Keys belong in the environment only")
+    return name
 
 
 def authorization(name: str | None, *, owner: str) -> dict[str, str]:

@@ -21,11 +21,7 @@ _FRAME = re.compile(
 )
 _LABEL = rf"{OPEN}(?:{NOUN}\s*)?#?([0-9]{{1,3}}|[A-Z])(?!\w){SHUT}"
 _LISTED = re.compile(rf"(?:{_LABEL}[,;>=<~≈]+\s*)+{_LABEL}")
-_PLACE = re.compile(
-    rf"(?:#|rank\s+)?([0-9]{{1,3}})(?:st|nd|rd|th)?\s*[.):-]\s*{OPEN}"
-    rf"(?:{NOUN}\s*#?([0-9]{{1,3}}|[A-Z])\b|([0-9]{{1,3}}|[A-Z])(?=\W*$|\s*[:(,.–—]|\s*-\s)){SHUT}(.*)",
-    re.IGNORECASE,
-)
+_PLACE = re.compile(rf"(?:#|rank\s+)?([0-9]{{1,3}})(?:st|nd|rd|th)?\s*[.):-]\s*{_LABEL}", re.IGNORECASE)
 _KEYS = ("final ranking", "ranking", "order", "ranked", "rankings", "rank")
 
 
@@ -33,8 +29,8 @@ def parse_ranking(reply: str, count: int) -> list[int] | Unclear:
     """The `count` completions as shown, by index from 0, best first: `Ranking: 2 > 1 > 3` is `[1, 0, 2]`.
 
     Labels are numbers from 1 or letters from A. Separators are `>`, `,`, `;` and `->`; `<` and `=` are Unclear. JSON
-    lists and numbered lines (`1. Completion 2`) are read too. Numbered lines with words after the label, in the order
-    shown and under no heading `Ranking:`, are Unclear: they may be a discussion, one completion after the other.
+    lists and numbered lines (`1. Completion 2`) are read too, if nothing follows the labels: else they may be a
+    discussion, one completion after the other.
     """
     return read_with(reply, lambda text: _ranking_in(text, count), contradiction=SEVERAL_RANKINGS)
 
@@ -52,14 +48,12 @@ def _ranking_in(text: str, count: int) -> list[int] | Unclear:
         none=NO_RANKING, unreadable=UNREADABLE_RANKING, contradiction=SEVERAL_RANKINGS,
     )  # fmt: skip
     places = [place.groups() for line in lines if (place := _PLACE.fullmatch(line))]
-    if [place[0] for place in places] != [str(k + 1) for k in range(count)]:
+    numbered = _permutation([label for _, label in places], count)
+    if [number for number, _ in places] != [str(k + 1) for k in range(count)] or isinstance(numbered, Unclear):
         return decided
-    numbered = _permutation([place[1] or place[2] for place in places], count)
-    discussed = numbered == list(range(count)) and any(p[3].strip(" .") for p in places) and decided != CUT_OFF
-    if decided in (NO_RANKING, CUT_OFF) and not discussed and not isinstance(numbered, Unclear):
+    if decided in (NO_RANKING, CUT_OFF):
         return numbered
-    contradicted = not discussed and not isinstance(decided, Unclear) and decided != numbered
-    return SEVERAL_RANKINGS if contradicted else decided
+    return decided if isinstance(decided, Unclear) or decided == numbered else SEVERAL_RANKINGS
 
 
 def _fields(found: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from iterdpo.errors import JudgeError
-from judges.llm.transport import Failure, authorization, check_key_name, retry_after_seconds, with_retries
+from judges.llm.transport import Failure, authorization, checked_key_name, retry_after_seconds, with_retries
 
 
 def tried(*outcomes: Any, **limits: Any) -> tuple[Any, list[float]]:
@@ -73,7 +73,7 @@ def test_the_key_comes_from_the_variable_and_is_checked(monkeypatch: pytest.Monk
 
 
 def test_a_key_is_no_name_and_is_not_repeated() -> None:
-    check_key_name("OPENAI_API_KEY")
+    checked_key_name("OPENAI_API_KEY")
     with pytest.raises(ValueError, match="is the name of an environment variable") as raised:
-        check_key_name("sk-secret")
+        checked_key_name("sk-secret")
     assert "secret" not in str(raised.value)
