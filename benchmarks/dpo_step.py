@@ -2,7 +2,7 @@
 
     python -m benchmarks.dpo_step --model DIRECTORY                       # a checkpoint, such as the quickstart's
     python -m benchmarks.dpo_step --model DIRECTORY --ablate              # iterdpo with one part off at a time
-    python -m benchmarks.dpo_step --random-model 1b --device-name H200    # on a GPU, about a billion random weights
+    python -m benchmarks.dpo_step --random-model 1b                       # on a GPU, about a billion random weights
 
 Every run is a process of its own. A line of JSON a case:
 
@@ -18,18 +18,19 @@ activations. Both get the pairs as token ids, bf16 autocast over float32 weights
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
+
+from benchmarks.harness import command_line, fresh, peak_mib
+from iterdpo.testing import build_tiny_checkpoint
+from iterdpo.training.launch import environment
 
 CASES = {  # prompt tokens, completion tokens, pairs a prompt
     "short": ((16, 64), (16, 64), 1),
@@ -43,97 +44,78 @@ CASES = {  # prompt tokens, completion tokens, pairs a prompt
 ON_CPU = ("short", "long_prompt", "four_pairs", "vocabulary_128k")
 ON_GPU = ("gpu_long_prompt", "gpu_chat")
 ABLATIONS = ("shared_prompts", "chunked_head", "allocator")
-SIDES = ("ours", "trl_best", "trl_default")
+SIZES = {  # hidden size, intermediate size, layers, key-value heads, vocabulary
+    "small": (256, 704, 4, 1, 32_000),
+    "128k": (576, 1536, 8, 3, 128_256),
+    "1b": (2048, 8192, 16, 8, 128_256),
+}
+COMPARED = ("pairs_per_second", "whole_pairs_per_second", "tokens_per_second", "peak_gib", "mfu")
+Case = Literal[*CASES]
+Side = Literal["ours", "trl_best", "trl_default"]
+Pairs = list[tuple[list[int], list[int], list[int]]]  # prompt, chosen, rejected
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a checkpoint directory")
-    parser.add_argument(
-        "--random-model", choices=["1b", "small"], help="random weights of this size in place of --model"
-    )
-    parser.add_argument("--cases", nargs="+", choices=list(CASES))
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
-    parser.add_argument("--ablate", action="store_true", help="iterdpo alone, with one part off at a time")
-    parser.add_argument("--pairs", type=int, default=96)
-    parser.add_argument("--pairs-per-step", type=int, default=8)
-    parser.add_argument("--tokens-per-micro-batch", type=int, help="of iterdpo; default: its configuration's")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        print(json.dumps(_work(json.loads(args.worker))), flush=True)
-        return
+class Job(NamedTuple):
+    case: str
+    model: str
+    pairs: int
+    pairs_per_step: int
+    tokens_per_micro_batch: int | None
+    side: str
+
+
+def main(
+    *,
+    model: str | None = None,
+    random_model: Literal["1b", "small"] = "small",
+    cases: tuple[Case, ...] = (),
+    sides: tuple[Side, ...] = get_args(Side),
+    ablate: bool = False,
+    pairs: int = 96,
+    pairs_per_step: int = 8,
+    tokens_per_micro_batch: int | None = None,
+    repeats: int = 3,
+) -> None:
     import torch
 
-    cuda = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as scratch:
-        for case in args.cases or (ON_GPU if cuda else ON_CPU):
-            model = args.model
+        for case in cases or (ON_GPU if torch.cuda.is_available() else ON_CPU):
+            checkpoint = model
             if case == "vocabulary_128k" or model is None:
-                model = _random_model(
-                    Path(scratch), "128k" if case == "vocabulary_128k" else args.random_model or "small"
-                )
-            job = {
-                "case": case,
-                "model": model,
-                "pairs": args.pairs,
-                "pairs_per_step": args.pairs_per_step,
-                "tokens_per_micro_batch": args.tokens_per_micro_batch,
+                checkpoint = random_checkpoint(Path(scratch), "128k" if case == "vocabulary_128k" else random_model)
+            runs: dict[str, list[dict[str, Any]]] = {
+                side: [] for side in (["ours", *(f"without {part}" for part in ABLATIONS)] if ablate else sides)
             }
-            sides = ["ours", *(f"without {part}" for part in ABLATIONS)] if args.ablate else args.sides
-            runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-            for _ in range(args.repeats):
-                for side in sides:
-                    runs[side].append(_run({**job, "side": side}))
+            for _ in range(repeats):
+                for side, done in runs.items():
+                    tuned = not side.startswith("trl") and side != "without allocator"
+                    job = Job(case, checkpoint, pairs, pairs_per_step, tokens_per_micro_batch, side)
+                    done.append(fresh(_work, job, environment=environment(processes=1) if tuned else None))
             print(json.dumps(_summary(case, runs)), flush=True)
 
 
 def _summary(case: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    keys = (
-        "pairs_per_second",
-        "whole_pairs_per_second",
-        "tokens_per_second",
-        "peak_gib",
-        "mfu",
-        "first_loss",
-        "last_loss",
-    )
-    medians = {side: {key: statistics.median(run[key] for run in done) for key in keys} for side, done in runs.items()}
+    medians = {
+        side: {key: statistics.median(run[key] for run in done) for key in (*COMPARED, "first_loss", "last_loss")}
+        for side, done in runs.items()
+    }
     ours = medians.get("ours")
-    ratios = {}
-    for side, values in medians.items():
-        if ours is not None and side != "ours":
-            ratios[side] = {key: round(ours[key] / values[key], 3) for key in keys[:5]}
-    first = next(iter(runs.values()))[0]
-    rounded = {side: {key: round(value, 4) for key, value in values.items()} for side, values in medians.items()}
-    repeats = len(next(iter(runs.values())))
+    first, *more = next(iter(runs.values()))
     return {
         "case": case,
-        "repeats": repeats,
-        **rounded,
-        "ours_to": ratios,
+        "repeats": 1 + len(more),
+        **{side: {key: round(value, 4) for key, value in values.items()} for side, values in medians.items()},
+        "ours_to": {
+            side: {key: round(ours[key] / values[key], 3) for key in COMPARED}
+            for side, values in medians.items()
+            if ours is not None and side != "ours"
+        },
         "matmul_peak_gflops": first["matmul_peak_gflops"],
         "versions": first["versions"],
     }
 
 
-def _run(job: dict[str, Any]) -> dict[str, Any]:
-    from iterdpo.training.launch import environment
-
-    env = dict(os.environ)
-    if not job["side"].startswith("trl") and job["side"] != "without allocator":
-        env = environment(processes=1)
-    command = [sys.executable, "-m", "benchmarks.dpo_step", "--worker", json.dumps(job)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{job['side']} on {job['case']} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def make_pairs(
-    case: str, count: int, *, vocabulary: int, seed: int = 0
-) -> list[tuple[list[int], list[int], list[int]]]:
+def make_pairs(case: str, count: int, *, vocabulary: int, seed: int = 0) -> Pairs:
     """Random token ids: prompt, chosen, rejected."""
     prompts, completions, per_prompt = CASES[case]
     draw = random.Random(seed)
@@ -148,73 +130,54 @@ def make_pairs(
     return pairs[:count]
 
 
-def _random_model(scratch: Path, size: str) -> str:
+def random_checkpoint(scratch: Path, size: str) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from iterdpo.testing import build_tiny_checkpoint
 
     path = scratch / size
     if path.exists():
         return str(path)
-    shapes: dict[str, dict[str, Any]] = {
-        "small": {
-            "hidden_size": 256,
-            "intermediate_size": 704,
-            "num_hidden_layers": 4,
-            "num_key_value_heads": 1,
-            "vocab_size": 32_000,
-        },
-        "128k": {
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 8,
-            "num_key_value_heads": 3,
-            "vocab_size": 128_256,
-        },
-        "1b": {
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_key_value_heads": 8,
-            "vocab_size": 128_256,
-        },
-    }
-    shape = shapes[size]
+    hidden, intermediate, layers, heads, vocabulary = SIZES[size]
     build_tiny_checkpoint(path)  # a tokenizer, for TRL's sake
     torch.manual_seed(0)
     config = LlamaConfig(
-        **shape, num_attention_heads=shape["hidden_size"] // 64, max_position_embeddings=4096, tie_word_embeddings=True
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(path)
     return str(path)
 
 
-def _work(job: dict[str, Any]) -> dict[str, Any]:
+def _work(job: Job) -> dict[str, Any]:
     """One run, in this process."""
     import torch
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from iterdpo.training.collate import Tree, collate
     from iterdpo.training.flops import forward_flops, matmul_peak
 
-    job["vocabulary"] = AutoConfig.from_pretrained(job["model"]).vocab_size
-    pairs = make_pairs(job["case"], job["pairs"], vocabulary=job["vocabulary"])
-    seconds, reference_seconds, losses, mfu = (_trl if job["side"].startswith("trl") else _ours)(job, pairs)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak_gib = _peak_gib(device)
-    peak = matmul_peak(device, torch.bfloat16)
-    later = seconds[1:]  # the first step compiles and faults its memory in
-    counted = (len(pairs) - job["pairs_per_step"]) / sum(later)
+    config = AutoConfig.from_pretrained(job.model)
+    pairs = make_pairs(job.case, job.pairs, vocabulary=config.vocab_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = _trl if job.side.startswith("trl") else _ours
+        seconds, reference_seconds, losses, mfu = run(job, pairs, Path(scratch))
+    cuda = torch.cuda.is_available()
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else peak_mib() / 2**10
+    peak = matmul_peak(torch.device("cuda" if cuda else "cpu"), torch.bfloat16)
+    # The first step compiles and faults its memory in.
+    counted = (len(pairs) - job.pairs_per_step) / sum(seconds[1:])
     tokens = sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
     if mfu is None:
-        from transformers import AutoModelForCausalLM
-
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job["model"]))
+            model = AutoModelForCausalLM.from_config(config)
         rows = collate([Tree(p, [c, r]) for p, c, r in pairs], shared=False)
         mfu = 3 * forward_flops(model, rows) / len(pairs) * counted / peak
-    versions = {name: __import__(name).__version__ for name in ("torch", "transformers", "trl")}
     return {
         "pairs_per_second": counted,
         "whole_pairs_per_second": len(pairs) / (sum(seconds) + reference_seconds),
@@ -224,90 +187,76 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "matmul_peak_gflops": round(peak / 1e9),
-        "versions": versions,
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
     }
 
 
-def _peak_gib(device: Any) -> float:
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 2**30
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
-
-
-def _ours(job: dict[str, Any], pairs: list[Any]) -> tuple[list[float], float, list[float], float]:
+def _ours(job: Job, pairs: Pairs, root: Path) -> tuple[list[float], float, list[float], float]:
     import iterdpo.training.reference as reference
     import iterdpo.training.train as trainer
     from iterdpo.config import DPOConfig
-    from iterdpo.data.pairs import write_pairs
+    from iterdpo.data.pairs import TRAIN, write_pairs
     from iterdpo.run.rundir import read_jsonl
     from iterdpo.training.launch import ReferenceInputs, TrainSpec
     from iterdpo.types import Completion, PreferencePair, Prompt
 
-    if job["side"] == "without chunked_head":
+    if job.side == "without chunked_head":
         trainer.select_logp_path = lambda *args, **kwargs: "plain"  # type: ignore[assignment]
-    settings: dict[str, Any] = {
-        "pairs_per_step": job["pairs_per_step"],
-        "learning_rate": 1e-5,
-        "checkpoint_every": 10**6,
-    }
-    settings["shared_prompts"] = job["side"] != "without shared_prompts"
-    if job["tokens_per_micro_batch"]:
-        settings["tokens_per_micro_batch"] = job["tokens_per_micro_batch"]
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        (root / "pairs").mkdir()
-        (root / "policy").mkdir()
-        rows = [
-            PreferencePair(
-                Prompt(str(hash(tuple(p))), ""), p, Completion("", c, [], "stop"), Completion("", r, [], "stop")
-            )
-            for p, c, r in pairs
-        ]
-        write_pairs(root / "pairs", rows, summary="random pairs")
-        spec = TrainSpec(
-            name="benchmark",
-            policy=Path(job["model"]),
-            reference=None,
-            pairs=root / "pairs" / "train.parquet",
-            eval_pairs=None,
-            output=root / "policy",
-            reference_output=root / "reference",
-            attic=None,
-            reference_inputs=ReferenceInputs(
-                reference="", pairs="", precision="", adapter=False, sampler_logps_tolerance=None, mismatched=None
-            ),
-            dpo=DPOConfig(**settings),
-            seed=0,
-            pairs_cache=root / "cache",
-            tracker_dir=root / "trackers",
-        )
-        reference_seconds = 0.0
-        compute = reference.computed_logps
+    dpo = DPOConfig(
+        pairs_per_step=job.pairs_per_step,
+        learning_rate=1e-5,
+        checkpoint_every=10**6,
+        shared_prompts=job.side != "without shared_prompts",
+        **({"tokens_per_micro_batch": job.tokens_per_micro_batch} if job.tokens_per_micro_batch else {}),
+    )
+    (root / "pairs").mkdir()
+    (root / "policy").mkdir()
+    rows = [
+        PreferencePair(Prompt(str(hash(tuple(p))), ""), p, *(Completion("", ids, [], "stop") for ids in (c, r)))
+        for p, c, r in pairs
+    ]
+    write_pairs(root / "pairs", rows, summary="random pairs")
+    spec = TrainSpec(
+        name="benchmark",
+        policy=Path(job.model),
+        reference=None,
+        pairs=root / "pairs" / TRAIN,
+        eval_pairs=None,
+        output=root / "policy",
+        reference_output=root / "reference",
+        attic=None,
+        reference_inputs=ReferenceInputs(
+            reference="", pairs="", precision="", adapter=False, sampler_logps_tolerance=None, mismatched=None
+        ),
+        dpo=dpo,
+        seed=0,
+        pairs_cache=root / "cache",
+        tracker_dir=root / "trackers",
+    )
+    reference_seconds = 0.0
+    compute = reference.computed_logps
 
-        def timed(*args: Any) -> Any:
-            nonlocal reference_seconds
-            started = time.perf_counter()
-            logps = compute(*args)
-            reference_seconds += time.perf_counter() - started
-            return logps
+    def timed(*args: Any) -> Any:
+        nonlocal reference_seconds
+        started = time.perf_counter()
+        logps = compute(*args)
+        reference_seconds += time.perf_counter() - started
+        return logps
 
-        reference.computed_logps = timed
-        trainer.train(spec)
-        log = read_jsonl(root / "policy" / "train_log.jsonl")
-    seconds = [job["pairs_per_step"] / row["pairs_per_second"] for row in log]
+    reference.computed_logps = timed
+    trainer.train(spec)
+    log = read_jsonl(root / "policy" / "train_log.jsonl")
+    seconds = [job.pairs_per_step / row["pairs_per_second"] for row in log]
     return seconds, reference_seconds, [row["loss"] for row in log], statistics.median(row["mfu"] for row in log[1:])
 
 
-def _trl(job: dict[str, Any], pairs: list[Any]) -> tuple[list[float], float, list[float], None]:
+def _trl(job: Job, pairs: Pairs, root: Path) -> tuple[list[float], float, list[float], None]:
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    best = {"precompute_ref_log_probs": True, "gradient_checkpointing": False} if job["side"] == "trl_best" else {}
+    best = {"precompute_ref_log_probs": True, "gradient_checkpointing": False} if job.side == "trl_best" else {}
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -331,33 +280,32 @@ def _trl(job: dict[str, Any], pairs: list[Any]) -> tuple[list[float], float, lis
             self.reference_seconds = time.perf_counter() - started
             return logps
 
-    with tempfile.TemporaryDirectory() as scratch:
-        config = DPOConfig(
-            output_dir=scratch,
-            per_device_train_batch_size=job["pairs_per_step"],
-            num_train_epochs=1,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=1,
-            bf16=True,
-            use_cpu=not torch.cuda.is_available(),
-            learning_rate=1e-5,
-            max_length=None,
-            **best,
-        )
-        rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in pairs]
-        trainer = TokenTrainer(
-            model=job["model"],
-            args=config,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(job["model"]),
-            callbacks=[Clock()],
-        )
-        trainer.train()
+    config = DPOConfig(
+        output_dir=str(root),
+        per_device_train_batch_size=job.pairs_per_step,
+        num_train_epochs=1,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        learning_rate=1e-5,
+        max_length=None,
+        **best,
+    )
+    rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in pairs]
+    trainer = TokenTrainer(
+        model=job.model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(job.model),
+        callbacks=[Clock()],
+    )
+    trainer.train()
     seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return seconds, getattr(trainer, "reference_seconds", 0.0), losses, None
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main, __doc__)

@@ -11,7 +11,6 @@ the pair but for ties, which `judge check` counts half right.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import subprocess
@@ -21,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import command_line
 from iterdpo.data.rows import load_rows
 from iterdpo.run.rundir import write_jsonl
 
@@ -28,30 +28,24 @@ TURN = "\n\nAssistant:"
 DECAYS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0, 3.0)
 
 
-def main() -> None:
+def main(*, data: str, model: str, rows: int | None = None, seed: int = 0) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--model", required=True, help="a checkpoint directory")
-    parser.add_argument("--rows", type=int, help="default: all")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    rows = list(_as_text(load_rows(arguments.data, "train", limit=arguments.rows)))
-    random.Random(arguments.seed).shuffle(rows)
-    halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    talks = list(_as_text(load_rows(data, "train", limit=rows)))
+    random.Random(seed).shuffle(talks)
+    halves = [talks[: len(talks) // 2], talks[len(talks) // 2 :]]
     with tempfile.TemporaryDirectory(prefix="hh-judge-") as scratch:
         held_out, judge = Path(scratch) / "held-out.jsonl", Path(scratch) / "reward-model"
-        model = AutoModelForSequenceClassification.from_pretrained(
-            arguments.model, num_labels=1, dtype=torch.float32, use_safetensors=True
+        classifier = AutoModelForSequenceClassification.from_pretrained(
+            model, num_labels=1, dtype=torch.float32, use_safetensors=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        seen, unseen = (_differences(model.model, tokenizer, half) for half in halves)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        seen, unseen = (_differences(classifier.model, tokenizer, half) for half in halves)
         weight, decay = _fitted(seen)
         with torch.no_grad():
-            model.score.weight.copy_(weight)
-        model.save_pretrained(judge)
+            classifier.score.weight.copy_(weight)
+        classifier.save_pretrained(judge)
         tokenizer.save_pretrained(judge)
         write_jsonl(held_out, halves[1])
         report = _check(judge, held_out)
@@ -120,14 +114,13 @@ def _fitted(differences: Any) -> tuple[Any, float]:
     return fit(scaled, decay) / scale, decay
 
 
-def _check(judge: Path, data: Path) -> dict[str, Any]:
+def _check(judge: Path, data: Path) -> Any:
     output = data.with_suffix(".json")
     command = [sys.executable, "-m", "flows.cli", "judge", "check", "reward_model", "--data", str(data)]
     command += ["--args", f"model={judge}", "--json", str(output)]
     subprocess.run(command, check=True, stdout=sys.stderr)
-    report: dict[str, Any] = json.loads(output.read_text())
-    return report
+    return json.loads(output.read_text())
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main, __doc__)

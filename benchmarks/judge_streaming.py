@@ -1,7 +1,7 @@
 """What judging beside sampling saves: the stages `sample` and `judge` of a round, one JSON line.
 
-python -m benchmarks.judge_streaming                           8 shards that take 1 s each to sample, 0.15 s a call
-python -m benchmarks.judge_streaming --sample 4 --latency 0.5  or --shards, --runs
+    python -m benchmarks.judge_streaming                           8 shards that take 1 s each to sample, 0.15 s a call
+    python -m benchmarks.judge_streaming --sample 4 --latency 0.5  or --shards, --runs
 
 A sampler that sleeps and an endpoint that answers after a fixed time stand in for the engines, so that the figures are
 those of the loop. Each shard has 16 prompts with four completions: 192 calls of the judge `pairwise`, 32 at once.
@@ -11,7 +11,6 @@ of judging beside sampling, and of the stage after it. `ratio` is `seconds` with
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.harness import command_line
 from flows.api import open_run
 from iterdpo.config import Config, parse_config
 from iterdpo.run.rundir import read_manifest, write_jsonl
@@ -46,47 +46,34 @@ class Sleeper(FakeSampler):
         return super().sample(prompt_ids, seeds, parameters)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, default=8)
-    parser.add_argument("--sample", type=float, default=1.0, metavar="SECONDS", help="of a shard")
-    parser.add_argument("--latency", type=float, default=0.15, metavar="SECONDS", help="of a call")
-    parser.add_argument("--runs", type=int, default=3)
-    arguments = parser.parse_args()
-    runs: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+def main(*, shards: int = 8, sample: float = 1.0, latency: float = 0.15, runs: int = 3) -> None:
+    made: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     with (
         tempfile.TemporaryDirectory(prefix="judge-streaming-") as directory,
-        FakeEndpoint(lambda body: "Verdict: A", latency=arguments.latency) as server,
+        FakeEndpoint(lambda body: "Verdict: A", latency=latency) as server,
     ):
         root = Path(directory)
         build_tiny_checkpoint(root / "model")
-        write_jsonl(root / "prompts.jsonl", ({"prompt": f"Tale {i}"} for i in range(arguments.shards * PROMPTS + 1)))
-        for number in range(arguments.runs):
+        write_jsonl(root / "prompts.jsonl", ({"prompt": f"Tale {i}"} for i in range(shards * PROMPTS + 1)))
+        for number in range(runs):
             for stream in (True, False):
-                run_dir = root / f"run-{number}-{stream}"
-                runs[stream].append(one_round(root, run_dir, server, arguments.shards, arguments.sample, stream))
+                made[stream].append(one_round(root, f"run-{number}-{stream}", server, shards, sample, stream))
     medians = {
-        stream: {name: round(statistics.median(run[name] for run in made), 2) for name in made[0]}
-        for stream, made in runs.items()
+        stream: {name: round(statistics.median(run[name] for run in of), 2) for name in of[0]}
+        for stream, of in made.items()
     }
-    line = {
-        "shards": arguments.shards,
-        "sample_s": arguments.sample,
-        "latency_s": arguments.latency,
-        "stream": medians[True],
-        "no_stream": medians[False],
-        "ratio": round(medians[False]["seconds"] / medians[True]["seconds"], 3),
-    }
-    print(json.dumps(line))
+    line = {"shards": shards, "sample_s": sample, "latency_s": latency, "stream": medians[True]}
+    ratio = round(medians[False]["seconds"] / medians[True]["seconds"], 3)
+    print(json.dumps({**line, "no_stream": medians[False], "ratio": ratio}))
 
 
 def one_round(
-    root: Path, run_dir: Path, server: FakeEndpoint, shards: int, seconds: float, stream: bool
+    root: Path, name: str, server: FakeEndpoint, shards: int, seconds: float, stream: bool
 ) -> dict[str, float]:
     endpoint = {"base_url": server.base_url, "concurrency": 32, "cache": "off"}
     args = {"model": "fake", "endpoint": endpoint, "constrain": "none"}
     values = {
-        "run_dir": str(run_dir),
+        "run_dir": str(root / name),
         "rounds": 1,
         "model": {"path": str(root / "model")},
         "prompts": {"path": str(root / "prompts.jsonl"), "per_round": shards * PROMPTS, "heldout": 1},
@@ -101,11 +88,8 @@ def one_round(
         completions = sample(exp, 1, policy, exp.prompts.of(1), streaming)
         judged = read_manifest(judge(exp, 1, completions, exp.train_judge, streaming).path)
         assert judged is not None
-        return {
-            "seconds": time.perf_counter() - began,
-            **{name: judged.seconds[name] for name in ("streamed", "total")},
-        }
+        return {"seconds": time.perf_counter() - began, **{k: judged.seconds[k] for k in ("streamed", "total")}}
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main, __doc__)

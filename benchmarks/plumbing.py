@@ -1,7 +1,7 @@
 """What the stages cost beside the engine and the judge: sample, judge, pair and evaluate, with fakes for both.
 
     python -m benchmarks.plumbing                         # 100,000 and 1,000,000 prompts, K = 4, 128 tokens
-    python -m benchmarks.plumbing --prompts 1000 10000
+    python -m benchmarks.plumbing --prompts 1000 10000    # --directory: where to work; --shard-size: prompts a shard
 
 Each size runs in a process of its own. Printed for each: seconds to open the run the first time and again, and to plan
 it (`--dry-run` without the tokenizer), completions a second through sample, judge and pair together, seconds of each
@@ -11,59 +11,34 @@ lists made before; the judge's fake scores by the first token.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.million_pairs import tiny_model
+from benchmarks.harness import command_line, fresh, peak_mib
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.sampling import SamplingParameters
+from iterdpo.testing import FakeSampler, build_tiny_checkpoint
 from iterdpo.types import Completion, CompletionGroup, Judgment
 
 K, TOKENS, VOCABULARY = 4, 128, 250
-WORDS = [
-    "the",
-    "sea",
-    "is",
-    "wide",
-    "and",
-    "the",
-    "sky",
-    "was",
-    "never",
-    "so",
-    "blue",
-    "as",
-    "on",
-    "the",
-    "day",
-    "when",
-    "nobody",
-    "looked",
-    "up",
-]
+WORDS = "the sea is wide and the sky was never so blue as on the day when nobody looked up"
 
 
-class FastSampler:
+class FastSampler(FakeSampler):
     """An engine that costs next to nothing: each completion is cut out of a long list at random."""
 
     def __init__(self) -> None:
+        super().__init__(lambda ids, k: "")
         draw = random.Random(0)
         self.tokens = [draw.randrange(3, VOCABULARY) for _ in range(100_000)]
         self.logprobs = [-draw.random() for _ in range(100_000)]
-        self.text = " ".join(draw.choices(WORDS, k=20_000))
-
-    def load(self, policy: Path, digest: str) -> None:
-        pass
+        self.text = " ".join(draw.choices(WORDS.split(), k=20_000))
 
     def sample(
         self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
@@ -72,48 +47,31 @@ class FastSampler:
             tokens, logprobs = self.tokens[start : start + TOKENS], self.logprobs[start : start + TOKENS]
             return Completion(self.text[start : start + 4 * TOKENS], tokens, logprobs, "stop")
 
-        starts = ((seed + 7919 * k) % 60_000 for seed in seeds for k in range(parameters.n))
-        return [[completion(next(starts)) for _ in range(parameters.n)] for _ in seeds]
-
-    def release(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+        return [[completion((seed + 7919 * k) % 60_000) for k in range(parameters.n)] for seed in seeds]
 
 
 class FirstToken(JudgeBase):
     name, version = "first_token", "1"
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
-        nothing: list[str | None] = [None] * K
         return [
-            Judgment(g.prompt.id, [c.token_ids[0] / VOCABULARY for c in g.completions], nothing[: len(g.completions)])
+            Judgment(g.prompt.id, [c.token_ids[0] / VOCABULARY for c in g.completions], [None] * len(g.completions))
             for g in groups
         ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[100_000, 1_000_000])
-    parser.add_argument("--shard-size", type=int, default=256, help="prompts a shard")
-    parser.add_argument("--directory", type=Path, help="where to work (default: a temporary directory)")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one is not None:
-        print(json.dumps(measure(arguments.directory, arguments.one, arguments.shard_size)))
-        return
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as root:
-        tiny_model(Path(root) / "model")
-        rows = []
-        for count in arguments.prompts:
-            write_prompts(Path(root) / "prompts.jsonl", count + count // 10)
-            command = [sys.executable, "-m", "benchmarks.plumbing", "--one", str(count), "--directory", root]
-            command += ["--shard-size", str(arguments.shard_size)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+def main(
+    *, prompts: tuple[int, ...] = (100_000, 1_000_000), shard_size: int = 256, directory: Path | None = None
+) -> None:
+    rows = []
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        root = Path(scratch)
+        fresh(build_tiny_checkpoint, root / "model")
+        for count in prompts:
+            write_prompts(root / "prompts.jsonl", count + count // 10)
+            rows.append(fresh(measure, root, count, shard_size))
             print(json.dumps(rows[-1]), flush=True)
-            shutil.rmtree(Path(root) / "run")
+            shutil.rmtree(root / "run")
     print(f"\n{'':<24}" + "".join(f"{row['prompts']:>14,}" for row in rows))
     for name in rows[0]:
         print(f"{name:<24}" + "".join(f"{row[name]:>14,}" for row in rows))
@@ -168,8 +126,8 @@ def measure(root: Path, count: int, shard_size: int) -> dict[str, Any]:
         timed("evaluate_s", evaluate, run, 0, policy, {})
     stages = sum(figures[f"{name}_s"] for name in ("sample", "judge", "pair"))
     figures |= {"pairs": pairs.kept, "completions_per_second": round(completions.completions / stages)}
-    return figures | {"peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+    return figures | {"peak_mib": round(peak_mib())}
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main, __doc__)

@@ -8,24 +8,20 @@ and whether the scores rose in every round. Runs that are there already are read
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from itertools import pairwise
 
+from benchmarks.harness import command_line
 from flows import run_rounds
 from flows.quickstart import prepare_quickstart, quickstart_config
 from iterdpo.run.progress import Progress
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", default="runs/seeds", help="where the runs go (default: runs/seeds)")
-    arguments, overrides = parser.parse_known_args()
+def main(*overrides: str, seeds: tuple[int, ...] = (0, 1, 2), runs: str = "runs/seeds") -> None:
     assets = prepare_quickstart(progress=lambda line: print(line, file=sys.stderr))
-    for seed in arguments.seeds:
-        config = quickstart_config(assets, [f"seed={seed}", f"run_dir={arguments.runs}/seed-{seed}", *overrides])
+    for seed in seeds:
+        config = quickstart_config(assets, [f"seed={seed}", f"run_dir={runs}/seed-{seed}", *overrides])
         metrics = run_rounds(config, prefect=False, progress=Progress(sys.stderr)).metrics
         last = metrics.iloc[-1]
         scores = {role: metrics[f"score/{role}"].round(3).tolist() for role in ("train_judge", "heldout_judge")}
@@ -43,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main, __doc__)

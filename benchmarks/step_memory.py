@@ -13,11 +13,12 @@ import json
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from benchmarks.dpo_step import _random_model
+from benchmarks.dpo_step import random_checkpoint
 from iterdpo.training.collate import Tree
 from iterdpo.training.logps import Scorer
 from iterdpo.training.losses import dpo_loss
@@ -26,17 +27,15 @@ from iterdpo.training.models import load_policy
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        model = load_policy(_random_model(Path(scratch), "128k"))
+        model = load_policy(random_checkpoint(Path(scratch), "128k"))
     scorer = Scorer(model, "shared").train()
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-5, fused=True)
     draw = random.Random(0)
-    trees = [
-        Tree(
-            [draw.randrange(128_000) for _ in range(64)],
-            [[draw.randrange(128_000) for _ in range(64)] for _ in range(2)],
-        )
-        for _ in range(8)
-    ]
+
+    def ids() -> list[int]:
+        return [draw.randrange(128_000) for _ in range(64)]
+
+    trees = [Tree(ids(), [ids(), ids()]) for _ in range(8)]
 
     def forward() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -52,24 +51,20 @@ def main() -> None:
 
     step()  # makes the optimizer's state
     with _tracked(scorer, optimizer) as tracker:
-        before = _total(tracker)
+        before = _total(tracker, "current")
         loss = forward()
-        activations = _total(tracker) - before
+        activations = _total(tracker, "current") - before
         del loss
     with _tracked(scorer, optimizer) as tracker:
         step()
-        peak = _peak(tracker)
+        peak = _total(tracker, "peak")
     weights = sum(p.numel() * p.element_size() for p in scorer.parameters())
     state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
     parts = {"weights": weights, "gradients": weights, "optimizer": state, "activations": activations}
     tokens = sum(tree.tokens for tree in trees)
     row = {**parts, "sum": sum(parts.values()), "peak": peak, "logits": 4 * tokens * model.config.vocab_size}
-    print(
-        json.dumps(
-            {name: round(value / 2**20) for name, value in row.items()}
-            | {"unit": "MiB", "tokens": tokens, "peak_to_sum": round(peak / row["sum"], 3)}
-        )
-    )
+    line: dict[str, Any] = {name: round(value / 2**20) for name, value in row.items()}
+    print(json.dumps(line | {"unit": "MiB", "tokens": tokens, "peak_to_sum": round(peak / row["sum"], 3)}))
 
 
 def _tracked(scorer: Scorer, optimizer: torch.optim.Optimizer) -> MemTracker:
@@ -78,12 +73,8 @@ def _tracked(scorer: Scorer, optimizer: torch.optim.Optimizer) -> MemTracker:
     return tracker
 
 
-def _total(tracker: MemTracker) -> int:
-    return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("current").values())
-
-
-def _peak(tracker: MemTracker) -> int:
-    return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
+def _total(tracker: MemTracker, when: str) -> int:
+    return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot(when).values())
 
 
 if __name__ == "__main__":
