@@ -43,15 +43,8 @@ LISTED = 1000  # row numbers that are kept for a reason
 MOST_PROCESSES = 16  # more wait for the one that reads
 
 PROMPT_NAMES = {"question", "instruction", "input", "query", "context"}
-SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
+SPEAKERS = {"human": "user", "user": "user", **dict.fromkeys(("gpt", "chatgpt", "assistant"), "assistant")}
+SPEAKERS |= {"system": "system", "tool": "tool"}
 
 DIVERGE = "diverge before the last turn"
 EMPTY = "have an empty completion"
@@ -124,9 +117,9 @@ class Account:
     def _note_kind(self, first: dict[str, int]) -> None:
         self.first = first | self.first
         if len(self.first) > 1:
+            text, messages = self.first["text"], self.first["messages"]
             raise DataError(
-                f"{self.source}: the prompt is text in row {self.first['text']} and messages in row "
-                f"{self.first['messages']}; give all as the same kind"
+                f"{self.source}: the prompt is text in row {text} and messages in row {messages}; give all as the same kind"
             )
 
     def summary(self) -> str:
@@ -153,7 +146,7 @@ class PreferenceData:
         first = next(rows)
         self.format = _settled(format, first, f"{path}: row 1")
         self.account = Account(path, "unpaired" if self.format == "unpaired" else "pairs")
-        self._rows = chain([first], rows)
+        self._numbered = enumerate(chain([first], rows), 1)
 
     def parsed(self) -> Iterator[list[RawPair]]:
         """The pairs, in batches, without tokenizing them.
@@ -166,12 +159,7 @@ class PreferenceData:
         self._check_some_are_kept()
 
     def tokenized(
-        self,
-        tokenizer: Any,
-        *,
-        max_prompt_tokens: int,
-        max_completion_tokens: int,
-        processes: int | None = None,
+        self, tokenizer: Any, *, max_prompt_tokens: int, max_completion_tokens: int, processes: int | None = None
     ) -> Iterator[pa.Table]:
         """The pairs as token ids, in batches as `pairs_table` makes them.
 
@@ -185,14 +173,8 @@ class PreferenceData:
         head = list(islice(batches, 3))
         if processes is None:
             processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES) if len(head) == 3 else 1
-        work = partial(
-            _tokenized_batch,
-            tokenizer=tokenizer,
-            source=self.account.source,
-            format=self.format,
-            max_prompt_tokens=max_prompt_tokens,
-            max_completion_tokens=max_completion_tokens,
-        )
+        limits = {"max_prompt_tokens": max_prompt_tokens, "max_completion_tokens": max_completion_tokens}
+        work = partial(_tokenized_batch, tokenizer, self.account.source, self.format, limits)
         for table, account in map_in_order(work, chain(head, batches), processes):
             self.account.add(account)
             if table is not None:
@@ -200,17 +182,14 @@ class PreferenceData:
         self._check_some_are_kept()
 
     def _batches(self) -> Iterator[Batch]:
-        numbered = enumerate(self._rows, 1)
-        while batch := list(islice(numbered, BATCH)):
+        while batch := list(islice(self._numbered, BATCH)):
             yield batch
 
     def _check_some_are_kept(self) -> None:
-        if not self.account.kept:
-            too_short = IDENTICAL_TOKENS in self.account.left_out
-            raise DataError(
-                f"{self.account.source}: no pair can be used: {self.account.summary()}; see data.format for what is "
-                "read" + (", and raise data.max_completion_tokens" if too_short else "")
-            )
+        account = self.account
+        if not account.kept:
+            longer = ", and raise data.max_completion_tokens" if IDENTICAL_TOKENS in account.left_out else ""
+            raise DataError(f"{account.source}: no pair can be used: {account.summary()}; see data.format{longer}")
 
 
 def parse_rows(batch: Batch, format: Format, account: Account) -> list[RawPair]:
@@ -250,12 +229,8 @@ def tokenize_pairs(
         content = raw.prompt.content
         try:
             ids = prompt_token_ids(tokenizer, content)
-            chosen, rejected = (
-                ABSENT
-                if c is None
-                else _completion(tokenizer, c, completion_token_ids(tokenizer, content, c), max_completion_tokens)
-                for c in (raw.chosen, raw.rejected)
-            )
+            chosen = _completion(tokenizer, content, raw.chosen, max_completion_tokens)
+            rejected = _completion(tokenizer, content, raw.rejected, max_completion_tokens)
         except DataError as error:
             raise DataError(f"{account.source}: row {raw.row}: {error}") from error
         if chosen.token_ids == rejected.token_ids:
@@ -273,21 +248,13 @@ def tokenize_pairs(
 
 # Processes
 
-Tokenized = tuple["pa.Table | None", Account]
-
 
 def _tokenized_batch(
-    batch: Batch, *, tokenizer: Any, source: str, format: Format, max_prompt_tokens: int, max_completion_tokens: int
-) -> Tokenized:
-    account = Account(source)
-    pairs = tokenize_pairs(
-        parse_rows(batch, format, account),
-        tokenizer,
-        account,
-        max_prompt_tokens=max_prompt_tokens,
-        max_completion_tokens=max_completion_tokens,
-    )
-    return (pairs_table(pairs, "unpaired" if format == "unpaired" else "pairs") if pairs else None), account
+    tokenizer: Any, source: str, format: Format, limits: dict[str, int], batch: Batch
+) -> tuple[pa.Table | None, Account]:
+    account = Account(source, "unpaired" if format == "unpaired" else "pairs")
+    pairs = tokenize_pairs(parse_rows(batch, format, account), tokenizer, account, **limits)
+    return (pairs_table(pairs, account.kind) if pairs else None), account
 
 
 # Formats
@@ -325,27 +292,19 @@ def _is_sharegpt(value: Any) -> bool:
 
 def _parsed(row: dict[str, Any], format: Format, where: str) -> Parts | str:
     """The parts of a pair, or the reason why the row is left out."""
-    match format:
-        case "unpaired":
-            return _from_unpaired(row, where)
-        case "sharegpt":
-            return _from_columns(*_columns(_from_sharegpt(row, where), where))
-        case "hh":
-            _, chosen, rejected = _columns(row, where)
-            return _from_transcripts(chosen, rejected, where)
-        case _:
-            return _from_columns(*_columns(row, where))
+    if format == "unpaired":
+        return _from_unpaired(row, where)
+    prompt, chosen, rejected = _columns(_from_sharegpt(row, where) if format == "sharegpt" else row, where)
+    return _from_transcripts(chosen, rejected, where) if format == "hh" else _from_columns(prompt, chosen, rejected)
 
 
 def _columns(row: dict[str, Any], where: str) -> tuple[Content | None, Content, Content]:
     remedy = "preference data has chosen, rejected and, where they do not repeat it, prompt"
-    chosen, rejected = (
-        content_of(column_value(row, column, where, remedy), f"{where}, column {column!r}")
-        for column in ("chosen", "rejected")
-    )
+    chosen = content_of(column_value(row, "chosen", where, remedy), f"{where}, column 'chosen'")
+    rejected = content_of(column_value(row, "rejected", where, remedy), f"{where}, column 'rejected'")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise DataError(
-            f"{where}: one of chosen and rejected is text and the other messages; give both as the same kind"
+            f"{where}: one of chosen and rejected is text and the other messages; give two of the same kind"
         )
     if row.get("prompt") is None:
         _refuse_other_name_for_prompt(row, chosen, where)
@@ -405,11 +364,20 @@ def _from_messages(prompt: Content | None, chosen: list[Message], rejected: list
     shared, ends = chosen[:cut], (chosen[cut:], rejected[cut:])
     if not shared:
         return NO_PROMPT
-    if any(not any(m["content"].strip() for m in end) for end in ends):
+    if any(map(_is_empty, ends)):
         return EMPTY
-    if any(m["role"] in ("user", "system") for end in ends for m in end):
+    if any(map(_has_users_turn, ends)):
         return DIVERGE
     return shared, *ends
+
+
+def _is_empty(completion: Content) -> bool:
+    texts = [completion] if isinstance(completion, str) else [m["content"] for m in completion]
+    return not any(map(str.strip, texts))
+
+
+def _has_users_turn(completion: Content) -> bool:
+    return not isinstance(completion, str) and any(m["role"] in ("user", "system") for m in completion)
 
 
 def _repeats(conversation: list[Message], prompt: Content) -> bool:
@@ -431,17 +399,14 @@ def _from_unpaired(row: dict[str, Any], where: str) -> Parts | str:
     prompt = _prompt(column_value(row, "prompt", where, remedy), where)
     completion = content_of(column_value(row, "completion", where, remedy), f"{where}, column 'completion'")
     label = _label(column_value(row, "label", where, remedy), where)
-    if isinstance(completion, str):
-        if not completion.strip():
-            return EMPTY
-    else:
+    if not isinstance(completion, str):
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if completion[: len(prompt)] == prompt:
             completion = completion[len(prompt) :]
-        if not any(m["content"].strip() for m in completion):
-            return EMPTY
-        if any(m["role"] in ("user", "system") for m in completion):
-            return USERS_TURN
+    if _is_empty(completion):
+        return EMPTY
+    if _has_users_turn(completion):
+        return USERS_TURN
     return (prompt, completion, None) if label else (prompt, None, completion)
 
 
@@ -455,8 +420,8 @@ def _label(value: Any, where: str) -> bool:
 
 def _from_sharegpt(row: dict[str, Any], where: str) -> dict[str, Any]:
     """The row's prompt, chosen and rejected, with messages in place of ShareGPT's turns."""
-    names = {"prompt": "prompt" if row.get("conversations") is None else "conversations"}
-    names |= {"chosen": "chosen", "rejected": "rejected"}
+    prompt = "prompt" if row.get("conversations") is None else "conversations"
+    names = {"prompt": prompt, "chosen": "chosen", "rejected": "rejected"}
     columns = {c: _messages(row[name], f"{where}, column {name!r}") for c, name in names.items() if name in row}
     system = row.get("system")
     if isinstance(system, str) and system.strip() and isinstance(columns.get("prompt"), list):
@@ -470,10 +435,8 @@ def _messages(value: Any, where: str) -> Any:
     turns = value if isinstance(value, list) else [value]
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or turn.get("from") not in SPEAKERS:
-            raise DataError(
-                f'{where}: turn {number} is {str(turn)[:60]}; a turn is {{"from": "human", "value": "2+2?"}}, from '
-                f"one of {', '.join(SPEAKERS)}"
-            )
+            right = f'a turn is {{"from": "human", "value": "2+2?"}}, from one of {", ".join(SPEAKERS)}'
+            raise DataError(f"{where}: turn {number} is {str(turn)[:60]}; {right}")
     return [{"role": SPEAKERS[turn["from"]], "content": turn.get("value")} for turn in turns]
 
 
@@ -503,10 +466,8 @@ def _turns(transcript: str) -> list[Message]:
     """One message a marker. A marker is a paragraph's start: "Human:" inside a line is the speaker's own word."""
     roles = {"Human": "user", "Assistant": "assistant"}
     _, *parts = re.split(r"\n\n(Human|Assistant):", transcript)
-    return [
-        {"role": roles[speaker], "content": text.removeprefix(" ")}
-        for speaker, text in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": roles[speaker], "content": text.removeprefix(" ")} for speaker, text in turns]
 
 
 def _joined(turns: list[Message]) -> list[Message]:
@@ -520,9 +481,11 @@ def _joined(turns: list[Message]) -> list[Message]:
     return joined
 
 
-def _completion(tokenizer: Any, content: Content, ids: list[int], limit: int) -> Completion:
+def _completion(tokenizer: Any, prompt: Content, content: Content | None, limit: int) -> Completion:
+    if content is None:
+        return ABSENT
+    ids = completion_token_ids(tokenizer, prompt, content)
     if len(ids) > limit:
-        ids = ids[:limit]
-        return Completion(tokenizer.decode(ids, skip_special_tokens=True), ids, [], "length")
+        return Completion(tokenizer.decode(ids[:limit], skip_special_tokens=True), ids[:limit], [], "length")
     text = content if isinstance(content, str) else "\n\n".join(m["content"] for m in content)
     return Completion(text, ids, [], "stop")

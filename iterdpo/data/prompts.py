@@ -28,12 +28,13 @@ from iterdpo.data.rows import column_value, content_of, json_value, load_rows, s
 from iterdpo.errors import DataError
 from iterdpo.run.rundir import canonical, digest, fsync, read_json, sync_tree, write_json
 from iterdpo.seeds import derive_seeds
-from iterdpo.types import Prompt
+from iterdpo.types import Message, Prompt
 
 CHUNK = 1024  # lines that are read at a time
 LINES, INDEX, NAMES = "prompts.jsonl", "index.npz", "columns.json"
 ARRAYS = ("ends", "ids", "contents", "columns")
 Array = NDArray[Any]
+Parts = tuple[str | None, str | list[Message], dict[str, Any]]  # id (None: a hash of the content), content, columns
 
 
 class PromptFile:
@@ -42,21 +43,19 @@ class PromptFile:
     `for prompt in prompts`, `len(prompts)`, `prompts[128:256]`, `prompts.digest()`, `prompts.columns()`
     """
 
-    def __init__(self, lines: _Lines, rows: Array) -> None:
+    def __init__(self, lines: _Lines, rows: Array | None = None) -> None:
         self._lines = lines
-        self._rows = rows  # [N] int32, which lines, in order
+        self._rows = np.arange(len(lines), dtype=np.int32) if rows is None else rows  # [N], which lines, in order
 
     @staticmethod
     def open(path: Path) -> PromptFile:
         """The prompts that `write` wrote down."""
-        lines = _Lines(open(path, "rb"))  # noqa: SIM115  # read for as long as the prompts are
-        return PromptFile(lines, np.arange(len(lines), dtype=np.int32))
+        return PromptFile(_Lines(open(path, "rb")))  # read for as long as the prompts are
 
     @staticmethod
     def of(prompts: Iterable[Prompt]) -> PromptFile:
         """Prompts from memory, in a temporary file that has no name."""
-        lines = _write(prompts, tempfile.TemporaryFile())  # noqa: SIM115  # it lives as long as they do
-        return PromptFile(lines, np.arange(len(lines), dtype=np.int32))
+        return PromptFile(_write(map(_parts, prompts), None))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -80,10 +79,8 @@ class PromptFile:
         """What identifies the prompts: a hash of ids, contents and columns, in order; `digest([[id, …], …])`."""
         text = hashlib.sha256(b"[")
         for number, line in enumerate(self._lines.read(self._rows)):
-            if line.startswith(b"{"):
-                prompt = _prompt(line)
-                line = canonical([prompt.id, prompt.content, prompt.columns]).encode() + b"\n"
-            text.update(b"," + line[:-1] if number else line[:-1])
+            row = canonical(_parts(_prompt(line))).encode() if line.startswith(b"{") else line[:-1]
+            text.update(b"," + row if number else row)
         text.update(b"]")
         return text.hexdigest()[:16]
 
@@ -155,9 +152,8 @@ def split_prompts(
     heldout = pinned or _first(pool, config.heldout, seed, "heldout")
     if pinned and not np.isin(pinned.contents, pool.contents).any():
         raise DataError(
-            f"{config.heldout_path or config.path}: none of the {len(pinned):,} prompts that this run holds out is in it. "
-            "Other prompts are another run: choose another run_dir, or name the file that has them in "
-            "prompts.heldout_path"
+            f"{config.heldout_path or config.path}: none of the {len(pinned):,} prompts that this run holds out is in it; "
+            "choose another run_dir, or name the file that has them in prompts.heldout_path"
         )
 
     apart = np.isin(prompts.ids, heldout.ids) | np.isin(prompts.contents, heldout.contents)
@@ -194,13 +190,13 @@ def next_prompts(
             f"round {round} needs {per_round:,} prompts, and {fresh:,} of {total:,} are left after "
             f"{round - 1} rounds; add prompts, lower prompts.per_round, or set prompts.reuse=true"
         )
-    chosen: list[Array] = []
+    chosen = np.zeros(0, np.int64)
     for turn in np.unique(times):
-        if sum(map(len, chosen)) < per_round:
+        if len(chosen) < per_round:
             (at,) = np.nonzero(times == turn)
-            seeds = train.seeds(seed, "order", int(turn))[at]
-            chosen.append(at[np.argsort(seeds, kind="stable")])  # of equal seeds, the first in the file
-    return train._among(np.concatenate(chosen)[:per_round])
+            order = np.argsort(train.seeds(seed, "order", int(turn))[at], kind="stable")  # of equal ones, the file's
+            chosen = np.concatenate([chosen, at[order]])
+    return train._among(chosen[:per_round])
 
 
 def check_lengths(lengths: Iterable[tuple[int, str]], limit: int) -> int:
@@ -210,9 +206,7 @@ def check_lengths(lengths: Iterable[tuple[int, str]], limit: int) -> int:
         DataError: prompts have more than `limit` tokens; it names the longest.
     """
     count = over = longest = 0
-    longest_id = ""
-    for length, prompt_id in lengths:
-        count += 1
+    for count, (length, prompt_id) in enumerate(lengths, 1):  # noqa: B007  # read below
         over += length > limit
         if length > longest:
             longest, longest_id = length, prompt_id
@@ -236,10 +230,10 @@ def read_prompts(
         DataError: a file that cannot be read, a column that is missing, a prompt that is neither text nor messages,
             is empty or ends with an assistant turn, or an id that occurs twice.
     """
-    rows = _prompts_of_rows(path, split, column, id_column)
+    rows = _parts_of_rows(path, split, column, id_column)
     stamp = None if cache is None else source_stamp(path, split)
     if cache is None or stamp is None:
-        lines = _write(rows, tempfile.TemporaryFile())  # noqa: SIM115  # it lives as long as the prompts
+        lines = _write(rows, None)
     else:
         lines = _kept(rows, cache, digest(path), digest([path, split, column, id_column, stamp]))
     _, first = np.unique(lines.ids, return_index=True)
@@ -248,8 +242,8 @@ def read_prompts(
         before = int(np.nonzero(lines.ids == lines.ids[again])[0][0])
         (prompt_id,) = map(_id, lines.read(np.array([again])))
         raise DataError(
-            f"{path}: row {again + 1}: id {prompt_id!r} in column {id_column!r} is row {before + 1}'s already; ids must "
-            "be unique, or leave prompts.id_column out"
+            f"{path}: row {again + 1}: id {prompt_id!r} in column {id_column!r} is row {before + 1}'s already; make ids "
+            "unique, or leave prompts.id_column out"
         )
     return PromptFile(lines, np.sort(first).astype(np.int32)), len(lines)
 
@@ -270,25 +264,20 @@ def _first(prompts: PromptFile, number: int, seed: int, purpose: str) -> PromptF
     return prompts._among(np.array([row for _, _, row in order[:number]], np.int64))
 
 
-def _prompts_of_rows(path: str, split: str, column: str, id_column: str | None) -> Iterator[Prompt]:
+def _parts_of_rows(path: str, split: str, column: str, id_column: str | None) -> Iterator[Parts]:
     for number, row in enumerate(load_rows(path, split), 1):
         where = f"{path}: row {number}"
         content = content_of(column_value(row, column, where, "set prompts.column"), f"{where}, column {column!r}")
         if not content or (isinstance(content, str) and not content.strip()):
             raise DataError(f"{where}, column {column!r} is empty; remove the row")
         if not isinstance(content, str) and content[-1]["role"] == "assistant":
-            raise DataError(
-                f"{where}, column {column!r} ends with an assistant turn; a prompt ends before the completion: take "
-                "that message out"
-            )
-        if id_column is None:
-            prompt_id = f"p-{digest(content)}"
-        else:
-            prompt_id = str(column_value(row, id_column, where, "set prompts.id_column"))
+            raise DataError(f"{where}, column {column!r} ends with an assistant turn; take that message out")
+        remedy = "set prompts.id_column"
+        prompt_id = None if id_column is None else str(column_value(row, id_column, where, remedy))
         columns = {k: v for k, v in row.items() if k not in (column, id_column)}
         if json_value(columns) is not columns:
             columns = {k: json_value(v) for k, v in columns.items()}
-        yield Prompt(prompt_id, content, columns)
+        yield prompt_id, content, columns
 
 
 # Lines of a file
@@ -350,28 +339,31 @@ class _Lines:
 
     @cached_property
     def index(self) -> _Index:
-        return _write(map(_prompt, self.read()), open(os.devnull, "wb")).index
+        return _write((_parts(_prompt(line)) for line in self.read()), open(os.devnull, "wb")).index
 
 
-def _write(prompts: Iterable[Prompt], handle: IO[bytes]) -> _Lines:
-    """Write a line for each prompt."""
+def _write(prompts: Iterable[Parts], handle: IO[bytes] | None) -> _Lines:
+    """Write a line for each prompt, to a temporary file without a name if no other is given."""
+    handle = handle or tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as the prompts
     ends, ids, contents, columns = array("q"), array("Q"), array("Q"), array("I")
     names: dict[tuple[str, ...], int] = {}
     end = 0
-    for prompt in prompts:
-        content = canonical(prompt.content)
-        line = f"[{canonical(prompt.id)},{content},{canonical(prompt.columns)}]\n".encode()
-        end += handle.write(line)
+    for prompt_id, value, others in prompts:
+        content = canonical(value)
+        sha256 = hashlib.sha256(content.encode())
+        if prompt_id is None:
+            prompt_id = f"p-{sha256.hexdigest()[:16]}"
+        end += handle.write(f"[{canonical(prompt_id)},{content},{canonical(others)}]\n".encode())
         ends.append(end)
-        ids.append(_hash(prompt.id))
-        contents.append(_hash(content))
-        columns.append(names.setdefault(tuple(prompt.columns), len(names)))
+        ids.append(_hash(prompt_id))
+        contents.append(int.from_bytes(sha256.digest()[:8], "little"))
+        columns.append(names.setdefault(tuple(others), len(names)))
     handle.flush()
     arrays = (np.frombuffer(a, a.typecode) if a else np.zeros(0, a.typecode) for a in (ends, ids, contents, columns))
     return _Lines(handle, _Index(list(map(list, names)), *arrays))
 
 
-def _kept(prompts: Iterable[Prompt], cache: Path, name: str, stamp: str) -> _Lines:
+def _kept(prompts: Iterable[Parts], cache: Path, name: str, stamp: str) -> _Lines:
     """The lines and their index in `cache`, made if there are none for this stamp; those of other stamps go."""
     place = cache / f"{name}-{stamp}"
     if not place.exists():
@@ -410,6 +402,10 @@ def _prompt(line: bytes) -> Prompt:
 def _id(line: bytes) -> str:
     """The id alone: the rest of the line is not decoded."""
     return scanstring(line.decode(), 2)[0] if line.startswith(b'["') else _prompt(line).id
+
+
+def _parts(prompt: Prompt) -> Parts:
+    return prompt.id, prompt.content, prompt.columns
 
 
 def _hash(text: str) -> int:

@@ -35,11 +35,12 @@ def load_rows(path: str, split: str, *, limit: int | None = None) -> Iterator[di
         DataError: a file that is missing, empty or broken (with the line, also while iterating), or a data set that
             the hub does not give.
     """
-    rows = islice(_rows(path, split), limit)
-    first = next(rows, None)
-    if first is None:
+    files = _local_files(path, split)
+    rows = iter(_hub_dataset(path, split)) if files is None else chain.from_iterable(map(_file_rows, files))
+    first = list(islice(rows, 1))
+    if not first:
         raise DataError(f"{path}: no rows in it")
-    return chain([first], rows)
+    return islice(chain(first, rows), limit)
 
 
 def source_digest(path: str, split: str) -> str:
@@ -93,24 +94,21 @@ def content_of(value: Any, where: str) -> str | list[Message]:
     Raises:
         DataError: it is neither, or its text cannot be written as UTF-8.
     """
-    content: str | list[Message]
-    if isinstance(value, str):
-        content, texts = value, [value]
-    elif isinstance(value, list) and all(isinstance(m, dict) for m in value):
+    content: str | list[Message] = value
+    if isinstance(value, list) and all(isinstance(m, dict) for m in value):
         content = [_message(m, f"{where}: message {number}") for number, m in enumerate(value, 1)]
-        texts = [text for message in content for text in message.values()]
-    else:
+    elif not isinstance(value, str):
         raise DataError(
             f"{where} is {_shown(value)}; it must be text, or a list of messages such as "
             '{"role": "user", "content": "2+2?"}'
         )
     try:
-        for text in texts:
-            text.encode()
+        for message in [{"content": content}] if isinstance(content, str) else content:
+            for text in message.values():
+                text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where} has half of a surrogate pair, {error.object[error.start]!r}; write the whole"
-        ) from None
+        half = error.object[error.start]
+        raise DataError(f"{where} has half of a surrogate pair, {half!r}; write the whole") from None
     return content
 
 
@@ -133,13 +131,6 @@ def _message(value: dict[str, Any], where: str) -> Message:
 
 def _shown(value: Any) -> str:
     return "missing or null" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
-
-
-def _rows(path: str, split: str) -> Iterator[dict[str, Any]]:
-    files = _local_files(path, split)
-    if files is None:
-        return iter(_hub_dataset(path, split))
-    return chain.from_iterable(map(_file_rows, files))
 
 
 def _local_files(path: str, split: str) -> list[Path] | None:
@@ -168,23 +159,20 @@ def _hub_dataset(path: str, split: str) -> Any:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
             f"{path}: no such file, and as a hub data set, split {split!r}, it cannot be loaded "
-            f"({type(error).__name__}: {reason}); check the name, the split and the network, or download it and give "
-            "the file"
+            f"({type(error).__name__}: {reason}); check the name, the split and the network, or give a file"
         ) from error
 
 
 def _data_files(directory: Path, split: str) -> list[Path]:
-    hidden = (".", "_")
     files = sorted(f for f in directory.iterdir() if _format(f) in FORMATS and f.is_file())
-    files = [f for f in files if not f.name.startswith(hidden) and f.name not in NOT_DATA]
+    files = [f for f in files if not f.name.startswith((".", "_")) and f.name not in NOT_DATA]
     if not files:
         raise DataError(f"{directory}: no .json, .jsonl, .csv or .parquet file in it; name the directory that has them")
     words = {f: re.split(r"[-._]", f.name) for f in files}
     named = [f for f in files if re.split(r"[-.]", f.name)[0] == split] or [f for f in files if split in words[f]]
     if not named and any(SPLIT_NAMES & set(w) for w in words.values()):
-        raise DataError(
-            f"{directory}: no file is named for split {split!r}, only {', '.join(f.name for f in files)}; set the split"
-        )
+        names = ", ".join(file.name for file in files)
+        raise DataError(f"{directory}: no file is named for split {split!r}, only {names}; set the split")
     return named or files
 
 
@@ -242,9 +230,8 @@ def _json_items(handle: TextIO) -> Iterator[Any]:
     handle.buffer.seek(len(codecs.BOM_UTF8) if handle.buffer.read(3) == codecs.BOM_UTF8 else 0)
     number = 0
     try:
-        for number, item in enumerate(  # noqa: B007  # used below
-            ijson.items(handle.buffer, "item", use_float=True), 1
-        ):
+        items = ijson.items(handle.buffer, "item", use_float=True)
+        for number, item in enumerate(items, 1):  # noqa: B007  # used below
             yield item
     except ijson.JSONError:
         handle.seek(0)
@@ -269,8 +256,8 @@ def _csv_rows(handle: TextIO, file: Path) -> Iterator[dict[str, Any]]:
                 )
             yield row
     except csv.Error as error:
-        begins = reader.line_num + 1  # the line after the last good row
-        raise DataError(f"{file}:{begins}: not valid CSV: {error}") from None
+        # the line after the last good row
+        raise DataError(f"{file}:{reader.line_num + 1}: not valid CSV: {error}") from None
 
 
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
