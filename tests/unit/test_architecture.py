@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md says what the code does: the way of a pair, the rooms, the walls, the files to touch."""
+"""ARCHITECTURE.md says what the code does: the path of a pair, the rooms, the walls, the files to touch."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def defined(path: Path) -> set[str]:
     return names
 
 
-WAY = [
+PATH = [
     (file.strip("`"), re.findall(r"`([\w.]+)`", functions))
-    for _, file, functions, _ in cells(section("## The way of a pair"))[1:]
+    for _, file, functions, _ in cells(section("## The path of a pair"))[1:]
 ]
 
 
-@pytest.mark.parametrize(("file", "functions"), WAY)
-def test_the_way_of_a_pair_names_functions_that_exist(file: str, functions: list[str]) -> None:
+@pytest.mark.parametrize(("file", "functions"), PATH)
+def test_the_path_of_a_pair_names_functions_that_exist(file: str, functions: list[str]) -> None:
     assert functions
     assert set(functions) <= defined(ROOT / file)
 
 
-def test_the_way_of_a_pair_enters_at_most_twelve_files_each_at_most_twice() -> None:
-    files = [file for file, _ in WAY]
+def test_the_path_of_a_pair_enters_at_most_twelve_files_each_at_most_twice() -> None:
+    files = [file for file, _ in PATH]
     assert len(set(files)) <= 12
     assert max(map(files.count, files)) <= 2
 
