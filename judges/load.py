@@ -39,7 +39,7 @@ BUILT_IN = {
     "pair_ranker": "judges.models.pair_ranker:PairRanker",
     "implicit_reward": "judges.models.implicit_reward:ImplicitReward",
     "exact_match": "judges.verify.match:ExactMatch",
-    "numeric_match": "judges.verify.numbers:NumericMatch",
+    "numeric_match": "judges.verify.match:NumericMatch",
     "math": "judges.verify.maths:Math",
     "json_schema": "judges.verify.json_schema:JSONSchema",
     "regex": "judges.verify.match:Regex",

@@ -1,11 +1,14 @@
-"""Texts and patterns."""
+"""Texts, patterns, and numbers in texts."""
 
 from __future__ import annotations
+
+import time
+from fractions import Fraction
 
 import pytest
 
 from iterdpo.errors import JudgeError
-from judges.verify.match import ExactMatch, Regex
+from judges.verify.match import ExactMatch, NumericMatch, Regex, last_number
 from tests.unit.judges.verify.harness import reason, scores
 
 
@@ -40,3 +43,94 @@ class TestRegex:
         judge = Regex(pattern=r"^(a|a)*$")
         judge.SECONDS = 0.2
         assert reason(judge, "a" * 60 + "!") == "the pattern took longer than 0.2 s to match"
+
+
+class TestNumericMatch:
+    @pytest.mark.parametrize(
+        ("text", "number"),
+        [
+            ("It is 42.", 42),
+            ("first 3, then 4", 4),
+            ("#### 42\nNext question: 17", 42),
+            ("#### 1,234", 1234),
+            ("1,234,567.5 people", "1234567.5"),
+            ("1\u202f234", 1234),
+            ("a list 1,2,3", 3),
+            ("3.14", "3.14"),
+            (".5", "0.5"),
+            ("-7", -7),
+            ("−7", -7),
+            ("x=-7", -7),
+            ("10-5", 5),
+            ("10 - 5", 5),
+            ("GPT-4", 4),
+            ("$5.50", "5.5"),
+            ("-$5", -5),
+            ("$-5", -5),
+            ("€5", 5),
+            ("$42$", 42),
+            (r"\boxed{42}", 42),
+            ("**42**", 42),
+            ("42km", 42),
+            ("42 km2", 42),
+            ("5 m^2", 5),
+            ("3/4", "3/4"),
+            ("-3/4", "-3/4"),
+            ("1 1/2", "3/2"),
+            ("1/0", 1),
+            ("1e3", 1000),
+            ("2.5E-3", "0.0025"),
+            ("2.5 × 10^-3", "0.0025"),
+            (r"2.5 \times 10^{4}", 25000),
+            ("10^6", 1000000),
+            ("答案是42", 42),
+            ("12345678901234567890", 12345678901234567890),
+            ("9:30", 30),
+            ("007", 7),
+        ],
+    )
+    def test_the_last_number_is_read(self, text: str, number: int | str) -> None:
+        found = last_number(text)
+        assert found is not None
+        assert found[0] == Fraction(number)
+
+    def test_a_text_without_a_number_has_none(self) -> None:
+        assert [last_number(t) for t in ("", "none", "x2", "####", "H_2")] == [None] * 5
+
+    @pytest.mark.parametrize("piece", ["9", "1,", "-", "1/", " 1 "])
+    def test_a_hostile_text_takes_time_in_proportion_to_its_length(self, piece: str) -> None:
+        def seconds(length: int) -> float:
+            text = (piece * length)[:length]
+            begin = time.process_time()
+            last_number(text)
+            return time.process_time() - begin
+
+        seconds(1_000)
+        short, long = (min(seconds(length) for _ in range(3)) for length in (50_000, 400_000))
+        assert long < 32 * short + 0.01  # 8 times, and 64 times if it were quadratic
+
+    def test_an_exponent_has_three_digits_at_most(self) -> None:
+        assert last_number("1e999") == (Fraction(10) ** 999, False)
+        assert last_number("1e999999999") == (1, False)
+
+    def test_tolerances(self) -> None:
+        assert scores(NumericMatch(), "0.3333333", "0.33", gold="1/3") == [1, 0]
+        assert scores(NumericMatch(tolerance=0.5), "41.5", "41.4", gold=42) == [1, 0]
+        assert scores(NumericMatch(relative=0.01), "1010", "1011", gold=1000) == [1, 0]
+        assert scores(NumericMatch(tolerance=0), "12345678901234567890", "12345678901234567891", gold="12345678901234567890") == [1, 0]  # fmt: skip
+
+    def test_a_percent_sign_on_one_side_may_be_a_unit_or_a_hundredth(self) -> None:
+        assert scores(NumericMatch(), "50%", "50", "0.5", gold="50") == [1, 1, 0]
+        assert scores(NumericMatch(), "50%", "50", "0.5", gold="0.5") == [1, 0, 1]
+        assert scores(NumericMatch(), "50%", "50", "0.5", r"50\%", gold="50%") == [1, 1, 1, 1]
+        assert scores(NumericMatch(), "0.5%", gold="50%") == [0]
+
+    def test_gold_forms(self) -> None:
+        assert scores(NumericMatch(), "18", "19", "eighteen", gold="She has 9 * 2 = 18.\n#### 18") == [1, 0, 0]
+        assert scores(NumericMatch(), "2", "3", "4", gold=[2, "3"]) == [1, 1, 0]
+        assert scores(NumericMatch(), "0", "1", gold=0) == [1, 0]
+        assert reason(NumericMatch(), "4", gold="four") == "no number in the column 'gold'"
+
+    def test_a_negative_tolerance_is_refused(self) -> None:
+        with pytest.raises(JudgeError, match="tolerance is -1"):
+            NumericMatch.check(tolerance=-1)
