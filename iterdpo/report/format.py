@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 UNIT = "\N{NO-BREAK SPACE}%"
+count = "{:,.0f}".format
 
 
 class Column(NamedTuple):
@@ -28,10 +29,6 @@ def percent(x: float, digits: int | None = None, *, unit: bool = True) -> str:
     if digits is None:
         digits = 1 if any(0 < abs(x - edge) < 0.01 for edge in (0, 0.5, 1)) else 0
     return f"{100 * x:.{digits}f}" + (UNIT if unit else "")
-
-
-def count(x: float) -> str:
-    return f"{x:,.0f}"
 
 
 def duration(seconds: float) -> str:

@@ -21,7 +21,8 @@ class VLLMSampler:
     """A vLLM engine in a worker process (see `worker.py`) that is started at the first `load`.
 
     It lives through the run: each `load` puts new weights, or a LoRA adapter, into the running engine. The worker dies
-    with this process.
+    with this process. `load` and `sample` raise ChildFailed if the engine does not start, does not take the weights, or
+    dies.
 
     Args:
         max_model_len: longest prompt and completion together, in tokens.
@@ -69,11 +70,6 @@ class VLLMSampler:
             )
 
     def load(self, policy: Path, digest: str) -> None:
-        """See `Sampler.load`.
-
-        Raises:
-            ChildFailed: the engine could not start, or did not take the weights.
-        """
         self.warm_up()
         if self._loaded is None:
             self._start_engine(policy)
@@ -84,14 +80,10 @@ class VLLMSampler:
     def sample(
         self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
     ) -> list[list[Completion]]:
-        """See `Sampler.sample`.
-
-        Raises:
-            ChildFailed: the worker died.
-        """
         assert self._loaded is not None, "load a policy first"
         assert not self._asleep, "load wakes the engine up"
-        return self._call(Sample(list(prompt_ids), list(seeds), asdict(parameters)), _completions)
+        request = Sample(list(prompt_ids), list(seeds), asdict(parameters))
+        return self._call(request, lambda groups: [[Completion(**c) for c in group] for group in groups])
 
     def release(self) -> None:
         if self._loaded is not None and not self._asleep:
@@ -120,7 +112,3 @@ class VLLMSampler:
         except ChildFailed:
             self.close()
             raise
-
-
-def _completions(groups: list[list[dict[str, Any]]]) -> list[list[Completion]]:
-    return [[Completion(**completion) for completion in group] for group in groups]

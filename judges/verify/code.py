@@ -83,10 +83,8 @@ class CodeTests(Verifier):
                 case [*tests] if all(isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests):
                     passed = self._runs(program, tests)
                 case _:
-                    return Abstention(
-                        f"the column {self.column!r} is neither a text of tests, nor a list of texts, nor a list of "
-                        "objects with `input` and `output`"
-                    )
+                    kinds = "a text of tests, nor a list of texts, nor a list of objects with `input` and `output`"
+                    return Abstention(f"the column {self.column!r} is neither {kinds}")
         except (SyntaxError, ValueError):
             return Abstention(f"the tests of column {self.column!r} are not valid Python")
         except SandboxError as error:
@@ -95,20 +93,15 @@ class CodeTests(Verifier):
 
     def _assertions(self, program: str, tests: list[str]) -> int:
         marks = [secrets.token_hex(16) for _ in tests]
-        outcome = run_python(
-            f"{HARNESS}\ncheck({program!r}, {tests!r}, {marks!r}, {REPORT})\n",
-            max_output=max(1 << 16, 40 * len(tests)),
-            **self._limits,
-        )
+        checked = f"{HARNESS}\ncheck({program!r}, {tests!r}, {marks!r}, {REPORT})\n"
+        outcome = run_python(checked, max_output=max(1 << 16, 40 * len(tests)), **self._limits)
         return len(set(marks) & set(outcome.report.split())) if outcome.ok else 0
 
     def _runs(self, program: str, tests: list[dict[str, Any]]) -> int:
         passed = 0
         for test in tests:
-            wanted = str(test["output"])
-            outcome = run_python(
-                program, stdin=str(test["input"]), max_output=max(1 << 16, 8 * len(wanted)), **self._limits
-            )
+            given, wanted = str(test["input"]), str(test["output"])
+            outcome = run_python(program, stdin=given, max_output=max(1 << 16, 8 * len(wanted)), **self._limits)
             passed += outcome.ok and _lines(outcome.stdout) == _lines(wanted)
             if outcome.reason == TIMED_OUT:
                 break

@@ -105,11 +105,8 @@ class NumericMatch(Verifier):
 
     def _same(self, found: tuple[Fraction, bool], gold: tuple[Fraction, bool]) -> bool:
         (value, percent), (target, gold_percent) = found, gold
-        values, targets = [value], [target]
-        if percent and not gold_percent:
-            values.append(value / 100)
-        if gold_percent and not percent:
-            targets.append(target / 100)
+        values = [value, value / 100] if percent and not gold_percent else [value]
+        targets = [target, target / 100] if gold_percent and not percent else [target]
         return any(abs(v - t) <= max(self.tolerance, self.relative * abs(t)) for v in values for t in targets)
 
 
