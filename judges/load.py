@@ -190,13 +190,8 @@ def _nested(value: Any) -> Iterator[dict[str, Any]]:
 
 
 class _Source(NamedTuple):
-    """The place of a judge's definition: `_Source(Path("my_judge.py"), None, "score")`.
-
-    `module` is None for a file; `file` is None for a module without Python source.
-    """
-
-    file: Path | None
-    module: str | None
+    file: Path | None  # None for a module without Python source
+    module: str | None  # None for a file
     name: str
 
 

@@ -17,11 +17,10 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from iterdpo.errors import JudgingStopped, UserError
 from iterdpo.escape import printable
-from iterdpo.judging.judge import JudgeBase, NamedJudge, judgments_in_turn
+from iterdpo.judging.judge import JudgeBase, judgments_in_turn
 from iterdpo.judging.run_judge import RunJudge
 from iterdpo.judging.stats import AbstentionCounts
 from iterdpo.run.artifacts import read_completion_shard, read_judgment_shard, write_judgment_shard
@@ -87,7 +86,13 @@ def judge_shards(
             counts = counted.add(judgments).result()
             if counts["unjudged"] > allowed:
                 write_text(directory / RETRY, "")
-                raise JudgingStopped(_stopped(named, counts, total, allowed, directory))
+                reasons = "".join(f"  {n:>8,}  {printable(reason)}\n" for reason, n in counts["abstentions"].items())
+                raise JudgingStopped(
+                    f"{named.role.replace('_', ' ')} {named.use}: the judge abstained on {counts['unjudged']:,} of "
+                    f"{counts['completions']:,} completions so far, and this stage allows {allowed:,} of its {total:,} "
+                    f"(max_abstained, max_abstained_count):\n{reasons}The judgments so far are kept in {directory}. "
+                    "Mend the cause and give the same command again: it asks only for what is missing"
+                )
 
 
 @dataclass
@@ -215,13 +220,3 @@ class StreamingJudge:
 def _unjudged(judgments: Sequence[Judgment], expected: Collection[str]) -> list[int]:
     """Those with an abstention that was not expected."""
     return [i for i, judgment in enumerate(judgments) if not {None, *expected}.issuperset(judgment.abstentions)]
-
-
-def _stopped(named: NamedJudge, counts: dict[str, Any], total: int, allowed: int, directory: Path) -> str:
-    rows = "\n".join(f"  {count:>8,}  {printable(reason)}" for reason, count in counts["abstentions"].items())
-    return (
-        f"{named.role.replace('_', ' ')} {named.use}: the judge abstained on {counts['unjudged']:,} of {counts['completions']:,} completions "
-        f"so far, and this stage allows {allowed:,} of its {total:,} (max_abstained, max_abstained_count):\n{rows}\n"
-        f"The judgments so far are kept in {directory}. Mend the cause and give the same command again: it asks only "
-        "for what is missing"
-    )

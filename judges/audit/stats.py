@@ -21,19 +21,13 @@ BINS = 10
 
 
 def calibration_error(
-    p: ArrayLike,
-    prompts: Sequence[str],
-    *,
-    bins: int = BINS,
-    confidence: float = 0.95,
-    samples: int = 1_000,
-    seed: int = 0,
+    p: ArrayLike, prompts: Sequence[str], *, confidence: float = 0.95, samples: int = 1_000, seed: int = 0
 ) -> Estimate:
     """Expected calibration error (Guo et al., arXiv:1706.04599, Eq. 3), for a choice between two completions:
 
         ECE = Σ_b (n_b / n) |accuracy_b - confidence_b|
 
-    over equal bins of the confidence max(p, 1 - p), which lies in [0.5, 1]; theirs, of many classes, lies in
+    over `BINS` equal bins of the confidence max(p, 1 - p), which lies in [0.5, 1]; theirs, of many classes, lies in
     [0, 1]. The judge is right if p > 0.5, and half right if it is 0.5.
 
     Noise can only raise it, so that percentiles of a bootstrap would miss a calibrated judge every time. The interval
@@ -41,12 +35,12 @@ def calibration_error(
     those found, and the bootstrap's noise on top, it lies within the central share `confidence`. Of c = 0 that is the
     test of calibration.
     """
-    claimed, right, bin = _binned(p, bins)
+    claimed, right, bin = _binned(p)
     if not len(bin):
         return NOTHING
 
     def gaps(weights: Floats) -> Floats:
-        found: Floats = np.bincount(bin, weights=weights * (right - claimed), minlength=bins) / weights.sum()
+        found: Floats = np.bincount(bin, weights=weights * (right - claimed), minlength=BINS) / weights.sum()
         return found
 
     found = gaps(np.ones(len(bin)))
@@ -72,28 +66,28 @@ def calibration_error(
     return Estimate(value, min(low, value), max(high, value), len(bin))
 
 
-def calibrated_error(p: ArrayLike, *, bins: int = BINS, samples: int = 200, seed: int = 0) -> float | None:
+def calibrated_error(p: ArrayLike, *, samples: int = 200, seed: int = 0) -> float | None:
     """The ECE that a perfectly calibrated judge of these confidences would show on so many pairs, by chance alone."""
-    confidence, _, bin = _binned(p, bins)
+    confidence, _, bin = _binned(p)
     if not len(confidence):
         return None
     generator = np.random.default_rng(seed)
 
     def gap() -> float:
         right = np.where(confidence == 0.5, 0.5, generator.random(len(bin)) < confidence)
-        return float(np.abs(np.bincount(bin, weights=right - confidence, minlength=bins)).sum() / len(bin))
+        return float(np.abs(np.bincount(bin, weights=right - confidence, minlength=BINS)).sum() / len(bin))
 
     return sum(gap() for _ in range(samples)) / samples
 
 
-def reliability(p: ArrayLike, prompts: Sequence[str], *, bins: int = BINS) -> list[dict[str, Any]]:
+def reliability(p: ArrayLike, prompts: Sequence[str]) -> list[dict[str, Any]]:
     """`[{"from": 0.5, "to": 0.55, "pairs": 40, "confidence": 0.52, "accuracy": Estimate(…)}, …]`, without empty bins."""
-    confidence, right, bin = _binned(p, bins)
+    confidence, right, bin = _binned(p)
     names = np.asarray(prompts)
     return [
         {
-            "from": 0.5 + 0.5 * int(b) / bins,
-            "to": 0.5 + 0.5 * (int(b) + 1) / bins,
+            "from": 0.5 + 0.5 * int(b) / BINS,
+            "to": 0.5 + 0.5 * (int(b) + 1) / BINS,
             "pairs": int(inside.sum()),
             "confidence": float(confidence[inside].mean()),
             "accuracy": clustered_mean(right[inside], names[inside].tolist()),
@@ -121,10 +115,10 @@ def best_temperature(differences: ArrayLike) -> float | None:
     return math.exp(-brentq(slope, low, high))
 
 
-def _binned(p: ArrayLike, bins: int) -> tuple[Floats, Floats, NDArray[np.intp]]:
+def _binned(p: ArrayLike) -> tuple[Floats, Floats, NDArray[np.intp]]:
     p = np.asarray(p, dtype=float)
     confidence = np.maximum(p, 1 - p)
-    bin = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    bin = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
     return confidence, np.where(p == 0.5, 0.5, p > 0.5), bin
 
 
@@ -137,11 +131,9 @@ def symmetric_rank_correlation(x: ArrayLike, y: ArrayLike) -> Statistic:
 
     def statistic(weights: Floats) -> float:
         both = np.concatenate([weights, weights])
-        ranks = []
-        for place in places:
-            mass = np.bincount(place, weights=both)
-            ranks.append((np.cumsum(mass) - mass / 2 - both.sum() / 2)[place])  # mean ranks of equals, centred
-        a, b = ranks
+        masses = [np.bincount(place, weights=both) for place in places]
+        # Mean ranks of equals, centred.
+        a, b = ((np.cumsum(m) - m / 2 - both.sum() / 2)[place] for m, place in zip(masses, places, strict=True))
         norm = math.sqrt((both * a * a).sum() * (both * b * b).sum())
         return float((both * a * b).sum() / norm) if norm else math.nan
 
