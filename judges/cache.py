@@ -77,6 +77,5 @@ class SQLiteCache:
         try:
             yield
         except (sqlite3.Error, OSError, ValueError, TypeError, LookupError) as error:
-            raise JudgeError(
-                f"{self.owner}: cache {self.path}: cannot be used: {error}; move the file away, {self.remedy}"
-            ) from error
+            wrong = f"{self.owner}: cache {self.path}: cannot be used: {error}"
+            raise JudgeError(f"{wrong}; move the file away, {self.remedy}") from error

@@ -165,9 +165,8 @@ def _judgments(batch: Sequence[CompletionGroup], reply: Any, url: str) -> list[J
         values = found.get(key) if isinstance(found, dict) else None
         if not isinstance(values, list) or len(values) != count:
             got = f"{len(values)} of them" if isinstance(values, list) else type(found if values is None else values)
-            raise JudgeError(
-                f"remote: {url} must answer with a list `{key}`, one for each of {count} {what}; it has {got}"
-            )
+            wanted = f"must answer with a list `{key}`, one for each of {count} {what}"
+            raise JudgeError(f"remote: {url} {wanted}; it has {got}")
         return values
 
     judged = []

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import re
-import urllib.error
 import urllib.request
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
@@ -38,7 +37,7 @@ from judges.llm.parsing.verdict import ReplyVerdict, parse_verdict, verdict_prob
 from judges.llm.reply import Reply
 from judges.llm.server import Server, ServerSettings
 from judges.llm.settings import Endpoint
-from judges.llm.templates import Kind, load_template, principles
+from judges.llm.templates import Kind, load_template, principles, read_text
 from judges.schedules import LOST_COIN_FLIP, Knockout, all_pairs, random_pairs
 
 Constrain = Literal["auto", "structured_outputs", "json_schema", "none"]
@@ -82,10 +81,8 @@ class _LLMJudge(JudgeBase):
         self.client = Client(Endpoint(**(self.endpoint or {})), model=self.model)
         self.needs_device = self.serve is not None
         if self.needs_device == (self.client.base_url is not None):
-            raise JudgeError(
-                f"judge {self.kind!r}: give either `endpoint: {{base_url: http://…/v1}}`, the address of a server, or "
-                "`serve: {}`, to start one here"
-            )
+            address = "`endpoint: {base_url: http://…/v1}`, the address of a server"
+            raise JudgeError(f"judge {self.kind!r}: give either {address}, or `serve: {{}}`, to start one here")
         self.server = None if self.serve is None else Server(self.model, ServerSettings(**self.serve))
         check_choice(f"judge '{self.kind}'", "constrain", self.constrain, get_args(Constrain))
         self.template = load_template(self.prompt, self.kind)
@@ -224,9 +221,7 @@ class PairwiseJudge(_LLMJudge):
         check_choice("judge 'pairwise'", "aggregate", self.aggregate, get_args(Aggregate))
         counted = isinstance(self.comparisons, int) and self.comparisons > 0
         if not (counted if self.schedule == "random_pairs" else self.comparisons is None):
-            raise JudgeError(
-                "judge 'pairwise': `comparisons`, 1 or more, goes with `schedule: random_pairs`, and only with it"
-            )
+            raise JudgeError("judge 'pairwise': `schedule: random_pairs`, and it alone, needs `comparisons`, 1 or more")
         shows_principle = "principle" in self.template.needs
         if self.constitution is not None and not shows_principle:
             raise JudgeError("judge 'pairwise': this prompt has no {{ principle }}, so `constitution` would do nothing")
@@ -309,7 +304,9 @@ class RubricJudge(_LLMJudge):
         self.weights = dict(weights)
         if self.expected and (len(self.weights) > 1 or self.low < 0 or self.high > 9):
             raise JudgeError("judge 'rubric': `expected` reads one token: one criterion, and a scale within 0 to 9")
-        self.rubric = _text(self.rubric)
+        if self.rubric is not None and "\n" not in self.rubric and self.rubric.endswith((".txt", ".md")):
+            remedy = "give the rubric's text, or an existing file"
+            self.rubric = read_text(Path(self.rubric).expanduser(), remedy)
         self._texts = [self.rubric]
 
     async def _judge_group(self, group: CompletionGroup) -> Judgment:
@@ -401,14 +398,11 @@ def _first_token(parse: Callable[[Mapping[str, float]], float | Unclear]) -> Cal
 
 def _of_twins(texts: Sequence[str], judged: Sequence[Comparison]) -> Iterator[Comparison]:
     """What follows for completions whose text stands there twice: they tie, and fare alike."""
-    first = {text: k for k, text in reversed(list(enumerate(texts)))}
-    alike: dict[int, list[int]] = {}
-    for k, text in enumerate(texts):
-        alike.setdefault(first[text], []).append(k)
+    alike = {text: [k for k, other in enumerate(texts) if other == text] for text in texts}
     for twins in alike.values():
         yield from (Comparison(i, j, "tie") for i, j in itertools.combinations(twins, 2))
     for c in judged:
-        for i, j in itertools.product(alike[c.first], alike[c.second]):
+        for i, j in itertools.product(alike[texts[c.first]], alike[texts[c.second]]):
             if (i, j) != (c.first, c.second):
                 yield Comparison(i, j, c.winner, c.reason)
 
@@ -417,21 +411,11 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
-def _text(rubric: str | None) -> str | None:
-    """The rubric itself, or what is in the file that it names."""
-    if rubric is not None and "\n" not in rubric and rubric.endswith((".txt", ".md")):
-        try:
-            return Path(rubric).expanduser().read_text(encoding="utf-8")
-        except OSError as error:
-            raise JudgeError(f"judge 'rubric': rubric {rubric}: {error.strerror}; give a text or a file") from None
-    return rubric
-
-
 def _is_vllm(base_url: str) -> bool:
     """Whether vLLM answers there: other servers have no /version beside /v1, or no vLLM's."""
     root = re.sub(r"/v1/?$", "", base_url)
     try:
         with urllib.request.urlopen(f"{root}/version", timeout=10) as reply:
             return "version" in json.load(reply)
-    except (urllib.error.URLError, OSError, ValueError):
+    except (OSError, ValueError):
         return False

@@ -78,7 +78,7 @@ def load_template(prompt: str, kind: Kind) -> Template:
         path = Path(prompt).expanduser()
     else:
         raise JudgeError(f"no {kind} prompt {prompt!r}; shipped are {', '.join(shipped)}, or give a path: my_prompt.j2")
-    return Template(str(path), _text(path, f"shipped {kind} prompts are {', '.join(shipped)}"), kind)
+    return Template(str(path), read_text(path, f"shipped {kind} prompts are {', '.join(shipped)}"), kind)
 
 
 def principles(source: str | None = None) -> list[str]:
@@ -88,7 +88,7 @@ def principles(source: str | None = None) -> list[str]:
         JudgeError: there is no such file, or no principle in it.
     """
     path = SHIPPED / "constitution.txt" if source is None else Path(source).expanduser()
-    lines = [line.strip() for line in _text(path, "without a file, the shipped principles are used").splitlines()]
+    lines = [line.strip() for line in read_text(path, "without a file, the shipped principles are used").splitlines()]
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:
         raise JudgeError(f"{path}: it has no principle; write one a line")
@@ -221,9 +221,7 @@ def _sections(name: str, source: str) -> Iterator[tuple[str, str]]:
         return
     if re.sub(r"\{#.*?#\}", "", "\n".join(lines[: starts[0]]), flags=re.DOTALL).strip():
         number = next(i + 1 for i, line in enumerate(lines) if line.strip())
-        raise JudgeError(
-            f"{name}, line {number}: text before the first `### user`; only a {{# comment #}} may be there"
-        )
+        raise JudgeError(f"{name}, line {number}: text before the first `### user`; only {{# comments #}} may be there")
     for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
         yield lines[start].removeprefix("###").strip(), "\n" * (start + 1) + "\n".join(lines[start + 1 : end])
 
@@ -233,7 +231,8 @@ def _line(error: Exception) -> int | str:
     return frames[-1].lineno or "?" if frames else "?"
 
 
-def _text(path: Path, remedy: str) -> str:
+def read_text(path: Path, remedy: str) -> str:
+    """What is in the file. Raises JudgeError, which ends with the `remedy` if there is none."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:

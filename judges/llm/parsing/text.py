@@ -192,19 +192,15 @@ def decide(
             return contradiction
         return None if last == unreadable and all(f.lastgroup == "weak" for f in frames) else last
 
-    said: dict[int, T | Unclear] = {}
-    headed = False
-    for i, line in enumerate(lines):
-        below = bare(line) if headed else None
-        headed = bool(frame.fullmatch(line.rstrip(": ") + ":"))
-        if (stated := CUT_OFF if headed else explicit(line) if below is None else below) is not None:
-            said[i] = stated
-    bares = {i: b for i, line in enumerate(lines) if (b := bare(line)) is not None}
-    readable: dict[int, T | Unclear] = {i: b for i, b in bares.items() if not isinstance(b, Unclear)}
-    framed, said = bool(said), said or readable
+    bares = [bare(line) for line in lines]
+    headings = [bool(frame.fullmatch(line.rstrip(": ") + ":")) for line in lines]
+    below = [b if headed else None for b, headed in zip(bares, [False, *headings], strict=False)]
+    stated = [CUT_OFF if h else explicit(x) if b is None else b for x, h, b in zip(lines, headings, below, strict=True)]
+    readable = {i: b for i, b in enumerate(bares) if b is not None and not isinstance(b, Unclear)}
+    framed = any(s is not None for s in stated)
+    said = {i: s for i, s in enumerate(stated) if s is not None} or {**readable}
     if not said:
-        why = bares.get(len(lines) - 1)
-        return why if isinstance(why, Unclear) else none
+        return bares[-1] if bares and isinstance(bares[-1], Unclear) else none
     at = max(said)
     last = said[at]
     if isinstance(last, Unclear):
