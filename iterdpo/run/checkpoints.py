@@ -13,7 +13,7 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "embedding
 
 
 def resolve_checkpoint(path: str, *, revision: str | None = None) -> Path:
-    """The directory of a checkpoint: `path` itself, or the snapshot of a hub id (downloaded where it is not cached).
+    """The directory of a checkpoint: `path` itself, or the snapshot of a hub id (downloaded if it is not cached).
 
     Raises:
         ConfigError: neither a directory nor a hub id that can be reached.
@@ -37,7 +37,7 @@ def resolve_checkpoint(path: str, *, revision: str | None = None) -> Path:
 
 
 def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The model's config.json, where the directory holds a causal language model with safetensors and a tokenizer.
+    """The model's config.json, if the directory holds a causal language model with safetensors and a tokenizer.
 
     Reads headers only.
 
@@ -109,7 +109,7 @@ def _check_vocabulary(where: str, directory: Path, config: dict[str, Any], weigh
 
 
 def context_length(config: dict[str, Any]) -> int | None:
-    """Longest sequence that the model takes, in tokens, where its configuration says."""
+    """Longest sequence that the model takes, in tokens, if its configuration says."""
     keys = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     found = [section.get(key) for section in (config, config.get("text_config") or {}) for key in keys]
     return next((length for length in found if isinstance(length, int)), None)

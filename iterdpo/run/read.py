@@ -40,7 +40,7 @@ def read_run(path: str | Path) -> Run:
 class Run:
     """What a run's directory holds. Only finished steps are read; nothing is written.
 
-    Where a method is asked for a round or a step that is not there, it raises a UserError that names what is.
+    If a method is asked for a round or a step that is not there, it raises a UserError that names what is.
     """
 
     def __init__(self, path: str | Path) -> None:

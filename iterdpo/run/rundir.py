@@ -47,7 +47,7 @@ class Manifest:
     """What a finished step was made from, and what it made.
 
     `inputs` is a nested mapping; `counts` says what was kept and dropped; `seconds["total"]` is
-    wall time since the step's last start: where it was interrupted, what went before is not in it.
+    wall time since the step's last start: if it was interrupted, what went before is not in it.
     """
 
     step: str
@@ -259,7 +259,7 @@ class RunDir:
 
 
 def read_manifest(step: Path) -> Manifest | None:
-    """The manifest of a finished step; None where there is none, or where files it names are missing or cut short."""
+    """The manifest of a finished step; None if there is none, or if files it names are missing or cut short."""
     try:
         manifest = Manifest(**read_json(step / MANIFEST))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, TypeError):
@@ -294,7 +294,7 @@ def sha256_file(path: Path) -> str:
 
 
 def directory_digest(path: Path) -> str:
-    """A hash of the files directly in a checkpoint directory. Where a manifest lists their hashes, those are used."""
+    """A hash of the files directly in a checkpoint directory. If a manifest lists their hashes, those are used."""
     if manifest := read_manifest(path):
         return manifest.digest
     return digest({p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file()})

@@ -136,11 +136,7 @@ def program_of(completion: str) -> str:
 
 
 def _split_tests(text: str) -> list[str]:
-    """Each top-level `assert` with the statements since the one before; what follows the last goes with it.
-
-    Raises:
-        SyntaxError, ValueError: it is not Python.
-    """
+    """Each top-level `assert` with the statements since the one before; what follows the last goes with it."""
     body = ast.parse(text).body
     ends = [i for i, node in enumerate(body) if isinstance(node, ast.Assert)][:-1]
     parts = [body[start:end] for start, end in itertools.pairwise([0, *(i + 1 for i in ends), len(body)])]

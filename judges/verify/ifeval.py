@@ -261,7 +261,6 @@ def _language(text: str) -> str:
     try:
         from py3langid import classify
     except ImportError:
-        raise JudgeError(
-            "judge 'instructions': instructions about a language need the package py3langid: pip install py3langid"
-        ) from None
+        need = "instructions about a language need the package py3langid: pip install py3langid"
+        raise JudgeError(f"judge 'instructions': {need}") from None
     return str(classify(text)[0])
