@@ -145,18 +145,6 @@ def _parts(text: str, divider: str) -> list[str]:
     return parts[:-1] if parts and not parts[-1] else parts
 
 
-def _number_paragraphs(text: str, num_paragraphs: int) -> bool:
-    """Paragraphs divided by `***`; a divider may not stand beside another."""
-    parts = _parts(text, r"\s?\*\*\*\s?")
-    return all(parts) and len(parts) == num_paragraphs
-
-
-def _two_responses(text: str) -> bool:
-    """Two different answers divided by six asterisks."""
-    parts = _parts(text, r"\*{6}")
-    return len(parts) == 2 and all(parts) and parts[0] != parts[1]
-
-
 def _nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
     """Exactly so many paragraphs, divided by blank lines, and the n-th (from 1) begins with the word."""
     parts = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
@@ -173,12 +161,6 @@ def _postscript(text: str, postscript_marker: str) -> bool:
         pattern = r"(?<!\w)(?<!p\.)(?<!p\. )" + r"\.\s?".join(re.escape(letter.strip()) for letter in letters)
         return re.search(rf"{pattern}\b\.?[^\w]*\S", text, re.IGNORECASE) is not None
     return re.search(rf"(?<!\w){re.escape(postscript_marker.strip())}", text, re.IGNORECASE) is not None
-
-
-def _number_highlighted_sections(text: str, num_highlights: int) -> bool:
-    """Spans `*so*` or `**so**` within a line."""
-    spans = re.findall(r"\*\*([^*\n]+)\*\*|\*([^*\n]+)\*", text)
-    return sum(bool((double or single).strip()) for double, single in spans) >= num_highlights
 
 
 def _json_format(text: str) -> bool:
@@ -205,7 +187,9 @@ CHECKS: dict[str, Callable[..., bool]] = {
     "length_constraints:number_sentences": lambda text, num_sentences, relation="at least": _compare(
         count_sentences(text), relation, num_sentences
     ),
-    "length_constraints:number_paragraphs": _number_paragraphs,
+    "length_constraints:number_paragraphs": lambda text, num_paragraphs: (  # divided by `***`, none of them empty
+        all(parts := _parts(text, r"\s?\*\*\*\s?")) and len(parts) == num_paragraphs
+    ),
     "length_constraints:number_words": lambda text, num_words, relation="at least": _compare(
         len(re.findall(r"\w+", text)), relation, num_words
     ),
@@ -220,13 +204,17 @@ CHECKS: dict[str, Callable[..., bool]] = {
     "detectable_format:constrained_response": lambda text: any(
         f"My answer is {option}." in text for option in ("yes", "no", "maybe")
     ),
-    "detectable_format:number_highlighted_sections": _number_highlighted_sections,
+    "detectable_format:number_highlighted_sections": lambda text, num_highlights: (  # `*so*` or `**so**` within a line
+        sum(bool((a or b).strip()) for a, b in re.findall(r"\*\*([^*\n]+)\*\*|\*([^*\n]+)\*", text)) >= num_highlights
+    ),
     "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: (  # `SECTION 1`, `SECTION 2`, ...
         len(re.findall(rf"(?<!\w){re.escape(section_spliter.strip())}\s?\d+", text)) >= num_sections
     ),
     "detectable_format:json_format": _json_format,
     "detectable_format:title": lambda text: any(title.strip("<> ") for title in re.findall(r"<<[^\n]+?>>", text)),
-    "combination:two_responses": _two_responses,
+    "combination:two_responses": lambda text: (  # different ones, divided by six asterisks
+        all(parts := _parts(text, r"\*{6}")) and len(parts) == 2 and parts[0] != parts[1]
+    ),
     "combination:repeat_prompt": lambda text, prompt_to_repeat: (
         text.strip().lower().startswith(prompt_to_repeat.strip().lower())
     ),
