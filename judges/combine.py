@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import combinations
@@ -18,7 +17,7 @@ from statistics import fmean, mean, pstdev
 from typing import Any, ClassVar
 
 from iterdpo.errors import JudgeError
-from iterdpo.judging.judge import JudgeBase, Waiting, checked_judgments
+from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.run.rundir import digest
 from iterdpo.types import CompletionGroup, Judgment
 from judges.base import Abstention, check_choice, is_number
@@ -33,36 +32,11 @@ STANDARDIZE = ("none", "group")
 
 
 class _JudgeOfJudges(JudgeBase):
-    """Forwards to the judges within it."""
-
     def __init__(self, name: str, members: Sequence[JudgeBase]) -> None:
         self.name = f"{name}({', '.join(member.name for member in members)})"
         self.members = members
         self.comparative = self.comparative or any(member.comparative for member in members)
         self.needs_device = any(member.needs_device for member in members)
-
-    def attach(self, run_dir: Path, waiting: Waiting) -> None:
-        for member in self.members:
-            member.attach(run_dir, waiting)
-
-    def begin_stage(self) -> None:
-        for member in self.members:
-            member.begin_stage()
-
-    def usage(self) -> dict[str, float]:
-        total: Counter[str] = Counter()
-        for member in self.members:
-            total.update(member.usage())  # it adds floats as well
-        return dict(total)
-
-    def close(self) -> None:
-        for member in self.members:
-            member.close()
-
-    def parts(self) -> Iterator[JudgeBase]:
-        yield self
-        for member in self.members:
-            yield from member.parts()
 
 
 class Ensemble(_JudgeOfJudges):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
@@ -44,6 +44,8 @@ class JudgeBase(ABC):
     """Whether a stage calls `judge_each` once for all of its groups, instead of `judge` once for each shard."""
     repeat: int = 0
     """Incremented to force a fresh sample; caches and fixed seeds must take it into account."""
+    members: Sequence[JudgeBase] = ()
+    """The judges within it, which are told what it is told."""
     trace: list[dict[str, Any]] | None = None
     """If it is a list, a judge that asks a language model adds every question and reply to it."""
 
@@ -75,22 +77,33 @@ class JudgeBase(ABC):
         for group in groups:
             yield from self.judge([group])
 
-    def attach(self, run_dir: Path, waiting: Waiting) -> None:  # noqa: B027
+    def attach(self, run_dir: Path, waiting: Waiting) -> None:
         """Called once with the run that it judges for, and a context to enter while it waits for a person."""
+        for member in self.members:
+            member.attach(run_dir, waiting)
 
-    def begin_stage(self) -> None:  # noqa: B027
+    def begin_stage(self) -> None:
         """Called when a stage begins. Budgets and deadlines of its own begin anew."""
+        for member in self.members:
+            member.begin_stage()
 
     def usage(self) -> dict[str, float]:
         """Totals of what it has used so far: calls, tokens_in, tokens_out, cost_usd, …"""
-        return {}
+        total: Counter[str] = Counter()
+        for member in self.members:
+            total.update(member.usage())  # it adds floats as well
+        return dict(total)
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Give back what it holds of the device. Called if another stage needs that; it may be asked again later."""
+        for member in self.members:
+            member.close()
 
     def parts(self) -> Iterator[JudgeBase]:
         """This judge, and all judges within it."""
         yield self
+        for member in self.members:
+            yield from member.parts()
 
 
 def checked_judgments(judge: JudgeBase, groups: Sequence[CompletionGroup]) -> list[Judgment]:
