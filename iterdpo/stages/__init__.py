@@ -5,7 +5,6 @@
     evaluate   the candidate, on held-out x   gate       promote, keep or stop
 
 A stage takes the run, the round and the handles of the stages before it (`iterdpo/run/artifacts.py`), and returns the
-handle of what it made. Its file has `inputs`, the key of its step, which is pure; `<stage>_step`, the step with that
-key; and the work. `Step` (`iterdpo/run/rundir.py`) alone knows whether a step is done, stale or under way, and
-`plan.py` asks the keys alone.
+handle of what it made. Its file has `inputs`, the key of its step, which is pure, and the work. `Step`
+(`iterdpo/run/rundir.py`) alone knows whether a step is done, stale or under way, and `plan.py` asks the keys alone.
 """

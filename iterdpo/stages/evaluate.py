@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from iterdpo.errors import ChildFailed
 from iterdpo.evaluate import Scores, evaluation_metrics, logp_gap
@@ -11,7 +12,7 @@ from iterdpo.judging.run_judge import RunJudge
 from iterdpo.judging.shards import NamedShard, completion_shards
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_groups, read_judgments, read_token_ids, shard_name
 from iterdpo.run.progress import Stage
-from iterdpo.run.rundir import Step, read_json, write_json
+from iterdpo.run.rundir import read_json, write_json
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.judge import judge_with_progress
 from iterdpo.stages.runs import IterativeRun, batches
@@ -33,7 +34,7 @@ def evaluate(
     Raises:
         ChildFailed: the engine does not sample from this policy.
     """
-    step = evaluate_step(run, round, candidate, against)
+    step = run.dir.step(round, "evaluation", inputs(run, candidate, against))
     if (manifest := step.manifest()) is None:
         directory = step.begin()
         if round == 0:
@@ -42,10 +43,8 @@ def evaluate(
     return Evaluation(step.path, manifest.digest, round)
 
 
-def evaluate_step(
-    run: IterativeRun, round: int, candidate: PolicyCheckpoint, against: Mapping[str, Evaluation]
-) -> Step:
-    inputs = {
+def inputs(run: IterativeRun, candidate: PolicyCheckpoint, against: Mapping[str, Evaluation]) -> dict[str, Any]:
+    return {
         "model": run.initial.digest,
         "policy": candidate.digest,
         "prompts": prompts_key(run, run.prompts.heldout),
@@ -55,7 +54,6 @@ def evaluate_step(
         "baselines": {name: baseline.digest for name, baseline in against.items()},
         "seed": run.config.seed,
     }
-    return run.dir.step(round, "evaluation", inputs)
 
 
 def _sampling(run: IterativeRun) -> tuple[int, float]:

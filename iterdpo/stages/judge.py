@@ -21,14 +21,10 @@ def judge(
     run: IterativeRun, round: int, completions: Completions, by: RunJudge, streaming: StreamingJudge | None = None
 ) -> Judgments:
     """The judge's scores of the completions. What a `streaming` judge did beside sampling is taken over."""
-    step = judge_step(run, round, completions, by)
+    step = run.dir.step(round, "judgments", inputs(completions.digest, by))
     if (manifest := step.manifest()) is None:
         manifest = _judge(run, step, completions, by, streaming or run.streaming_judge(round))
     return Judgments.of(step.path, manifest)
-
-
-def judge_step(run: IterativeRun, round: int, completions: Completions, by: RunJudge) -> Step:
-    return run.dir.step(round, "judgments", inputs(completions.digest, by))
 
 
 def inputs(completions: str, by: RunJudge) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from iterdpo.data.pairing import PairCounts, build_pairs
 from iterdpo.data.pairs import write_pairs
 from iterdpo.errors import DataError
 from iterdpo.run.artifacts import Completions, Judgments, Pairs
-from iterdpo.run.rundir import Step
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.runs import IterativeRun, batches
 from iterdpo.types import PreferencePair
@@ -23,7 +23,7 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
     Raises:
         DataError: there is not one.
     """
-    step = pair_step(run, round, judgments)
+    step = run.dir.step(round, "pairs", inputs(run, judgments))
     if (manifest := step.manifest()) is None:
         directory = step.begin()
         with run.progress.stage("pair", 0, "pairs") as stage:
@@ -46,14 +46,13 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
     return Pairs.of(step.path, manifest)
 
 
-def pair_step(run: IterativeRun, round: int, judgments: Judgments) -> Step:
-    inputs = {
+def inputs(run: IterativeRun, judgments: Judgments) -> dict[str, Any]:
+    return {
         "pairing": run.config.pairing.model_dump(),
         "judgments": judgments.digest,
         "completions": judgments.completions,
         "seed": run.config.seed,
     }
-    return run.dir.step(round, "pairs", inputs)
 
 
 def _nothing(round: int, summary: str, judgments: Judgments) -> str:

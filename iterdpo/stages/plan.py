@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
-from iterdpo.run.artifacts import Completions, Judgments, Pairs, PolicyCheckpoint
+from iterdpo.run.artifacts import Judgments, Pairs, PolicyCheckpoint
 from iterdpo.run.rundir import Manifest, Step
-from iterdpo.stages.evaluate import evaluate_step
+from iterdpo.stages import evaluate, judge, pair, sample, train
 from iterdpo.stages.gate import decision_record
-from iterdpo.stages.judge import judge_step
-from iterdpo.stages.pair import pair_step
 from iterdpo.stages.reference import reference_policy, reference_steps
 from iterdpo.stages.runs import IterativeRun
-from iterdpo.stages.sample import sample_step
-from iterdpo.stages.train import train_step
 
 
 def first_pending(run: IterativeRun) -> str | None:
@@ -51,20 +48,20 @@ def first_pending_of(run: IterativeRun, round: int) -> str | None:
 
 def steps_of_round(run: IterativeRun, round: int) -> Iterator[Step]:
     """The steps of a round in the order of the loop (`flows/loop.py`). Each has to be done before the next is taken."""
+    step = functools.partial(run.dir.step, round)
     if round == 0:
-        yield evaluate_step(run, 0, run.initial, {})
+        yield step("evaluation", evaluate.inputs(run, run.initial, {}))
         return
     policy = run.policy_after(round - 1)
-    yield (step := sample_step(run, round, policy, run.prompts.of(round)))
-    completions = Completions.of(step.path, _done(step))
-    yield (step := judge_step(run, round, completions, run.train_judge))
-    judgments = Judgments.of(step.path, _done(step))
-    yield (step := pair_step(run, round, judgments))
-    pairs = Pairs.of(step.path, _done(step))
+    yield (sampled := step("completions", sample.inputs(run, policy, run.prompts.of(round))))
+    yield (judged := step("judgments", judge.inputs(_done(sampled).digest, run.train_judge)))
+    yield (paired := step("pairs", pair.inputs(run, Judgments.of(judged.path, _done(judged)))))
     yield from reference_steps(run, round, policy)
-    yield (step := train_step(run, round, pairs, policy, reference_policy(run, round, policy)))
-    candidate = PolicyCheckpoint(step.path, _done(step).digest, round)
-    yield evaluate_step(run, round, candidate, run.evaluations(initial=0, previous=policy.round))
+    pairs, reference = Pairs.of(paired.path, _done(paired)), reference_policy(run, round, policy)
+    yield (trained := step("policy", train.inputs(run, round, pairs, policy, reference)))
+    candidate = PolicyCheckpoint(trained.path, _done(trained).digest, round)
+    against = run.evaluations(initial=0, previous=policy.round)
+    yield step("evaluation", evaluate.inputs(run, candidate, against))
 
 
 def _done(step: Step) -> Manifest:

@@ -17,7 +17,6 @@ from iterdpo.run.artifacts import (
     write_card,
     write_completion_shard,
 )
-from iterdpo.run.rundir import Step
 from iterdpo.sampling import SamplingParameters
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.runs import IterativeRun, batches
@@ -32,7 +31,7 @@ def sample(
     streaming: StreamingJudge | None = None,
 ) -> Completions:
     """K completions of each prompt, by `policy`. A `streaming` judge is given each shard as soon as it is durable."""
-    step = sample_step(run, round, policy, prompts)
+    step = run.dir.step(round, "completions", inputs(run, policy, prompts))
     if (manifest := step.manifest()) is None:
         directory = step.begin()
         run.prompts.pin(round)
@@ -54,16 +53,15 @@ def sample(
     return Completions.of(step.path, manifest)
 
 
-def sample_step(run: IterativeRun, round: int, policy: PolicyCheckpoint, prompts: PromptFile) -> Step:
+def inputs(run: IterativeRun, policy: PolicyCheckpoint, prompts: PromptFile) -> dict[str, Any]:
     sampling = run.config.sampling
-    inputs = {
+    return {
         "model": run.initial.digest,
         "policy": policy.digest,
         "prompts": prompts_key(run, prompts),
         "sampling": sampling_key(sampling, sampling.n, sampling.temperature),
         "seed": run.config.seed,
     }
-    return run.dir.step(round, "completions", inputs)
 
 
 def prompts_key(run: IterativeRun, prompts: PromptFile) -> dict[str, Any]:

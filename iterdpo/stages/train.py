@@ -35,17 +35,17 @@ def train(
     Raises:
         ChildFailed: training ended with an error. Its last checkpoint stays.
     """
-    step = train_step(run, round, pairs, policy, reference)
+    step = run.dir.step(round, "policy", inputs(run, round, pairs, policy, reference))
     if (manifest := step.manifest()) is None:
         _train(run, step, pairs, policy, reference)
         manifest = step.finish(counts={"pairs": pairs.kept}, logs=[TRAIN_LOG, "train.json"])
     return PolicyCheckpoint(step.path, manifest.digest, round)
 
 
-def train_step(
+def inputs(
     run: OfflineRun, round: int, pairs: Pairs, policy: PolicyCheckpoint, reference: PolicyCheckpoint
-) -> Step:
-    inputs = {
+) -> dict[str, Any]:
+    return {
         "model": run.initial.digest,
         "policy": policy.digest,
         "dpo": run.settings.dpo.model_dump(exclude=SPEED_ONLY),
@@ -53,7 +53,6 @@ def train_step(
         "pairs": pairs.digest,
         "seed": derive_seed(run.settings.seed, round, "train"),
     }
-    return run.dir.step(round, "policy", inputs)
 
 
 def _train(run: OfflineRun, step: Step, pairs: Pairs, policy: PolicyCheckpoint, reference: PolicyCheckpoint) -> None:

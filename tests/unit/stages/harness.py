@@ -20,7 +20,7 @@ from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import write_jsonl
 from iterdpo.sampling import SamplingParameters
 from iterdpo.stages.runs import IterativeRun
-from iterdpo.stages.train import train_step
+from iterdpo.stages.train import inputs as train_inputs
 from iterdpo.testing import FakeSampler, build_tiny_checkpoint
 from iterdpo.training.launch import TRAIN_LOG
 from iterdpo.types import Completion, CompletionGroup, Judgment
@@ -115,7 +115,7 @@ def without_training(
     run: IterativeRun, round: int, pairs: Pairs, policy: PolicyCheckpoint, reference: PolicyCheckpoint
 ) -> PolicyCheckpoint:
     """What the stage `train` would seal, with random weights."""
-    step = train_step(run, round, pairs, policy, reference)
+    step = run.dir.step(round, "policy", train_inputs(run, round, pairs, policy, reference))
     if (manifest := step.manifest()) is None:
         directory = build_tiny_checkpoint(step.begin(), seed=round)
         write_jsonl(directory / TRAIN_LOG, [{"step": 1, "loss": 0.5}])

@@ -12,7 +12,8 @@ from iterdpo.data.prompts import PromptFile
 from iterdpo.errors import ChildFailed, StaleStepError
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_groups, read_judgments
 from iterdpo.run.rundir import directory_digest, read_json, read_manifest
-from iterdpo.stages.evaluate import evaluate, evaluate_step
+from iterdpo.stages.evaluate import evaluate
+from iterdpo.stages.evaluate import inputs as evaluate_inputs
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.testing import build_tiny_checkpoint
 from iterdpo.types import CompletionGroup, Judgment
@@ -37,7 +38,7 @@ def metrics_of(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def key(run: IterativeRun) -> dict[str, Any]:
-    return evaluate_step(run, 1, run.initial, {"initial": BASELINE}).inputs
+    return evaluate_inputs(run, run.initial, {"initial": BASELINE})
 
 
 def test_the_key_has_the_policies_the_heldout_prompts_the_judges_the_baselines_and_the_seed(room: Room) -> None:

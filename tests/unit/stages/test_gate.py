@@ -11,7 +11,7 @@ import pytest
 from iterdpo.errors import StaleStepError
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
 from iterdpo.run.rundir import read_json, read_jsonl, write_json
-from iterdpo.stages.evaluate import evaluate_step
+from iterdpo.stages.evaluate import inputs as evaluate_inputs
 from iterdpo.stages.gate import decision_record, gate
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.types import RoundRecord
@@ -22,7 +22,7 @@ GATE = {"metric": "win_rate/vs_previous", "minimum": 0.5}
 
 def evaluated(run: IterativeRun, round: int, **metrics: float) -> Evaluation:
     """An evaluation that ended with these metrics."""
-    step = evaluate_step(run, round, run.initial, {})
+    step = run.dir.step(round, "evaluation", evaluate_inputs(run, run.initial, {}))
     if step.manifest() is None:
         write_json(step.begin() / "metrics.json", {f"win_rate/{name}": value for name, value in metrics.items()})
         step.finish()

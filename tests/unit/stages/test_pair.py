@@ -14,7 +14,8 @@ from iterdpo.errors import DataError, StaleStepError
 from iterdpo.run.artifacts import Completions, Judgments, Pairs, write_completion_shard, write_judgment_shard
 from iterdpo.run.rundir import read_manifest
 from iterdpo.stages.judge import judge
-from iterdpo.stages.pair import pair, pair_step
+from iterdpo.stages.pair import inputs as pair_inputs
+from iterdpo.stages.pair import pair
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.sample import sample
 from iterdpo.testing import make_group
@@ -28,7 +29,7 @@ def paired(run: IterativeRun) -> Pairs:
 
 
 def key(run: IterativeRun) -> dict[str, Any]:
-    return pair_step(run, 1, Judgments(run.dir.root, "b07a", "5c1e")).inputs
+    return pair_inputs(run, Judgments(run.dir.root, "b07a", "5c1e"))
 
 
 def test_the_key_has_the_section_what_is_paired_and_the_seed(room: Room) -> None:

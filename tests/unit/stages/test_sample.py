@@ -13,7 +13,8 @@ from iterdpo.errors import StaleStepError
 from iterdpo.run.artifacts import Completions, PolicyCheckpoint, shard_name
 from iterdpo.run.rundir import read_manifest
 from iterdpo.stages.runs import IterativeRun
-from iterdpo.stages.sample import parameters_of, sample, sample_step
+from iterdpo.stages.sample import inputs as sample_inputs
+from iterdpo.stages.sample import parameters_of, sample
 from tests.unit.stages.harness import PER_ROUND, SHARD_SIZE, K, Lengths, Room
 
 
@@ -22,7 +23,7 @@ def sampled(run: IterativeRun) -> Completions:
 
 
 def inputs(run: IterativeRun, policy: PolicyCheckpoint, prompts: PromptFile) -> dict[str, Any]:
-    return sample_step(run, 1, policy, prompts).inputs
+    return sample_inputs(run, policy, prompts)
 
 
 def key(run: IterativeRun) -> dict[str, Any]:

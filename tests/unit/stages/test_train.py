@@ -17,7 +17,8 @@ from iterdpo.run.rundir import read_jsonl, read_manifest
 from iterdpo.seeds import derive_seed
 from iterdpo.stages import train as stage
 from iterdpo.stages.runs import IterativeRun
-from iterdpo.stages.train import SPEED_ONLY, train, train_step
+from iterdpo.stages.train import SPEED_ONLY, train
+from iterdpo.stages.train import inputs as train_inputs
 from iterdpo.testing import build_tiny_checkpoint
 from iterdpo.training.launch import OPTIMIZER_STATE, TRAIN_LOG, TrainSpec
 from tests.unit.stages.harness import Room, without_training
@@ -28,7 +29,7 @@ REFERENCE = PolicyCheckpoint(Path("reference"), "c3aa", 0)
 
 
 def key(run: IterativeRun, round: int = 2) -> dict[str, Any]:
-    return train_step(run, round, PAIRS, POLICY, REFERENCE).inputs
+    return train_inputs(run, round, PAIRS, POLICY, REFERENCE)
 
 
 def test_the_key_has_the_policies_the_pairs_the_rounds_seed_and_the_section(room: Room) -> None:
