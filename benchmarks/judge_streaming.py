@@ -15,35 +15,18 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness import command_line
 from flows.api import open_run
 from iterdpo.config import Config, parse_config
 from iterdpo.run.rundir import read_manifest, write_jsonl
-from iterdpo.sampling import SamplingParameters
 from iterdpo.stages.judge import judge
 from iterdpo.stages.sample import sample
 from iterdpo.testing import FakeSampler, build_tiny_checkpoint
 from iterdpo.testing_http import FakeEndpoint
-from iterdpo.types import Completion
 
 PROMPTS, K = 16, 4
-
-
-class Sleeper(FakeSampler):
-    """Takes `seconds` for a shard."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(lambda ids, k: f"completion {k} of {bytes(ids[-8:])!r}")
-        self.seconds = seconds
-
-    def sample(
-        self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
-    ) -> list[list[Completion]]:
-        time.sleep(self.seconds)
-        return super().sample(prompt_ids, seeds, parameters)
 
 
 def main(*, shards: int = 8, sample: float = 1.0, latency: float = 0.15, runs: int = 3) -> None:
@@ -72,6 +55,11 @@ def one_round(
 ) -> dict[str, float]:
     endpoint = {"base_url": server.base_url, "concurrency": 32, "cache": "off"}
     args = {"model": "fake", "endpoint": endpoint, "constrain": "none"}
+
+    def reply(ids: list[int], k: int) -> str:
+        time.sleep(seconds / (PROMPTS * K))
+        return f"completion {k} of {bytes(ids[-8:])!r}"
+
     values = {
         "run_dir": str(root / name),
         "rounds": 1,
@@ -80,7 +68,7 @@ def one_round(
         "sampling": {"n": K, "max_tokens": 64, "shard_size": PROMPTS},
         "judge": {"use": "pairwise", "args": args, "stream": stream},
     }
-    with open_run(parse_config(Config, values), sampler=Sleeper(seconds)) as exp, exp.dir.lock():
+    with open_run(parse_config(Config, values), sampler=FakeSampler(reply)) as exp, exp.dir.lock():
         exp.prompt_ids(list(exp.prompts.of(1)))  # the tokenizer's imports are not measured
         policy = exp.initial
         began = time.perf_counter()

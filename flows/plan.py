@@ -25,38 +25,27 @@ def describe_plan(run: IterativeRun) -> str:
     per_round, heldout = config.prompts.per_round, len(run.prompts.heldout)
     completions = per_round * config.sampling.n
     evaluated = heldout * config.evaluation.n
-    judges = len(run.judges)
-    pairs = per_round
+    each = 1
     if config.pairing.strategy == "all_pairs":
-        pairs *= min(math.comb(config.sampling.n, 2), config.pairing.max_pairs_per_prompt or math.inf)  # type: ignore[assignment]
-    rounds = config.rounds
-    policy = _policy_bytes(run.model_path, config.dpo)
-    checkpoint = _checkpoint_bytes(run.model_path, config.dpo)
-    rows = [
-        ("model", str(run.model_path)),
-        ("judge", f"{run.judges[0].named.use}; evaluated by {run.judges[-1].named.use}"),
-        (
-            "prompts",
-            f"{len(run.prompts.train):,} to train on, {heldout:,} held out; {per_round:,} a round; {run.prompts.summary()}",
-        ),
-        ("context", f"{run.estimated_max_model_len():,} tokens"),
-        ("rounds", f"{rounds}; next: {first_pending(run) or 'nothing, all are done'}"),
-        (
-            "completions",
-            f"{completions:,} a round and {evaluated:,} an evaluation; {_total(completions, evaluated, rounds):,} in all",
-        ),
-        ("judge calls", f"{_total(completions, evaluated * judges, rounds):,} completions to score"),
-        ("pairs", f"at most {pairs:,} a round"),
-        (
-            "steps",
-            f"at most {_steps(pairs, config.dpo):,} optimizer steps a round of {config.dpo.pairs_per_step} pairs",
-        ),
-        (
-            "disk",
-            f"about {_size(rounds * policy)} of policies in {run.dir.root}, and {_size(checkpoint)} more for a checkpoint",
-        ),
-    ]
-    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+        combinations = math.comb(config.sampling.n, 2)
+        each = min(combinations, config.pairing.max_pairs_per_prompt or combinations)
+    pairs, rounds = per_round * each, config.rounds
+    policy, checkpoint = _sizes(run.model_path, config.dpo)
+    in_all = rounds * completions + (rounds + 1) * evaluated
+    scored = rounds * completions + (rounds + 1) * evaluated * len(run.judges)
+    return _table(
+        model=run.model_path,
+        judge=f"{run.judges[0].named.use}; evaluated by {run.judges[-1].named.use}",
+        prompts=f"{len(run.prompts.train):,} to train on, {heldout:,} held out; {per_round:,} a round; "
+        + run.prompts.summary(),
+        context=f"{run.estimated_max_model_len():,} tokens",
+        rounds=f"{rounds}; next: {first_pending(run) or 'nothing, all are done'}",
+        completions=f"{completions:,} a round and {evaluated:,} an evaluation; {in_all:,} in all",
+        judge_calls=f"{scored:,} completions to score",
+        pairs=f"at most {pairs:,} a round",
+        steps=f"at most {_steps(pairs, config.dpo):,} optimizer steps a round of {config.dpo.pairs_per_step} pairs",
+        disk=f"about {_size(rounds * policy)} of policies in {run.dir.root}, and {_size(checkpoint)} more for a checkpoint",
+    )
 
 
 def describe_offline_plan(config: OfflineConfig) -> str:
@@ -70,18 +59,14 @@ def describe_offline_plan(config: OfflineConfig) -> str:
     for _ in data.parsed():
         pass
     pairs = data.account.kept - config.data.heldout
-    policy, checkpoint = _policy_bytes(path, config.dpo), _checkpoint_bytes(path, config.dpo)
-    rows = [
-        ("model", str(path)),
-        ("data", data.account.summary()),
-        ("pairs", f"{pairs:,} to train on, {config.data.heldout:,} held out"),
-        ("steps", f"{_steps(pairs, config.dpo):,} optimizer steps of {config.dpo.pairs_per_step} pairs"),
-        (
-            "disk",
-            f"about {_size(policy)} for the policy in {config.run_dir}, and {_size(checkpoint)} more for a checkpoint",
-        ),
-    ]
-    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+    policy, checkpoint = _sizes(path, config.dpo)
+    return _table(
+        model=path,
+        data=data.account.summary(),
+        pairs=f"{pairs:,} to train on, {config.data.heldout:,} held out",
+        steps=f"{_steps(pairs, config.dpo):,} optimizer steps of {config.dpo.pairs_per_step} pairs",
+        disk=f"about {_size(policy)} for the policy in {config.run_dir}, and {_size(checkpoint)} more for a checkpoint",
+    )
 
 
 def describe_status(run_dir: str | Path) -> str:
@@ -95,44 +80,36 @@ def describe_status(run_dir: str | Path) -> str:
     lines = [str(run.root)]
     for number in run.rounds():
         directory = run.round_dir(number)
+        if record := run.record(number):
+            lines.append(f"  {describe(record.metrics)}")
+            continue
         done = [name for name in STEPS if read_manifest(directory / name)]
         under_way = [name for name in STEPS if name not in done and (directory / f"{name}.partial").exists()]
-        record = run.record(number)
-        if record is not None:
-            lines.append(f"  {describe(record.metrics)}")
-        else:
-            state = ", ".join(done) or "nothing"
-            lines.append(
-                f"  round {number}: done: {state}" + (f"; under way: {', '.join(under_way)}" if under_way else "")
-            )
+        more = f"; under way: {', '.join(under_way)}" if under_way else ""
+        lines.append(f"  round {number}: done: {', '.join(done) or 'nothing'}{more}")
     return "\n".join(lines)
 
 
-def _total(per_round: int, per_evaluation: int, rounds: int) -> int:
-    return rounds * per_round + (rounds + 1) * per_evaluation
+def _table(**rows: object) -> str:
+    return "\n".join(f"{name.replace('_', ' '):<12} {text}" for name, text in rows.items())
 
 
 def _steps(pairs: int, dpo: DPOConfig) -> int:
     return dpo.epochs * math.ceil(pairs / dpo.pairs_per_step)
 
 
-def _policy_bytes(model: Path, dpo: DPOConfig) -> float:
-    """The size of what a round saves, in the precision that it will be saved in, from the initial checkpoint's headers."""
-    elements = sum(
-        math.prod(shape) if dpo.adapter is None else dpo.adapter.r * sum(shape)
-        for name, shape in _shapes(model).items()
-        if dpo.adapter is None or (len(shape) == 2 and _adapted(name, dpo.adapter.target_modules))
-    )
-    return elements * (2 if dpo.save_dtype == "bfloat16" else 4)
-
-
-def _checkpoint_bytes(model: Path, dpo: DPOConfig) -> float:
-    """What training keeps beside the policy, to go on from."""
-    policy = 2 * _policy_bytes(model, dpo)
-    if dpo.adapter is None:
-        return policy
-    frozen = sum(math.prod(shape) for shape in _shapes(model).values())  # the trainer's checkpoint has them too
-    return policy + frozen * (2 if dpo.precision == "bf16" else 4)
+def _sizes(model: Path, dpo: DPOConfig) -> tuple[int, int]:
+    """Bytes of what a round saves, in the precision that it will be saved in, and of what training keeps beside it to go
+    on from; from the headers of the initial checkpoint.
+    """
+    shapes = _shapes(model)
+    saved, frozen = sum(map(math.prod, shapes.values())), 0
+    if dpo.adapter is not None:
+        frozen, targets = saved, dpo.adapter.target_modules  # the trainer's checkpoint has the frozen weights too
+        adapted = (sum(shape) for name, shape in shapes.items() if len(shape) == 2 and _adapted(name, targets))
+        saved = dpo.adapter.r * sum(adapted)
+    policy = saved * (2 if dpo.save_dtype == "bfloat16" else 4)
+    return policy, 2 * policy + frozen * (2 if dpo.precision == "bf16" else 4)
 
 
 def _size(size: float) -> str:

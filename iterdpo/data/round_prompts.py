@@ -19,8 +19,10 @@ class RoundPrompts:
 
     def __init__(self, section: PromptsConfig, run_dir: RunDir, *, rounds: int, seed: int) -> None:
         self._section, self._run_dir, self._seed = section, run_dir, seed
-        pinned = self._pinned(0, section.heldout)
-        self._set = split_prompts(section, seed, pinned=pinned, cache=self._cache())
+        # A large file's prompts are kept once a run has begun, so that it is not read again at every start.
+        begun = (run_dir.root / "run.json").exists() and os.access(run_dir.root, os.W_OK)
+        cache = run_dir.root / "prompts.cache" if begun else None
+        self._set = split_prompts(section, seed, pinned=self._pinned(0, section.heldout), cache=cache)
         self._rounds: dict[int, PromptFile] = {}
         self.heldout, self.train = self._set.heldout, self._set.train
         self.of(rounds)
@@ -47,11 +49,6 @@ class RoundPrompts:
     def summary(self) -> str:
         """`kept 80 of 105 prompts to train on (5 repeated, 20 held out)`."""
         return self._set.summary()
-
-    def _cache(self) -> Path | None:
-        """Where a large file's prompts are kept once a run has begun, so that it is not read again at every start."""
-        begun = (self._run_dir.root / "run.json").exists() and os.access(self._run_dir.root, os.W_OK)
-        return self._run_dir.root / "prompts.cache" if begun else None
 
     def _file(self, round: int) -> Path:
         return self._run_dir.round_dir(round) / "prompts.jsonl" if round else self._run_dir.root / "heldout.jsonl"
