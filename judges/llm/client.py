@@ -240,14 +240,9 @@ class Client:
         loop = asyncio.get_running_loop()
         loop.call_soon(loop.call_soon, self._turn.release)
         key = authorization(self.endpoint.api_key_env, owner="endpoint")
-        answer = await post(
-            self._session,
-            f"{self.base_url}/chat/completions",
-            payload,
-            seconds=seconds,
-            limit=min(self.endpoint.timeout, self.endpoint.deadline),
-            headers={**self.endpoint.headers, "Content-Type": "application/json", **key},
-        )
+        headers = {**self.endpoint.headers, "Content-Type": "application/json", **key}
+        url, limit = f"{self.base_url}/chat/completions", min(self.endpoint.timeout, self.endpoint.deadline)
+        answer = await post(self._session, url, payload, seconds=seconds, limit=limit, headers=headers)
         if isinstance(answer, Failure):
             return answer
         status, data = answer

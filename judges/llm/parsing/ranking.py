@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from judges.llm.parsing.text import CUT_OFF, NOUN, OPEN, PLACEHOLDER, SHUT, Unclear, decide, lines_of, read_with
+from judges.llm.parsing.text import CUT_OFF, NOUN, OPEN, PLACEHOLDER, SHUT, Form, Unclear, decide, lines_of, read_with
 
 NO_RANKING = Unclear("no ranking")
 SEVERAL_RANKINGS = Unclear("several rankings")
@@ -42,11 +42,9 @@ def _ranking_in(text: str, count: int) -> list[int] | Unclear:
         ranking = value(line)
         return ranking if not isinstance(ranking, Unclear) or _LISTED.fullmatch(line) else None
 
-    lines = lines_of(text, _FRAME, "ranking", _fields)
-    decided = decide(
-        lines, _FRAME, value, bare,
-        none=NO_RANKING, unreadable=UNREADABLE_RANKING, contradiction=SEVERAL_RANKINGS,
-    )  # fmt: skip
+    form = Form("ranking", _FRAME, _fields, value, bare, NO_RANKING, UNREADABLE_RANKING, SEVERAL_RANKINGS)
+    lines = lines_of(text, form)
+    decided = decide(lines, form)
     places = [place.groups() for line in lines if (place := _PLACE.fullmatch(line))]
     numbered = _permutation([label for _, label in places], count)
     if [number for number, _ in places] != [str(k + 1) for k in range(count)] or isinstance(numbered, Unclear):

@@ -12,6 +12,7 @@ from judges.llm.parsing.text import (
     OPEN,
     PLACEHOLDER,
     SHUT,
+    Form,
     Unclear,
     decide,
     is_stated,
@@ -81,11 +82,8 @@ def _score_in(text: str, criterion: str, number: Callable[[str], float | Unclear
         return number(line) if _SCORED.fullmatch(line.rstrip(".!")) else None
 
     frame = _frame(rf"{re.escape(name)}|{_GENERIC}")
-    lines = lines_of(text, frame, "score", fields)
-    return decide(
-        lines, frame, number, bare,
-        none=NO_SCORE, unreadable=UNREADABLE_SCORE, contradiction=SEVERAL_SCORES,
-    )  # fmt: skip
+    form = Form("score", frame, fields, number, bare, NO_SCORE, UNREADABLE_SCORE, SEVERAL_SCORES)
+    return decide(lines_of(text, form), form)
 
 
 def _scores_in(
@@ -101,7 +99,8 @@ def _scores_in(
         return ((name, values[name]) for name in names if name in values)
 
     said: list[tuple[str, float | Unclear]] = []
-    for piece in (piece for line in lines_of(text, frame, "", fields) for piece in apart.split(line)):
+    form = Form("", frame, fields, number, lambda line: None, NO_SCORE, UNREADABLE_SCORE, SEVERAL_SCORES)
+    for piece in (piece for line in lines_of(text, form) for piece in apart.split(line)):
         match = frame.search(piece)
         if match and is_stated(piece[: match.start()]) and (value := number(piece[match.end() :])) != NO_SCORE:
             said.append((names[_spaced(match["criterion"])], value))

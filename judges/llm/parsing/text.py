@@ -8,7 +8,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -84,6 +85,23 @@ _TURN = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class Form(Generic[T]):
+    """How a statement is written. `Verdict: A` is a `frame` with a `value`; `A wins.` is a `bare` one."""
+
+    label: str
+    """The key that double brackets stand for: `[[A]]` is `{"verdict": "A"}`."""
+    frame: re.Pattern[str]
+    """What follows a frame of its group `weak`, an `Answer: `, may be no value."""
+    fields: Callable[[dict[str, Any]], Iterable[tuple[str, Any]]]
+    """Name and value of what a JSON object, or a tag as `{tag: text}`, states."""
+    value: Callable[[str], T | Unclear]
+    bare: Callable[[str], T | Unclear | None]
+    none: Unclear
+    unreadable: Unclear
+    contradiction: Unclear
+
+
 def read_with(reply: str, parse: Callable[[str], T | Unclear], *, contradiction: Unclear) -> T | Unclear:
     """`parse` of what counts in the reply. Control tokens part it: then what is before may not contradict its end."""
     text = reply.replace("\r\n", "\n").replace("\r", "\n")
@@ -109,23 +127,21 @@ def read_with(reply: str, parse: Callable[[str], T | Unclear], *, contradiction:
     return last
 
 
-def lines_of(
-    text: str, frame: re.Pattern[str], label: str, fields: Callable[[dict[str, Any]], Iterable[tuple[str, Any]]]
-) -> list[str]:
+def lines_of(text: str, form: Form[T]) -> list[str]:
     """The lines that say something, without markdown, LaTeX and emojis.
 
-    A JSON object, a tag (as the object `{tag: text}`) and double brackets (as `{label: text}`) become a line `name: value`
-    for each of their `fields`, or `QUOTED` if the text only mentions them. `frame` is what may stand before them.
+    JSON objects, tags and double brackets become a line for each of their fields, or `QUOTED` if the text only mentions
+    them. A frame may stand before them.
     """
     decoder = json.JSONDecoder(object_pairs_hook=_once)
-    announced = re.compile(rf"(?:{frame.pattern}|(?:json|output|result)\s*:\s*)\Z", re.IGNORECASE)
+    announced = re.compile(rf"(?:{form.frame.pattern}|(?:json|output|result)\s*:\s*)\Z", re.IGNORECASE)
     done, position = "", 0
     for found in _WRAPPED.finditer(text):
         start, end, tag = found.start(), found.end(), found["tag"]
         unclosed = tag is not None and found["inner"] is None
         if start < position or (unclosed and f"</{tag}>" in text[end:]):
             continue  # within what was read, or around more than a value
-        value: Any = {tag or label: found["inner"] if tag else found["brackets"]}
+        value: Any = {tag or form.label: found["inner"] if tag else found["brackets"]}
         if found[0] == "{":
             for spelled in (text, text.replace("'", '"')):  # models write Python's dicts too
                 with suppress(ValueError, RecursionError):
@@ -133,7 +149,7 @@ def lines_of(
                     break
             else:
                 continue
-        if stated := list(fields({" ".join(k.replace("_", " ").casefold().split()): v for k, v in value.items()})):
+        if stated := list(form.fields({" ".join(k.replace("_", " ").casefold().split()): v for k, v in value.items()})):
             done += text[position:start]
             before = re.sub(r"`{3,}\w*", "", _TAG.sub("", done.rpartition("\n")[2]))
             after = _TAG.sub("", _WRAPPED.sub("", text[end:].partition("\n")[0]))
@@ -166,41 +182,28 @@ def _plain(line: str) -> str:
     return line.strip().lstrip("#").strip().strip("|=").strip()
 
 
-def decide(
-    lines: list[str],
-    frame: re.Pattern[str],
-    value: Callable[[str], T | Unclear],
-    bare: Callable[[str], T | Unclear | None],
-    *,
-    none: Unclear,
-    unreadable: Unclear,
-    contradiction: Unclear,
-) -> T | Unclear:
-    """The last explicit statement of the lines, else a last line that is a bare one.
-
-    `frame` is what begins a statement, `Verdict: `; its value follows in the line, or is the `bare` line below. What
-    follows a frame of its group `weak`, an `Answer: `, may be no `value`.
-    """
+def decide(lines: list[str], form: Form[T]) -> T | Unclear:
+    """The last framed statement of the lines, else a last line that is a bare one. The value may be the line below."""
 
     def explicit(line: str) -> T | Unclear | None:
-        frames = list(frame.finditer(line))
+        frames = list(form.frame.finditer(line))
         if not frames or not is_stated(line[: frames[0].start()]):
             return None
         ends = [f.start() for f in frames[1:]] + [len(line)]
-        *before, last = [value(line[f.end() : end]) for f, end in zip(frames, ends, strict=True)]
+        *before, last = [form.value(line[f.end() : end]) for f, end in zip(frames, ends, strict=True)]
         if any(other not in (last, CUT_OFF) for other in before):  # "Verdict: the winner is A" says one thing
-            return contradiction
-        return None if last == unreadable and all(f.lastgroup == "weak" for f in frames) else last
+            return form.contradiction
+        return None if last == form.unreadable and all(f.lastgroup == "weak" for f in frames) else last
 
-    bares = [bare(line) for line in lines]
-    headings = [bool(frame.fullmatch(line.rstrip(": ") + ":")) for line in lines]
+    bares = [form.bare(line) for line in lines]
+    headings = [bool(form.frame.fullmatch(line.rstrip(": ") + ":")) for line in lines]
     below = [b if headed else None for b, headed in zip(bares, [False, *headings], strict=False)]
     stated = [CUT_OFF if h else explicit(x) if b is None else b for x, h, b in zip(lines, headings, below, strict=True)]
     readable = {i: b for i, b in enumerate(bares) if b is not None and not isinstance(b, Unclear)}
     framed = any(s is not None for s in stated)
     said = {i: s for i, s in enumerate(stated) if s is not None} or {**readable}
     if not said:
-        return bares[-1] if bares and isinstance(bares[-1], Unclear) else none
+        return bares[-1] if bares and isinstance(bares[-1], Unclear) else form.none
     at = max(said)
     last = said[at]
     if isinstance(last, Unclear):
@@ -208,13 +211,13 @@ def decide(
     # Contradicting statements next to each other are one statement that says both.
     beside = range(next(i for i in range(at, -2, -1) if i not in said) + 1, at) if framed else said
     others = [said[i] for i in beside] + [b for i, b in readable.items() if i > at]
-    if any(other not in (last, CUT_OFF, none) for other in others):
-        return contradiction
+    if any(other not in (last, CUT_OFF, form.none) for other in others):
+        return form.contradiction
     after = lines[at + 1 :]
     if _TURN.search("\n".join(after)):
-        return TAKEN_BACK if framed else none
+        return TAKEN_BACK if framed else form.none
     first = framed and all(i in said for i in range(at))
-    return last if first or not after else NOT_LAST if framed else none
+    return last if first or not after else NOT_LAST if framed else form.none
 
 
 def is_stated(before: str) -> bool:

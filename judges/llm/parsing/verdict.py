@@ -14,6 +14,7 @@ from judges.llm.parsing.text import (
     OPEN,
     PLACEHOLDER,
     SHUT,
+    Form,
     Unclear,
     decide,
     lines_of,
@@ -75,7 +76,8 @@ def parse_verdict(reply: str) -> ReplyVerdict | Unclear:
     tie, since no completion wins.
     """
     reply = re.sub(r"\[\[\s*C\s*\]\]", "[[tie]]", reply)
-    return read_with(reply, _verdict_in, contradiction=BOTH)
+    form: Form[ReplyVerdict] = Form("verdict", _FRAME, _fields, _value, _bare, NOTHING, UNREADABLE, BOTH)
+    return read_with(reply, lambda text: decide(lines_of(text, form), form), contradiction=BOTH)
 
 
 def verdict_probability(top_logprobs: Mapping[str, float]) -> float | Unclear:
@@ -85,11 +87,6 @@ def verdict_probability(top_logprobs: Mapping[str, float]) -> float | Unclear:
     """
     mass = token_mass(top_logprobs, {"A", "B"})
     return mass["A"] / (mass["A"] + mass["B"]) if mass else NOTHING
-
-
-def _verdict_in(text: str) -> ReplyVerdict | Unclear:
-    lines = lines_of(text, _FRAME, "verdict", _fields)
-    return decide(lines, _FRAME, _value, _bare, none=NOTHING, unreadable=UNREADABLE, contradiction=BOTH)
 
 
 def _fields(found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
