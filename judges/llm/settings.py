@@ -6,15 +6,7 @@ import re
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from iterdpo.config import Section, explain
 from iterdpo.errors import JudgeError
@@ -43,6 +35,21 @@ def checked_url(url: str) -> str:
     if url.endswith("/chat/completions"):
         raise ValueError("must end before /chat/completions, which is added to it")
     return url
+
+
+def _without_secrets(headers: dict[str, str]) -> dict[str, str]:
+    for name, value in headers.items():
+        if not (name + value).isprintable():
+            raise ValueError(f"{name!r} has a character that a header cannot have")
+        if SECRET_HEADER.search(name):
+            raise ValueError(f"{name!r} looks like a secret; name the key's environment variable in api_key_env")
+    return headers
+
+
+def _without_own_fields(extra: dict[str, Any]) -> dict[str, Any]:
+    if own := sorted(OWN_FIELDS & extra.keys()):
+        raise ValueError(f"{own[0]!r} cannot be set here; the judge sets it")
+    return extra
 
 
 class Endpoint(Section):
@@ -92,9 +99,9 @@ class Endpoint(Section):
     cache: Annotated[str | None, BeforeValidator(lambda cache: "off" if cache is False else cache)] = None
     """The SQLite file that keeps the replies that could be read, by the content of the request; several runs may share
     it. `off` keeps none. Default: iterdpo/judge-calls.sqlite in $XDG_CACHE_HOME or ~/.cache."""
-    headers: dict[str, str] = Field(default_factory=dict)
+    headers: Annotated[dict[str, str], AfterValidator(_without_secrets)] = Field(default_factory=dict)
     """Further HTTP headers, none of them secret."""
-    extra: dict[str, Any] = Field(default_factory=dict)
+    extra: Annotated[dict[str, Any], AfterValidator(_without_own_fields)] = Field(default_factory=dict)
     """Further fields of the request body: `{seed: 1, top_p: 0.9}`. They win over the judge's; null leaves one out."""
 
     def __init__(self, **values: Any) -> None:
@@ -104,23 +111,6 @@ class Endpoint(Section):
         except ValidationError as error:
             wrong = "; ".join(explain(Endpoint, e) for e in error.errors())
         raise JudgeError(f"endpoint: {wrong}")  # outside `except`, so that no input hangs on it
-
-    @field_validator("headers")
-    @classmethod
-    def _no_secrets(cls, headers: dict[str, str]) -> dict[str, str]:
-        for name, value in headers.items():
-            if not (name + value).isprintable():
-                raise ValueError(f"{name!r} has a character that a header cannot have")
-            if SECRET_HEADER.search(name):
-                raise ValueError(f"{name!r} looks like a secret; name the key's environment variable in api_key_env")
-        return headers
-
-    @field_validator("extra")
-    @classmethod
-    def _not_the_clients(cls, extra: dict[str, Any]) -> dict[str, Any]:
-        if own := sorted(OWN_FIELDS & extra.keys()):
-            raise ValueError(f"{own[0]!r} cannot be set here; the judge sets it")
-        return extra
 
     @model_validator(mode="after")
     def _money_needs_prices(self) -> Endpoint:

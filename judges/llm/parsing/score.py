@@ -104,16 +104,16 @@ def _scores_in(
         match = frame.search(piece)
         if match and is_stated(piece[: match.start()]) and (value := number(piece[match.end() :])) != NO_SCORE:
             said.append((names[_spaced(match["criterion"])], value))
-    missing = [criterion for criterion in criteria if criterion not in dict(said)]
-    if missing:
-        return Unclear(f"no score for {missing[0]}") if said else NO_SCORE
+    if not said:
+        return NO_SCORE
     # A judge that begins anew states every criterion again; one that it states twice in one list is a contradiction.
     rounds = [dict(said[i : i + len(criteria)]) for i in range(0, len(said), len(criteria))]
     if len(set(said)) > len(criteria) and any(len(stated) < len(criteria) for stated in rounds):
         return SEVERAL_SCORES
     scores: dict[str, float] = {}
     for criterion in criteria:
-        if isinstance(score := dict(said)[criterion], Unclear):
+        score = dict(said).get(criterion, Unclear(f"no score for {criterion}"))
+        if isinstance(score, Unclear):
             return score
         scores[criterion] = score
     return scores

@@ -135,6 +135,7 @@ def lines_of(text: str, form: Form[T]) -> list[str]:
     """
     decoder = json.JSONDecoder(object_pairs_hook=_once)
     announced = re.compile(rf"(?:{form.frame.pattern}|(?:json|output|result)\s*:\s*)\Z", re.IGNORECASE)
+    spellings = (text, text.replace("'", '"'))  # models write Python's dicts too
     done, position = "", 0
     for found in _WRAPPED.finditer(text):
         start, end, tag = found.start(), found.end(), found["tag"]
@@ -143,7 +144,7 @@ def lines_of(text: str, form: Form[T]) -> list[str]:
             continue  # within what was read, or around more than a value
         value: Any = {tag or form.label: found["inner"] if tag else found["brackets"]}
         if found[0] == "{":
-            for spelled in (text, text.replace("'", '"')):  # models write Python's dicts too
+            for spelled in spellings:
                 with suppress(ValueError, RecursionError):
                     value, end = decoder.raw_decode(spelled, start)
                     break
