@@ -145,7 +145,7 @@ def retry_judgments(
 
 
 def train_offline(config: OfflineConfig, *, progress: Progress | None = None, redo: bool = False) -> Run:
-    """One DPO round on preference pairs that exist already; see `iterdpo.offline.train_round`.
+    """One DPO round on preference pairs that exist already; see `iterdpo.stages.offline.train_round`.
 
     Raises:
         UserError: bad input, found before a model is loaded.

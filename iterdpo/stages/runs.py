@@ -174,9 +174,7 @@ class IterativeRun(OfflineRun):
 
     def warm_up(self) -> None:
         """Begin what takes long to start, without waiting: the sampler's process imports vLLM meanwhile."""
-        if self.sampler is self._own_sampler:
-            engine = self._own_sampler.started()
-            assert isinstance(engine, VLLMSampler)
+        if self.sampler is self._own_sampler and isinstance(engine := self._own_sampler.started(), VLLMSampler):
             engine.warm_up()
 
     def prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
