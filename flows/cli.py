@@ -8,21 +8,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
 from flows import judge_cli
 from iterdpo import __version__
+from iterdpo.errors import RunFailed, UserError
+from iterdpo.run.progress import Progress
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from iterdpo.config import Config
-    from iterdpo.run.progress import Progress
 
 T = TypeVar("T")
 OVERRIDES = "YAML files, merged left to right, and dotted overrides in any place: dpo.beta=0.2 sampling.n=8"
+CRON = 'when to add rounds: "0 2 * * *" is at two every night; without it, when triggered'
 
 Word = Annotated[str, Parameter(name="CONFIG", required=True, help=OVERRIDES)]
 DryRun = Annotated[bool, Parameter(help="validate, print the plan, and stop")]
@@ -63,8 +66,6 @@ app.command(judge_cli.app)
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, run, and turn the errors that a user can mend into one line."""
-    from iterdpo.errors import RunFailed, UserError
-
     try:
         status = app(argv)
     except (UserError, RunFailed) as error:
@@ -83,7 +84,7 @@ def quickstart(
     """Improve a 135M model over three rounds on a CPU, in minutes."""
     from flows.quickstart import prepare_quickstart, quickstart_config
 
-    assets = prepare_quickstart(progress=_progress().say)
+    assets = prepare_quickstart(progress=Progress(sys.stdout).say)
     return _run_config(quickstart_config(assets, list(overrides)), options)
 
 
@@ -103,7 +104,7 @@ def train(*config: Word, dry_run: DryRun = False, redo: Redo = False) -> int:
     from iterdpo.config import load_offline_config
 
     settings = _load(load_offline_config, config)
-    progress = _progress()
+    progress = Progress(sys.stdout)
     if dry_run:
         print(describe_offline_plan(settings))
         return 0
@@ -121,10 +122,7 @@ def train(*config: Word, dry_run: DryRun = False, redo: Redo = False) -> int:
 @app.command
 def serve(
     *config: Word,
-    cron: Annotated[
-        str | None,
-        Parameter(help='when to add rounds: "0 2 * * *" is at two every night; without it, when triggered'),
-    ] = None,
+    cron: Annotated[str | None, Parameter(help=CRON)] = None,
     timezone: Annotated[str, Parameter(help="of --cron")] = "UTC",
     add: Annotated[int, Parameter(help="rounds that each trigger adds")] = 1,
     name: Annotated[str | None, Parameter(help="the deployment's name (default: that of the run directory)")] = None,
@@ -134,7 +132,7 @@ def serve(
     from iterdpo.config import load_config
 
     settings = _load(load_config, config)
-    serve_config(settings, name=name, cron=cron, timezone=timezone, rounds=add, progress=_progress())
+    serve_config(settings, name=name, cron=cron, timezone=timezone, rounds=add, progress=Progress(sys.stdout))
     return 0
 
 
@@ -148,7 +146,7 @@ def retry(
     """Judge again what a run's judge could not judge."""
     from flows.api import retry_judgments
 
-    round, before, after = retry_judgments(run_dir, round=number, progress=_progress())
+    round, before, after = retry_judgments(run_dir, round=number, progress=Progress(sys.stdout))
     print(f"round {round}: {before['unjudged']:,} completions without a score before, {after['unjudged']:,} now")
     for reason, count in after["abstentions"].items():
         print(f"  {count:>8,}  {reason}")
@@ -213,7 +211,7 @@ def _run_config(config: Config, options: RunOptions) -> int:
     from flows.api import continue_run, describe, open_run
     from flows.plan import describe_plan
 
-    progress = _progress()
+    progress = Progress(sys.stdout)
     run = open_run(config, progress=progress, redo=options.redo)
     if options.dry_run:
         print(describe_plan(run))
@@ -233,16 +231,8 @@ def _run_config(config: Config, options: RunOptions) -> int:
 
 def _load(load: Callable[..., T], arguments: tuple[str, ...]) -> T:
     """The configuration from its files and `key=value` overrides, in whatever order they came."""
-    from pathlib import Path
-
     files = [a for a in arguments if "=" not in a or Path(a).exists()]
     return load(*files, overrides=[a for a in arguments if a not in files])
-
-
-def _progress() -> Progress:
-    from iterdpo.run.progress import Progress
-
-    return Progress(sys.stdout)
 
 
 if __name__ == "__main__":

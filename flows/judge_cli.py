@@ -8,14 +8,24 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
+from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
+from iterdpo.errors import ConfigError, JudgeError
+from iterdpo.escape import visible
+from iterdpo.run.progress import Progress
+
 JUDGE = "a run's configuration (its judge), or what `judge.use` takes: a name, or path/to/file.py:name"
 ARGS = "arguments of the judge, laid over the configuration's: model=my-rm endpoint.base_url=http://localhost:8000/v1"
+DATA = (
+    "preference pairs (chosen, rejected, prompt; a column tie marks those that are equally good): a file, a directory, "
+    "or a hub id; to compare also rows of prompt and completions, or a run directory"
+)
+JSON = "write everything as JSON; - prints it in place of the tables"
 TOKENIZER = "checkpoint that tokens are counted with (default: that of a configuration, else a token is a byte)"
 COLUMNS = "of the prompt's row: gold=4; a value is text, or JSON if it begins with [, { or a quote; put these last"
 YAML = (".yaml", ".yml")
@@ -35,13 +45,7 @@ app = App(
 @Parameter(name="*")
 @dataclass(frozen=True)
 class DataOptions:
-    data: Annotated[
-        str,
-        Parameter(
-            help="preference pairs (chosen, rejected, prompt; a column tie marks those that are equally good): a file, "
-            "a directory, or a hub id; to compare also rows of prompt and completions, or a run directory"
-        ),
-    ]
+    data: Annotated[str, Parameter(help=DATA)]
     split: Annotated[str, Parameter(help="of a data set that has several")] = "train"
     limit: Annotated[Positive | None, Parameter(help="read the first N rows only")] = None
     tokenizer: Annotated[str | None, Parameter(help=TOKENIZER)] = None
@@ -51,10 +55,7 @@ class DataOptions:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class OutputOptions:
-    json: Annotated[
-        str | None,
-        Parameter(allow_leading_hyphen=True, help="write everything as JSON; - prints it in place of the tables"),
-    ] = None
+    json: Annotated[str | None, Parameter(allow_leading_hyphen=True, help=JSON)] = None
     page: Annotated[str | None, Parameter(help="write a self-contained HTML page")] = None
     confidence: Annotated[float, Parameter(validator=Number(gt=0, lt=1), help="coverage of the intervals")] = 0.95
 
@@ -75,7 +76,6 @@ def check(
     output: OutputOptions = TABLES,
 ) -> int:
     """Measure a judge on labelled preference pairs."""
-    from iterdpo.run.progress import Progress
     from judges.audit.check import check_judge_on
     from judges.audit.figures import measure
     from judges.audit.labelled import read_labelled
@@ -145,7 +145,6 @@ def compare(
     output: OutputOptions = TABLES,
 ) -> int:
     """How far two judges agree, and where they differ."""
-    from iterdpo.run.progress import Progress
     from judges.audit.agreement import compare_judges, measure_agreement, read_samples
     from judges.audit.render import compare_sentence, compare_tables, difference_example
     from judges.load import check_judge, load_judge
@@ -204,9 +203,6 @@ def attempt(
     json: Annotated[bool, Parameter(help="print JSON")] = False,
 ) -> int:
     """Show one verdict, with what a language model was asked and replied."""
-    from json import dumps
-
-    from iterdpo.errors import JudgeError
     from iterdpo.judging.judge import checked_judgments
     from iterdpo.run.rundir import digest
     from iterdpo.types import Prompt
@@ -248,10 +244,6 @@ def attempt(
 
 def _described(found: dict[str, Any], completions: tuple[str, ...]) -> Iterator[str]:
     """A verdict for a reader: what was asked and replied, then what came of it."""
-    import json
-
-    from iterdpo.escape import visible
-
     for number, call in enumerate(found["trace"], 1):
         for message in call["messages"]:
             yield f"--- call {number}: {message['role']}"
@@ -262,7 +254,7 @@ def _described(found: dict[str, Any], completions: tuple[str, ...]) -> Iterator[
         yield "---"
     yield f"judge: {found['judge']['name']} (version {found['judge']['version']})"
     if found["columns"]:
-        yield f"columns: {json.dumps(found['columns'])}"
+        yield f"columns: {dumps(found['columns'])}"
     for k, (text, score, reason) in enumerate(zip(completions, found["scores"], found["abstentions"], strict=True)):
         first = visible(text).strip().partition("\n")[0]
         verdict = f"score {score:.6g}" if score is not None else f"abstained: {visible(reason)}"
@@ -272,7 +264,7 @@ def _described(found: dict[str, Any], completions: tuple[str, ...]) -> Iterator[
         said = f"abstained: {visible(str(c['reason']))}" if c["winner"] is None else c["winner"] + sure
         yield f"completion {c['first']} before completion {c['second']}: {said}"
     if found["details"]:
-        yield f"details: {json.dumps(found['details'])}"
+        yield f"details: {dumps(found['details'])}"
     if found["usage"]:
         yield "usage: " + ", ".join(f"{name} {amount:g}" for name, amount in found["usage"].items())
 
@@ -280,7 +272,6 @@ def _described(found: dict[str, Any], completions: tuple[str, ...]) -> Iterator[
 def _judge_spec(which: str, overrides: tuple[str, ...], role: str) -> tuple[str, dict[str, Any]]:
     """`use` and `args` of a judge, from a configuration or as given, with the overrides laid over the args."""
     from iterdpo.config import assign, load_config
-    from iterdpo.errors import ConfigError, JudgeError
     from judges.load import asks_a_person
 
     use, args = which, {}
@@ -303,15 +294,11 @@ def _judge_spec(which: str, overrides: tuple[str, ...], role: str) -> tuple[str,
 
 
 def _column(given: str) -> tuple[str, Any]:
-    import json
-
-    from iterdpo.errors import ConfigError
-
     name, sign, value = given.partition("=")
     if not sign or not name:
         raise ConfigError(f"{given!r}: a column reads NAME=VALUE, such as gold=4")
     try:
-        return name, json.loads(value) if value[:1] in ("[", "{", '"') else value
+        return name, loads(value) if value[:1] in ("[", "{", '"') else value
     except ValueError as error:
         raise ConfigError(f"{given!r}: no JSON: {error}") from None
 
@@ -349,8 +336,6 @@ def _put_out(
 
     Ctrl-C gives 130, as everywhere. A judge or data that gave up half-way is raised, once what was found is out.
     """
-    import json
-
     from iterdpo.run.rundir import write_json
     from judges.audit.render import plain, print_report, write_page
 
@@ -359,7 +344,7 @@ def _put_out(
     if output.page:
         write_page(output.page, **page)
     if output.json == "-":
-        print(json.dumps(plain(report), indent=2))
+        print(dumps(plain(report), indent=2))
     else:
         if output.json:
             write_json(Path(output.json), plain(report))

@@ -128,11 +128,7 @@ async def _watch(progress: Progress, api: PrefectAPI, deployment: UUID) -> None:
 
 
 def _first_planned(api: PrefectAPI, deployment: UUID) -> datetime:
-    """When the clock starts the first round, once the server's scheduler has planned it.
-
-    Raises:
-        ChildFailed: it plans nothing.
-    """
+    """When the clock starts the first round, once the server's scheduler has planned it; a ChildFailed if it does not."""
     deadline = time.monotonic() + FIRST_CHECK_SECONDS
     while (planned := _planned(deployment)) is None:
         if api.failures() or time.monotonic() > deadline:

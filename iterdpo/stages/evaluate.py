@@ -92,7 +92,16 @@ def _evaluate(
         scores[judge.role] = _scores(target)
     run.release_judges()
     logps = _sequence_logps(run, directory / "logps.json", candidate, completions, counts["completions"])
-    gap = _checked_gap(read_groups(completions), logps, limit=section.max_logp_gap)
+    gap = None
+    if logps is not None:
+        reported = (c.logprobs for g in read_groups(completions) for c in g.completions if c.token_ids)
+        gap = logp_gap(reported, (value for group in logps["policy"] for value in group))
+    if gap is not None and gap > section.max_logp_gap:
+        raise ChildFailed(
+            f"the engine's log-probabilities differ from the policy's by {gap:.3f} nats a token on average (allowed: "
+            f"evaluation.max_logp_gap = {section.max_logp_gap:g}): it does not sample from this policy, or its precision "
+            "is too low"
+        )
     metrics = evaluation_metrics(
         lambda: read_token_ids(completions),
         scores,
@@ -179,23 +188,3 @@ def _logps(run: IterativeRun, policy: PolicyCheckpoint, completions: Path, stage
 
         precision = run.config.dpo.precision
         yield from score_completions(model, *zip(*batch, strict=True), precision=precision, on_progress=on_progress)
-
-
-def _checked_gap(
-    groups: Iterable[CompletionGroup], logps: dict[str, list[list[float]]] | None, *, limit: float
-) -> float | None:
-    """The engine's log-probabilities against the policy's (see `logp_gap`); None if they were not computed.
-
-    Raises:
-        ChildFailed: they differ so much that the engine does not sample from this policy.
-    """
-    if logps is None:
-        return None
-    reported = (c.logprobs for g in groups for c in g.completions if c.token_ids)
-    gap = logp_gap(reported, (value for group in logps["policy"] for value in group))
-    if gap is not None and gap > limit:
-        raise ChildFailed(
-            f"the engine's log-probabilities differ from the policy's by {gap:.3f} nats a token on average (allowed: "
-            f"evaluation.max_logp_gap = {limit:g}): it does not sample from this policy, or its precision is too low"
-        )
-    return gap

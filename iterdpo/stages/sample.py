@@ -20,7 +20,7 @@ from iterdpo.run.artifacts import (
 from iterdpo.sampling import SamplingParameters
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.runs import IterativeRun, batches
-from iterdpo.types import CompletionGroup, Prompt
+from iterdpo.types import CompletionGroup
 
 
 def sample(
@@ -102,30 +102,25 @@ def sample_shards(
     """Sample the shards that `directory` lacks, each durable before the next begins. Returns the counts of all."""
     counts = {"prompts": 0, "completions": 0, "tokens": 0, "truncated": 0}
     begun = False
-
-    def groups_of(shard: Path, asked: list[Prompt]) -> list[CompletionGroup]:
-        nonlocal begun
-        if shard.exists():
-            return read_completion_shard(shard)
-        ids = run.prompt_ids(asked)
-        run.sampler.load(policy.path, policy.digest)
-        if not begun:
-            begun = True
-            stage.begin()
-        sampled = run.sampler.sample(ids, [seed_of(prompt.id) for prompt in asked], parameters)
-        groups = [CompletionGroup(*group) for group in zip(asked, ids, sampled, strict=True)]
-        write_completion_shard(shard, groups)
-        return groups
-
     with run.progress.stage(name, len(prompts) * parameters.n, "completions") as stage:
         for number, asked in enumerate(batches(prompts, run.config.sampling.shard_size)):
             shard = directory / f"{shard_name(number)}.parquet"
-            groups = groups_of(shard, asked)
-            sampled = [c for g in groups for c in g.completions]
+            if shard.exists():
+                groups = read_completion_shard(shard)
+            else:
+                ids = run.prompt_ids(asked)
+                run.sampler.load(policy.path, policy.digest)
+                if not begun:
+                    begun = True
+                    stage.begin()
+                sampled = run.sampler.sample(ids, [seed_of(prompt.id) for prompt in asked], parameters)
+                groups = [CompletionGroup(*group) for group in zip(asked, ids, sampled, strict=True)]
+                write_completion_shard(shard, groups)
+            each = [c for g in groups for c in g.completions]
             counts["prompts"] += len(groups)
-            counts["completions"] += len(sampled)
-            counts["tokens"] += sum(len(c.token_ids) for c in sampled)
-            counts["truncated"] += sum(c.truncated for c in sampled)
+            counts["completions"] += len(each)
+            counts["tokens"] += sum(len(c.token_ids) for c in each)
+            counts["truncated"] += sum(c.truncated for c in each)
             if on_shard is not None:
                 on_shard(shard)
             stage.to(counts["completions"])
