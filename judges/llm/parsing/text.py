@@ -198,11 +198,16 @@ def decide(lines: list[str], form: Form[T]) -> T | Unclear:
 
     bares = [form.bare(line) for line in lines]
     headings = [bool(form.frame.fullmatch(line.rstrip(": ") + ":")) for line in lines]
-    below = [b if headed else None for b, headed in zip(bares, [False, *headings], strict=False)]
-    stated = [CUT_OFF if h else explicit(x) if b is None else b for x, h, b in zip(lines, headings, below, strict=True)]
-    readable = {i: b for i, b in enumerate(bares) if b is not None and not isinstance(b, Unclear)}
-    framed = any(s is not None for s in stated)
-    said = {i: s for i, s in enumerate(stated) if s is not None} or {**readable}
+    said: dict[int, T | Unclear] = {}
+    for i, line in enumerate(lines):
+        below = bares[i] if i and headings[i - 1] else None
+        stated = CUT_OFF if headings[i] else explicit(line) if below is None else below
+        if stated is not None:
+            said[i] = stated
+    readable: dict[int, T | Unclear] = {
+        i: value for i, value in enumerate(bares) if value is not None and not isinstance(value, Unclear)
+    }
+    framed, said = bool(said), said or readable
     if not said:
         return bares[-1] if bares and isinstance(bares[-1], Unclear) else form.none
     at = max(said)
