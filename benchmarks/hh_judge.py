@@ -48,8 +48,10 @@ def main(*, data: str, model: str, rows: int | None = None, seed: int = 0) -> No
         classifier.save_pretrained(judge)
         tokenizer.save_pretrained(judge)
         write_jsonl(held_out, halves[1])
-        report = _check(judge, held_out)
-    accuracy = report["figures"]["accuracy"]
+        command = [sys.executable, "-m", "flows.cli", "judge", "check", "reward_model", "--data", str(held_out)]
+        command += ["--args", f"model={judge}", "--json", f"{scratch}/report.json"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        accuracy = json.loads(Path(scratch, "report.json").read_text())["figures"]["accuracy"]
     line = {
         "fitted_on": len(seen),
         "decay": decay,
@@ -112,14 +114,6 @@ def _fitted(differences: Any) -> tuple[Any, float]:
     right = {d: float((scaled[kept:] @ fit(scaled[:kept], d) > 0).float().mean()) for d in DECAYS}
     decay = max(right, key=lambda d: right[d])
     return fit(scaled, decay) / scale, decay
-
-
-def _check(judge: Path, data: Path) -> Any:
-    output = data.with_suffix(".json")
-    command = [sys.executable, "-m", "flows.cli", "judge", "check", "reward_model", "--data", str(data)]
-    command += ["--args", f"model={judge}", "--json", str(output)]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-    return json.loads(output.read_text())
 
 
 if __name__ == "__main__":

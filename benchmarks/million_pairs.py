@@ -16,10 +16,12 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import command_line, fresh, peak_mib
+from iterdpo.run.rundir import write_jsonl
 from iterdpo.testing import build_tiny_checkpoint
 
 NOUNS = ("sea", "sky", "harbour", "lantern", "orchard", "glacier", "violin", "letter")
@@ -28,7 +30,7 @@ NOUNS = ("sea", "sky", "harbour", "lantern", "orchard", "glacier", "violin", "le
 def main(*, pairs: int = 1_000_000, model: str | None = None, heldout: int = 1000) -> None:
     with tempfile.TemporaryDirectory(prefix="million-pairs-") as directory:
         root = Path(directory)
-        write_rows(root / "pairs.jsonl", pairs)
+        write_jsonl(root / "pairs.jsonl", rows(pairs))
         checkpoint = model or str(fresh(build_tiny_checkpoint, root / "model"))
         line: dict[str, Any] = {"pairs": pairs, "model": model or "tiny"}
         for name in ("first", "again"):
@@ -38,13 +40,11 @@ def main(*, pairs: int = 1_000_000, model: str | None = None, heldout: int = 100
     print(json.dumps(line))
 
 
-def write_rows(path: Path, count: int) -> None:
+def rows(count: int) -> Iterator[dict[str, str]]:
     rng = random.Random(0)
-    with open(path, "w") as file:
-        for i in range(count):
-            prompt, chosen, rejected = (" ".join(rng.choices(NOUNS, k=k)) for k in (8, 16, 16))
-            row = {"prompt": f"Tale {i}: {prompt}.", "chosen": f" {chosen}.", "rejected": f" {rejected}!"}
-            file.write(json.dumps(row) + "\n")
+    for i in range(count):
+        prompt, chosen, rejected = (" ".join(rng.choices(NOUNS, k=k)) for k in (8, 16, 16))
+        yield {"prompt": f"Tale {i}: {prompt}.", "chosen": f" {chosen}.", "rejected": f" {rejected}!"}
 
 
 def start(directory: Path, model: str, heldout: int) -> dict[str, Any]:

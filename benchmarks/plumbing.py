@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.harness import command_line, fresh, peak_mib
 from iterdpo.judging.judge import JudgeBase
+from iterdpo.run.rundir import write_jsonl
 from iterdpo.sampling import SamplingParameters
 from iterdpo.testing import FakeSampler, build_tiny_checkpoint
 from iterdpo.types import Completion, CompletionGroup, Judgment
@@ -68,20 +69,15 @@ def main(
         root = Path(scratch)
         fresh(build_tiny_checkpoint, root / "model")
         for count in prompts:
-            write_prompts(root / "prompts.jsonl", count + count // 10)
+            numbers = range(count + count // 10)
+            tales = ({"prompt": f"Tale {n}, of the sea and the sky:", "gold": str(n % 10)} for n in numbers)
+            write_jsonl(root / "prompts.jsonl", tales)
             rows.append(fresh(measure, root, count, shard_size))
             print(json.dumps(rows[-1]), flush=True)
             shutil.rmtree(root / "run")
     print(f"\n{'':<24}" + "".join(f"{row['prompts']:>14,}" for row in rows))
     for name in rows[0]:
         print(f"{name:<24}" + "".join(f"{row[name]:>14,}" for row in rows))
-
-
-def write_prompts(path: Path, count: int) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        for number in range(count):
-            json.dump({"prompt": f"Tale {number}, of the sea and the sky:", "gold": str(number % 10)}, file)
-            file.write("\n")
 
 
 def measure(root: Path, count: int, shard_size: int) -> dict[str, Any]:

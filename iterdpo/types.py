@@ -71,12 +71,6 @@ class CompletionGroup:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    @staticmethod
-    def from_json(row: dict[str, Any]) -> CompletionGroup:
-        return CompletionGroup(
-            Prompt(**row["prompt"]), row["prompt_ids"], [Completion(**c) for c in row["completions"]]
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -110,13 +104,8 @@ class Judgment:
     """What else the judge has to say, as JSON: the scores of single criteria, how many cycles its comparisons have."""
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "prompt_id": self.prompt_id,
-            "scores": self.scores,
-            "abstentions": self.abstentions,
-            "comparisons": [asdict(c) for c in self.comparisons],
-            "details": self.details,
-        }
+        row = {"prompt_id": self.prompt_id, "scores": self.scores, "abstentions": self.abstentions}
+        return {**row, "comparisons": [asdict(c) for c in self.comparisons], "details": self.details}
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> Judgment:
