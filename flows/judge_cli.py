@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -89,12 +89,16 @@ def check(
     pairs, account = read_labelled(
         data.data, split=data.split, limit=data.limit, subset_column=subset_column, tokenizer=tokenizer
     )
-    with closing(loaded), Progress(sys.stderr).stage("judged", data.limit or 0, "pairs") as stage:
-        first = list(islice(pairs, 1))
-        for pair in first:
+
+    def known_columns() -> Iterator[Any]:
+        for pair in islice(pairs, 1):
             check_columns(use, pair.prompt.columns, judge_args)
+            yield pair
+        yield from pairs
+
+    with closing(loaded), Progress(sys.stderr).stage("judged", data.limit or 0, "pairs") as stage:
         done = check_judge_on(
-            loaded, chain(first, pairs), seed=data.seed, repeats=repeats, unit=unit, advance=stage.advance
+            loaded, known_columns(), seed=data.seed, repeats=repeats, unit=unit, advance=stage.advance
         )
     report = {
         "judge": {"use": use, "name": done.name, "version": done.version},

@@ -29,7 +29,6 @@ def serve_review(
     port: int = 0,
     open_browser: bool = True,
     once: bool = False,
-    say: Callable[[str], None] = print,
 ) -> None:
     """Serve the review page until interrupted, or, with `once`, until nothing is left to judge.
 
@@ -43,7 +42,7 @@ def serve_review(
         raise UserError(f"{root}: no run here (no run.json)")
     desk = Desk(root, who=who)
     waiting = desk.pending()
-    say(f"{waiting} {'pair' if waiting == 1 else 'pairs'} to judge in {root}")
+    print(f"{waiting} {'pair' if waiting == 1 else 'pairs'} to judge in {root}")
     if once and not waiting:
         return
     with contextlib.ExitStack() as stack:
@@ -51,10 +50,10 @@ def serve_review(
             url = stack.enter_context(review_server(desk, port=port, title=root.absolute().name))
         except OSError as error:
             raise UserError(f"--port {port}: {error.strerror}; leave it out to take a free one") from None
-        say(f"review: {url}")
-        say("  Ctrl-C ends it; what is judged is kept")
+        print(f"review: {url}")
+        print("  Ctrl-C ends it; what is judged is kept")
         # Without a screen the browser would come up in this terminal.
-        if open_browser and (sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
+        if open_browser and (sys.platform != "linux" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))):
             webbrowser.open(url)
         while not once or desk.pending():
             time.sleep(0.5)
