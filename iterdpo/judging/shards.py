@@ -207,14 +207,23 @@ class StreamingJudge:
     def _tasks(self, shard: Path | None) -> Iterator[_Task]:
         """What `shard` and the shards that wait after it lack."""
         while shard is not None:
-            target = self.path_of(shard)
-            if not (self._cancelled or self._error is not None or target.exists()):
-                groups = read_completion_shard(shard)
-                yield _Task(target, groups, [], range(len(groups)))
+            try:
+                task = self._task(shard)
+            except FileNotFoundError:  # the step was sealed meanwhile: `completions.partial` is `completions`
+                task = self._task(shard.parent.with_suffix("") / shard.name)
+            if task is not None:
+                yield task
             if self._shards.empty():
                 return
             shard = self._shards.get()
         self._shards.put(None)  # which ends the thread
+
+    def _task(self, shard: Path) -> _Task | None:
+        target = self.path_of(shard)
+        if self._cancelled or self._error is not None or target.exists():
+            return None
+        groups = read_completion_shard(shard)
+        return _Task(target, groups, [], range(len(groups)))
 
 
 def _unjudged(judgments: Sequence[Judgment], expected: Collection[str]) -> list[int]:

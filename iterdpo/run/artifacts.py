@@ -175,6 +175,8 @@ def read_completion_shard(path: Path) -> list[CompletionGroup]:
 
     try:
         read = pq.read_table(path)
+    except FileNotFoundError:
+        raise
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: damaged ({error}); delete it, and the same command samples it again") from None
     table = {name: read[name].combine_chunks() for name in read.column_names}

@@ -324,6 +324,30 @@ def test_shards_that_wait_are_judged_in_one_go(tmp_path: Path, sampled: list[Pat
     assert [j.scores for j in found] == [[1.0, 2.0]] * 4
 
 
+def test_shards_that_wait_are_found_after_sampling_has_ended_and_its_step_was_sealed(
+    tmp_path: Path, sampled: list[Path]
+) -> None:
+    sealed, begin = threading.Event(), threading.Event()
+
+    class Waits(Fickle):
+        def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+            begin.set()
+            assert sealed.wait(10)
+            return super().judge(groups)
+
+    partial = tmp_path / "round" / "completions.partial"
+    partial.mkdir(parents=True)
+    judge = Waits()
+    streaming = streaming_judge(judge, tmp_path)
+    for shard in sampled:
+        streaming.put(shard.rename(partial / shard.name))
+    assert begin.wait(10)
+    partial.rename(partial.with_suffix(""))
+    sealed.set()
+    streaming.join()
+    assert judge.asked == ["1", "2", "3", "4"]
+
+
 def test_a_streaming_judge_that_is_cancelled_ends_with_the_shard_that_it_is_at(
     tmp_path: Path, sampled: list[Path]
 ) -> None:
