@@ -38,12 +38,12 @@ def open_run(
     progress: Progress | None = None,
     redo: bool = False,
 ) -> IterativeRun:
-    """Everything a run works with, checked; nothing heavy is loaded.
+    """The checked resources of a run. No model is loaded.
 
-    `judge` and `heldout_judge` stand in for those that the configuration names.
+    `judge` and `heldout_judge` replace those that the configuration names.
 
     Raises:
-        UserError: what is wrong with the configuration, the data, the checkpoint or a judge.
+        UserError: a problem with the configuration, the data, the checkpoint or a judge.
     """
     train = _named("train_judge", config.judge, judge)
     heldout = None
@@ -69,20 +69,20 @@ def run_rounds(
     redo: bool = False,
     sampler: Sampler | None = None,
 ) -> Run:
-    """Run what is left of the configuration's rounds, and read the run back.
+    """Run the configured rounds that are not finished, and return the run.
 
     Args:
         config: see `iterdpo.load_config`.
-        judge: a judge of your own in place of the configuration's, in any form that `judges/adapter.py` takes.
-        heldout_judge: likewise for the evaluation.
-        prefect: run as the Prefect flow `iterative_dpo`, on the server that PREFECT_API_URL names or one of its own.
-        progress: `Progress(sys.stdout)` shows what the command line shows; nothing by default.
-        redo: do steps that were made with other settings again, rather than refuse.
-        sampler: another sampler than the vLLM engine.
+        judge: your own judge, instead of the configured one, in any form that `judges/adapter.py` takes.
+        heldout_judge: the same for the evaluation.
+        prefect: run as the Prefect flow `iterative_dpo`, on the server in PREFECT_API_URL or a temporary one.
+        progress: `Progress(sys.stdout)` shows the same as the command line. By default nothing is shown.
+        redo: repeat steps that were made with other settings, instead of refusing.
+        sampler: a sampler to use instead of the vLLM engine.
 
     Raises:
-        UserError: bad input, found before anything is loaded; or another process works in the run directory.
-        ChildFailed: the sampler or the trainer ended with an error. What was done stays done: call again.
+        UserError: bad input, found before anything is loaded; or another process is using the run directory.
+        ChildFailed: the sampler or the trainer ended with an error. Finished work is kept; call again to continue.
     """
     run = open_run(config, judge=judge, heldout_judge=heldout_judge, sampler=sampler, progress=progress, redo=redo)
     continue_run(run, prefect=prefect)
@@ -90,9 +90,9 @@ def run_rounds(
 
 
 def continue_run(run: IterativeRun, *, prefect: bool = True, wait: bool = False) -> bool:
-    """Do what is left of a run. Returns whether there was anything to do.
+    """Do the unfinished work of a run. Returns whether there was any.
 
-    `wait`: where another process works in the run directory, wait for it to end rather than refuse.
+    `wait`: if another process is using the run directory, wait for it to end instead of refusing.
     """
     with run.dir.lock(wait=wait), run:
         run.dir.refresh()
@@ -120,10 +120,10 @@ def continue_run(run: IterativeRun, *, prefect: bool = True, wait: bool = False)
 def retry_judgments(
     run_dir: str | Path, *, round: int | None = None, progress: Progress | None = None
 ) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """Judge again what abstained in a round's finished judgments; by default in those of the last round that has any.
+    """Judge the abstentions of a round's finished judgments again; by default of the last round that has judgments.
 
-    Returns the round, and the counts before and after. What was made from the old judgments is done again by the next
-    `iterdpo run --redo`.
+    Returns the round, and the counts before and after. The next `iterdpo run --redo` repeats the steps
+    that used the old judgments.
 
     Raises:
         UserError: no run, no such judgments, or nothing that abstained.
@@ -135,8 +135,8 @@ def retry_judgments(
         round = max(judged, default=0) if round is None else round
         if round not in judged:
             raise UserError(
-                f"{directory.root}: round {round} has no finished judgments; a stage that stopped goes on by itself with "
-                "the command that began it"
+                f"{directory.root}: round {round} has no finished judgments; to continue a stage that stopped, repeat "
+                "the command that started it"
             )
         if not judged[round].counts["unjudged"]:
             raise UserError(f"{directory.root}: round {round}: nothing abstained, so there is nothing to judge again")
@@ -145,11 +145,11 @@ def retry_judgments(
 
 
 def train_offline(config: OfflineConfig, *, progress: Progress | None = None, redo: bool = False) -> Run:
-    """One DPO round on preference pairs that exist already; see `iterdpo.stages.offline.train_round`.
+    """One DPO round on existing preference pairs; see `iterdpo.stages.offline.train_round`.
 
     Raises:
         UserError: bad input, found before a model is loaded.
-        ChildFailed: training ended with an error. Call again to go on from its last checkpoint.
+        ChildFailed: training ended with an error. Call again to continue from its last checkpoint.
     """
     train_round(config, progress=progress or Progress(), redo=redo)
     write_report(config.run_dir)
@@ -203,6 +203,6 @@ def _source_version(own: AnyJudge) -> str:
         return digest([source, held])
     except (OSError, TypeError, ValueError):
         raise JudgeError(
-            f"judge {own!r}: what it is made of cannot be read, so a change of it would go unnoticed; give it a "
-            "`version`, a string that you change with it"
+            f"judge {own!r}: its source and values cannot be read, so a change would go unnoticed; give it a "
+            "`version`, a string that you change whenever the judge changes"
         ) from None

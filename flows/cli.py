@@ -1,6 +1,6 @@
 """The command line: `iterdpo quickstart | run | train | serve | judge | show | report | status`.
 
-Exit status: 0 done, 1 a run failed (what was done stays done), 2 bad input.
+Exit status: 0 done, 1 a run failed (finished work is kept), 2 bad input.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 OVERRIDES = "YAML files, merged left to right, and dotted overrides in any place: dpo.beta=0.2 sampling.n=8"
-CRON = 'when to add rounds: "0 2 * * *" is at two every night; without it, when triggered'
+CRON = 'schedule for new rounds: "0 2 * * *" is every night at two (default: only when triggered)'
 
 Word = Annotated[str, Parameter(name="CONFIG", required=True, help=OVERRIDES)]
 DryRun = Annotated[bool, Parameter(help="validate, print the plan, and stop")]
-Redo = Annotated[bool, Parameter(help="do steps that were made with other settings again")]
+Redo = Annotated[bool, Parameter(help="repeat steps that were made with other settings")]
 RunDirectory = Annotated[str, Parameter(help="the run directory")]
 
 
@@ -65,14 +65,14 @@ app.command(judge_cli.app)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, run, and turn the errors that a user can mend into one line."""
+    """Parse, run, and turn the errors that a user can fix into one line."""
     try:
         status = app(argv)
     except (UserError, RunFailed) as error:
         print(f"iterdpo: {error}", file=sys.stderr)
         status = 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        print("\niterdpo: interrupted; the same command goes on from here", file=sys.stderr)
+        print("\niterdpo: interrupted; the same command continues from here", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
 
@@ -90,7 +90,7 @@ def quickstart(
 
 @app.command
 def run(*config: Word, options: RunOptions = RUN) -> int:
-    """Run rounds of iterative DPO, or go on with them."""
+    """Run rounds of iterative DPO, or continue a run."""
     from iterdpo.config import load_config
 
     return _run_config(_load(load_config, config), options)
@@ -98,7 +98,7 @@ def run(*config: Word, options: RunOptions = RUN) -> int:
 
 @app.command
 def train(*config: Word, dry_run: DryRun = False, redo: Redo = False) -> int:
-    """Run one offline DPO round on preference pairs that exist already."""
+    """Run one offline DPO round on existing preference pairs."""
     from flows.api import train_offline
     from flows.plan import describe_offline_plan
     from iterdpo.config import load_offline_config
@@ -123,7 +123,7 @@ def train(*config: Word, dry_run: DryRun = False, redo: Redo = False) -> int:
 def serve(
     *config: Word,
     cron: Annotated[str | None, Parameter(help=CRON)] = None,
-    timezone: Annotated[str, Parameter(help="of --cron")] = "UTC",
+    timezone: Annotated[str, Parameter(help="time zone of --cron")] = "UTC",
     add: Annotated[int, Parameter(help="rounds that each trigger adds")] = 1,
     name: Annotated[str | None, Parameter(help="the deployment's name (default: that of the run directory)")] = None,
 ) -> int:
@@ -141,16 +141,18 @@ def retry(
     run_dir: RunDirectory,
     /,
     *,
-    number: Annotated[int | None, Parameter(name="--round", help="default: the last with finished judgments")] = None,
+    number: Annotated[
+        int | None, Parameter(name="--round", help="the round (default: the last with finished judgments)")
+    ] = None,
 ) -> int:
-    """Judge again what a run's judge could not judge."""
+    """Judge a run's abstentions again."""
     from flows.api import retry_judgments
 
     round, before, after = retry_judgments(run_dir, round=number, progress=Progress(sys.stdout))
     print(f"round {round}: {before['unjudged']:,} completions without a score before, {after['unjudged']:,} now")
     for reason, count in after["abstentions"].items():
         print(f"  {count:>8,}  {reason}")
-    print("iterdpo run ... --redo does again what was made from the old judgments")
+    print("iterdpo run ... --redo repeats the steps that used the old judgments")
     return 0
 
 
@@ -160,9 +162,9 @@ def review(
     /,
     *,
     who: Annotated[str | None, Parameter(help="only the pairs for this name (the argument `who` of the judge)")] = None,
-    port: Annotated[int, Parameter(help="of the page, on 127.0.0.1 (default: a free one)")] = 0,
+    port: Annotated[int, Parameter(help="port of the page, on 127.0.0.1 (default: a free one)")] = 0,
     no_open: Annotated[bool, Parameter(help="do not open a browser")] = False,
-    once: Annotated[bool, Parameter(help="end when nothing is left to judge")] = False,
+    once: Annotated[bool, Parameter(help="end when all pairs are judged")] = False,
 ) -> int:
     """Compare completions yourself, if a run's judge is a person."""
     from flows.review import serve_review
@@ -176,9 +178,9 @@ def show(
     run_dir: RunDirectory,
     /,
     *,
-    number: Annotated[int, Parameter(name="--round", help="the round that sampled them")],
+    number: Annotated[int, Parameter(name="--round", help="the round that sampled the completions")],
     prompt: Annotated[str | None, Parameter(help="a prompt's id or its beginning, or words of its text")] = None,
-    heldout: Annotated[bool, Parameter(help="the completions of the evaluation instead")] = False,
+    heldout: Annotated[bool, Parameter(help="show the completions of the evaluation instead")] = False,
     limit: Annotated[int, Parameter(help="prompts to show")] = 5,
 ) -> int:
     """Read completions, with their scores."""
@@ -200,7 +202,7 @@ def report(run_dir: RunDirectory, /) -> int:
 
 @app.command
 def status(run_dir: RunDirectory, /) -> int:
-    """Show what is done, what is under way, and the metrics so far."""
+    """Show the finished steps, those in progress, and the metrics so far."""
     from flows.plan import describe_status
 
     print(describe_status(run_dir))
@@ -230,7 +232,7 @@ def _run_config(config: Config, options: RunOptions) -> int:
 
 
 def _load(load: Callable[..., T], arguments: tuple[str, ...]) -> T:
-    """The configuration from its files and `key=value` overrides, in whatever order they came."""
+    """The configuration from its files and `key=value` overrides, given in any order."""
     files = [a for a in arguments if "=" not in a or Path(a).exists()]
     return load(*files, overrides=[a for a in arguments if a not in files])
 

@@ -1,7 +1,7 @@
-"""The Prefect flow: the loop of `flows/loop.py` with a subflow a round and a task a stage.
+"""The Prefect flow: the loop of `flows/loop.py` with a subflow for each round and a task for each stage.
 
-Prefect shows and schedules; the run directory decides what is done. Tasks cache nothing and return small records.
-They are called, not submitted: one stage at a time has the accelerator.
+Prefect schedules the work and shows it; the run directory decides which steps are done. Tasks cache nothing and return
+small records. They are called, not submitted: one stage at a time has the accelerator.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def add_rounds_flow(config: Config) -> Flow[..., str]:
         """
         logger = get_run_logger()
         directory = RunDir(config.run_dir)
-        logger.info("waiting for %s, where another run may be at work", directory.root)
+        logger.info("waiting for %s, which another run may be using", directory.root)
         with directory.lock(wait=True):
             directory.refresh()
             refresh_report(directory.root)

@@ -1,4 +1,4 @@
-"""`iterdpo judge check | compare | try`: how good a judge is, before a GPU hour is spent on what it says."""
+"""`iterdpo judge check | compare | try`: how good a judge is, before GPU hours are spent on its scores."""
 
 from __future__ import annotations
 
@@ -19,25 +19,31 @@ from iterdpo.errors import ConfigError, JudgeError
 from iterdpo.escape import visible
 from iterdpo.run.progress import Progress
 
-JUDGE = "a run's configuration (its judge), or what `judge.use` takes: a name, or path/to/file.py:name"
-ARGS = "arguments of the judge, laid over the configuration's: model=my-rm endpoint.base_url=http://localhost:8000/v1"
+JUDGE = "a run's configuration (its judge), or a value of `judge.use`: a name, or path/to/file.py:name"
+ARGS = (
+    "arguments of the judge; they override the configuration's: model=my-rm endpoint.base_url=http://localhost:8000/v1"
+)
 DATA = (
     "preference pairs (chosen, rejected, prompt; a column tie marks those that are equally good): a file, a directory, "
     "or a hub id; to compare also rows of prompt and completions, or a run directory"
 )
-JSON = "write everything as JSON; - prints it in place of the tables"
-TOKENIZER = "checkpoint that tokens are counted with (default: that of a configuration, else a token is a byte)"
-COLUMNS = "of the prompt's row: gold=4; a value is text, or JSON if it begins with [, { or a quote; put these last"
+JSON = "write everything as JSON; - prints it instead of the tables"
+TOKENIZER = "checkpoint whose tokenizer counts tokens (default: the configuration's, else one token per byte)"
+COLUMNS = (
+    "columns of the prompt's row: gold=4; a value is text, or JSON if it begins with [, { or a quote; put these last"
+)
 YAML = (".yaml", ".yml")
 
 JudgeName = Annotated[str, Parameter(help=JUDGE)]
 Assignments = Annotated[tuple[str, ...], Parameter(consume_multiple=True, help=ARGS)]
-Role = Annotated[Literal["train", "heldout"], Parameter(help="of a configuration: judge, or evaluation.judge")]
+Role = Annotated[
+    Literal["train", "heldout"], Parameter(help="the judge to use from a configuration: judge, or evaluation.judge")
+]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 
 app = App(
     name="judge",
-    help="How good a judge is: check, compare, try; of a run: retry, review.",
+    help="Measure judges: check, compare, try. For a run: retry, review.",
     default_parameter=Parameter(negative=(), show_default=lambda value: value or None),
 )
 
@@ -46,10 +52,10 @@ app = App(
 @dataclass(frozen=True)
 class DataOptions:
     data: Annotated[str, Parameter(help=DATA)]
-    split: Annotated[str, Parameter(help="of a data set that has several")] = "train"
+    split: Annotated[str, Parameter(help="the split to read, if the data set has several")] = "train"
     limit: Annotated[Positive | None, Parameter(help="read the first N rows only")] = None
     tokenizer: Annotated[str | None, Parameter(help=TOKENIZER)] = None
-    seed: Annotated[int, Parameter(help="of the order of the completions, and of the bootstrap")] = 0
+    seed: Annotated[int, Parameter(help="seed of the order of the completions and of the bootstrap")] = 0
 
 
 @Parameter(name="*")
@@ -71,7 +77,7 @@ def check(
     args: Assignments = (),
     role: Role = "train",
     data: DataOptions,
-    subset_column: Annotated[str | None, Parameter(help="column by whose values the figures are split")] = None,
+    subset_column: Annotated[str | None, Parameter(help="column whose values define subsets for the figures")] = None,
     repeats: Annotated[Positive, Parameter(help="how often to judge each pair")] = 1,
     output: OutputOptions = TABLES,
 ) -> int:
@@ -142,13 +148,15 @@ def compare(
     /,
     *,
     args_a: Assignments = (),
-    args_b: Annotated[tuple[str, ...], Parameter(consume_multiple=True, help="those of B")] = (),
+    args_b: Annotated[tuple[str, ...], Parameter(consume_multiple=True, help="arguments of B")] = (),
     role: Role = "train",
     data: DataOptions,
-    number: Annotated[int | None, Parameter(name="--round", help="of a run directory (default: the last)")] = None,
+    number: Annotated[
+        int | None, Parameter(name="--round", help="the round of a run directory (default: the last)")
+    ] = None,
     output: OutputOptions = TABLES,
 ) -> int:
-    """How far two judges agree, and where they differ."""
+    """The agreement of two judges, with examples of their differences."""
     from judges.audit.agreement import compare_judges, measure_agreement, read_samples
     from judges.audit.render import compare_sentence, compare_tables, difference_example
     from judges.load import check_judge, load_judge
@@ -196,13 +204,13 @@ def compare(
 @app.command(name="try")
 def attempt(
     judge: JudgeName,
-    prompt: Annotated[str, Parameter(help="as plain text")],
+    prompt: Annotated[str, Parameter(help="the prompt, as plain text")],
     /,
-    *completions: Annotated[str, Parameter(required=True, help="one to score, more to compare")],
+    *completions: Annotated[str, Parameter(required=True, help="one completion to score, or more to compare")],
     args: Assignments = (),
     role: Role = "train",
     columns: Annotated[tuple[str, ...], Parameter(consume_multiple=True, help=COLUMNS)] = (),
-    chat: Annotated[bool, Parameter(help="give the prompt as a message of a user")] = False,
+    chat: Annotated[bool, Parameter(help="pass the prompt as a user message")] = False,
     tokenizer: Annotated[str | None, Parameter(help=TOKENIZER)] = None,
     json: Annotated[bool, Parameter(help="print JSON")] = False,
 ) -> int:
@@ -291,8 +299,8 @@ def _judge_spec(which: str, overrides: tuple[str, ...], role: str) -> tuple[str,
         args = assign(args, override)
     if asks_a_person(use, args):
         raise JudgeError(
-            f"{which}: a person is asked within a run alone: name the judge `person` in a configuration, `iterdpo run` "
-            "it, and answer with `iterdpo judge review RUN_DIR`"
+            f"{which}: a person can judge only within a run: name the judge `person` in a configuration, start it "
+            "with `iterdpo run`, and answer with `iterdpo judge review RUN_DIR`"
         )
     return use, args
 
@@ -300,11 +308,11 @@ def _judge_spec(which: str, overrides: tuple[str, ...], role: str) -> tuple[str,
 def _column(given: str) -> tuple[str, Any]:
     name, sign, value = given.partition("=")
     if not sign or not name:
-        raise ConfigError(f"{given!r}: a column reads NAME=VALUE, such as gold=4")
+        raise ConfigError(f"{given!r}: write a column as NAME=VALUE, such as gold=4")
     try:
         return name, loads(value) if value[:1] in ("[", "{", '"') else value
     except ValueError as error:
-        raise ConfigError(f"{given!r}: no JSON: {error}") from None
+        raise ConfigError(f"{given!r}: not valid JSON: {error}") from None
 
 
 def _tokenizer(given: str | None, *judges: str) -> Any:

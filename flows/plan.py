@@ -1,4 +1,4 @@
-"""What a run would do, and what it has done, as text."""
+"""The steps that a run would do, and those that it has done, as text."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ RECIPE: dict[str, Any] = {
     "windows_per_review": 5,  # beside its beginning
     "review_characters": 3000,
 }
-"""What the prompts and the judge are made from, beside the wheels. Another recipe goes into another directory."""
+"""The inputs of the prompts and the judge, in addition to the wheels. Another recipe uses another directory."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def _fetch(wheel: Wheel, cache: Path, progress: Callable[[str], None]) -> Path:
 
 
 def _step(cache: Path, name: str, inputs: dict[str, Any]) -> Step:
-    """A step in a directory named for its inputs, so that another recipe stands beside it."""
+    """A step in a directory named for its inputs, so that another recipe does not replace it."""
     return Step(cache / f"{name}-{digest(inputs)[:8]}", inputs)
 
 

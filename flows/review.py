@@ -1,4 +1,4 @@
-"""`iterdpo judge review`, and how a run that waits for a person looks in Prefect: paused, until the verdicts are there."""
+"""`iterdpo judge review`, and the pause in Prefect of a run that waits for a person's verdicts."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def serve_review(
         try:
             url = stack.enter_context(review_server(desk, port=port, title=root.absolute().name))
         except OSError as error:
-            raise UserError(f"--port {port}: {error.strerror}; leave it out to take a free one") from None
+            raise UserError(f"--port {port}: {error.strerror}; omit it to use a free one") from None
         print(f"review: {url}")
-        print("  Ctrl-C ends it; what is judged is kept")
+        print("  Ctrl-C ends it; finished verdicts are kept")
         # Without a screen the browser would come up in this terminal.
         if open_browser and (sys.platform != "linux" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))):
             webbrowser.open(url)

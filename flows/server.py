@@ -1,4 +1,4 @@
-"""A Prefect API to run on: the one that is set, or one of our own that dies with this process.
+"""A Prefect API to run on: the configured one, or a server that we start and that ends with this process.
 
 Prefect's ephemeral server outlives a flow that is killed; ours runs under `iterdpo.run.supervise`. Whoever can call
 the API of a Prefect server can start rounds, so ours answers only to who has its password, sent by its own page or by
@@ -153,7 +153,7 @@ class _Failures(logging.Handler):
 
 
 def password_file() -> Path:
-    """The file with the password of this user's servers, which nobody else can read. The first call writes it.
+    """The file with the password of this user's servers, which no other user can read. The first call writes it.
 
     Raises:
         UserError: others may read it.
@@ -165,7 +165,7 @@ def password_file() -> Path:
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_mode & 0o077:
-            raise UserError(f"{path}: other users may read this password; delete the file, and a new one is made")
+            raise UserError(f"{path}: other users may read this password; delete the file, and a new one is created")
         if not file.read():
             file.write(secrets.token_urlsafe(24))
     return path

@@ -50,12 +50,12 @@ def serve(
 ) -> None:
     """Serve until interrupted. Each trigger, by the clock, the page or the API, adds `rounds` to the lineage.
 
-    The Prefect server is the one that PREFECT_API_URL names, or one of our own that ends with this process.
+    The Prefect server is the one in PREFECT_API_URL, or one that we start and that ends with this process.
 
     Raises:
         ConfigError: the cron string is invalid.
-        UserError: what `open_run` finds wrong with the configuration, before anything is served.
-        ChildFailed: the server does not plan the rounds of the cron string.
+        UserError: a problem that `open_run` finds in the configuration, before anything is served.
+        ChildFailed: the server does not schedule the rounds of the cron string.
     """
     from flows.api import open_run
     from flows.iterative_dpo import add_rounds_flow
@@ -142,13 +142,17 @@ def _trouble(api: PrefectAPI, deployment: UUID) -> str | None:
     import httpx
 
     if failures := api.failures():
-        return f"the scheduler of Prefect's server fails, so that rounds may not start at their time: {failures[-1]} (see {api.log})"
+        return (
+            f"the scheduler of Prefect's server fails, so rounds may not start on time: {failures[-1]} (see {api.log})"
+        )
     try:
         planned = _planned(deployment)
     except httpx.HTTPError as error:
         return f"the Prefect server at {api.url} does not answer: {error}"
     if planned is None:
-        return f"the Prefect server at {api.url} plans no rounds: its scheduler does not run, or the schedule is paused"
+        return (
+            f"the Prefect server at {api.url} has scheduled no rounds: its scheduler is down, or the schedule is paused"
+        )
     return None
 
 

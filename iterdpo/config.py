@@ -3,7 +3,7 @@
 A configuration is one or more YAML files merged left to right, then `dotted.key=value` overrides. Unknown keys
 are refused with the nearest known one. Paths are relative to the current directory.
 
-Configuration objects stop at the constructors of the stages; what is below takes plain arguments.
+Configuration objects stop at the constructors of the stages; the functions below take plain arguments.
 """
 
 from __future__ import annotations
@@ -80,92 +80,92 @@ class PromptsConfig(Section):
     path: LocalPath
     """A JSON, JSONL, CSV or Parquet file, a directory of them, or a hub data set id."""
     split: str = "train"
-    """The split to read, where the data set has several."""
+    """The split to read, if the data set has several."""
     column: str = "prompt"
     """The column with the prompt: text, or a list of chat messages. The other columns go to the judges."""
     id_column: str | None = None
     """A column with unique ids. Without it, an id is the hash of the prompt, and repeated prompts are dropped."""
     per_round: int = Field(128, ge=1)
-    """Prompts a round samples. Rounds never share a prompt, unless `reuse` allows it."""
+    """Prompts per round. Rounds never share a prompt, unless `reuse` allows it."""
     heldout: int = Field(128, ge=1)
-    """Prompts kept aside for evaluation: the same for the whole run, never sampled for training."""
+    """Prompts set aside for evaluation: the same for the whole run, never sampled for training."""
     heldout_path: OptionalPath = None
-    """A file of held-out prompts of its own, in the format of `path`; prompts it shares with `path` are not trained on."""
+    """A separate file of held-out prompts, in the format of `path`. Prompts that are in both are not trained on."""
     reuse: bool = False
-    """When the prompts are used up, start over with another order rather than refuse."""
+    """When all prompts have been used, start again in another order instead of refusing."""
 
 
 class EngineConfig(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
     """Precision of sampling. The policy's weights are kept in their own precision on disk."""
     max_model_len: int | None = Field(None, ge=2)
-    """Longest prompt and completion together, in tokens. Default: what the prompts and `max_tokens` need."""
+    """Maximum length of prompt and completion together, in tokens. Default: as the prompts and `max_tokens` require."""
     max_num_seqs: int = Field(256, ge=1)
     """Completions sampled at once."""
     kv_cache_gib: int = Field(1, ge=1)
     """Memory for the key-value cache on a CPU, in whole GiB. On a GPU `gpu_memory_utilization` decides."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
-    """Share of the GPU's memory for the engine while it samples; it is given back while the trainer works."""
+    """Share of the GPU's memory for the engine while it samples. It is released while the trainer runs."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs that one engine is spread over."""
+    """Number of GPUs for one engine."""
     lora: Literal["auto", "vllm", "merge"] = "auto"
     """`vllm`: the engine applies a LoRA policy's adapter. `merge`: it is merged into the initial policy's weights, on disk.
     `auto`: `vllm` on a GPU; `merge` on a CPU, where it is some 25 times faster."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Further keyword arguments of `vllm.LLM`, as they are."""
+    """Further keyword arguments of `vllm.LLM`."""
 
 
 class SamplingConfig(Section):
     n: int = Field(4, ge=2)
-    """K, completions a prompt. At least two: a pair needs a chosen and a rejected one."""
+    """K, completions per prompt. At least two: a pair needs a chosen and a rejected one."""
     temperature: float = Field(1.0, gt=0)
-    """1 samples from the policy itself; lower sharpens it, and the pairs become less diverse."""
+    """1 samples from the policy itself. Lower values sharpen the distribution, and pairs become less diverse."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling; 1 is off."""
     top_k: int = Field(0, ge=0)
     """Sample among the k likeliest tokens; 0 is off."""
     max_tokens: int = Field(256, ge=1)
-    """Longest completion, in tokens. Longer ones are truncated and marked so."""
+    """Maximum length of a completion, in tokens. Longer ones are truncated and marked as such."""
     shard_size: int = Field(64, ge=1)
-    """Prompts sampled, and made durable, together. A crash repeats at most one shard."""
+    """Prompts that are sampled and saved together. A crash repeats at most one shard."""
     engine: EngineConfig = EngineConfig()
     """The vLLM engine."""
 
 
 class JudgeConfig(Section):
     use: Annotated[str, AfterValidator(_used)]
-    """A judge of docs/judges.md by its name, or one of your own as `path/to/file.py:name` or `package.module:name`."""
+    """The name of a judge in docs/judges.md, or your own as `path/to/file.py:name` or `package.module:name`."""
     args: Annotated[dict[str, Any], AfterValidator(_argument)] = Field(default_factory=dict)
-    """Keyword arguments of the judge; docs/judges.md lists those of the judges that come with iterdpo."""
+    """Keyword arguments of the judge. docs/judges.md lists those of the built-in judges."""
     max_abstained: float = Field(0.25, ge=0, le=1)
-    """Stop the stage once more than this share of its completions cannot be judged. What is judged is kept, and the
-    same command goes on with what is missing. 1 never stops."""
+    """Stop the stage if more than this share of its completions cannot be judged. Finished judgments are kept, and the
+    same command judges the missing ones. 1 never stops."""
     max_abstained_count: int | None = Field(None, ge=0)
-    """The same as a number of completions; whichever is passed first stops the stage."""
+    """The same limit as a number of completions. The limit that is exceeded first stops the stage."""
     stream: bool | None = None
-    """Judge each shard while the next is sampled. Default: where the judge says that it needs no accelerator."""
+    """Judge each shard while the next one is sampled. Default: true if the judge needs no accelerator."""
 
 
 class PairingConfig(Section):
     strategy: Literal["best_worst", "best_random", "all_pairs"] = "best_worst"
-    """Best completion against worst, best against a random worse one, or every two with different scores."""
+    """Best completion against worst, best against a random worse one, or all pairs with different scores."""
     min_margin: float = Field(0.0, ge=0)
-    """Smallest difference of scores that makes a pair; smaller differences count as ties. Equal scores always tie."""
+    """Minimum difference of scores in a pair. Smaller differences count as ties. Equal scores always tie."""
     max_pairs_per_prompt: int | None = Field(None, ge=1)
-    """Keep at most so many pairs a prompt, those with the largest margins (`all_pairs`)."""
+    """Maximum number of pairs per prompt. Those with the largest margins are kept (`all_pairs`)."""
     drop_truncated: bool = False
-    """Leave out completions that hit `max_tokens`. Leave it off where completions are cut on purpose."""
+    """Leave out completions that reached `max_tokens`. Keep it off if completions are cut on purpose."""
 
 
 class AdapterConfig(Section):
-    """A LoRA adapter (arXiv:2106.09685), trained in place of the model's own weights by PEFT."""
+    """A LoRA adapter (arXiv:2106.09685), trained with PEFT instead of the model's own weights."""
 
     r: int = Field(16, ge=1)
     """Rank of the update of each matrix."""
     alpha: int = Field(32, ge=1)
     """The update is scaled by alpha / r."""
     target_modules: str | list[str] = "all-linear"
-    """Names of the modules that are adapted; `all-linear` is all but the output head."""
+    """Names of the modules to adapt. `all-linear` is all linear modules except the output head."""
     quantize: Literal["none", "nf4"] = "none"
     """`nf4`: the frozen weights in 4 bits (QLoRA, arXiv:2305.14314). Needs a GPU and bitsandbytes."""
 
@@ -174,13 +174,13 @@ Action = Literal["off", "warn", "stop"]
 
 
 class SentinelsConfig(Section):
-    """Alarms while a round trains. `warn` notes an alarm in the log and the metrics; `stop` also ends the round."""
+    """Alarms during training. `warn` records an alarm in the log and the metrics; `stop` also ends the round."""
 
     non_finite: Literal["skip", "stop"] = "stop"
     """A loss or gradient that is not finite. It is never applied: the step is skipped, or the round ends."""
     chosen_drop: float = Field(100.0, gt=0)
-    """Alarm if the chosen completions have lost more nats than this against the reference, in the mean of `window` steps
-    (likelihood displacement, arXiv:2410.08847)."""
+    """Alarm if the chosen completions have lost more nats than this relative to the reference, in the mean of `window`
+    steps (likelihood displacement, arXiv:2410.08847)."""
     chosen_drop_action: Action = "warn"
     """See `chosen_drop`."""
     margin: float = Field(50.0, gt=0)
@@ -188,7 +188,7 @@ class SentinelsConfig(Section):
     margin_action: Action = "warn"
     """See `margin`."""
     stuck_accuracy: float = Field(0.02, ge=0, lt=0.5)
-    """Alarm if the mean accuracy of the last `stuck_window` steps is no further from 0.5 than this."""
+    """Alarm if the mean accuracy of the last `stuck_window` steps is within this distance of 0.5."""
     stuck_accuracy_action: Action = "warn"
     """See `stuck_accuracy`."""
     stuck_window: int = Field(50, ge=2)
@@ -260,11 +260,11 @@ Loss = SmoothedLoss | ExoPairLoss | PlainLoss | DPOPLoss | SimPOLoss | ORPOLoss 
 LOSSES: dict[str, type[_Loss]] = {
     name: kind for kind in get_args(Loss) for name in get_args(kind.model_fields["type"].annotation)
 }
-"""Every loss's name, with the model of its keys. Nothing else lists them."""
+"""Every loss's name, with the model of its keys. There is no other list of losses."""
 
 
 def _loss_with_type(value: Any) -> Any:
-    """A bare name stands for the loss with its defaults; keys without a type are the default loss's."""
+    """A name alone means the loss with its defaults; keys without a type belong to the default loss."""
     if isinstance(value, str):
         return {"type": value}
     return {"type": "sigmoid", **value} if isinstance(value, dict) else value
@@ -272,27 +272,28 @@ def _loss_with_type(value: Any) -> Any:
 
 class DPOConfig(Section):
     loss: Annotated[Loss, Field(discriminator="type"), BeforeValidator(_loss_with_type)] = SmoothedLoss(type="sigmoid")
-    """The objective, with the keys that it alone has; [losses.md](losses.md) has each one's equation. `sigmoid` is DPO.
-    `orpo`, `simpo` and `sft` have no reference; `kto` takes unpaired data too; `sft` trains on the chosen alone."""
+    """The objective, with its additional keys. [losses.md](losses.md) has the equations. `sigmoid` is DPO.
+    `orpo`, `simpo` and `sft` have no reference; `kto` also takes unpaired data; `sft` trains only on the chosen
+    completion."""
     beta: float = Field(0.1, gt=0)
-    """Strength of the pull towards the reference (Eq. 7 of arXiv:2305.18290). Smaller lets the policy move further.
+    """Strength of the pull towards the reference (Eq. 7 of arXiv:2305.18290). Smaller values let the policy move further.
     Each loss has its own scale: [losses.md](losses.md#the-losses)."""
     nll_coefficient: float = Field(0.0, ge=0)
     """Weight of the chosen completion's mean token loss, added to the objective (iterative RPO, arXiv:2404.19733)."""
     wpo: bool = False
-    """Weigh each pair by how likely the policy is to sample it (WPO, arXiv:2406.11827)."""
+    """Weight each pair by its probability under the policy (WPO, arXiv:2406.11827)."""
     reference: Literal["previous", "initial", "ema", "periodic", "none"] = "previous"
     """The policy that the objective pulls towards: see [the reference](training.md#the-reference). `none` is a constant
-    (reference-free DPO), and always so for orpo, simpo and sft."""
+    (reference-free DPO), and is always used for orpo, simpo and sft."""
     reference_decay: float = Field(0.5, ge=0, lt=1)
-    """With `ema`: the share of the old average that a round keeps."""
+    """With `ema`: the weight of the old average in each update."""
     reference_every: int = Field(2, ge=1)
     """With `periodic`: rounds between renewals."""
     sampler_logps_tolerance: float | None = Field(None, gt=0)
-    """Use the sampler's log-probabilities as the reference's if, over some pairs, they differ from the trainer's by no
-    more than this, in nats a token. Saves a forward pass. Off unless given."""
+    """Use the sampler's log-probabilities as the reference's if, over some pairs, they differ from the trainer's by at
+    most this, in nats per token. This saves a forward pass. Off by default."""
     adapter: AdapterConfig | None = None
-    """Train a LoRA adapter. Give `{}` for its defaults. Without it all weights are trained."""
+    """Train a LoRA adapter. `{}` means its defaults. Without it, all weights are trained."""
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate of AdamW. Around 5e-7 to 5e-6 for billions of parameters, 1e-5 to 1e-4 for 100 million or
     for an adapter."""
@@ -303,47 +304,48 @@ class DPOConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay; biases and norms are exempt."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW's moment decays."""
+    """Decay rates of AdamW's moments."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
     optimizer_state: Literal["reset", "carry"] = "reset"
-    """`carry`: each round starts with AdamW's moments of the round before. They are saved with the policy, and are twice
-    its size."""
+    """`carry`: each round starts with AdamW's moments from the previous round. They are saved with the policy, and are
+    twice its size."""
     epochs: int = Field(1, ge=1)
     """Passes over the round's pairs. More than one overfits fresh pairs quickly."""
     pairs_per_step: int = Field(8, ge=1)
-    """Pairs in one optimizer step, over all processes and micro-batches: the batch size of the mathematics."""
+    """Pairs in one optimizer step, over all processes and micro-batches: the effective batch size."""
     tokens_per_micro_batch: int = Field(4096, ge=1)
-    """Tokens in one forward pass on one process. Smaller needs less memory; the result is the same."""
+    """Tokens in one forward pass on one process. Smaller values need less memory. The result is the same."""
     shared_prompts: bool = True
-    """Put a prompt through the network once for all of its completions, if a trial on the first pairs shows that the
-    model allows it. Otherwise each completion gets its own row."""
+    """Process a prompt once for all of its completions, if a trial on the first pairs shows that the model allows it.
+    Otherwise each completion gets its own row."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast over float32 master weights. fp32: everything in float32."""
     save_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the policy on disk. bfloat16 halves it, and rounds away small updates before the next round."""
+    """Precision of the policy on disk. bfloat16 halves its size, but loses small updates by rounding before the next
+    round."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offload: bool = False
     """Keep activations in the host's memory between forward and backward pass. For a GPU."""
     checkpoint_every: int = Field(50, ge=1)
-    """Optimizer steps between checkpoints inside a round. A crash repeats at most this many."""
+    """Optimizer steps between checkpoints within a round. A crash repeats at most this many."""
     processes: int = Field(1, ge=1)
     """Training processes (GPUs) on this machine."""
     accelerate_config: OptionalPath = None
-    """An `accelerate` configuration file, for anything beyond the number of processes: see configs/accelerate. Its
+    """An `accelerate` configuration file, for settings other than the number of processes: see configs/accelerate. Its
     `num_processes` must equal `processes`."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
-    """Experiment trackers that also get the training metrics, through accelerate. Each needs its package."""
+    """Experiment trackers that also receive the training metrics, through accelerate. Each requires its package."""
     tracker_project: str = "iterdpo"
-    """The trackers' project."""
+    """The project name in the trackers."""
     sentinels: SentinelsConfig = SentinelsConfig()
-    """Alarms."""
+    """Alarms during training."""
 
     @model_validator(mode="after")
     def _the_objective_is_defined(self) -> DPOConfig:
         if self.wpo and not self.loss.compares_completions:
-            raise ValueError(f"wpo: weighs pairs, and {self.loss.type} compares none; set wpo to false")
+            raise ValueError(f"wpo: weights pairs, but {self.loss.type} compares none; set wpo to false")
         if self.reference == "ema" and self.adapter is not None:
             raise ValueError("reference: ema averages whole checkpoints, not adapters; set it to previous")
         if self.sampler_logps_tolerance is not None and self.reference != "previous":
@@ -358,18 +360,19 @@ class DPOConfig(Section):
 
 class EvaluationConfig(Section):
     judge: JudgeConfig | None = None
-    """The held-out judge, which never trains. Without it the training judge evaluates alone, and the report says so."""
+    """The held-out judge, which is never used for training. Without it, only the training judge evaluates, and the
+    report says so."""
     n: int = Field(1, ge=1)
-    """Completions for each held-out prompt. More narrow the intervals."""
+    """Completions per held-out prompt. More completions narrow the intervals."""
     temperature: float | None = Field(None, ge=0)
-    """Default: that of `sampling`. 0 is greedy, and then the KL estimate means little."""
+    """Default: the temperature of `sampling`. 0 is greedy; the KL estimate is then not meaningful."""
     confidence: float = Field(0.95, gt=0, lt=1)
     """Coverage of the intervals."""
     max_logp_gap: float = Field(0.05, gt=0)
-    """Largest mean difference, in nats a token, between the engine's log-probabilities and the checkpoint's. Above it the
-    run stops. bf16 gives about 0.01; a quantized engine needs more."""
+    """Maximum mean difference, in nats per token, between the engine's log-probabilities and the checkpoint's. The run
+    stops if it is exceeded. bf16 gives about 0.01; a quantized engine needs more."""
     bootstrap_samples: int = Field(10_000, ge=100)
-    """Resamples of the held-out prompts behind an interval."""
+    """Bootstrap resamples of the held-out prompts for each interval."""
 
 
 class GateConfig(Section):
@@ -383,11 +386,11 @@ class GateConfig(Section):
         "score/train_judge",
         "score/train_judge_low",
     ] = "win_rate/vs_previous"
-    """The metric of the held-out evaluation that decides. `_low`: the lower end of its interval."""
+    """The held-out metric that decides about promotion. `_low`: the lower end of its interval."""
     minimum: float = 0.5
-    """The candidate is promoted where the metric is at least this."""
+    """The candidate is promoted if the metric is at least this."""
     max_kl: float | None = Field(None, gt=0)
-    """Refuse a candidate whose `kl/to_initial` (nats a completion) is above this."""
+    """Do not promote a candidate whose `kl/to_initial` (nats per completion) is above this."""
     otherwise: Literal["keep", "stop"] = "keep"
     """`keep`: the next round starts again from the last promoted policy, on fresh prompts. `stop`: the run ends."""
 
@@ -396,11 +399,11 @@ class Config(Section):
     """A run of iterative DPO."""
 
     run_dir: RunDirectory
-    """Where everything goes. Give the same directory again to resume, or to add rounds."""
+    """The directory for all files of the run. Use the same directory again to resume, or to add rounds."""
     rounds: int = Field(3, ge=1)
-    """Rounds in all. Raise it on a finished run and it continues."""
+    """Total number of rounds. Increase it to continue a finished run."""
     seed: int = 0
-    """Every random choice of the run derives from it."""
+    """The source of every random choice of the run."""
     model: ModelConfig
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
@@ -414,7 +417,7 @@ class Config(Section):
     def _the_heldout_judge_is_another(self) -> Config:
         heldout = self.evaluation.judge
         if heldout is not None and (heldout.use, heldout.args) == (self.judge.use, self.judge.args):
-            raise ValueError("evaluation.judge is the training judge; a held-out judge must never have trained")
+            raise ValueError("evaluation.judge is the training judge; a held-out judge must not be used for training")
         return self
 
 
@@ -422,13 +425,13 @@ class DataConfig(Section):
     path: LocalPath
     """A JSON, JSONL, CSV or Parquet file (plain or .gz), a directory of them, or a hub data set id."""
     split: str = "train"
-    """The split to read, where the data set has several."""
+    """The split to read, if the data set has several."""
     format: Literal["auto", "pairs", "hh", "unpaired", "sharegpt"] = "auto"
-    """One of the formats in [data.md](data.md). `auto`: recognised by the first row's columns."""
+    """One of the formats in [data.md](data.md). `auto` detects it from the first row's columns."""
     limit: int | None = Field(None, ge=1)
-    """Read at most so many rows, from the start."""
+    """Read only this many rows, from the start."""
     heldout: int = Field(0, ge=0)
-    """Pairs kept out of training; loss, accuracy and margin on them are reported after it."""
+    """Pairs kept out of training. Their loss, accuracy and margin are reported after training."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts lose their beginning."""
     max_completion_tokens: int = Field(1024, ge=1)
@@ -436,12 +439,12 @@ class DataConfig(Section):
 
 
 class OfflineConfig(Section):
-    """One offline DPO round on preference pairs that exist already."""
+    """One offline DPO round on existing preference pairs."""
 
     run_dir: RunDirectory
-    """Where everything goes. Give the same directory again to resume."""
+    """The directory for all files of the run. Use the same directory again to resume."""
     seed: int = 0
-    """Every random choice of the run derives from it."""
+    """The source of every random choice of the run."""
     model: ModelConfig
     data: DataConfig
     dpo: DPOConfig = DPOConfig()
@@ -478,7 +481,7 @@ def parse_config(schema: type[AnyConfig], values: dict[str, Any], *, source: str
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`: mappings merge key by key, everything else is replaced."""
+    """`base` with `over` merged into it: mappings are merged key by key, everything else is replaced."""
     merged = dict(base)
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
@@ -501,7 +504,7 @@ def _load(schema: type[AnyConfig], paths: tuple[str | Path, ...], overrides: lis
 
 
 def _typed_loss(values: dict[str, Any]) -> dict[str, Any]:
-    """`dpo.loss: ipo` as `{type: ipo}`, so that what comes later can add a key to it."""
+    """`dpo.loss: ipo` as `{type: ipo}`, so that later files and overrides can add keys to it."""
     match values:
         case {"dpo": {"loss": str(name)} as dpo}:
             return {**values, "dpo": {**dpo, "loss": {"type": name}}}
@@ -509,7 +512,7 @@ def _typed_loss(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-5 for text, for want of a dot. Here it is a number, as everywhere else."""
+    """YAML that reads 1e-5 as a number. YAML 1.1 reads it as text, because it has no dot."""
 
 
 _FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
@@ -528,15 +531,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: the top of a configuration is a mapping of keys, not a {type(values).__name__}")
+        raise ConfigError(f"{path}: a configuration must be a mapping of keys, not a {type(values).__name__}")
     return values
 
 
 def assign(values: dict[str, Any], override: str) -> dict[str, Any]:
-    """`values` with an override laid on them: `assign({}, "dpo.beta=0.2") == {"dpo": {"beta": 0.2}}`."""
+    """`values` with an override applied: `assign({}, "dpo.beta=0.2") == {"dpo": {"beta": 0.2}}`."""
     key, sign, text = override.partition("=")
     if not sign or not key.strip():
-        raise ConfigError(f"{override!r}: an override reads key=value, with dots between the levels: dpo.beta=0.2")
+        raise ConfigError(f"{override!r}: write an override as key=value, with dots between the levels: dpo.beta=0.2")
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -563,7 +566,7 @@ def explain(schema: type[BaseModel], error: Any) -> str:
             if issubclass(section, _Loss) and owners:
                 union = where.removesuffix(f".{key}")
                 return (
-                    f"unknown key {where!r}: it belongs to {', '.join(owners)}, and {union}.type is {loc[-2]!r}; remove "
+                    f"unknown key {where!r}: it belongs to {', '.join(owners)}, but {union}.type is {loc[-2]!r}; remove "
                     f"it, or set {union}={loc[-2]} to start from its defaults"
                 )
             known = list(section.model_fields)

@@ -1,4 +1,4 @@
-"""The errors a user can mend. Each message says what is wrong, where (file, line or key), and what to change."""
+"""The errors that a user can fix. Each message names the problem, its location (file, line or key) and the remedy."""
 
 import json
 from typing import Any
@@ -21,7 +21,7 @@ class JudgeError(UserError):
 
 
 class StaleStepError(UserError):
-    """A finished step was made with other settings or inputs than those asked for now.
+    """A step on disk was made with other settings or inputs than the present ones.
 
     `differing` are (dotted key, value then, value now).
     """
@@ -31,10 +31,10 @@ class StaleStepError(UserError):
         more = ", ".join(name for name, _, _ in differing[1:4])
         what = ": the judge's source, arguments or checkpoint have changed" if key.endswith("judge.version") else ""
         super().__init__(
-            f"{step} was made with {key} = {json.dumps(then)}, and {key} = {json.dumps(now)} is asked for now{what}"
+            f"{step} was made with {key} = {json.dumps(then)}, but now {key} = {json.dumps(now)}{what}"
             + (f" (also different: {more})" if more else "")
-            + "; what is on disk would be wrong. Set it back, choose another run_dir, or pass --redo to do again what "
-            "changed and what follows from it (the old is kept in attic/)"
+            + ". Restore the old value, choose another run_dir, or pass --redo to repeat this step and the later steps "
+            "that depend on it (the old ones are kept in attic/)"
         )
 
 
@@ -43,7 +43,7 @@ class RunLockedError(UserError):
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot go on now. What was done stays done; the command line exits with status 1."""
+    """A run that cannot continue now. Finished work is kept; the command line exits with status 1."""
 
 
 class JudgingStopped(RunFailed):

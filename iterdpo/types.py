@@ -1,6 +1,6 @@
 """The records that cross a stage boundary.
 
-Legend for shapes, everywhere the same: B pairs, K completions a prompt, T tokens, V vocabulary, D hidden.
+Legend for shapes, everywhere the same: B pairs, K completions per prompt, T tokens, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the policy is asked: chat messages or plain text, and the row's other columns, which judges read.
+    """A prompt: chat messages or plain text, and the row's other columns, which judges read.
 
     `Prompt(id="p-1f0c…", content=[{"role": "user", "content": "2+2?"}], columns={"gold": "4"})`
     """
@@ -47,7 +47,7 @@ class Completion:
     `Completion(text=" a joy.", token_ids=[253, 8212, 30, 2], logprobs=[-1.2, -4.0, -0.3, -0.9], finish_reason="stop")`
 
     `logprobs` are the sampling policy's, one for each token id, before temperature and truncation of the
-    distribution. A completion that ended by itself carries its end token; a truncated one has none.
+    distribution. A completion that is not truncated includes its end token; a truncated one has none.
     """
 
     text: str
@@ -76,8 +76,8 @@ class CompletionGroup:
 class Comparison:
     """One verdict of a comparing judge on completions `first` and `second`, shown in that order.
 
-    `Comparison(first=0, second=2, winner="second")`; `winner` is None where the judge abstained, for `reason`.
-    A judge that gives probabilities says in `probability` how likely the first is the better one.
+    `Comparison(first=0, second=2, winner="second")`; `winner` is None if the judge abstained, for `reason`.
+    `probability`, from a judge that gives probabilities, is that of the first being the better one.
     """
 
     first: int
@@ -89,11 +89,11 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Judgment:
-    """What a judge said of one group: a score for each completion, higher is better, or an abstention.
+    """A judge's result for one group: a score for each completion, higher is better, or an abstention.
 
     `Judgment(prompt_id="p-1f0c…", scores=[0.9, None], abstentions=[None, "timed out after 30 s"])`
 
-    Where `scores[k]` is None, `abstentions[k]` says why. Scores are finite.
+    If `scores[k]` is None, `abstentions[k]` is the reason. Scores are finite.
     """
 
     prompt_id: str
@@ -101,7 +101,7 @@ class Judgment:
     abstentions: list[str | None]  # [K]
     comparisons: list[Comparison] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
-    """What else the judge has to say, as JSON: the scores of single criteria, how many cycles its comparisons have."""
+    """Further results, as JSON: the scores of single criteria, the number of cycles in the comparisons."""
 
     def to_json(self) -> dict[str, Any]:
         row = {"prompt_id": self.prompt_id, "scores": self.scores, "abstentions": self.abstentions}

@@ -240,7 +240,7 @@ def check_signature(
         if constructor:
             raise JudgeError(f"judge {name!r}: missing argument {missing[0]!r}; give it under `args`")
         raise JudgeError(
-            f"judge {name!r}: its parameters ({', '.join(known)}) name no kind of judge. Call them {SHAPES}; or, "
+            f"judge {name!r}: its parameters ({', '.join(known)}) fit no form of judge. Name them {SHAPES}; or, "
             f"if it is a factory, give {', '.join(missing)} under `args`"
         )
     unknown = [arg for arg in args if arg not in known]
@@ -270,7 +270,7 @@ def _adapted(made: Any, args: dict[str, Any], name: str, *, produced: bool = Fal
     function = next((m for m in methods if callable(m)), made)
     if not callable(function):
         raise JudgeError(
-            f"judge {name!r}: a {type(made).__name__} is no judge; it must be a function with the parameters {SHAPES}, "
+            f"judge {name!r}: a {type(made).__name__} is not a judge; give a function with the parameters {SHAPES}, "
             "or a class with a method `score`, `compare` or `judge` that has them"
         )
     signature = inspect.signature(function)
@@ -279,8 +279,8 @@ def _adapted(made: Any, args: dict[str, Any], name: str, *, produced: bool = Fal
         return CustomJudge(name, kind, functools.partial(function, **args), made)
     if produced:
         raise JudgeError(
-            f"judge {name!r}: what it makes has the parameters ({', '.join(signature.parameters)}), which name no kind "
-            f"of judge. Call them {SHAPES}"
+            f"judge {name!r}: its result has the parameters ({', '.join(signature.parameters)}), which fit no form "
+            f"of judge. Name them {SHAPES}"
         )
     return _adapted(function(**args), {}, name, produced=True)
 

@@ -31,7 +31,7 @@ def judgments_from_outcomes(groups: Sequence[CompletionGroup], outcomes: Iterabl
 
 
 def check_choice(what: str, name: str, value: object, choices: Collection[object]) -> None:
-    """Refuse a `value` that is none of `choices`. `what` begins the message: `"judge 'pairwise'"`."""
+    """Refuse a `value` that is not one of `choices`. `what` begins the message: `"judge 'pairwise'"`."""
     if value not in choices:
         raise JudgeError(f"{what}: {name} is {value!r}; it is one of {', '.join(map(str, choices))}")
 

@@ -245,7 +245,7 @@ class LengthRegressed(_Wrapper):
         tables = [[(n, s) for n, s in row if s is not None] for row in rows]
         few = sum(len(table) - 1 for table in tables if table) < self.min_completions
         slope = 0.0 if few else within_slope(tables)
-        refusal = Abstention("too few completions judged together to tell what length does")
+        refusal = Abstention("too few completions judged together to estimate the effect of length")
         for judgment, row, table in zip(judgments, rows, tables, strict=True):
             judgment.details["length_slope"] = slope
             center = fmean(n for n, _ in table) if table else 0.0

@@ -1,8 +1,8 @@
 """Preference pairs on disk: a Parquet file that `datasets.load_dataset` opens and TRL's trainers train on.
 
 Columns `prompt`, `chosen` and `rejected` (of unpaired examples `prompt`, `completion` and `label`) are TRL's: text, or
-messages where the prompt is conversational. Beside them are the token ids that the sampler produced and our trainer
-reads, the scores, and how each completion ended.
+messages if the prompt is conversational. Further columns are the token ids that the sampler produced and our trainer
+reads, the scores, and each completion's finish reason.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _copy(path: Path, cache: Path) -> Path:
 
 
 def _flatten(path: Path, tokens: IO[bytes]) -> np.ndarray:
-    """Write all token ids one behind the other, as int32.
+    """Write all token ids one after the other, as int32.
 
     Returns [7, N] int64: where the prompts, chosen and rejected begin, their lengths, and the groups.
     """

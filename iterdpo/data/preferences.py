@@ -1,8 +1,8 @@
 r"""Offline preference data, in the formats that people have, as pairs of one prompt and two completions of it.
 
-- `pairs`: `prompt`, `chosen`, `rejected`: texts, or lists of chat messages. Where the chosen and rejected messages
-  repeat the prompt (as in UltraFeedback binarized), or there is no prompt column, the prompt is what the two share.
-- `hh`: HH-RLHF transcripts: `chosen` and `rejected` hold all of the talk, as `\n\nHuman: …\n\nAssistant: …`.
+- `pairs`: `prompt`, `chosen`, `rejected`: texts, or lists of chat messages. If the chosen and rejected messages
+  repeat the prompt (as in UltraFeedback binarized), or there is no prompt column, the prompt is their shared part.
+- `hh`: HH-RLHF transcripts: `chosen` and `rejected` hold the whole dialogue, as `\n\nHuman: …\n\nAssistant: …`.
 - `unpaired`: `prompt`, `completion` and a true or false `label`: a pair that has one of its sides only.
 - `sharegpt`: `conversations` (the prompt; a `system` column before it), `chosen` and `rejected` in ShareGPT's turns,
   `{"from": "human", "value": "2+2?"}`: one object, or a list of them that may repeat the prompt.
@@ -141,7 +141,7 @@ class PreferenceData:
 
     def __init__(self, path: str, split: str = "train", format: Format = "auto", limit: int | None = None) -> None:
         if format not in get_args(Format):
-            raise DataError(f"format {format!r} is none of {', '.join(get_args(Format))}")
+            raise DataError(f"format {format!r} is not one of {', '.join(get_args(Format))}")
         rows = load_rows(path, split, limit=limit)
         first = next(rows)
         self.format = _settled(format, first, f"{path}: row 1")
@@ -193,7 +193,7 @@ class PreferenceData:
 
 
 def parse_rows(batch: Batch, format: Format, account: Account) -> list[RawPair]:
-    """The pairs of the rows; `account` is told of each.
+    """The pairs of the rows, each recorded in `account`.
 
     Raises:
         DataError: a row of the wrong shape.
@@ -213,10 +213,10 @@ def parse_rows(batch: Batch, format: Format, account: Account) -> list[RawPair]:
 def tokenize_pairs(
     pairs: Iterable[RawPair], tokenizer: Any, account: Account, *, max_prompt_tokens: int, max_completion_tokens: int
 ) -> list[PreferencePair]:
-    """The pairs as token ids; `account` is told what was truncated or left out.
+    """The pairs as token ids; truncated and omitted ones are recorded in `account`.
 
-    A prompt that is too long loses its beginning, but for a BOS token. A completion that is too long loses its end,
-    the end token with it, and its `finish_reason` is "length". Pairs whose completions are equal after that are left
+    A prompt that is too long loses its beginning, except a BOS token. A completion that is too long loses its end,
+    including the end token, and its `finish_reason` is "length". Pairs whose completions are equal after that are left
     out. The absent side of an unpaired one is `ABSENT`.
 
     Raises:
@@ -269,7 +269,7 @@ def _settled(format: Format, first: dict[str, Any], where: str) -> Format:
         return found
     if format != found and not {format, found} <= {"pairs", "hh"}:  # transcripts are texts, too
         raise DataError(
-            f"{where} has the columns of data.format={found} ({', '.join(first)}), and data.format is {format}; set "
+            f"{where} has the columns of data.format={found} ({', '.join(first)}), but data.format is {format}; set "
             f"data.format={found}, or leave it out"
         )
     return format
@@ -299,7 +299,7 @@ def _parsed(row: dict[str, Any], format: Format, where: str) -> Parts | str:
 
 
 def _columns(row: dict[str, Any], where: str) -> tuple[Content | None, Content, Content]:
-    remedy = "preference data has chosen, rejected and, where they do not repeat it, prompt"
+    remedy = "preference data has chosen, rejected and, if they do not repeat it, prompt"
     chosen = content_of(column_value(row, "chosen", where, remedy), f"{where}, column 'chosen'")
     rejected = content_of(column_value(row, "rejected", where, remedy), f"{where}, column 'rejected'")
     if isinstance(chosen, str) != isinstance(rejected, str):
@@ -315,7 +315,7 @@ def _columns(row: dict[str, Any], where: str) -> tuple[Content | None, Content, 
 def _prompt(value: Any, where: str) -> Content:
     prompt = content_of(value, f"{where}, column 'prompt'")
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise DataError(f"{where}, column 'prompt' is empty; remove the row, or the column where all are")
+        raise DataError(f"{where}, column 'prompt' is empty; remove the row, or the column if all its values are empty")
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise DataError(f"{where}, column 'prompt' ends with an assistant turn; a prompt ends before the completion")
     return prompt
@@ -327,7 +327,7 @@ def _refuse_other_name_for_prompt(row: dict[str, Any], chosen: Content, where: s
         return
     for name in row:
         if name.lower() in PROMPT_NAMES or difflib.get_close_matches("prompt", [name.lower()], cutoff=0.85):
-            raise DataError(f"{where}: no prompt column, but {name!r}; rename it to prompt, or take it out")
+            raise DataError(f"{where}: no prompt column, but {name!r}; rename it to prompt, or remove it")
 
 
 def _from_columns(prompt: Content | None, chosen: Content, rejected: Content) -> Parts | str:
@@ -387,7 +387,7 @@ def _repeats(conversation: list[Message], prompt: Content) -> bool:
 
 
 def _shared_words(a: str, b: str) -> int:
-    """Where two texts part, moved back to a word's start. The space before the word belongs to the completions."""
+    """Where two texts begin to differ, moved back to a word's start. The space before it belongs to the completions."""
     cut = common_length(a, b)
     while cut and not (a[cut - 1] in "\n\t" or a[cut : cut + 1] == b[cut : cut + 1] == " "):
         cut -= 1
@@ -414,7 +414,7 @@ def _label(value: Any, where: str) -> bool:
     """True and false; in a CSV file, their names."""
     label = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
     if label is None:
-        raise DataError(f"{where}, column 'label' is {value!r}; it must be true (wanted) or false (not wanted)")
+        raise DataError(f"{where}, column 'label' is {value!r}; it must be true (desirable) or false (undesirable)")
     return label
 
 

@@ -139,7 +139,7 @@ def split_prompts(
 ) -> PromptSet:
     """Read the prompts and hold some out: `heldout` of them by hash, or as many of `heldout_path`'s.
 
-    `pinned` are the held-out prompts of a run that has begun: they stay, whatever was added to the file since. In the
+    `pinned` are the held-out prompts of a run that has begun: they stay the same if the file grows. In the
     directory `cache` what was read of large files is kept, so that they are not read again until they change.
 
     Raises:
@@ -163,8 +163,8 @@ def split_prompts(
     train = prompts._among(~apart)
     if len(train) < config.per_round:
         raise DataError(
-            f"{config.path}: {len(prompts):,} different prompts leave {len(train):,} to train on beside the "
-            f"{len(heldout):,} held out, and a round needs {config.per_round:,}; add prompts, or lower "
+            f"{config.path}: {len(prompts):,} different prompts leave {len(train):,} to train on after "
+            f"{len(heldout):,} are held out, but a round needs {config.per_round:,}; add prompts, or lower "
             "prompts.per_round or prompts.heldout"
         )
     dropped = {"repeated": rows - len(prompts), "in_heldout": int(apart.sum() - own)}
@@ -187,7 +187,7 @@ def next_prompts(
     total, fresh = len(train), int((times == 0).sum())
     if total < per_round or (fresh < per_round and not reuse):
         raise DataError(
-            f"round {round} needs {per_round:,} prompts, and {fresh:,} of {total:,} are left after "
+            f"round {round} needs {per_round:,} prompts, but {fresh:,} of {total:,} are left after "
             f"{round - 1} rounds; add prompts, lower prompts.per_round, or set prompts.reuse=true"
         )
     chosen = np.zeros(0, np.int64)
@@ -212,7 +212,7 @@ def check_lengths(lengths: Iterable[tuple[int, str]], limit: int) -> int:
             longest, longest_id = length, prompt_id
     if over:
         raise DataError(
-            f"prompt {longest_id!r} has {longest:,} tokens, and {limit:,} fit ({over:,} of {count:,} "
+            f"prompt {longest_id!r} has {longest:,} tokens, but {limit:,} fit ({over:,} of {count:,} "
             "prompts are too long); raise sampling.engine.max_model_len, lower sampling.max_tokens, or remove them"
         )
     return longest
@@ -271,7 +271,7 @@ def _parts_of_rows(path: str, split: str, column: str, id_column: str | None) ->
         if not content or (isinstance(content, str) and not content.strip()):
             raise DataError(f"{where}, column {column!r} is empty; remove the row")
         if not isinstance(content, str) and content[-1]["role"] == "assistant":
-            raise DataError(f"{where}, column {column!r} ends with an assistant turn; take that message out")
+            raise DataError(f"{where}, column {column!r} ends with an assistant turn; remove that message")
         remedy = "set prompts.id_column"
         prompt_id = None if id_column is None else str(column_value(row, id_column, where, remedy))
         columns = {k: v for k, v in row.items() if k not in (column, id_column)}

@@ -2,7 +2,7 @@
 
 Messages are rendered to text by the checkpoint's template, and the text is tokenized once, without special tokens:
 the template has written them already. Plain text gets the special tokens that the tokenizer puts in front of a text,
-and none behind it, since the policy continues there.
+and none after it, since the policy continues there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remot
     """The tokenizer of a checkpoint directory or hub id, with its chat template.
 
     Raises:
-        UserError: there is none to load.
+        UserError: no tokenizer can be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -76,9 +76,9 @@ def _with_opening_specials(tokenizer: Any, bare: list[int], whole: list[int]) ->
 def completion_token_ids(tokenizer: Any, content: str | list[Message], completion: str | list[Message]) -> list[int]:
     """The ids that continue `prompt_token_ids(tokenizer, content)`, ending with the end token, as a sampler stops there.
 
-    What a template writes behind the end token (a newline, mostly) is cut. `completion` is the assistant's text, or
-    its messages where the prompt is messages. Prompt and completion are tokenized together where that leaves the
-    prompt's ids as they are, and apart otherwise: the policy is always given exactly the prompt's ids.
+    Text that a template writes after the end token (usually a newline) is cut. `completion` is the assistant's text,
+    or its messages if the prompt is messages. Prompt and completion are tokenized together if that leaves the
+    prompt's ids unchanged, and separately otherwise: the policy always receives exactly the prompt's ids.
 
     Raises:
         DataError: messages after a plain-text prompt, a template that renders the finished turn otherwise than it
@@ -114,14 +114,14 @@ def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
 def _opened(tokenizer: Any, messages: list[Message]) -> str:
     """The prompt's text, up to and with the opening of the assistant's turn."""
     if messages and messages[-1]["role"] == "assistant":
-        raise DataError("the prompt ends with an assistant turn; it must end before the completion: take that turn out")
+        raise DataError("the prompt ends with an assistant turn; it must end before the completion: remove that turn")
     return _render(tokenizer, messages, add_generation_prompt=True)
 
 
 def _render(tokenizer: Any, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
     if not tokenizer.chat_template:
         raise DataError(
-            f"the prompt is messages, and the tokenizer {tokenizer.name_or_path!r} has no chat template; give prompts "
+            f"the prompt is messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template; give prompts "
             "as plain text, or use a checkpoint with a chat template"
         )
     try:
@@ -137,7 +137,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _ended(tokenizer: Any, ids: list[int], *, template: bool) -> list[int]:
-    """`ids` up to the end token that the template wrote; with EOS behind them where it wrote none."""
+    """`ids` up to the end token that the template wrote; followed by EOS if it wrote none."""
     if template:
         marks = _special_ids(tokenizer)
         end = max((i for i, token in enumerate(ids) if token in marks), default=None)

@@ -1,4 +1,4 @@
-"""Which prompts each round of a run samples, and which are held out: what is written down, else what comes next."""
+"""The prompts of each round of a run, and the held-out ones: those recorded on disk, else the next unused ones."""
 
 from __future__ import annotations
 

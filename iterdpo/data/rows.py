@@ -108,7 +108,7 @@ def content_of(value: Any, where: str) -> str | list[Message]:
                 text.encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise DataError(f"{where} has half of a surrogate pair, {half!r}; write the whole") from None
+        raise DataError(f"{where} has half of a surrogate pair, {half!r}; write the whole pair") from None
     return content
 
 
@@ -158,7 +158,7 @@ def _hub_dataset(path: str, split: str) -> Any:
     except Exception as error:  # every layer of the hub's client has errors of its own
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"{path}: no such file, and as a hub data set, split {split!r}, it cannot be loaded "
+            f"{path}: no such file, and no hub data set with split {split!r} can be loaded "
             f"({type(error).__name__}: {reason}); check the name, the split and the network, or give a file"
         ) from error
 
@@ -167,7 +167,9 @@ def _data_files(directory: Path, split: str) -> list[Path]:
     files = sorted(f for f in directory.iterdir() if _format(f) in FORMATS and f.is_file())
     files = [f for f in files if not f.name.startswith((".", "_")) and f.name not in NOT_DATA]
     if not files:
-        raise DataError(f"{directory}: no .json, .jsonl, .csv or .parquet file in it; name the directory that has them")
+        raise DataError(
+            f"{directory}: no .json, .jsonl, .csv or .parquet file in it; name the directory that contains them"
+        )
     words = {f: re.split(r"[-._]", f.name) for f in files}
     named = [f for f in files if re.split(r"[-.]", f.name)[0] == split] or [f for f in files if split in words[f]]
     if not named and any(SPLIT_NAMES & set(w) for w in words.values()):
@@ -211,7 +213,7 @@ def _json_rows(handle: TextIO, file: Path) -> Iterator[dict[str, Any]]:
                 yield _object(json.loads(text), f"{file}:{line}")
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{file}:{line or error.lineno}: not valid JSON: {error.msg} at column {error.colno}; write one object a "
+            f"{file}:{line or error.lineno}: not valid JSON: {error.msg} at column {error.colno}; write one object per "
             "line, or one list of objects"
         ) from None
 
@@ -251,7 +253,7 @@ def _csv_rows(handle: TextIO, file: Path) -> Iterator[dict[str, Any]]:
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(
-                    f"{file}:{reader.line_num}: another number of fields than the header's "
+                    f"{file}:{reader.line_num}: the number of fields differs from the header's "
                     f"{len(reader.fieldnames or ())}; quote texts that hold commas or line breaks"
                 )
             yield row

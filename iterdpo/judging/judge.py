@@ -29,7 +29,7 @@ run was cancelled, or None."""
 
 
 class JudgeBase(ABC):
-    """A judge. `name` and `judge` are needed; everything else has a default."""
+    """A judge. `name` and `judge` are required; everything else has a default."""
 
     name: str
     """Shown in reports: `"reward_model:my-rm"`."""
@@ -52,7 +52,7 @@ class JudgeBase(ABC):
     SPEED_ONLY: ClassVar[frozenset[str]] = frozenset()
     """Arguments that change no score, and so are not part of the version."""
     EXPECTED_ABSTENTIONS: ClassVar[tuple[str, ...]] = ()
-    """Reasons of abstentions that are part of how it judges and no failure: no budget counts them."""
+    """Reasons of abstentions that are part of its method, not failures: no budget counts them."""
 
     @classmethod
     def check(cls, *_: Any, **args: Any) -> None:
@@ -65,7 +65,7 @@ class JudgeBase(ABC):
 
     @classmethod
     def key(cls, **args: Any) -> Any:
-        """What decides the scores, as a value of JSON; paths in it count with the content of their files."""
+        """Everything that decides the scores, as a JSON value; paths in it count with the content of their files."""
         return {name: value for name, value in args.items() if name not in cls.SPEED_ONLY}
 
     @abstractmethod
@@ -73,29 +73,29 @@ class JudgeBase(ABC):
         """One `Judgment` for each group, in their order. Raising stops the stage; to skip, abstain."""
 
     def judge_each(self, groups: Iterable[CompletionGroup]) -> Generator[Judgment]:
-        """The same judgments one after the other, while it may take further groups. Used if `ahead` is set."""
+        """The same judgments one after the other; it may take further groups meanwhile. Used if `ahead` is set."""
         for group in groups:
             yield from self.judge([group])
 
     def attach(self, run_dir: Path, waiting: Waiting) -> None:
-        """Called once with the run that it judges for, and a context to enter while it waits for a person."""
+        """Called once, with the directory of its run and a context to enter while it waits for a person."""
         for member in self.members:
             member.attach(run_dir, waiting)
 
     def begin_stage(self) -> None:
-        """Called when a stage begins. Budgets and deadlines of its own begin anew."""
+        """Called when a stage begins. The judge's budgets and deadlines start again."""
         for member in self.members:
             member.begin_stage()
 
     def usage(self) -> dict[str, float]:
-        """Totals of what it has used so far: calls, tokens_in, tokens_out, cost_usd, …"""
+        """Totals of the resources used so far: calls, tokens_in, tokens_out, cost_usd, …"""
         total: Counter[str] = Counter()
         for member in self.members:
             total.update(member.usage())  # it adds floats as well
         return dict(total)
 
     def close(self) -> None:
-        """Give back what it holds of the device. Called if another stage needs that; it may be asked again later."""
+        """Release the device. Called if another stage needs it; `judge` may be called again later."""
         for member in self.members:
             member.close()
 
@@ -107,16 +107,18 @@ class JudgeBase(ABC):
 
 
 def checked_judgments(judge: JudgeBase, groups: Sequence[CompletionGroup]) -> list[Judgment]:
-    """`judge.judge(groups)`, held to the contract.
+    """`judge.judge(groups)`, checked against the protocol.
 
     Raises:
         JudgeError: a judgment too few or too many, for another prompt, with another number of scores than
-            completions, or with a missing score that has no reason. Nothing is guessed in their place.
+            completions, or with a missing score that has no reason.
     """
     judgments = judge.judge(groups)
     if judgments is None or len(judgments) != len(groups):
         got = "nothing" if judgments is None else f"{len(judgments)} judgments"
-        raise JudgeError(f"judge {judge.name!r} returned {got} for {len(groups)} groups; it must return one for each")
+        raise JudgeError(
+            f"judge {judge.name!r} returned {got} for {len(groups)} groups; it must return one for each group"
+        )
     for group, judgment in zip(groups, judgments, strict=True):
         _check_judgment(judge, group, judgment)
     return judgments

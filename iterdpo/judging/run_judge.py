@@ -1,4 +1,4 @@
-"""A judge within a run: loaded when it is first needed, told when a stage begins, released between stages."""
+"""A judge within a run: loaded when it is first needed, notified when a stage begins, released between stages."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Judging shard by shard: each shard's judgments are durable as soon as they are whole, and none is made twice.
 
-`judge_shards` is a stage's judging, with its budget of abstentions. `StreamingJudge` judges a shard while the next is
-sampled, and leaves what it made where the stage finds it.
+`judge_shards` does a stage's judging, with its budget of abstentions. `StreamingJudge` judges a shard while the next is
+sampled, and stores the judgments for the stage.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def judge_shards(
                 reasons = "".join(f"  {n:>8,}  {printable(reason)}\n" for reason, n in counts["abstentions"].items())
                 raise JudgingStopped(
                     f"{named.role.replace('_', ' ')} {named.use}: the judge abstained on {counts['unjudged']:,} of "
-                    f"{counts['completions']:,} completions so far, and this stage allows {allowed:,} of its {total:,} "
+                    f"{counts['completions']:,} completions so far, but this stage allows {allowed:,} of its {total:,} "
                     f"(max_abstained, max_abstained_count):\n{reasons}The judgments so far are kept in {directory}. "
-                    "Mend the cause and give the same command again: it asks only for what is missing"
+                    "Fix the cause and run the same command again: it judges only the missing completions"
                 )
 
 
@@ -135,7 +135,7 @@ def _judged(load: Callable[[], JudgeBase], tasks: Iterable[_Task]) -> Generator[
 
 
 class StreamingJudge:
-    """Judges shards in a thread of its own, in the order in which they are put, while the next ones are sampled.
+    """Judges shards in a separate thread, in the order in which they are put, while the next ones are sampled.
 
     It is made for a round by the loop, started by the stage `sample` if there is anything to sample, and joined by
     the stage `judge`. Its thread has the context variables of the caller of `start`: a judge that waits for a person

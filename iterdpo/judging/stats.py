@@ -1,4 +1,4 @@
-"""What a stage's judgments tell about the judge that made them. Pure."""
+"""Metrics of a judge, from the judgments that it made in a stage. Pure."""
 
 from __future__ import annotations
 

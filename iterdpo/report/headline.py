@@ -22,13 +22,13 @@ def headline(run: Run) -> str:
     evaluation, planned, metrics = run.config.get("evaluation") or {}, run.config.get("rounds"), run.metrics
     judge = "heldout" if evaluation.get("judge") else "train"
     if metrics.empty:
-        return "Nothing is measured yet: the evaluation of the initial policy has not finished."
+        return "There are no measurements yet: the evaluation of the initial policy has not finished."
     initial, last = metrics.iloc[0], metrics.iloc[-1]
     done = int(metrics.index[-1])
     if done == 0:
         score = value(initial, f"score/{judge}_judge")
         scored = f"; the initial policy scores {number(score)} by {JUDGES[judge]}" if score is not None else ""
-        return f"No round is done yet, of {planned} planned{scored}."
+        return f"None of the {planned} planned rounds is done yet{scored}."
 
     sentences = []
     if last["gate/decision"] == "stop":
@@ -51,12 +51,12 @@ def headline(run: Run) -> str:
     if judge == "train":
         sentences.append(
             "There was no held-out judge: the training judge marked its own work, so this shows that the policy "
-            "learned to please it, and not that it got better."
+            "learned to please it, not that it improved."
         )
     elif high is not None and high < 0.5 and _rose(initial, final, "score/train_judge"):
         sentences.append(
             f"Meanwhile the training judge's score went {_movement(initial, final, 'train')}: "
-            "the policy exploits what that judge gets wrong."
+            "the policy exploits that judge's errors."
         )
     unjudged, completions = value(final, "evaluation/unjudged"), value(final, "evaluation/completions")
     if unjudged and completions and unjudged > 0.05 * completions:
@@ -65,8 +65,8 @@ def headline(run: Run) -> str:
     flips = value(last, "judge/flip_rate")
     if flips is not None and flips >= 0.5:
         sentences.append(
-            f"The training judge's verdict changed with the order in {percent(flips)} of its comparisons, and a coin's "
-            "would in half of them: it goes by the place of a completion."
+            f"The training judge's verdict changed with the order in {percent(flips)} of its comparisons. Random "
+            "verdicts would change in half of them, so the judge decides by position."
         )
     return " ".join(sentences)
 
@@ -110,7 +110,7 @@ def _offline_headline(run: Run) -> str:
 
             low, high = binomtest(round(heldout * n), n).proportion_ci(0.95, method="wilson")
             among, interval = f"{n:,} ", f" ({percent(0.95)} interval {_range(low, high)})"
-        words = "which is not distinguishable from chance" if low <= 0.5 <= high else "where chance is half"
+        words = "which is not distinguishable from chance" if low <= 0.5 <= high else "compared with one half by chance"
         return (
             f"{start}: the implicit reward prefers the chosen completion in {percent(heldout)} "
             f"of {among}held-out pairs{interval}, {words}."
@@ -118,9 +118,9 @@ def _offline_headline(run: Run) -> str:
     if training is not None:
         return (
             f"{start}: while training, the implicit reward preferred the chosen completion in {percent(training)} of "
-            "the pairs. None were held out, so nothing is known of other pairs."
+            "the pairs. None were held out, so the accuracy on other pairs is unknown."
         )
-    return f"{start} is done; it left no accuracies."
+    return f"{start} is done, but recorded no accuracies."
 
 
 def _movement(initial: pd.Series, final: pd.Series, judge: str) -> str | None:

@@ -126,13 +126,13 @@ def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
         "Preference data": "{data[path]}",
         "Prompts": "{prompts[path]}",
         "Prompts a round": "{prompts[per_round]} sampled, {prompts[heldout]} held out",
-        "Sampling": "{sampling[n]} completions a prompt, temperature {sampling[temperature]}, "
+        "Sampling": "{sampling[n]} completions per prompt, temperature {sampling[temperature]}, "
         "up to {sampling[max_tokens]} tokens",
         "Training judge": "{judge[use]}",
         "Held-out judge": "{evaluation[judge][use]}" if heldout or offline else "none",
         "Pairs": "{pairing[strategy]}, margin over {pairing[min_margin]}",
         "DPO": "beta {dpo[beta]}" if offline else "beta {dpo[beta]}, reference: the {dpo[reference]} policy",
-        "Optimizer": "AdamW, learning rate {dpo[learning_rate]}, {dpo[pairs_per_step]} pairs a step, epochs: {dpo[epochs]}",
+        "Optimizer": "AdamW, learning rate {dpo[learning_rate]}, {dpo[pairs_per_step]} pairs per step, epochs: {dpo[epochs]}",
         "Gate": "promotes if {gate[metric]} is at least {gate[minimum]}, otherwise: {gate[otherwise]}",
         "Seed": "{seed}",
     }

@@ -83,7 +83,7 @@ def figures(run: Run) -> dict[str, Figure]:
             *_against_kl(rounds, "Score by the training judge", training),
         ],
         "kl": [
-            *_over_rounds(rounds, "KL to the initial policy, nats a completion", Line("kl/to_initial", "", BLUE)),
+            *_over_rounds(rounds, "KL to the initial policy, nats per completion", Line("kl/to_initial", "", BLUE)),
             *_over_rounds(rounds, "Share of distinct tokens and token pairs", *distinct),
         ],
         "length": [
@@ -178,7 +178,7 @@ def _against_kl(rounds: pd.DataFrame, title: str, line: Line) -> list[Panel]:
             ax.annotate(str(number), (x, height), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=10)
         ax.margins(x=0.06, y=0.22)
         _finish(ax, title)
-        ax.set_xlabel("KL to the initial policy, nats a completion")
+        ax.set_xlabel("KL to the initial policy, nats per completion")
 
     return [draw]
 
@@ -221,7 +221,7 @@ def _pair_yield(rounds: pd.DataFrame) -> list[Panel]:
     def draw(ax: Axes) -> None:
         _stack(ax, pd.DataFrame(counts).fillna(0.0), colors)
         ax.grid(visible=False, axis="x")
-        _finish(ax, "Pairs kept, and what was left out", legend=True)
+        _finish(ax, "Pairs kept, and prompts left out", legend=True)
         _whole_rounds(ax)
 
     return [draw]

@@ -178,7 +178,7 @@ def read_completion_shard(path: Path) -> list[CompletionGroup]:
     except FileNotFoundError:
         raise
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); delete it, and the same command samples it again") from None
+        raise DataError(f"{path}: damaged ({error}); delete it, and run the same command to sample it again") from None
     table = {name: read[name].combine_chunks() for name in read.column_names}
     offsets = table["token_ids"].offsets.to_pylist()
     texts, reasons = table["completions"].values.to_pylist(), table["finish_reasons"].values.to_pylist()

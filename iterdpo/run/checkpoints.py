@@ -48,20 +48,20 @@ def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> dic
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
         base = json.loads((directory / "adapter_config.json").read_text()).get("base_model_name_or_path")
         raise ConfigError(
-            f"{where}: holds an adapter of {base} alone; merge the two with peft's merge_and_unload(), or start from "
+            f"{where}: holds only an adapter of {base}; merge the two with peft's merge_and_unload(), or start from "
             f"{base} with dpo.adapter"
         )
     try:
         config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{where}: has no config.json, so it is no Hugging Face checkpoint") from None
+        raise ConfigError(f"{where}: has no config.json, so it is not a Hugging Face checkpoint") from None
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{where}/config.json: cannot be read: {error}") from None
     architectures = config.get("architectures") or []
     if architectures and not any("CausalLM" in name or "LMHead" in name for name in architectures):
         raise ConfigError(f"{where}: {architectures[0]} is not a causal language model")
     if config.get("auto_map") and not trust_remote_code:
-        raise ConfigError(f"{where}: needs Python code of its own; read it, then set model.trust_remote_code=true")
+        raise ConfigError(f"{where}: needs its own Python code; read it, then set model.trust_remote_code=true")
     weights = sorted(directory.glob("*.safetensors"))
     if not weights:
         remedy = "convert them with from_pretrained(...).save_pretrained(...)"
@@ -94,8 +94,8 @@ def _check_vocabulary(where: str, directory: Path, config: dict[str, Any], weigh
         for name, rows in embedded.items():
             if rows != vocabulary:
                 raise ConfigError(
-                    f"{where}: {file.name} embeds {rows:,} tokens ({name}), config.json says vocab_size "
-                    f"{vocabulary:,}; the checkpoint is put together from different models"
+                    f"{where}: {file.name} embeds {rows:,} tokens ({name}), but config.json has vocab_size "
+                    f"{vocabulary:,}; the files come from different models"
                 )
     if (directory / "tokenizer.json").exists():
         from tokenizers import Tokenizer
@@ -103,7 +103,7 @@ def _check_vocabulary(where: str, directory: Path, config: dict[str, Any], weigh
         known = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab(with_added_tokens=True)
         if (highest := max(known.values(), default=-1)) >= vocabulary:
             raise ConfigError(
-                f"{where}: the tokenizer has ids up to {highest:,}, the model embeds {vocabulary:,} tokens "
+                f"{where}: the tokenizer has ids up to {highest:,}, but the model embeds {vocabulary:,} tokens "
                 "(config.json, vocab_size); use the tokenizer that the model was trained with"
             )
 

@@ -43,7 +43,7 @@ def reserved_gpus(count: int, *, say: Callable[[str], None]) -> Iterator[list[in
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"waiting for GPU {device}, which another run has")
+                say(f"waiting for GPU {device}, which another run is using")
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             descriptors.append(descriptor)
         yield descriptors

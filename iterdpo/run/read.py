@@ -38,9 +38,9 @@ def read_run(path: str | Path) -> Run:
 
 
 class Run:
-    """What a run's directory holds. Only finished steps are read; nothing is written.
+    """A run, read from its directory. Only finished steps are read; nothing is written.
 
-    If a method is asked for a round or a step that is not there, it raises a UserError that names what is.
+    A round or step that does not exist raises a UserError that lists the existing ones.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -118,7 +118,7 @@ class Run:
         if round is None:
             link = self.root / "policy"
             if not link.is_symlink():
-                raise UserError(f"{self.root}: no policy yet, since no round has ended; {self._what_there_is()}")
+                raise UserError(f"{self.root}: no policy yet, because no round is finished; {self._what_there_is()}")
             return self.root / link.readlink()
         return Path(self.config["model"]["path"]) if round == 0 else self._step(round, "policy")
 

@@ -12,7 +12,7 @@ asked for now is noticed, and the differing key is named.
       round-001/pairs/          train.parquet            opens with datasets.load_dataset
       round-001/reference/      logps.safetensors        reference log-probabilities of the pairs
       round-001/policy/         model.safetensors ...    opens with transformers and vLLM; train_log.jsonl
-      round-001/evaluation/     metrics.json, the completions and judgments behind them
+      round-001/evaluation/     metrics.json, with the completions and judgments
       round-001/round.json      the gate's decision
       metrics.jsonl  report.html  policy -> the promoted round's  logs/
 """
@@ -172,7 +172,9 @@ class RunDir:
         note = self.root / "run.json"
         if note.exists() and read_json(note).get("format") != FORMAT:
             remedy = "finish it with that version, or choose another run_dir"
-            raise UserError(f"{self.root}: begun by a version of iterdpo whose files this one cannot read; {remedy}")
+            raise UserError(
+                f"{self.root}: made by another version of iterdpo, whose files this one cannot read; {remedy}"
+            )
         self.redo = redo
         self.attic = self.root / "attic" / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
 

@@ -158,7 +158,7 @@ def merge_adapter(adapter: str | Path, output: Path, *, dtype: Any, trust_remote
     ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
     if inner.config.get_text_config().tie_word_embeddings and any(hasattr(end, "lora_A") for end in ends):
         raise ValueError(
-            f"{adapter} adapts embeddings or output head of a model that ties them, and cannot be merged; leave them "
+            f"{adapter} adapts the tied embeddings or output head of a model, and cannot be merged; leave them "
             "out of dpo.adapter.target_modules"
         )
     model.merge_and_unload().to(dtype).save_pretrained(output)
@@ -196,7 +196,7 @@ def engine_rank(rank: int) -> int:
 
     fitting: list[int] = [known for known in sorted(get_args(MaxLoRARanks)) if known >= rank]
     if not fitting:
-        raise ValueError(f"vLLM applies adapters up to rank {max(get_args(MaxLoRARanks))}, and this one has {rank}")
+        raise ValueError(f"vLLM applies adapters up to rank {max(get_args(MaxLoRARanks))}, but this one has {rank}")
     return fitting[0]
 
 

@@ -98,7 +98,7 @@ def _evaluate(
         gap = logp_gap(reported, (value for group in logps["policy"] for value in group))
     if gap is not None and gap > section.max_logp_gap:
         raise ChildFailed(
-            f"the engine's log-probabilities differ from the policy's by {gap:.3f} nats a token on average (allowed: "
+            f"the engine's log-probabilities differ from the policy's by {gap:.3f} nats per token on average (allowed: "
             f"evaluation.max_logp_gap = {section.max_logp_gap:g}): it does not sample from this policy, or its precision "
             "is too low"
         )

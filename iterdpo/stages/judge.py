@@ -20,7 +20,7 @@ from iterdpo.types import CompletionGroup, Judgment
 def judge(
     run: IterativeRun, round: int, completions: Completions, by: RunJudge, streaming: StreamingJudge | None = None
 ) -> Judgments:
-    """The judge's scores of the completions. What a `streaming` judge did beside sampling is taken over."""
+    """The judge's scores of the completions. Judgments that a `streaming` judge made during sampling are reused."""
     step = run.dir.step(round, "judgments", inputs(completions.digest, by))
     if (manifest := step.manifest()) is None:
         manifest = _judge(run, step, completions, by, streaming or run.streaming_judge(round))

@@ -38,7 +38,7 @@ def train_round(config: OfflineConfig, *, progress: Progress, redo: bool = False
         progress.say(f"  {'pairs':<9} {describe_counts(prepared.counts)}")
         if prepared.counts["kind"] == "unpaired" and config.dpo.loss.type != "kto":
             raise ConfigError(
-                f"{config.data.path}: unpaired data, and dpo.loss = {config.dpo.loss.type!r} compares pairs; set dpo.loss=kto"
+                f"{config.data.path}: unpaired data, but dpo.loss = {config.dpo.loss.type!r} compares pairs; set dpo.loss=kto"
             )
         run.dir.write_config(config.model_dump())
         before = read_manifest(run.dir.round_dir(1) / "policy")
@@ -84,7 +84,7 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
         write_tables(directory / ".all.parquet", tables())
     if account.kept <= data.heldout:
         raise DataError(
-            f"{data.path}: {account.kept:,} {unit}, and data.heldout keeps {data.heldout:,} of them from training; "
+            f"{data.path}: {account.kept:,} {unit}, but data.heldout keeps {data.heldout:,} of them out of training; "
             "lower data.heldout"
         )
     kept = hold_out(directory / ".all.parquet", directory, data.heldout, seed=derive_seed(config.seed, "heldout"))

@@ -60,6 +60,6 @@ def _nothing(round: int, summary: str, judgments: Judgments) -> str:
     order = f", whose verdict changed with the order in {flips:.0%} of the comparisons," if flips else ""
     return (
         f"round {round}: {summary}: nothing to train on. If completions tie, check the judge{order} or "
-        "pairing.min_margin, or sample more completions a prompt (sampling.n, with --redo); if none was judged, see "
+        "pairing.min_margin, or sample more completions per prompt (sampling.n, with --redo); if none was judged, see "
         f"the abstentions in {judgments.path}"
     )

@@ -85,14 +85,14 @@ class OfflineRun:
 
 
 class IterativeRun(OfflineRun):
-    """What the rounds of a run need beside that: prompts, judges, a sampler. Constructing one loads no model.
+    """The resources of an iterative run: also prompts, judges and a sampler. Constructing one loads no model.
 
     Args:
         config: the run's configuration.
         train_judge, heldout_judge: see `NamedJudge`; the second is None if the first evaluates too.
         sampler: another sampler than the vLLM engine, for tests.
         progress: where progress is shown.
-        redo: do steps that were made with other settings again, rather than refuse.
+        redo: repeat steps that were made with other settings, instead of refusing.
 
     Raises:
         UserError: anything that would fail later and can be seen now.

@@ -1,4 +1,4 @@
-"""pi_{t+1} <- DPO(pi_t): the candidate, trained on a round's pairs in a process of its own."""
+"""pi_{t+1} <- DPO(pi_t): the candidate, trained on a round's pairs in a separate process."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Pairs to log-probabilities to a loss to a policy: one DPO round under accelerate, in a process of its own."""
+"""Pairs to log-probabilities to a loss to a policy: one DPO round under accelerate, in a separate process."""

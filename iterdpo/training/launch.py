@@ -85,7 +85,7 @@ def check_training(dpo: DPOConfig) -> None:
     if dpo.adapter is not None and dpo.adapter.quantize == "nf4":
         needed.append(("bitsandbytes", "dpo.adapter.quantize"))
         if not visible_gpus():
-            raise ConfigError("dpo.adapter.quantize = 'nf4' needs a GPU, and there is none; set it to none")
+            raise ConfigError("dpo.adapter.quantize = 'nf4' needs a GPU, but this machine has none; set it to none")
     for package, key in needed:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{key}: the package {package!r} is not installed; run: pip install {package}")
@@ -96,7 +96,7 @@ def check_training(dpo: DPOConfig) -> None:
         processes = yaml.safe_load(path.read_text()).get("num_processes", 1)
         if processes != dpo.processes:
             raise ConfigError(
-                f"{path}: num_processes is {processes} and dpo.processes {dpo.processes}; set both to the number of GPUs"
+                f"{path}: num_processes is {processes}, but dpo.processes is {dpo.processes}; set both to the number of GPUs"
             )
 
 

@@ -71,6 +71,6 @@ def sampler_logps(
     used = gap <= tolerance and pairs.partners is None and pairs.held_out is None
     if compute.accelerator.is_main_process:
         outcome = "used" if used else "not used"
-        log.info("the sampler's log-probabilities are off by %.4f nats a token: %s", gap, outcome)
+        log.info("the sampler's log-probabilities are off by %.4f nats per token: %s", gap, outcome)
     logps = torch.cat((sampled, torch.zeros(len(sampled), 1)), dim=1).float() if used else None
     return logps, {"gap": gap, "pairs": len(numbers), "used": used}

@@ -95,8 +95,8 @@ def _accelerator(spec: TrainSpec) -> Accelerator:
     accelerator = Accelerator(cpu=on_cpu, log_with=list(dpo.trackers) or None, project_dir=str(spec.tracker_dir))
     if accelerator.num_processes != dpo.processes:
         raise RuntimeError(
-            f"{dpo.processes} training processes were asked for and this one sees {accelerator.num_processes}; "
-            "nothing would be distributed. Check dpo.processes against dpo.accelerate_config"
+            f"{dpo.processes} training processes are configured, but this one sees {accelerator.num_processes}; "
+            "the work would not be distributed. Check dpo.processes against dpo.accelerate_config"
         )
     if dpo.trackers:
         named: dict[str, dict[str, str]] = {
@@ -182,7 +182,7 @@ def _check_adapter(configured: AdapterConfig | None, path: Path) -> None:
     if configured is None or (configured.r, configured.alpha) != (trained["r"], trained["lora_alpha"]):
         wanted = f"of r {configured.r} and alpha {configured.alpha}" if configured else "null"
         raise RuntimeError(
-            f"the policy {path} is an adapter of r {trained['r']} and alpha {trained['lora_alpha']}, and dpo.adapter is "
+            f"the policy {path} is an adapter of r {trained['r']} and alpha {trained['lora_alpha']}, but dpo.adapter is "
             f"{wanted}; set dpo.adapter to the values that it was trained with"
         )
 

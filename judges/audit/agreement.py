@@ -96,7 +96,7 @@ def read_samples(
     if Path(path).match("shard-*.parquet"):
         return map(Sample, islice(read_completion_shard(Path(path)), limit))
     if round is not None:
-        raise UserError(f"{path}: --round is for a run directory, and there is no run.json")
+        raise UserError(f"{path}: --round is for a run directory, but this has no run.json")
     first = next(load_rows(path, split, limit=1))
     if "completions" in first:
         rows = enumerate(load_rows(path, split, limit=limit), 1)

@@ -57,7 +57,7 @@ def read_labelled(
     """
     settled = PreferenceData(path, split, format, limit=1).format
     if settled == "unpaired":
-        raise DataError(f"{path}: has one completion a row; labelled pairs have the columns chosen and rejected")
+        raise DataError(f"{path}: has one completion per row; labelled pairs have the columns chosen and rejected")
     account = Account(path)
 
     def pairs() -> Iterator[LabelledPair]:

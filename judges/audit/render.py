@@ -70,7 +70,7 @@ COMPARE_ROWS = (
     Column("Spearman's rho within a prompt", "spearman", decimals),
     Column("accuracy of A", "accuracy_a", share),
     Column("accuracy of B", "accuracy_b", share),
-    Column("accuracy of B less that of A", "accuracy_gain", difference),
+    Column("accuracy of B minus that of A", "accuracy_gain", difference),
 )
 
 
@@ -100,7 +100,7 @@ def check_sentence(report: dict[str, Any]) -> str:
     figures, name = report["figures"], report["judge"]["name"]
     accuracy: Estimate = figures["accuracy"]
     if accuracy.value is None or accuracy.low is None or accuracy.high is None:
-        return f"{name} judged no pair that is labelled with a winner."
+        return f"{name} judged no pair with a labelled winner."
     chance = ", which is worse than chance" if accuracy.high < 0.5 else ""
     if accuracy.low <= 0.5 <= accuracy.high:
         chance = ", which is not distinguishable from chance"
@@ -113,9 +113,9 @@ def check_sentence(report: dict[str, Any]) -> str:
         said.append(f"It abstained from {share(1 - coverage.value)}.")
     place = first if first.value is not None else index
     if place.low is not None and not place.low <= 0.5 <= place.high:
-        said.append(f"It prefers what it is shown {'first' if place.low > 0.5 else 'second'}.")
+        said.append(f"It prefers the completion shown {'first' if place.low > 0.5 else 'second'}.")
     if length.low is not None and not length.low <= 0 <= length.high:
-        said.append(f"It likes {'longer' if length.low > 0 else 'shorter'} completions more than the labels do.")
+        said.append(f"It prefers {'longer' if length.low > 0 else 'shorter'} completions more than the labels do.")
     return " ".join(said)
 
 
@@ -157,7 +157,7 @@ def compare_sentence(report: dict[str, Any]) -> str:
         return f"{a} (A) and {b} (B) judged no pair in common."
     beyond = "" if kappa.value is None else f", kappa {_cell(kappa, decimals)}"
     return (
-        f"{a} (A) and {b} (B) say the same of {share(agreement.value)} of {agreement.n:,} pairs "
+        f"{a} (A) and {b} (B) agree on {share(agreement.value)} of {agreement.n:,} pairs "
         f"({_range(agreement, share)}){beyond}."
     )
 
@@ -167,7 +167,7 @@ def compare_tables(report: dict[str, Any]) -> list[Table]:
     rows = [[f"A: {x}", *(f"{confusion[x][y]:,}" for y in confusion[x])] for x in confusion]
     counts = report["counts"]
     note = (
-        f"Two completions a prompt make one pair, K make K(K-1)/2: {counts['pairs']:,} pairs of {counts['groups']:,} "
+        f"Two completions of a prompt make one pair, and K make K(K-1)/2: {counts['pairs']:,} pairs of {counts['groups']:,} "
         f"prompts. A could not judge {counts['unjudged_a']:,}, B {counts['unjudged_b']:,}."
     )
     verdicts = Table("Verdicts", ["", *(f"B: {y}" for y in confusion)], rows, note)

@@ -1,7 +1,7 @@
 """A client for OpenAI-compatible chat endpoints: an API, or `vllm serve`.
 
 It takes chat messages and request fields and returns a `Reply`, or raises `CallFailed` with a short, stable reason that a
-judge records as an abstention. A mistake that only the user can mend (a refused key, an unknown model, a damaged cache)
+judge records as an abstention. A mistake that only the user can fix (a refused key, an unknown model, a damaged cache)
 is a `JudgeError` at once. Replies are kept on disk by the content of their calls, so that none is paid for twice.
 
     async with Client(Endpoint(base_url="http://localhost:8000/v1"), model="my-judge") as client:
@@ -141,7 +141,7 @@ class Client:
 
         Raises:
             CallFailed: no reply, for a reason that an abstention can give.
-            JudgeError: what only the user can mend: the key, the model, the address, the cache file.
+            JudgeError: a mistake that only the user can fix: in the key, the model, the address, the cache file.
         """
         fields = {**body, **self.endpoint.extra, "model": self.model, "messages": messages}
         request = {k: v for k, v in fields.items() if v is not None}
@@ -261,7 +261,7 @@ class Client:
             case 401 | 403, None:
                 return "name the environment variable that holds the key in api_key_env"
             case 401 | 403, name:
-                return f"the key in ${name} (api_key_env) was refused; give one that may use it"
+                return f"the key in ${name} (api_key_env) was refused; use a key with access to it"
             case 404, _:
                 return f"no such model or address: check model ({self.model!r}) and base_url, which usually ends in /v1"
         return "check base_url and model"

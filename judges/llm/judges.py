@@ -58,7 +58,7 @@ class _LLMJudge(JudgeBase):
     model: str
     """The name that the endpoint knows it by, or with `serve` a checkpoint."""
     prompt: str
-    """A shipped prompt, or a file of your own."""
+    """A shipped prompt, or your own file."""
     endpoint: Mapping[str, Any] | None = None
     """The server's address and limits; see `judges.llm.settings.Endpoint`."""
     serve: Mapping[str, Any] | None = None
@@ -198,7 +198,7 @@ class PairwiseJudge(_LLMJudge):
     """Compares two completions at a time, each two in both orders; a verdict that changes with the order is a tie."""
 
     prompt: str = "helpfulness"
-    """`helpfulness`, `harmlessness`, `summarization`, `instruction_following`, or a file of your own."""
+    """`helpfulness`, `harmlessness`, `summarization`, `instruction_following`, or your own file."""
     schedule: Literal["all_pairs", "random_pairs", "knockout"] = "all_pairs"
     comparisons: int | None = None
     """Pairs a prompt of `random_pairs`."""
@@ -221,7 +221,9 @@ class PairwiseJudge(_LLMJudge):
         check_choice("judge 'pairwise'", "aggregate", self.aggregate, get_args(Aggregate))
         counted = isinstance(self.comparisons, int) and self.comparisons > 0
         if not (counted if self.schedule == "random_pairs" else self.comparisons is None):
-            raise JudgeError("judge 'pairwise': `schedule: random_pairs`, and it alone, needs `comparisons`, 1 or more")
+            raise JudgeError(
+                "judge 'pairwise': `comparisons` (1 or more) is required by `schedule: random_pairs`, and only allowed there"
+            )
         shows_principle = "principle" in self.template.needs
         if self.constitution is not None and not shows_principle:
             raise JudgeError("judge 'pairwise': this prompt has no {{ principle }}, so `constitution` would do nothing")
@@ -280,7 +282,7 @@ class RubricJudge(_LLMJudge):
 
     prompt: str = "rubric"
     rubric: str | None = None
-    """What the points mean; a text, or the file that it is in. `columns` may be used in a prompt of your own."""
+    """The meaning of the points: a text, or a file with it. Your own prompt may also use `columns`."""
     criteria: Mapping[str, float] | None = None
     """Names with their weights, `{helpfulness: 2, brevity: 1}`; default: one score. The score is the weighted mean."""
     scale: Sequence[int] = (1, 10)

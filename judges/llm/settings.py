@@ -30,7 +30,9 @@ def checked_url(url: str) -> str:
     if not valid or re.search(r"\s", url):
         raise ValueError("is not a valid address; give http://host:port/v1 or https://host/v1")
     if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError("must have no user, query or fragment, maybe secret; name the key's variable in api_key_env")
+        raise ValueError(
+            "must have no user, query or fragment, which may be secret; name the key's variable in api_key_env"
+        )
     url = url.rstrip("/")
     if url.endswith("/chat/completions"):
         raise ValueError("must end before /chat/completions, which is added to it")
@@ -115,7 +117,7 @@ class Endpoint(Section):
     @model_validator(mode="after")
     def _money_needs_prices(self) -> Endpoint:
         if self.max_cost_usd is not None and not self.price_in + self.price_out:
-            raise ValueError("max_cost_usd: set price_in and price_out too, in US dollars for a million tokens")
+            raise ValueError("max_cost_usd: set price_in and price_out too, in US dollars per million tokens")
         return self
 
     def cost(self, tokens_in: float, tokens_out: float) -> float:

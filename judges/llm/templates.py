@@ -1,4 +1,4 @@
-"""What an LLM judge is asked: text files that users copy and edit.
+"""Prompts of an LLM judge: text files that users copy and edit.
 
     {# A comment. #}
     ### system
@@ -13,21 +13,21 @@ markers are looked for in the file, before anything is filled in, so no text of 
 
 Between them stands Jinja (https://jinja.palletsprojects.com), sandboxed, with these values:
 
-| value | what it is |
+| value | meaning |
 | --- | --- |
 | `prompt` | the conversation as text |
 | `messages` | its messages, `{"role": …, "content": …}` |
 | `a`, `b` | pairwise: the completions |
 | `completion` | rubric: the completion |
 | `completions` | listwise: the list of them |
-| `columns` | the row's other columns: `columns.gold`, or `columns["items"]` where a dict has a method of that name |
+| `columns` | the row's other columns: `columns.gold`, or `columns["items"]` if a dict has a method of that name |
 | `principle` | the principle of the constitution that was drawn for this comparison |
 | `rubric`, `criteria`, `low`, `high` | the rubric's text, the criteria (a list, or a mapping to what each means), the scale |
 | `ties` | pairwise: whether "tie" is a verdict |
 | `constrained` | whether the server holds the reply to the bare verdict, so that there is no place for reasons |
 
-What comes from a prompt, a completion or a column is fenced (`fence`): it stands between marks that no text can know.
-What the configuration says (principle, rubric, criteria) is not.
+Text from a prompt, a completion or a column is fenced (`fence`): it stands between marks that cannot be guessed. Text
+from the configuration (principle, rubric, criteria) is not.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def load_template(prompt: str, kind: Kind) -> Template:
     """The shipped template of that name, or the file at that path, such as `my_prompt.j2`.
 
     Raises:
-        JudgeError: there is none, or it has a mistake; the message has the file and the line.
+        JudgeError: no such prompt, or a mistake in it; the message has the file and the line.
     """
     shipped = sorted(path.stem for path in (SHIPPED / kind).glob("*.j2"))
     if prompt in shipped:
@@ -91,7 +91,7 @@ def principles(source: str | None = None) -> list[str]:
     lines = [line.strip() for line in read_text(path, "without a file, the shipped principles are used").splitlines()]
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:
-        raise JudgeError(f"{path}: it has no principle; write one a line")
+        raise JudgeError(f"{path}: it has no principle; write one per line")
     return found
 
 
@@ -111,7 +111,7 @@ class Template:
         self.needs = frozenset(needs)
         for value in SHOWN[kind]:
             if value not in needs:
-                raise JudgeError(f"{name}: a {kind} prompt must show {{{{ {value} }}}}, and this one does not")
+                raise JudgeError(f"{name}: a {kind} prompt must show {{{{ {value} }}}}, but this one does not")
 
     def render(self, **values: Any) -> list[Message]:
         """The messages, with the untrusted ones of `values` fenced; they are given as they are.
@@ -146,7 +146,7 @@ class Template:
         except jinja2.TemplateSyntaxError as error:
             raise JudgeError(f"{self.name}, line {error.lineno}: {error.message}") from error
         if any(True for _ in meta.find_referenced_templates(tree)):
-            raise JudgeError(f"{self.name}: a prompt is one file; write out what it includes or extends")
+            raise JudgeError(f"{self.name}: a prompt must be one file; paste in the text that it includes or extends")
         known = (*SHOWN[kind], *COMMON)
         if unknown := meta.find_undeclared_variables(tree) - set(known):
             first = next(n for n in tree.find_all(nodes.Name) if n.name in unknown)

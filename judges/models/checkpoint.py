@@ -149,7 +149,7 @@ def check_architecture(what: str, architectures: Sequence[str] | None, known: Se
     """Refuse a checkpoint none of whose architectures has one of `known` in its name."""
     if not any(part in name for name in architectures or () for part in known):
         raise JudgeError(
-            f"{what}: its architecture is {', '.join(architectures or ['none'])}, which gives no scores; give {remedy}"
+            f"{what}: its architecture is {', '.join(architectures or ['none'])}, which gives no scores; use {remedy}"
         )
 
 

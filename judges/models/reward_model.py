@@ -36,7 +36,7 @@ class RewardModelJudge(ClassifierJudge):
     head: int | None = None
     """The label whose logit is the score, from 0. Not with `weights`."""
     backend: str = "transformers"
-    """`transformers`, or `vllm`: vLLM's pooling runner in a process of its own, for large models. The logits differ only
+    """`transformers`, or `vllm`: vLLM's pooling runner in a separate process, for large models. The logits differ only
     by rounding. `device` is for `transformers`."""
     engine: dict[str, Any] | None = None
     """Further keyword arguments of `vllm.LLM`, such as `{gpu_memory_utilization: 0.5}`. For `vllm`."""
@@ -107,9 +107,9 @@ class RewardModelJudge(ClassifierJudge):
 
     def _check_labels(self, count: int) -> None:
         if self.weights is not None and len(self.weights) != count:
-            raise JudgeError(f"{self._what}: has {count} labels, and there are {len(self.weights)} weights")
+            raise JudgeError(f"{self._what}: has {count} labels, but there are {len(self.weights)} weights")
         if self.head is not None and self.head >= count:
-            raise JudgeError(f"{self._what}: has {count} labels, numbered from 0, and head is {self.head}")
+            raise JudgeError(f"{self._what}: has {count} labels, numbered from 0, but head is {self.head}")
         if self.weights is None and self.head is None and count not in (1, 2):
             raise JudgeError(
                 f"{self._what}: has {count} labels; a score comes from one label, or from the log-odds of two. With "
@@ -124,7 +124,7 @@ class RewardModelJudge(ClassifierJudge):
             return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids  # the text brought a BOS of its own
         if tokenizer.chat_template is None:
             raise JudgeError(
-                f"{self._what}: its tokenizer has no chat template, and prompt {prompt.id!r} is a list of "
+                f"{self._what}: its tokenizer has no chat template, but prompt {prompt.id!r} is a list of "
                 "messages; use plain-text prompts, or a reward model for chats"
             )
         messages = [*prompt.content, {"role": "assistant", "content": completion}]

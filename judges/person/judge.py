@@ -2,8 +2,8 @@
 
     tasks = what to ask (pure)  ->  review/0001-3fa9…/tasks.jsonl  ->  a person  ->  verdicts.jsonl  ->  judgments (pure)
 
-What is asked and answered lies on disk (`judges/person/store.py`). Either side may end and start again; nothing that a
-person has said is asked again in the same run.
+Questions and answers are on disk (`judges/person/store.py`). Either side may end and start again; a question that a
+person has answered is not asked again in the same run.
 """
 
 from __future__ import annotations
@@ -62,7 +62,11 @@ class Person(JudgeBase):
     def __post_init__(self) -> None:
         number = is_number(self.comparisons) and isinstance(self.comparisons, int) and self.comparisons >= 1
         for name, valid, remedy in (
-            ("comparisons", number or self.comparisons in ("all", "chain"), "a number of pairs a prompt, all or chain"),
+            (
+                "comparisons",
+                number or self.comparisons in ("all", "chain"),
+                "a number of pairs per prompt, all or chain",
+            ),
             ("question", isinstance(self.question, str) and self.question.strip(), "the question that the page asks"),
             ("who", isinstance(self.who, str), "a name, or nothing"),
             ("aggregate", self.aggregate in ("win_rate", "bradley_terry"), "win_rate or bradley_terry"),
@@ -96,8 +100,8 @@ class Person(JudgeBase):
             return {}
         if self._run_dir is None or self._waiting is None:
             raise JudgeError(
-                "judge 'person': a person judges within a run, whose directory holds what is asked and answered: "
-                "name this judge in a configuration and `iterdpo run` it"
+                "judge 'person': a person judges only within a run, whose directory holds the questions and answers: "
+                "name this judge in a configuration and start that with `iterdpo run`"
             )
         answered, batches = Reviews(self._run_dir).ask(tasks)
         waiting = [batch for batch in batches if batch.close() is None]  # of a run that was killed they may be complete

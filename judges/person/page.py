@@ -51,7 +51,7 @@ class Desk:
     def next(self, tab: str, *, prefer: str | None = None) -> dict[str, Any]:
         """What the tab shows next: `{"task": {...} or None, "done": 3, "total": 20}`.
 
-        Another task than other tabs show, where there is one. Servers hand out in different orders, so that two of
+        Another task than other tabs show, if there is one. Servers hand out in different orders, so that two of
         them seldom ask the same.
         """
         with self._lock:

@@ -1,4 +1,4 @@
-"""What a person is asked and has answered, on disk. No judge and no server is needed to read or add to it.
+"""Questions to a person and their answers, on disk. No judge or server is needed to read or add to them.
 
     <run_dir>/review/
       .lock                    held while anything here is written
@@ -70,7 +70,7 @@ class Reviews:
     def ask(self, tasks: Sequence[Task]) -> tuple[dict[str, Verdict], list[Batch]]:
         """The verdicts that there are, and the open batches that the others are in, or now are.
 
-        A task that was skipped in a closed batch is asked again: who judges once more wants to know.
+        A task that was skipped in a closed batch is asked again.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with locked(self.root):
@@ -96,7 +96,7 @@ class Reviews:
         return [Batch(path) for path in sorted(self.root.glob("[0-9]*-*"))]
 
     def pending(self, who: str | None = None) -> list[Batch]:
-        """The batches with tasks that nobody has answered, for `who` (None: for anybody)."""
+        """The batches with unanswered tasks for `who` (None: for any person)."""
         return [b for b in self.batches() if not b.closed and b.unanswered(who)]
 
     def find(self, task_id: str) -> Batch | None:
@@ -143,7 +143,7 @@ class Batch:
         return [t for t in self.tasks() if t.id not in verdicts and who in (None, t.who)]
 
     def submit(self, task_id: str, choice: Choice, note: str = "") -> bool:
-        """Append a verdict. False where one stands already, which nothing but `undo` replaces, or the batch is closed."""
+        """Append a verdict. False if there is one already, which only `undo` can remove, or if the batch is closed."""
         with locked(self.path.parent):
             if self.closed or (choice == "undo") != (task_id in self.verdicts()):
                 return False
@@ -151,7 +151,7 @@ class Batch:
             return True
 
     def undo(self, task_id: str) -> bool:
-        """Take a verdict back. False where there is none, or the run has taken it already."""
+        """Take a verdict back. False if there is none, or if the run has used it already."""
         return self.submit(task_id, "undo")
 
     def close(self) -> dict[str, Verdict] | None:

@@ -110,7 +110,7 @@ def require_sandbox() -> None:
         raise JudgeError(
             f"this machine cannot confine an untrusted program ({'; '.join(problems)}). Allow user "
             "namespaces (in a container: --cap-add SYS_ADMIN with --security-opt seccomp=unconfined), or run on Linux "
-            "6.2 or newer with Landlock. Or accept by name that completions run as this user, with all of its rights: "
+            "6.2 or newer with Landlock. Or let completions run as this user, with all its permissions: "
             "allow_unsandboxed: true"
         )
 
@@ -253,7 +253,7 @@ def _outcome(streams: dict[str, bytearray], reason: str | None, max_output: int)
     if first.startswith("problem "):
         raise SandboxError(first.removeprefix("problem "))
     if first != "started":
-        raise SandboxError(reason or f"the launcher ended at once: {stderr[-300:].strip() or 'it said nothing'}")
+        raise SandboxError(reason or f"the launcher ended immediately: {stderr[-300:].strip() or 'it printed nothing'}")
     if reason:
         return Outcome(False, -9, stdout, stderr, report, reason)
     if not rest:

@@ -53,7 +53,7 @@ def test_a_round_on_hh_rlhf_reports_what_it_left_out_and_why(
     assert again.returncode == 0
     assert "train " not in again.stdout.replace("to train on", "")  # nothing was trained again
 
-    with pytest.raises(StaleStepError, match=r"dpo\.beta = 0\.1, and dpo\.beta = 0\.5"):
+    with pytest.raises(StaleStepError, match=r"dpo\.beta = 0\.1, but now dpo\.beta = 0\.5"):
         train_offline(load_offline_config(path, overrides=["dpo.beta=0.5"]))
 
 

@@ -247,7 +247,7 @@ def test_a_run_that_is_not_finished_has_a_page(browser: Any, tmp_path: Path, rou
 
 def test_a_run_that_failed_before_anything_was_measured_has_a_page(tmp_path: Path) -> None:
     RunDir(tmp_path).write_config(CONFIG)
-    assert "Nothing is measured yet" in write_report(tmp_path).read_text()
+    assert "There are no measurements yet" in write_report(tmp_path).read_text()
 
 
 def test_every_plot_fits_a_prefect_artifact_as_a_data_uri(online: Path) -> None:

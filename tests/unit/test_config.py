@@ -135,7 +135,7 @@ def test_a_key_is_added_to_the_loss_that_an_earlier_file_names() -> None:
     write("gamma.yaml", {"dpo": {"loss": {"gamma": 0.75}}})
     assert load_config("run.yaml", "simpo.yaml", "gamma.yaml").dpo.loss.model_dump() == {"type": "simpo", "gamma": 0.75}
     assert load_config("run.yaml", "simpo.yaml", "gamma.yaml", "ipo.yaml").dpo.loss.type == "ipo"
-    assert "it belongs to simpo, and dpo.loss.type is 'ipo'" in refusal(files=("run.yaml", "ipo.yaml", "gamma.yaml"))
+    assert "it belongs to simpo, but dpo.loss.type is 'ipo'" in refusal(files=("run.yaml", "ipo.yaml", "gamma.yaml"))
 
 
 # Refusals
@@ -169,7 +169,7 @@ def test_a_key_is_added_to_the_loss_that_an_earlier_file_names() -> None:
             "dpo.loss.label_smoothing = 0: input should be greater than 0",
         ),
         ("dpo.label_smoothing=0.1", "unknown key 'dpo.label_smoothing'; did you mean 'loss.label_smoothing'?"),
-        ("dpo={loss: kto, wpo: true}", "dpo: wpo: weighs pairs, and kto compares none; set wpo to false"),
+        ("dpo={loss: kto, wpo: true}", "dpo: wpo: weights pairs, but kto compares none; set wpo to false"),
         (
             "dpo.reference=first",
             "dpo.reference = 'first': input should be 'previous', 'initial', 'ema', 'periodic' or 'none'",
@@ -194,7 +194,7 @@ def test_a_wrong_value_is_refused_with_its_file_its_key_and_what_would_do(overri
 @pytest.mark.parametrize("name", [name for name, keys in LOSSES.items() if "label_smoothing" not in keys.model_fields])
 def test_a_key_of_another_loss_is_refused_with_the_losses_that_have_it(name: str) -> None:
     message = (
-        "unknown key 'dpo.loss.label_smoothing': it belongs to sigmoid, sigmoid_norm, robust, exo_pair, and "
+        "unknown key 'dpo.loss.label_smoothing': it belongs to sigmoid, sigmoid_norm, robust, exo_pair, but "
         f"dpo.loss.type is {name!r}; remove it, or set dpo.loss={name} to start from its defaults"
     )
     assert message in refusal(f"dpo.loss={name}", "dpo.loss.label_smoothing=0.1")
@@ -215,7 +215,9 @@ def test_what_is_missing_is_named() -> None:
 
 @pytest.mark.parametrize("override", ["dpo.beta", "=3", "dpo.beta:0.1"])
 def test_an_override_without_a_key_or_a_value_is_refused_with_an_example(override: str) -> None:
-    assert refusal(override) == f"{override!r}: an override reads key=value, with dots between the levels: dpo.beta=0.2"
+    assert (
+        refusal(override) == f"{override!r}: write an override as key=value, with dots between the levels: dpo.beta=0.2"
+    )
 
 
 def test_an_override_that_is_not_yaml_is_refused() -> None:
@@ -225,9 +227,9 @@ def test_an_override_that_is_not_yaml_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a\n- b\n", "bad.yaml: the top of a configuration is a mapping of keys, not a list"),
+        ("- a\n- b\n", "bad.yaml: a configuration must be a mapping of keys, not a list"),
         ("a: [1\nb: 2\n", "bad.yaml: not valid YAML: "),
-        ("just text", "bad.yaml: the top of a configuration is a mapping of keys, not a str"),
+        ("just text", "bad.yaml: a configuration must be a mapping of keys, not a str"),
     ],
 )
 def test_a_file_that_is_no_mapping_is_refused(text: str, message: str) -> None:
@@ -250,7 +252,7 @@ def test_a_configuration_of_the_other_kind_is_told_where_it_belongs() -> None:
 
 def test_the_training_judge_is_no_heldout_judge() -> None:
     message = refusal("evaluation.judge.use=package.module:judge")
-    assert message == "run.yaml: evaluation.judge is the training judge; a held-out judge must never have trained"
+    assert message == "run.yaml: evaluation.judge is the training judge; a held-out judge must not be used for training"
     assert load_config("run.yaml", overrides=["evaluation.judge.use=package.module:other"]).evaluation.judge
 
 

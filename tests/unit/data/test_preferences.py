@@ -205,7 +205,7 @@ def test_data_without_a_usable_pair_is_refused_with_the_reasons(tmp_path: Path) 
 
 
 def test_an_unknown_format_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="format 'trl' is none of auto, pairs, hh, unpaired, sharegpt"):
+    with pytest.raises(DataError, match="format 'trl' is not one of auto, pairs, hh, unpaired, sharegpt"):
         read(tmp_path, GOOD, format="trl")
 
 
@@ -475,7 +475,7 @@ def test_data_of_one_format_named_as_another_is_refused(
     if {found, named} <= {"pairs", "hh"} or found == named:
         return
     columns = ", ".join(row)
-    message = f"row 1 has the columns of data.format={found} ({columns}), and data.format is {named}; set data.format"
+    message = f"row 1 has the columns of data.format={found} ({columns}), but data.format is {named}; set data.format"
     with pytest.raises(DataError, match=re.escape(message)):
         read(tmp_path, row, format=named)
 

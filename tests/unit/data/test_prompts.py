@@ -162,7 +162,7 @@ def test_all_of_a_heldout_file_is_kept_out_of_training_even_what_heldout_leaves_
 
 def test_too_few_prompts_for_one_round_are_refused_with_the_counts(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", numbered(29))
-    with pytest.raises(DataError, match=r"29 different prompts leave 9 to train on beside the 20 held out.* needs 10"):
+    with pytest.raises(DataError, match=r"29 different prompts leave 9 to train on after 20 are held out.* needs 10"):
         split(path)
     assert len(split(write_rows(tmp_path / "b.jsonl", numbered(30))).train) == 10
 
@@ -209,7 +209,7 @@ def test_rounds_share_no_prompt_and_lose_none(count: int, per_round: int, seed: 
     rounds = rounds_of(prompts, count // per_round, per_round=per_round, seed=seed)
     ids = [p.id for prompts_of_round in rounds for p in prompts_of_round]
     assert len(ids) == len(set(ids)) == per_round * len(rounds)
-    with pytest.raises(DataError, match=f"and {count % per_round} of {count} are left after {len(rounds)} rounds"):
+    with pytest.raises(DataError, match=f"but {count % per_round} of {count} are left after {len(rounds)} rounds"):
         rounds_of(prompts, len(rounds) + 1, per_round=per_round, seed=seed)
 
 
@@ -237,7 +237,7 @@ def test_the_prompts_of_a_round_depend_on_the_seed() -> None:
 
 
 def test_a_round_larger_than_the_file_is_refused_even_with_reuse() -> None:
-    with pytest.raises(DataError, match="round 1 needs 11 prompts, and 10 of 10 are left"):
+    with pytest.raises(DataError, match="round 1 needs 11 prompts, but 10 of 10 are left"):
         rounds_of(prompt_set(10), 1, per_round=11, reuse=True)
 
 
@@ -247,7 +247,7 @@ def test_a_round_larger_than_the_file_is_refused_even_with_reuse() -> None:
 def test_the_longest_prompt_that_does_not_fit_is_named_with_its_tokens() -> None:
     ids = ["p0", "p1", "p2"]
     assert check_lengths(zip([5, 10, 10], ids, strict=True), 10) == 10
-    with pytest.raises(DataError, match=r"prompt 'p1' has 12 tokens, and 10 fit \(2 of 3 prompts are too long\)"):
+    with pytest.raises(DataError, match=r"prompt 'p1' has 12 tokens, but 10 fit \(2 of 3 prompts are too long\)"):
         check_lengths(zip([11, 12, 10], ids, strict=True), 10)
 
 

@@ -111,7 +111,7 @@ def test_another_number_is_chosen_anew(run: Run) -> None:
 
 
 def test_too_few_prompts_for_all_rounds_are_refused_at_once_unless_they_are_used_again(run: Run) -> None:
-    with pytest.raises(DataError, match=r"round 6 needs 5 prompts, and 1 of 26 are left after 5 rounds"):
+    with pytest.raises(DataError, match=r"round 6 needs 5 prompts, but 1 of 26 are left after 5 rounds"):
         run.open(rounds=6)
     reused = run.open(rounds=6, reuse=True)
     assert len(reused.of(6)) == 5

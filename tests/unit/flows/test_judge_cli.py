@@ -195,7 +195,7 @@ def test_a_configurations_judge_is_checked_with_overrides_laid_over_its_args(
             ("check", "my.py:says", "--data", "pairs.jsonl", "--args", "wrod=x"),
             r"unknown argument 'wrod'; did you mean",
         ),
-        (("check", "my.py:says", "--data", "pairs.jsonl", "--args", "word"), r"'word': an override reads key=value"),
+        (("check", "my.py:says", "--data", "pairs.jsonl", "--args", "word"), r"'word': write an override as key=value"),
         (
             ("check", "my.py:says", "--data", "pairs.jsonl", "--role", "heldout"),
             r"--role heldout needs a \.yaml configuration, but got",
@@ -204,11 +204,14 @@ def test_a_configurations_judge_is_checked_with_overrides_laid_over_its_args(
         (("check", "my.py:says", "--data", "pairs.jsonl", "--subset-column", "king"), r"row 1: no column 'king'"),
         (("try", "my.py:first", "2+2?", "4"), r"compares completions with each other; give it two or more"),
         (("try", "my.py:exact", "2+2?", "4"), r"asks for a column 'gold'.* --columns NAME=VALUE"),
-        (("try", "my.py:exact", "2+2?", "4", "--columns", "gold"), r"'gold': a column reads NAME=VALUE"),
-        (("try", "my.py:exact", "2+2?", "4", "--columns", "gold=[4"), r"'gold=\[4': no JSON"),
+        (("try", "my.py:exact", "2+2?", "4", "--columns", "gold"), r"'gold': write a column as NAME=VALUE"),
+        (("try", "my.py:exact", "2+2?", "4", "--columns", "gold=[4"), r"'gold=\[4': not valid JSON"),
         (("compare", "my.py:says", "my.py:none", "--data", "pairs.jsonl"), r"defines no 'none'"),
         (("check", "person", "--data", "pairs.jsonl"), r"person: .* `iterdpo judge review RUN_DIR`"),
-        (("try", "clip", "2+2?", "4", "5", "--args", "judge.use=person", "low=0"), r"clip: a person is asked within"),
+        (
+            ("try", "clip", "2+2?", "4", "5", "--args", "judge.use=person", "low=0"),
+            r"clip: a person can judge only within",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(here: Path, arguments: tuple[str, ...], complaint: str) -> None:
@@ -218,7 +221,7 @@ def test_a_mistake_is_named_with_its_remedy(here: Path, arguments: tuple[str, ..
 
 def test_a_person_is_refused_before_the_other_judge_is_asked(here: Path) -> None:
     (here / "dear.py").write_text("def dear(completion):\n    open('asked', 'w')\n    return 1.0\n")
-    with pytest.raises(UserError, match="person: a person is asked within a run alone"):
+    with pytest.raises(UserError, match="person: a person can judge only within a run"):
         judge("compare", "dear.py:dear", "person", "--data", "pairs.jsonl")
     assert not (here / "asked").exists()
 

@@ -84,7 +84,7 @@ def test_a_prompt_longer_than_the_context(
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config["prompts"] |= {"per_round": 18, "heldout": 5}  # all 41 are used in two rounds
     error = message(config, tmp_path, capsys, "rounds=2")
-    assert "has 600 tokens, and 496 fit" in error  # 512 of the model less 16 to sample
+    assert "has 600 tokens, but 496 fit" in error  # 512 of the model less 16 to sample
 
 
 def test_an_empty_prompt_file(config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -388,12 +388,12 @@ class TestCoroutines:
 @pytest.mark.parametrize(
     ("made", "args", "complaint"),
     [
-        (lambda prompt, response: 1.0, {}, r"its parameters \(prompt, response\) name no kind of judge"),
+        (lambda prompt, response: 1.0, {}, r"its parameters \(prompt, response\) fit no form of judge"),
         (lambda completion, factor=1: 1.0, {"facto": 2}, "unknown argument 'facto'; did you mean 'factor'?"),
-        (type("Empty", (), {}), {}, "a Empty is no judge"),
+        (type("Empty", (), {}), {}, "a Empty is not a judge"),
         (type("Empty", (), {}), {"x": 1}, "unknown argument 'x'; it accepts: nothing"),
-        (3, {}, "a int is no judge"),
-        (lambda: lambda x=1: x, {}, r"what it makes has the parameters \(x\)"),
+        (3, {}, "a int is not a judge"),
+        (lambda: lambda x=1: x, {}, r"its result has the parameters \(x\)"),
     ],
 )
 def test_what_is_no_judge_is_refused_with_the_remedy(made: Any, args: dict[str, Any], complaint: str) -> None:

@@ -235,7 +235,7 @@ class TestLength:
 
     def test_too_few_completions_abstain(self, field: Any) -> None:
         [judgment] = judged("length_regressed", sized(("1", 10), ("2", 20), ("?", 3)), judge=field())
-        reason = "too few completions judged together to tell what length does"
+        reason = "too few completions judged together to estimate the effect of length"
         assert judgment.scores == [None] * 3
         assert judgment.abstentions == [reason, reason, "ValueError: no number"]
 

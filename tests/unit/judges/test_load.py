@@ -132,7 +132,7 @@ def test_a_sound_judge_passes_without_running_the_code(file: Path) -> None:
 def test_a_function_with_other_parameters_is_refused(tmp_path: Path) -> None:
     (tmp_path / "j.py").write_text("def judge(prompt, response):\n    return 1\n")
     with pytest.raises(
-        JudgeError, match=r"judge 'j.py:judge': its parameters \(prompt, response\) name no kind of judge"
+        JudgeError, match=r"judge 'j.py:judge': its parameters \(prompt, response\) fit no form of judge"
     ):
         check_judge(f"{tmp_path / 'j.py'}:judge", {})
 

@@ -76,8 +76,11 @@ def test_without_a_heldout_judge_the_training_judge_marks_its_own_work(say: Judg
 
 
 def test_a_run_that_goes_on_says_how_far_it_is(say: Judge) -> None:
-    assert say() == "Nothing is measured yet: the evaluation of the initial policy has not finished."
-    assert say(INITIAL) == "No round is done yet, of 3 planned; the initial policy scores 0.29 by the held-out judge."
+    assert say() == "There are no measurements yet: the evaluation of the initial policy has not finished."
+    assert (
+        say(INITIAL)
+        == "None of the 3 planned rounds is done yet; the initial policy scores 0.29 by the held-out judge."
+    )
     assert say(INITIAL, outcome(1)).startswith("Unfinished: 1 of 3 rounds done. One round moved")
 
 
@@ -96,8 +99,8 @@ def test_many_abstentions_are_mentioned_and_few_are_not(say: Judge) -> None:
 
 def test_a_judge_that_goes_by_the_place_is_told_of(say: Judge) -> None:
     row = {"round": 1, "gate/decision": "promote"}
-    assert "by the place of a completion" in say(INITIAL, row | {"judge/flip_rate": 0.5})
-    assert "by the place of a completion" not in say(INITIAL, row | {"judge/flip_rate": 0.4})
+    assert "the judge decides by position" in say(INITIAL, row | {"judge/flip_rate": 0.5})
+    assert "the judge decides by position" not in say(INITIAL, row | {"judge/flip_rate": 0.4})
 
 
 # Wilson's interval of 63 % in 200, by hand: centre (0.63 + 3.8416/400) / 1.019208 = 0.62755, half-width
@@ -106,7 +109,7 @@ def test_an_offline_round_reports_accuracy_on_heldout_pairs_with_its_interval(sa
     row = {"round": 1, "pairs/kept": 1600, "eval_rewards/accuracies": 0.63, "gate/decision": "promote"}
     assert say(row, config={"data": {"heldout": 200}}) == (
         "One offline round on 1,600 pairs: the implicit reward prefers the chosen completion in 63 % of 200 held-out "
-        "pairs (95 % interval 56 to 69 %), where chance is half."
+        "pairs (95 % interval 56 to 69 %), compared with one half by chance."
     )
     said = say(row | {"eval_rewards/accuracies": 0.53}, config={"data": {"heldout": 200}})
     assert said.endswith("which is not distinguishable from chance.")

@@ -56,13 +56,13 @@ def test_a_relative_path_or_one_from_home_becomes_absolute(copy: Path, monkeypat
 
 def test_no_config_json(copy: Path) -> None:
     (copy / "config.json").unlink()
-    assert refusal(copy) == f"model.path {copy}: has no config.json, so it is no Hugging Face checkpoint"
+    assert refusal(copy) == f"model.path {copy}: has no config.json, so it is not a Hugging Face checkpoint"
 
 
 def test_an_adapter_without_its_base(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/models/llama"}))
     message = refusal(tmp_path)
-    assert f"model.path {tmp_path}: holds an adapter of /models/llama alone" in message
+    assert f"model.path {tmp_path}: holds only an adapter of /models/llama" in message
     assert "start from /models/llama" in message
 
 
@@ -92,7 +92,8 @@ def test_a_config_json_of_another_vocabulary(copy: Path) -> None:
     edit_config(copy, vocab_size=32000)
     message = refusal(copy)
     assert (
-        "model.safetensors embeds 259 tokens (model.embed_tokens.weight), config.json says vocab_size 32,000" in message
+        "model.safetensors embeds 259 tokens (model.embed_tokens.weight), but config.json has vocab_size 32,000"
+        in message
     )
 
 
@@ -108,7 +109,7 @@ def test_a_tokenizer_of_another_model(copy: Path) -> None:
 
 def test_code_of_its_own_runs_only_where_it_was_allowed(copy: Path) -> None:
     edit_config(copy, auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
-    assert "needs Python code of its own; read it, then set model.trust_remote_code=true" in refusal(copy)
+    assert "needs its own Python code; read it, then set model.trust_remote_code=true" in refusal(copy)
     assert check_checkpoint(copy, trust_remote_code=True)["auto_map"]
 
 

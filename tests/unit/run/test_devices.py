@@ -123,7 +123,7 @@ def test_a_run_that_needs_a_gpu_in_use_says_so_and_waits_until_it_is_free(
         wait_for(lambda: bool(said), "the message")
         assert not reserved.wait(0.1)
     assert reserved.wait(20)
-    assert said == ["waiting for GPU 3, which another run has"]  # 4 was free
+    assert said == ["waiting for GPU 3, which another run is using"]  # 4 was free
     assert held(locks / "iterdpo-gpu-3.lock")
     done.set()
     thread.join(20)

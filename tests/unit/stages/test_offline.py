@@ -116,7 +116,7 @@ def test_without_heldout_rows_there_is_one_file(step: Offline) -> None:
 
 @pytest.mark.parametrize("heldout", [40, 41])
 def test_more_heldout_rows_than_there_are_is_refused(step: Offline, heldout: int) -> None:
-    with pytest.raises(DataError, match=rf"40 pairs, and data\.heldout keeps {heldout} of them from training"):
+    with pytest.raises(DataError, match=rf"40 pairs, but data\.heldout keeps {heldout} of them out of training"):
         step.prepare(heldout=heldout)
 
 
@@ -161,7 +161,7 @@ def test_a_second_start_reads_no_row_and_loads_no_tokenizer(step: Offline, monke
 
 def test_other_data_or_settings_are_noticed(step: Offline) -> None:
     first = step.prepare()
-    with pytest.raises(StaleStepError, match=r"data\.max_prompt_tokens = 1024, and data\.max_prompt_tokens = 6"):
+    with pytest.raises(StaleStepError, match=r"data\.max_prompt_tokens = 1024, but now data\.max_prompt_tokens = 6"):
         step.prepare(max_prompt_tokens=6)
     with pytest.raises(StaleStepError, match=r"data\.limit"):
         step.prepare(limit=20)
@@ -267,7 +267,7 @@ def test_a_round_trains_on_the_pairs_and_promotes_what_it_trained_once(step: Off
 def test_unpaired_data_need_a_loss_that_does_not_compare(step: Offline, trained: list[TrainSpec]) -> None:
     step.write([{"prompt": f"Tale {i}", "completion": " of sea", "label": i % 2 == 0} for i in range(8)])
     with pytest.raises(
-        ConfigError, match=r"unpaired data, and dpo\.loss = 'sigmoid' compares pairs; set dpo\.loss=kto"
+        ConfigError, match=r"unpaired data, but dpo\.loss = 'sigmoid' compares pairs; set dpo\.loss=kto"
     ):
         train_round(step.config(), progress=Progress())
     assert trained == []

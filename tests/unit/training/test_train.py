@@ -80,5 +80,5 @@ def test_trackers_write_under_the_runs_directory(tmp_path: Path, tiny_model: Pat
 
 
 def test_fewer_processes_than_asked_for_is_an_error(tmp_path: Path, tiny_model: Path, pairs: Path) -> None:
-    with pytest.raises(RuntimeError, match="2 training processes were asked for and this one sees 1"):
+    with pytest.raises(RuntimeError, match="2 training processes are configured, but this one sees 1"):
         run(tmp_path, tiny_model, pairs, processes=2)

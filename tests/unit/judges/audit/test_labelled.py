@@ -41,5 +41,5 @@ def test_mistakes_in_the_data_name_the_row_and_the_remedy(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"row 1: no column 'kin', only .*did you mean 'kind'\? set --subset-column"):
         list(read_labelled(str(path), subset_column="kin")[0])
     write_jsonl(path, [{"prompt": "a", "completion": "b", "label": True}])
-    with pytest.raises(DataError, match="has one completion a row"):
+    with pytest.raises(DataError, match="has one completion per row"):
         read_labelled(str(path))

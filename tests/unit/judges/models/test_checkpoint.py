@@ -44,7 +44,7 @@ def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_an_architecture_is_known_by_a_part_of_its_name() -> None:
     check_architecture("rm", ["Other", "MyRewardModel"], ["RewardModel"], "another")
-    with pytest.raises(JudgeError, match=r"^rm: its architecture is none, which gives no scores; give another$"):
+    with pytest.raises(JudgeError, match=r"^rm: its architecture is none, which gives no scores; use another$"):
         check_architecture("rm", None, ["RewardModel"], "another")
 
 

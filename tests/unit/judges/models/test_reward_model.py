@@ -162,7 +162,7 @@ def test_a_conversation_needs_a_chat_template(one_label: Path, tmp_path: Path) -
     shutil.copytree(one_label, tmp_path / "rm")
     (tmp_path / "rm" / "chat_template.jinja").unlink()
     with pytest.raises(
-        JudgeError, match="its tokenizer has no chat template, and prompt 'p-chat' is a list of messages"
+        JudgeError, match="its tokenizer has no chat template, but prompt 'p-chat' is a list of messages"
     ):
         RewardModelJudge(str(tmp_path / "rm")).judge([chat("a")])
 
@@ -214,9 +214,9 @@ def test_of_several_heads_the_score_is_one_or_their_weighted_sum(
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        ({"weights": [1, 2]}, "has 3 labels, and there are 2 weights"),
+        ({"weights": [1, 2]}, "has 3 labels, but there are 2 weights"),
         ({"weights": [1, 2, "3"]}, "a list with a number for each label"),
-        ({"head": 3}, "numbered from 0, and head is 3"),
+        ({"head": 3}, "numbered from 0, but head is 3"),
         ({"head": -1}, "head is -1"),
         ({"head": 0, "weights": [1, 2, 3]}, "both weights and head"),
         ({"head": 0, "backend": "vLLM"}, "backend is 'vLLM'; it is one of transformers, vllm"),
