@@ -1,4 +1,4 @@
-"""The calls behind the command line, for scripts and notebooks."""
+"""The Python calls that the command line makes, for scripts and notebooks."""
 
 from __future__ import annotations
 

@@ -99,8 +99,8 @@ def _steps(pairs: int, dpo: DPOConfig) -> int:
 
 
 def _sizes(model: Path, dpo: DPOConfig) -> tuple[int, int]:
-    """Bytes of what a round saves, in the precision that it will be saved in, and of what training keeps beside it to go
-    on from; from the headers of the initial checkpoint.
+    """Bytes of a round's policy, in the precision in which it is saved, and of the trainer's checkpoint besides;
+    from the headers of the initial checkpoint.
     """
     shapes = _shapes(model)
     saved, frozen = sum(map(math.prod, shapes.values())), 0

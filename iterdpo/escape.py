@@ -1,6 +1,6 @@
 r"""Untrusted text, such as a model's, for a reader: nothing in it can steer a terminal, or hide in a page.
 
-Text for a language model has an escape of its own, `judges.llm.templates.harmless`: what is dangerous there are the
+Text for a language model has a separate escape, `judges.llm.templates.harmless`, because the danger there is in the
 tokens of chat templates.
 """
 

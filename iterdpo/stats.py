@@ -1,7 +1,7 @@
 """Estimates with their intervals. Pure functions of arrays.
 
-Plain statistics come from scipy where they are needed. What is here is by hand for two reasons: several completions of
-one prompt are not independent, so intervals are over prompts, which scipy does not offer; and `bootstrap_mean`
+Plain statistics come from scipy where they are needed. The rest is written by hand for two reasons: completions of one
+prompt are not independent, so intervals are over prompts, which scipy does not offer; and `bootstrap_mean`
 has drawn the figures of finished rounds, which scipy's draws would change.
 """
 

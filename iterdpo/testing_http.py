@@ -1,5 +1,4 @@
-"""A chat endpoint for tests of judges: a real HTTP server on this machine that answers as it is told, and fails on
-request.
+"""A chat endpoint for tests of judges: a real HTTP server on this machine with configurable answers and failures.
 
     def verdict(body):
         return "A" if "good" in body["messages"][-1]["content"] else "B"

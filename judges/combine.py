@@ -174,7 +174,7 @@ class _Wrapper(_JudgeOfJudges):
 
     @staticmethod
     def check_arguments(*_: Any, **args: Any) -> None:
-        """Refuse bad arguments of its own."""
+        """Refuse bad arguments, except those of the judges within it."""
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         judgments = checked_judgments(self.inner, groups)

@@ -21,7 +21,7 @@ Strategy = Literal["best_worst", "best_random", "all_pairs"]
 
 @dataclass(frozen=True, slots=True)
 class PairCounts:
-    """Where the groups went: `PairCounts(groups=128, kept=121, tied=4, unjudged=2, identical=1, truncated=0, …)`.
+    """Counts of groups by outcome: `PairCounts(groups=128, kept=121, tied=4, unjudged=2, identical=1, truncated=0, …)`.
 
     A group that gives at least one pair counts in `groups_paired`; every other counts once, under the first of
     these that leaves it without a pair: `truncated`, `unjudged`, `identical`, `tied`. `kept` counts pairs.

@@ -22,10 +22,10 @@ Result = TypeVar("Result")
 
 
 def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
-    """`map(work, items)` by so many processes. They are at most a few items ahead of what is taken.
+    """`map(work, items)` in this many processes. They are at most a few items ahead of the consumer.
 
     Forked, since a spawned process would import a user's script a second time; the tokenizer has not been used in this
-    one, so that no thread of its own is lost.
+    one, so that none of its threads is lost.
     """
     if processes == 1:
         yield from map(work, items)

@@ -221,8 +221,8 @@ def _json_rows(handle: TextIO, file: Path) -> Iterator[dict[str, Any]]:
 def _json_items(handle: TextIO) -> Iterator[Any]:
     """The items of a JSON list, one by one, so that a large file is never in memory.
 
-    ijson names no line, and refuses NaN and integers of more than 64 bits: where it gives up, the standard library reads
-    the whole file and takes over, or names the fault. Of half a surrogate pair ijson makes a question mark.
+    ijson names no line, and refuses NaN and integers of more than 64 bits. If it gives up, the standard library reads
+    the whole file and continues, or names the fault. Of half a surrogate pair ijson makes a question mark.
 
     Raises:
         json.JSONDecodeError: with the line and column in the file.

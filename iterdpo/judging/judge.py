@@ -45,7 +45,7 @@ class JudgeBase(ABC):
     repeat: int = 0
     """Incremented to force a fresh sample; caches and fixed seeds must take it into account."""
     members: Sequence[JudgeBase] = ()
-    """The judges within it, which are told what it is told."""
+    """The judges within it, which receive the same calls."""
     trace: list[dict[str, Any]] | None = None
     """If it is a list, a judge that asks a language model adds every question and reply to it."""
 

@@ -12,8 +12,8 @@ class RunJudge:
 
     Args:
         named: which judge, with its limits.
-        run_dir: the run's directory, which the judge is told.
-        waiting: what the judge opens while it waits for a person.
+        run_dir: the run's directory, passed on to the judge.
+        waiting: the context that the judge enters while it waits for a person.
     """
 
     def __init__(self, named: NamedJudge, run_dir: Path, waiting: Waiting) -> None:

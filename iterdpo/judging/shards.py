@@ -50,7 +50,7 @@ def judge_shards(
     streamed: Callable[[str], Path] | None = None,
     on_shard: Callable[[Sequence[CompletionGroup], Sequence[Judgment]], object] = lambda groups, judgments: None,
 ) -> None:
-    """Judge what is missing in `directory`, in the order of the shards.
+    """Make the missing judgments in `directory`, in the order of the shards.
 
     Args:
         judge: which judge, and how many of the `total` completions it may leave without a score.
@@ -184,7 +184,7 @@ class StreamingJudge:
         self._shards.put(None)
 
     def path_of(self, shard: Path) -> Path:
-        """Where the judgments of this file of completions are left: the same judge and content, the same name."""
+        """The file for the judgments of this file of completions. Equal judge and content give an equal name."""
         return self._directory / f"{digest([self._judge.key, sha256_file(shard)])}.jsonl"
 
     def clear(self) -> None:

@@ -18,7 +18,7 @@ FloatArray = npt.NDArray[np.float64]
 BLOCK = 1 << 17
 """Completions whose scores and lengths are kept, 16 bytes each, until they are summed up."""
 MOST_REASONS = 10_000
-"""Reasons that are told apart: each may quote its completion, and then there is another one for each."""
+"""Maximum number of distinct reasons. A reason may quote its completion, and is then different for each."""
 
 
 class JudgeMetrics:

@@ -96,7 +96,7 @@ class Evaluation:
         return self.path / "completions"
 
     def judgments(self) -> dict[str, Path]:
-        """By role of the judge, where its judgments lie."""
+        """The directory of judgments, by role of the judge."""
         return {role.name: role for role in sorted((self.path / "judgments").glob("*"))}
 
 
@@ -109,7 +109,7 @@ def completion_shards(directory: Path) -> list[Path]:
 
 
 def write_card(directory: Path, shards: str) -> None:
-    """The page that tells `datasets` which files of a step are its data: the manifest beside them is JSON too."""
+    """The page that lists a step's data files for `datasets`, because the manifest next to them is JSON too."""
     card = f"---\nconfigs:\n- config_name: default\n  data_files: {json.dumps(shards)}\n---\n"
     (directory / "README.md").write_text(card, encoding="utf-8")
 

@@ -67,7 +67,7 @@ class Step:
     """One unit of work of a round, done once. See the module's docstring."""
 
     def __init__(self, path: Path, inputs: dict[str, Any], *, attic: Path | None = None) -> None:
-        """`attic`: where a step made with other inputs is moved, to be done again; None refuses instead."""
+        """`attic`: the directory for a step made with other inputs, which is then repeated; None refuses instead."""
         self.path, self.attic, self.partial = path, attic, path.with_name(path.name + ".partial")
         self.name = f"{path.parent.name}/{path.name}"
         self.inputs = json.loads(json.dumps(inputs, allow_nan=False))  # as it reads back from a manifest

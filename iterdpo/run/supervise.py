@@ -1,6 +1,6 @@
 """Child processes that die with their parent, whatever happens to it.
 
-`start(command)` runs `command` under a small guard process of its own session:
+`start(command)` runs `command` under a small guard process in a separate session:
 
     parent --(pipe)--> guard --> command --> whatever it starts
 

@@ -143,7 +143,7 @@ def grow_trees(pairs: Iterable[TokenPair]) -> tuple[list[Tree], PairIndex]:
 
 @dataclass(frozen=True, slots=True)
 class PairIndex:
-    """Where the completions of B pairs are among trees.
+    """Positions of the completions of B pairs among trees.
 
     Two pairs of one prompt that share their chosen completion:
     `PairIndex(tree=[0, 0], branches=[[0, 1], [0, 2]])`.
@@ -153,7 +153,7 @@ class PairIndex:
     branches: np.ndarray  # [B, 2], which of its branches are chosen and rejected; -1 if absent
 
     def in_batch(self, trees: Sequence[Tree], batch: Sequence[int]) -> PairSlots:
-        """Where they are in a batch of some of the trees; pairs of other trees are left out."""
+        """Their positions in a batch of some of the trees; pairs of other trees are left out."""
         first = np.full(len(trees), -1)  # the number in the batch of each tree's first branch
         total = 0
         for number in batch:

@@ -96,7 +96,7 @@ class Example(NamedTuple):
 
 
 def check_sentence(report: dict[str, Any]) -> str:
-    """`my-rm prefers the better completion in 71.2 % of 812 pairs (95 % interval 68.0 to 74.2 %).`, and what to heed."""
+    """`my-rm prefers the better completion in 71.2 % of 812 pairs (95 % interval 68.0 to 74.2 %).`, with warnings."""
     figures, name = report["figures"], report["judge"]["name"]
     accuracy: Estimate = figures["accuracy"]
     if accuracy.value is None or accuracy.low is None or accuracy.high is None:

@@ -1,1 +1,1 @@
-"""Language models as judges, behind an OpenAI-compatible endpoint."""
+"""Language models as judges, served by an OpenAI-compatible endpoint."""

@@ -153,7 +153,7 @@ class _LLMJudge(JudgeBase):
         return self.client.usage()
 
     def close(self) -> None:
-        """Give the device of its own server back. The next judgment wakes it."""
+        """Release the device of the judge's server. The next judgment wakes the server."""
         if self.server is not None:
             self.server.release()
 

@@ -2,7 +2,7 @@
 
 The loop is written out because it is shorter than a configuration of tenacity: an attempt reports its failure as a value
 with the server's Retry-After, and the caller's pause ends early with its deadlines and its circuit breaker, so that
-tenacity would need a wait, a stop, a retry and a sleep of our own.
+tenacity would need our own wait, stop, retry and sleep.
 """
 
 from __future__ import annotations

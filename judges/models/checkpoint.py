@@ -70,7 +70,7 @@ class ClassifierJudge(JudgeBase):
 
     @abstractmethod
     def _check_arguments(self) -> None:
-        """Refuse bad arguments of its own."""
+        """Refuse bad arguments that only this judge has."""
 
     @abstractmethod
     def _check_config(self, config: dict[str, Any]) -> None:

@@ -119,7 +119,7 @@ class Person(JudgeBase):
 
 
 class Plan(NamedTuple):
-    """What is asked of one group: the tasks, and for each the completions on its left and right."""
+    """The questions about one group: the tasks, and for each the completions on its left and right."""
 
     tasks: list[Task]
     shown: list[tuple[int, int]]
