@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter
+
 from iterdpo.errors import ChildFailed
 from iterdpo.run import supervise
 
@@ -65,7 +67,8 @@ class JsonLinesWorker:
         assert process.stdout is not None
         line = b""
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps({"request": kind, "fields": request}, default=asdict).encode() + b"\n")
+            fields = TypeAdapter(type(request)).dump_python(request, mode="json")
+            process.stdin.write(json.dumps({"request": kind, "fields": fields}).encode() + b"\n")
             process.stdin.flush()
             line = process.stdout.readline()
         answer: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {"error": "the process died"}
@@ -94,12 +97,14 @@ def serve(handlers: Mapping[type, Callable[[Any], Any]], *, prepare: Callable[[]
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     prepare()
-    handler_of = {kind.__name__: (kind, handle) for kind, handle in handlers.items()}
+    handler_of: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+        kind.__name__: (TypeAdapter(kind).validate_python, handle) for kind, handle in handlers.items()
+    }
     for line in sys.stdin:
         message = json.loads(line)
-        kind, handle = handler_of[message["request"]]
+        typed, handle = handler_of[message["request"]]
         try:
-            answer = json.dumps({"reply": handle(kind(**message["fields"]))}, default=asdict)
+            answer = json.dumps({"reply": handle(typed(message["fields"]))}, default=asdict)
         except Exception as error:
             traceback.print_exc()
             answer = json.dumps({"error": f"{type(error).__name__}: {error}"})

@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from iterdpo.config import EngineConfig
 from iterdpo.types import Completion
 
 
@@ -75,7 +76,9 @@ class Start:
     """Build the engine with the policy's weights."""
 
     policy: str
-    engine: dict[str, Any]  # keyword arguments of vllm.LLM
+    engine: EngineConfig
+    max_model_len: int
+    trust_remote_code: bool
     lora: str
     adapter_rank: int | None
     scratch: str
@@ -100,7 +103,7 @@ class Load:
 class Sample:
     prompt_ids: list[list[int]]  # [prompts][T]
     seeds: list[int]  # [prompts]
-    parameters: dict[str, Any]  # those of SamplingParameters, which vLLM's class of that name takes
+    parameters: SamplingParameters
 
 
 @dataclass(frozen=True)

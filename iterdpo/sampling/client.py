@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,13 +46,12 @@ class VLLMSampler:
     ) -> None:
         self.log, self._say, self._reserved = log, say, reserved
         self._lora, self._adapter_rank = engine.lora, adapter_rank
-        own = {"max_model_len": max_model_len, "trust_remote_code": trust_remote_code, **engine.extra}
-        self._engine = engine.model_dump(exclude={"max_model_len", "kv_cache_gib", "lora", "extra"}) | own
+        self._engine, self._max_model_len, self._trust_remote_code = engine, max_model_len, trust_remote_code
         self._env = {
             "VLLM_CONFIGURE_LOGGING": "1",
             **os.environ,
             # In-process is the quicker start for one device; several need vLLM's own worker processes.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if self._engine["tensor_parallel_size"] > 1 else "0",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if engine.tensor_parallel_size > 1 else "0",
             "VLLM_CPU_KVCACHE_SPACE": f"{engine.kv_cache_gib}",
             "VLLM_NO_USAGE_STATS": "1",
             "PYTHONUNBUFFERED": "1",
@@ -82,7 +80,7 @@ class VLLMSampler:
     ) -> list[list[Completion]]:
         assert self._loaded is not None, "load a policy first"
         assert not self._asleep, "load wakes the engine up"
-        request = Sample(list(prompt_ids), list(seeds), asdict(parameters))
+        request = Sample(list(prompt_ids), list(seeds), parameters)
         return self._call(request, lambda groups: [[Completion(**c) for c in group] for group in groups])
 
     def release(self) -> None:
@@ -96,7 +94,8 @@ class VLLMSampler:
 
     def _start_engine(self, policy: Path) -> None:
         scratch = str(self.log.absolute().parent / ".merged")
-        start = Start(str(policy), self._engine, self._lora, self._adapter_rank, scratch)
+        model = (self._max_model_len, self._trust_remote_code, self._lora, self._adapter_rank)
+        start = Start(str(policy), self._engine, *model, scratch)
         reason = self._call(start, Started).no_adapters
         if reason is not None:
             self._say(f"vLLM does not start with room for adapters; they are merged instead ({reason.splitlines()[0]})")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,17 +58,20 @@ class Worker:
 
         self.on_gpu = not current_platform.is_cpu()
         self.lora, self.scratch = request.lora, Path(request.scratch)
-        self.trust_remote_code = request.engine["trust_remote_code"]
+        self.trust_remote_code = request.trust_remote_code
+        engine = request.engine.model_dump(include={"dtype", "max_num_seqs", "gpu_memory_utilization"})
+        engine |= {"max_model_len": request.max_model_len, "tensor_parallel_size": request.engine.tensor_parallel_size}
+        engine |= {"trust_remote_code": request.trust_remote_code, **request.engine.extra}
         rank = request.adapter_rank
         self.native = rank is not None and (self.lora == "vllm" or (self.lora == "auto" and self.on_gpu))
         self.adapter: Any = None
         self.adapters = 0
-        defaults: dict[str, Any] = {"enable_sleep_mode": True} if self.on_gpu else cpu_defaults(request.engine)
+        defaults: dict[str, Any] = {"enable_sleep_mode": True} if self.on_gpu else cpu_defaults(engine["max_model_len"])
         if self.native:
             assert rank is not None
             defaults |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": engine_rank(rank)}
         self.weights = adapter_base(request.policy) or request.policy
-        self.llm = LLM(self.weights, seed=0, disable_log_stats=True, **{**defaults, **request.engine})
+        self.llm = LLM(self.weights, seed=0, disable_log_stats=True, **{**defaults, **engine})
         if self.weights != request.policy:
             self._use(request.policy)
 
@@ -129,7 +133,7 @@ class Worker:
 
         self.llm.reset_prefix_cache()
         # logprobs=0: that of the sampled token alone, of the unmodified distribution
-        settings = [SamplingParams(**request.parameters, seed=seed, logprobs=0) for seed in request.seeds]
+        settings = [SamplingParams(**asdict(request.parameters), seed=seed, logprobs=0) for seed in request.seeds]
         prompts = [{"prompt_token_ids": ids} for ids in request.prompt_ids]
         outputs = self.llm.generate(prompts, settings, use_tqdm=False, lora_request=self.adapter)
         return Sampled([[completion_of(c) for c in output.outputs] for output in outputs])
@@ -200,13 +204,13 @@ def engine_rank(rank: int) -> int:
     return fitting[0]
 
 
-def cpu_defaults(engine: dict[str, Any]) -> dict[str, Any]:
+def cpu_defaults(max_model_len: int) -> dict[str, Any]:
     return {
         # Compiling takes 45 s and gains a tenth for models that a CPU can sample from at all.
         "enforce_eager": True,
         # A seeded request that is prefilled in chunks crashes vLLM's CPU sampler.
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(4096, engine["max_model_len"]),
+        "max_num_batched_tokens": max(4096, max_model_len),
     }
 
 

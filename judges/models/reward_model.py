@@ -97,8 +97,8 @@ class RewardModelJudge(ClassifierJudge):
         if self.backend == "vllm":
             check_architecture(self._what, self._config.architectures, ARCHITECTURES, REMEDY)
             limit = self._token_limit(self._config, self._tokenizer)
-            engine = {"max_model_len": limit, "dtype": self.dtype, **self._source, **(self.engine or {})}
-            self._model = Pooler(self.model, engine)
+            source = {**self._source, "max_model_len": limit, "dtype": self.dtype}
+            self._model = Pooler(self.model, engine=self.engine or {}, **source)
         else:
             from transformers import AutoModelForSequenceClassification
 

@@ -15,7 +15,11 @@ from iterdpo.run.worker import Done, JsonLinesWorker, serve
 @dataclass(frozen=True)
 class Start:
     model: str
-    engine: dict[str, Any]  # keyword arguments of vllm.LLM
+    max_model_len: int
+    dtype: str
+    revision: str | None
+    trust_remote_code: bool
+    engine: dict[str, Any]  # the user's own keyword arguments of vllm.LLM, as they are
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,23 @@ class Pooler:
     """An engine with one checkpoint, in a process that dies with this one.
 
     Args:
-        model: a checkpoint directory or hub id.
-        engine: keyword arguments of `vllm.LLM`; `max_model_len` is needed.
+        model: a checkpoint directory or hub id, with its `revision`.
+        engine: further keyword arguments of `vllm.LLM`, which come last.
 
     Raises:
         ChildFailed: the engine does not start; with the end of its log.
     """
 
-    def __init__(self, model: str, engine: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        max_model_len: int,
+        dtype: str,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        engine: dict[str, Any],
+    ) -> None:
         descriptor, log = tempfile.mkstemp(prefix="iterdpo-pooling-", suffix=".log")
         os.close(descriptor)
         env = {
@@ -52,7 +65,7 @@ class Pooler:
         }
         self._log = Path(log)
         self._worker = JsonLinesWorker("judges.models.vllm_pooling", name="reward model", log=self._log, env=env)
-        self._worker.call(Start(model, engine), Done)
+        self._worker.call(Start(model, max_model_len, dtype, revision, trust_remote_code, engine), Done)
 
     def logits(self, rows: Sequence[list[int]]) -> list[list[float]]:
         """[rows][labels], without an activation.
@@ -75,10 +88,11 @@ class _Server:
 
         from iterdpo.sampling.worker import cpu_defaults
 
-        defaults = cpu_defaults(request.engine) if current_platform.is_cpu() else {}
+        defaults = cpu_defaults(request.max_model_len) if current_platform.is_cpu() else {}
+        asked = {name: value for name, value in vars(request).items() if name != "engine"} | request.engine
         # Weights from safetensors only, never unpickled.
         settings = {"runner": "pooling", "load_format": "safetensors", "seed": 0, "disable_log_stats": True}
-        self.llm = LLM(request.model, **{**settings, **defaults, **request.engine})
+        self.llm = LLM(**{**settings, **defaults, **asked})
         return Done()
 
     def score(self, request: Score) -> Scored:

@@ -39,7 +39,7 @@ class Die:
 
 def double(request: Double) -> Doubled:
     print("a library prints this")
-    points: Any = [Point(2 * point["x"]) for point in request.points]  # type: ignore[index]
+    points: Any = [Point(2 * point.x) for point in request.points]
     return Doubled(2 * request.text, points)
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from iterdpo.config import EngineConfig
 from iterdpo.sampling.base import Start, Started
 from iterdpo.sampling.worker import Worker, adapts_head, completion_of, cpu_defaults
 from iterdpo.types import Completion
 
-START = Start("policy", engine={}, lora="auto", adapter_rank=4, scratch="scratch")
+START = Start("policy", EngineConfig(), 64, False, lora="auto", adapter_rank=4, scratch="scratch")
 
 
 class Refusing(Worker):
@@ -46,8 +47,8 @@ def test_a_completion_has_the_log_probability_of_each_sampled_token() -> None:
 
 
 def test_a_cpu_engine_prefills_the_longest_prompt_in_one_piece() -> None:
-    assert cpu_defaults({"max_model_len": 64})["max_num_batched_tokens"] == 4096
-    assert cpu_defaults({"max_model_len": 9000})["max_num_batched_tokens"] == 9000
+    assert cpu_defaults(64)["max_num_batched_tokens"] == 4096
+    assert cpu_defaults(9000)["max_num_batched_tokens"] == 9000
 
 
 @pytest.mark.parametrize(
