@@ -128,6 +128,6 @@ def test_an_accelerate_configuration_must_exist_and_mean_as_many_processes(tmp_p
     with pytest.raises(ConfigError, match="no such file"):
         check_training(DPOConfig(accelerate_config=str(path)))
     path.write_text("num_processes: 4\n")
-    with pytest.raises(ConfigError, match=r"num_processes is 4 and dpo\.processes 1"):
+    with pytest.raises(ConfigError, match=r"num_processes is 4, but dpo\.processes is 1"):
         check_training(DPOConfig(accelerate_config=str(path)))
     check_training(DPOConfig(accelerate_config=str(path), processes=4))
