@@ -52,7 +52,7 @@ def test_there_is_a_file_for_each_kind_of_distribution() -> None:
 def test_every_file_loads_and_names_as_many_processes_as_the_configuration_must(file: Path) -> None:
     assert load_config_from_file(str(file)).num_processes == 8
     check_training(DPOConfig(processes=8, accelerate_config=str(file)))
-    with pytest.raises(ConfigError, match=r"num_processes is 8 and dpo\.processes 4"):
+    with pytest.raises(ConfigError, match=r"num_processes is 8, but dpo\.processes is 4"):
         check_training(DPOConfig(processes=4, accelerate_config=str(file)))
 
 
