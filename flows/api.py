@@ -128,8 +128,9 @@ def retry_judgments(
     Raises:
         UserError: no run, no such judgments, or nothing that abstained.
     """
-    directory = RunDir(run_dir)
-    run = open_run(parse_config(Config, directory.read_config()), progress=progress)
+    settings = RunDir(run_dir).read_config() | {"run_dir": str(run_dir)}  # wherever it lies now
+    run = open_run(parse_config(Config, settings), progress=progress)
+    directory = run.dir
     with directory.lock(), run:
         judged = {r: m for r in directory.rounds() if (m := read_manifest(directory.round_dir(r) / "judgments"))}
         round = max(judged, default=0) if round is None else round

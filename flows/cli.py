@@ -147,11 +147,12 @@ def retry(
 ) -> int:
     """Judge a run's abstentions again."""
     from flows.api import retry_judgments
+    from iterdpo.escape import printable
 
     round, before, after = retry_judgments(run_dir, round=number, progress=Progress(sys.stdout))
     print(f"round {round}: {before['unjudged']:,} completions without a score before, {after['unjudged']:,} now")
     for reason, count in after["abstentions"].items():
-        print(f"  {count:>8,}  {reason}")
+        print(f"  {count:>8,}  {printable(reason)}")
     print("iterdpo run ... --redo repeats the steps that used the old judgments")
     return 0
 

@@ -23,6 +23,7 @@ from flows.loop import PLAIN, Stages, run_loop, run_round
 from flows.review import waiting
 from flows.serving import overridden
 from iterdpo.config import Config
+from iterdpo.errors import ConfigError
 from iterdpo.report.page import refresh_report, write_report
 from iterdpo.report.plots import as_png, figures
 from iterdpo.run.progress import Progress
@@ -65,8 +66,10 @@ def add_rounds_flow(config: Config) -> Flow[..., str]:
         """Add `rounds` to the lineage in the run directory, from its last policy, on prompts not used before.
 
         A trigger that finds another one at work waits for it. The first round of a new directory also evaluates the
-        initial policy. `overrides` sets numbers for these rounds: {"prompts.per_round": 64}.
+        initial policy. `overrides` sets numbers for these rounds: {"judge.max_abstained": 0.5}.
         """
+        if rounds < 1:
+            raise ConfigError(f"rounds = {rounds}: a trigger adds at least one")
         logger = get_run_logger()
         directory = RunDir(config.run_dir)
         logger.info("waiting for %s, which another run may be using", directory.root)

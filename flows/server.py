@@ -119,6 +119,8 @@ def start_server(log: Path) -> Iterator[PrefectAPI]:
                     f"the Prefect server did not start; run without it (--no-prefect), or see {log}\n{server.log_tail()}"
                 )
             time.sleep(0.1)
+        if server.poll() is not None:
+            raise ChildFailed(f"another process took port {port} while the Prefect server started; try again")
         yield PrefectAPI(f"{origin}/api", password, log, begun)
 
 

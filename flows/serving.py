@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 OVERRIDABLE = (
-    "prompts.per_round",
     "sampling.engine.max_num_seqs",
     "sampling.engine.kv_cache_gib",
     "sampling.engine.gpu_memory_utilization",
@@ -92,7 +91,7 @@ def serve(
 
 
 def overridden(config: Config, rounds: int, overrides: Mapping[str, float]) -> Config:
-    """`config` with a trigger's numbers: `overridden(config, 7, {"prompts.per_round": 64})` has seven rounds in all.
+    """`config` with a trigger's numbers: `overridden(config, 7, {"judge.max_abstained": 0.5})` has seven rounds in all.
 
     Raises:
         ConfigError: a key that a trigger may not set, or a value that is not a number or out of its range.

@@ -50,7 +50,7 @@ class PromptFile:
     @staticmethod
     def open(path: Path) -> PromptFile:
         """The prompts that `write` wrote down."""
-        return PromptFile(_Lines(open(path, "rb")))  # read for as long as the prompts are
+        return PromptFile(_Lines(path))
 
     @staticmethod
     def of(prompts: Iterable[Prompt]) -> PromptFile:
@@ -79,8 +79,7 @@ class PromptFile:
         """What identifies the prompts: a hash of ids, contents and columns, in order; `digest([[id, …], …])`."""
         text = hashlib.sha256(b"[")
         for number, line in enumerate(self._lines.read(self._rows)):
-            row = canonical(_parts(_prompt(line))).encode() if line.startswith(b"{") else line[:-1]
-            text.update(b"," + row if number else row)
+            text.update(b"," + line[:-1] if number else line[:-1])
         text.update(b"]")
         return text.hexdigest()[:16]
 
@@ -297,12 +296,15 @@ class _Index:
 class _Lines:
     """A file of prompts, a line each. The index of a file that was not written here is made when it is needed."""
 
-    def __init__(self, handle: IO[bytes], index: _Index | None = None) -> None:
-        self._handle = handle
+    def __init__(self, source: IO[bytes] | Path, index: _Index | None = None) -> None:
+        """`source`: an open file, which lives as long as this does, or a path, which is opened to be read."""
+        self._source = source
         self._seeds: dict[tuple[int | str, ...], Array] = {}
-        self.ends = _line_ends(handle) if index is None else index.ends
         if index is not None:
-            self.index, self.ids = index, index.ids
+            self.index, self.ids, self.ends = index, index.ids, index.ends
+        else:
+            assert isinstance(source, Path)
+            self.ends = _line_ends(source)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -310,7 +312,13 @@ class _Lines:
     def read(self, rows: Array | None = None) -> Iterator[bytes]:
         """The lines `rows`, in that order, or all of them."""
         rows = np.arange(len(self)) if rows is None else rows
-        file = self._handle.fileno()
+        if isinstance(self._source, Path):
+            with open(self._source, "rb") as handle:
+                yield from self._read(handle.fileno(), rows)
+        else:
+            yield from self._read(self._source.fileno(), rows)
+
+    def _read(self, file: int, rows: Array) -> Iterator[bytes]:
         for at in range(0, len(rows), CHUNK):
             some = rows[at : at + CHUNK]
             begins, ends = np.where(some > 0, self.ends[some - 1], 0), self.ends[some]
@@ -386,22 +394,22 @@ def _kept(prompts: Iterable[Parts], cache: Path, name: str, stamp: str) -> _Line
     return _Lines(open(place / LINES, "rb"), index)  # read for as long as the prompts are
 
 
-def _line_ends(handle: IO[bytes]) -> Array:
+def _line_ends(path: Path) -> Array:
     found, end = [np.zeros(0, np.int64)], 0
-    while block := handle.read(1 << 24):
-        found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + end + 1)
-        end += len(block)
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 24):
+            found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + end + 1)
+            end += len(block)
     return np.concatenate(found)
 
 
 def _prompt(line: bytes) -> Prompt:
-    value = json.loads(line)
-    return Prompt(**value) if isinstance(value, dict) else Prompt(*value)  # an object: pinned by version 0.1
+    return Prompt(*json.loads(line))
 
 
 def _id(line: bytes) -> str:
     """The id alone: the rest of the line is not decoded."""
-    return scanstring(line.decode(), 2)[0] if line.startswith(b'["') else _prompt(line).id
+    return str(scanstring(line.decode(), 2)[0])
 
 
 def _parts(prompt: Prompt) -> Parts:

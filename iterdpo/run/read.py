@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
 COLUMNS = ("prompt_id", "prompt", "k", "text", "tokens", "finish_reason")
 EVALUATION_JUDGES = ("train_judge", "heldout_judge")
+OWN = {
+    *COLUMNS,
+    "abstention",
+    *(f"{name}{end}" for name in ("score", *EVALUATION_JUDGES) for end in ("", "_abstention")),
+}
+"""Names that a column of the prompt file cannot have among ours."""
 
 
 def read_run(path: str | Path) -> Run:
@@ -139,10 +145,17 @@ class Run:
 def _rows(groups: Path, judges: dict[str, Path]) -> Iterator[dict[str, Any]]:
     """A row for each completion in `groups`, with `<judge>` and `<judge>_abstention`; a shard is in memory at a time."""
     judged = {name: read_judgments(path) for name, path in judges.items()}
-    own = {*COLUMNS, *(f"{name}{end}" for name in judges for end in ("", "_abstention"))}
     for group in read_groups(groups):
         judgments = {name: next(rows, None) for name, rows in judged.items()}
-        columns = {f"column/{name}" if name in own else name: value for name, value in group.prompt.columns.items()}
+        for name, judgment in judgments.items():
+            if judgment is not None and (judgment.prompt_id, len(judgment.scores)) != (
+                group.prompt.id,
+                len(group.completions),
+            ):
+                raise UserError(
+                    f"{judges[name]}: made for other completions than those in {groups}; run again with --redo"
+                )
+        columns = {f"column/{name}" if name in OWN else name: value for name, value in group.prompt.columns.items()}
         for k, completion in enumerate(group.completions):
             sampled = (completion.text, len(completion.token_ids), completion.finish_reason)
             row: dict[str, Any] = dict(zip(COLUMNS, (group.prompt.id, group.prompt.text, k, *sampled), strict=True))

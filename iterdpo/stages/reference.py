@@ -24,10 +24,9 @@ def reference_policy(run: IterativeRun, round: int, policy: PolicyCheckpoint) ->
 
 
 def reference_steps(run: IterativeRun, round: int, policy: PolicyCheckpoint) -> Iterator[Step]:
-    """The steps that `reference_policy` takes: with `ema`, one for each round up to this whose average is new."""
+    """The steps that `reference_policy` takes: with `ema`, the average of the round, if it is new; those of earlier rounds are done."""
     if run.config.dpo.reference == "ema" and round > 1:
         before = run.policy_after(round - 2)
-        yield from reference_steps(run, round - 1, before)
         step = _step(run, round, policy, _average(run, round - 1, before))
         if step is not None:
             yield step

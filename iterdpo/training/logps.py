@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from iterdpo.training import attention
 from iterdpo.training.collate import Batch, Tree, collate
-from iterdpo.training.models import load_policy
+from iterdpo.training.models import free_memory, load_policy
 
 CHUNK_ELEMENTS = 1 << 23  # logits in memory at once: 32 MiB in float32
 
@@ -303,6 +303,5 @@ def score_completions(
         if on_progress is not None:
             on_progress(start + len(rows))
     del policy, model
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    free_memory()
     return scores

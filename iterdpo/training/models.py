@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,10 @@ def average_checkpoints(first: Path, second: Path, *, decay: float, output: Path
                     old = other.get_tensor(name)
                 mixed[name] = torch.lerp(new.float(), old.float(), decay).to(new.dtype)
         save_file(mixed, output / file.name, metadata={"format": "pt"})
+
+
+def free_memory() -> None:
+    """Give back the memory of models that are no longer referenced, to the device too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,6 +65,8 @@ class ClassifierJudge(JudgeBase):
 
     def close(self) -> None:
         self._model = self._tokenizer = None
+        from iterdpo.training.models import free_memory  # imports torch
+
         free_memory()
 
     @abstractmethod
@@ -151,12 +152,3 @@ def check_architecture(what: str, architectures: Sequence[str] | None, known: Se
         raise JudgeError(
             f"{what}: its architecture is {', '.join(architectures or ['none'])}, which gives no scores; use {remedy}"
         )
-
-
-def free_memory() -> None:
-    """Give back the memory of models that are no longer referenced, to the device too."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

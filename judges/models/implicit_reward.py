@@ -16,7 +16,7 @@ from iterdpo.errors import DataError, JudgeError
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
 from judges.base import Abstention, check_choice, is_number, judgments_from_outcomes
-from judges.models.checkpoint import checkpoint_config, free_memory
+from judges.models.checkpoint import checkpoint_config
 
 PRECISIONS = ("bf16", "fp32")
 
@@ -87,6 +87,8 @@ class ImplicitReward(JudgeBase):
 
     def close(self) -> None:
         self._models = []
+        from iterdpo.training.models import free_memory  # imports torch
+
         free_memory()
 
     def _load_tokenizer(self) -> None:

@@ -29,15 +29,15 @@ def config(tmp_path: Path) -> Config:
 
 
 def test_a_trigger_sets_rounds_and_numbers_and_leaves_the_rest_as_it_was_served(config: Config) -> None:
-    changed = overridden(config, 7, {"prompts.per_round": 64, "judge.max_abstained": 0.5})
-    assert (changed.rounds, changed.prompts.per_round, changed.judge.max_abstained) == (7, 64, 0.5)
-    served = {"rounds": config.rounds, "prompts": config.prompts, "judge": config.judge}
+    changed = overridden(config, 7, {"sampling.engine.max_num_seqs": 64, "judge.max_abstained": 0.5})
+    assert (changed.rounds, changed.sampling.engine.max_num_seqs, changed.judge.max_abstained) == (7, 64, 0.5)
+    served = {"rounds": config.rounds, "sampling": config.sampling, "judge": config.judge}
     assert changed.model_copy(update=served) == config
 
 
 @pytest.mark.parametrize("key", ["model.path", "model.trust_remote_code", "judge.use", "judge.args", "run_dir", "dpo"])
 def test_a_trigger_cannot_set_a_key_that_is_not_on_the_list(config: Config, key: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{key}' cannot be set by a trigger; prompts.per_round, "):
+    with pytest.raises(ConfigError, match=f"'{key}' cannot be set by a trigger; sampling.engine.max_num_seqs, "):
         overridden(config, 1, {key: 1})
 
 
@@ -49,8 +49,10 @@ def test_a_trigger_sets_nothing_but_numbers(config: Config, key: str, value: Any
 
 
 def test_a_number_out_of_range_is_refused_with_its_key(config: Config) -> None:
-    with pytest.raises(ConfigError, match=r"prompts\.per_round = 0: input should be greater than or equal to 1"):
-        overridden(config, 1, {"prompts.per_round": 0})
+    with pytest.raises(
+        ConfigError, match=r"sampling\.engine\.max_num_seqs = 0: input should be greater than or equal to 1"
+    ):
+        overridden(config, 1, {"sampling.engine.max_num_seqs": 0})
     with pytest.raises(ConfigError, match="rounds = 0: input should be greater than or equal to 1"):
         overridden(config, 0, {})
 
