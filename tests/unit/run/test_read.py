@@ -70,6 +70,14 @@ def test_completions_not_judged_yet_have_neither_score_nor_reason(run_dir: Path)
     assert table["abstention"].isna().all()
 
 
+def test_judgments_of_other_completions_are_not_shown_as_these(run_dir: Path) -> None:
+    cats = make_group("cats?", ["yes", "no!"])
+    for other in (Judgment("another prompt", [0.9, 0.1], [None, None]), Judgment(cats.prompt.id, [0.9], [None])):
+        write_judgment_shard(run_dir / "round-001" / "judgments" / "shard-000000.jsonl", [other])
+        with pytest.raises(UserError, match="made for other completions"):
+            read_run(run_dir).completions(1)
+
+
 def test_evaluation_has_both_judges_columns_even_without_a_heldout_judge(run_dir: Path) -> None:
     table = read_run(run_dir).evaluation(0)
     assert list(table["train_judge"][:3]) == [0.9, 0.1, 0.4]

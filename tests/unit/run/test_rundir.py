@@ -544,3 +544,19 @@ def test_a_run_of_this_format_is_opened_again(tmp_path: Path) -> None:
 
 def test_two_attics_of_one_process_are_two_directories(tmp_path: Path) -> None:
     assert RunDir(tmp_path).attic != RunDir(tmp_path).attic
+
+
+def test_a_kill_while_a_step_is_sealed_loses_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step(tmp_path / "round-001" / "policy", {"seed": 1})
+    (step.begin() / "weights").write_text("made")
+
+    def killed(directory: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rundir, "sync_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            step.finish()
+    again = Step(step.path, {"seed": 1})
+    assert (again.begin() / "weights").read_text() == "made"
+    assert list(again.finish().files) == ["weights"]
