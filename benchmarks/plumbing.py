@@ -6,7 +6,7 @@
 Each size runs in a process of its own. Printed for each: seconds to open the run the first time and again, and to plan
 it (`--dry-run` without the tokenizer), completions a second through sample, judge and pair together, seconds of each
 stage, and the highest resident memory. A tenth as many prompts are held out. The engine's fake hands out slices of
-lists made before; the judge's fake scores by the first token.
+arrays made before; the judge's fake scores by the first token.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import random
 import shutil
 import tempfile
 import time
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,13 @@ WORDS = "the sea is wide and the sky was never so blue as on the day when nobody
 
 
 class FastSampler(FakeSampler):
-    """An engine that costs next to nothing: each completion is cut out of a long list at random."""
+    """An engine that costs next to nothing: each completion is cut out of a long array at random."""
 
     def __init__(self) -> None:
         super().__init__(lambda ids, k: "")
         draw = random.Random(0)
-        self.tokens = [draw.randrange(3, VOCABULARY) for _ in range(100_000)]
-        self.logprobs = [-draw.random() for _ in range(100_000)]
+        self.tokens = array("i", [draw.randrange(3, VOCABULARY) for _ in range(100_000)])
+        self.logprobs = array("f", [-draw.random() for _ in range(100_000)])
         self.text = " ".join(draw.choices(WORDS.split(), k=20_000))
 
     def sample(

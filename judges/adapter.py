@@ -173,7 +173,7 @@ class CustomJudge(JudgeBase):
             "completions": [
                 [{"role": "assistant", "content": c.text}] if p.conversational else c.text for p, c in rows
             ],
-            "completion_ids": [c.token_ids for _, c in rows],
+            "completion_ids": [list(c.token_ids) for _, c in rows],
             "trainer_state": SimpleNamespace(global_step=0, max_steps=0, epoch=0.0),  # as before the first step
             "log_extra": lambda column, values: None,
             "log_metric": lambda metric, value: None,

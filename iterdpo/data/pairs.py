@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from iterdpo.run.artifacts import number_lists
 from iterdpo.run.rundir import sha256_file, sync_tree
 from iterdpo.types import Completion, PreferencePair
 
@@ -133,18 +134,41 @@ def pairs_table(pairs: Sequence[PreferencePair], kind: Kind = "pairs") -> pa.Tab
     """A row each, in the columns that are written. Of messages, what is not role or content is not."""
     import pyarrow as pa
 
-    word, number, text = pa.string(), pa.float64(), pa.string()
-    if pairs and pairs[0].prompt.conversational:
-        text = pa.list_(pa.struct([("role", word), ("content", word)]))
+    chat = bool(pairs) and pairs[0].prompt.conversational
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+
+    def texts(contents: Iterable[Any]) -> pa.Array:
+        return pa.array(contents, pa.list_(message) if chat else pa.string())
+
+    def completions(sides: Iterable[Completion]) -> pa.Array:
+        return texts([[{"role": "assistant", "content": c.text}] if chat else c.text for c in sides])
+
+    def finish_reasons(sides: Iterable[Completion]) -> pa.Array:
+        return pa.array([c.finish_reason for c in sides], pa.string())
+
+    prompts = {"prompt": texts([p.prompt.content for p in pairs])}
+    ids = {"prompt_id": pa.array([p.prompt.id for p in pairs], pa.string())}
+    sides = {"chosen": [p.chosen for p in pairs], "rejected": [p.rejected for p in pairs]}
+    tokens = {"prompt": [p.prompt_ids for p in pairs]} | {k: [c.token_ids for c in side] for k, side in sides.items()}
     if kind == "pairs":
-        columns = {"prompt": text, "chosen": text, "rejected": text, "prompt_id": word}
-        columns |= dict.fromkeys(("chosen_score", "rejected_score"), number)
-        columns |= dict.fromkeys(("chosen_finish_reason", "rejected_finish_reason"), word)
-        columns |= dict.fromkeys(SAMPLER_COLUMNS, number)
+        scores = {"chosen": [p.chosen_score for p in pairs], "rejected": [p.rejected_score for p in pairs]}
+        columns = prompts | {
+            **{k: completions(side) for k, side in sides.items()},
+            **ids,
+            **{f"{k}_score": pa.array(values, pa.float64()) for k, values in scores.items()},
+            **{f"{k}_finish_reason": finish_reasons(side) for k, side in sides.items()},
+            **{f"{k}_sampler_logp": pa.array(map(_sum, side), pa.float64()) for k, side in sides.items()},
+        }
     else:
-        columns = {"prompt": text, "completion": text, "label": pa.bool_(), "prompt_id": word, "finish_reason": word}
-    schema = pa.schema(columns | dict.fromkeys(TOKEN_COLUMNS, pa.list_(pa.int32())))
-    return pa.Table.from_pylist([_row(pair) for pair in pairs], schema)
+        labels = [bool(c.token_ids) for c in sides["chosen"]]
+        only = [p.chosen if label else p.rejected for p, label in zip(pairs, labels, strict=True)]
+        columns = prompts | {
+            "completion": completions(only),
+            "label": pa.array(labels, pa.bool_()),
+            **ids,
+            "finish_reason": finish_reasons(only),
+        }
+    return pa.table(columns | {f"{k}_token_ids": number_lists(rows, "i") for k, rows in tokens.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,21 +265,5 @@ def _flatten(path: Path, tokens: IO[bytes]) -> np.ndarray:
     return np.concatenate([np.concatenate(parts, axis=1), groups[None]])
 
 
-def _row(pair: PreferencePair) -> dict[str, Any]:
-    """The columns of both kinds; a table takes those that it has."""
-    label = bool(pair.chosen.token_ids)
-    row: dict[str, Any] = {
-        "prompt": pair.prompt.content,
-        "prompt_id": pair.prompt.id,
-        "prompt_token_ids": pair.prompt_ids,
-    }
-    row |= {"label": label, "chosen_score": pair.chosen_score, "rejected_score": pair.rejected_score}
-    only = pair.chosen if label else pair.rejected
-    for name, side in (("completion", only), ("chosen", pair.chosen), ("rejected", pair.rejected)):
-        row |= {
-            name: [{"role": "assistant", "content": side.text}] if pair.prompt.conversational else side.text,
-            f"{name}_finish_reason": side.finish_reason,
-            f"{name}_sampler_logp": sum(side.logprobs) if side.logprobs else None,
-            f"{name}_token_ids": side.token_ids,
-        }
-    return row | {"finish_reason": only.finish_reason}
+def _sum(completion: Completion) -> float | None:
+    return sum(completion.logprobs) if completion.logprobs else None

@@ -33,6 +33,7 @@ class JudgeMetrics:
 
     def add(self, groups: Iterable[CompletionGroup], judgments: Iterable[Judgment]) -> JudgeMetrics:
         n = self._count
+        judged: list[list[tuple[float, int]]] = []
         for group, judgment in zip(groups, judgments, strict=True):
             n["completions"] += len(judgment.scores)
             n["abstained"] += judgment.scores.count(None)
@@ -47,14 +48,16 @@ class JudgeMetrics:
                 n["cycles"] += cycles
                 n["triads"] += triads
             scored = zip(judgment.scores, group.completions, strict=True)
-            judged = [(score, len(c.token_ids)) for score, c in scored if score is not None]
-            for (s, m), (t, k) in itertools.combinations(judged, 2):
-                if s != t and m != k:
-                    n["of unlike length"] += 1
-                    n["longer wins"] += (s > t) == (m > k)
-            if len(judged) > 1:
-                scores, lengths = np.array(judged, dtype=float).T
-                self._lengths.add(scores - scores.mean(), lengths - lengths.mean())
+            judged.append([(score, len(c.token_ids)) for score, c in scored if score is not None])
+        for k, alike in itertools.groupby(judged, key=len):
+            if k > 1:
+                scores, lengths = np.moveaxis(np.array(list(alike), dtype=float), 2, 0).copy()  # [groups, k] each
+                self._lengths.add(*((x - x.mean(axis=1, keepdims=True)).ravel() for x in (scores, lengths)))
+                i, j = np.triu_indices(k, 1)
+                unlike = (scores[:, i] != scores[:, j]) & (lengths[:, i] != lengths[:, j])
+                longer_wins = (scores[:, i] > scores[:, j]) == (lengths[:, i] > lengths[:, j])
+                n["of unlike length"] += int(unlike.sum())
+                n["longer wins"] += int((unlike & longer_wins).sum())
         return self
 
     def result(self) -> dict[str, float | None]:
