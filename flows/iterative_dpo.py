@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from iterdpo.report.plots import as_png, figures
 from iterdpo.run.progress import Progress
 from iterdpo.run.read import read_run
 from iterdpo.run.rundir import RunDir
+from iterdpo.run.supervise import end_with
 from iterdpo.stages.plan import first_pending, first_pending_of
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.types import RoundRecord
@@ -59,7 +61,11 @@ def run_under_prefect(run: IterativeRun) -> None:
 
 
 def add_rounds_flow(config: Config) -> Flow[..., str]:
-    """The flow that a deployment serves. `config` travels in the flow itself, never through the API."""
+    """The flow that this process serves. `config` travels in the flow itself, never through the API.
+
+    Prefect runs it in a child of this process, which ends with it, by SIGKILL too.
+    """
+    server = os.getpid()
 
     @flow(name="add_rounds", flow_run_name=lambda: config.run_dir, validate_parameters=False, persist_result=False)
     def add_rounds(rounds: int, overrides: dict[str, float]) -> str:
@@ -68,6 +74,8 @@ def add_rounds_flow(config: Config) -> Flow[..., str]:
         A trigger that finds another one at work waits for it. The first round of a new directory also evaluates the
         initial policy. `overrides` sets numbers for these rounds: {"judge.max_abstained": 0.5}.
         """
+        if os.getpid() != server:
+            end_with(server)
         if rounds < 1:
             raise ConfigError(f"rounds = {rounds}: a trigger adds at least one")
         logger = get_run_logger()

@@ -90,6 +90,13 @@ def start(
     return Child(process, write_end, log)
 
 
+def end_with(parent: int) -> None:
+    """Let the kernel kill this process when `parent`, which started it by other means than `start`, ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended before
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _guard(arguments: list[str]) -> int:
     lifeline, command = int(arguments[0]), arguments[2:]
     os.set_inheritable(lifeline, False)

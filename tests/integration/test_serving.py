@@ -48,9 +48,9 @@ def serving(workspace: Workspace, *options: str) -> Iterator[str]:
                 patch.setenv("PREFECT_API_AUTH_STRING", password.read_text())
             yield page[1]
     finally:
-        os.kill(process.pid, signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         try:
-            process.wait(20)
+            process.wait(60)  # Prefect gives a round that is under way 30 s
         except subprocess.TimeoutExpired:
             process.kill()
     wait_for(lambda: not workspace.survivors(), seconds=10, what="the end of what was served")
@@ -136,6 +136,17 @@ def test_a_cron_of_a_minute_adds_a_round_by_itself(workspace: Workspace) -> None
         [first, *_] = call(f"{page}/api/flow_runs/filter", {"sort": "EXPECTED_START_TIME_ASC"})
     assert first["auto_scheduled"] is True
     assert "WARNING" not in (workspace.root / "output.log").read_text()
+
+
+def test_a_round_under_way_ends_with_the_process_that_serves_it(workspace: Workspace) -> None:
+    with serving(workspace) as page:
+        found = call(f"{page}/api/deployments/name/add_rounds/nightly")
+        call(f"{page}/api/deployments/{found['id']}/create_flow_run", {})
+        begun = workspace.run_dir / "logs" / "sampler.log"
+        wait_for(lambda: begun.exists() and begun.stat().st_size > 0, seconds=200, what="the engine")
+        [served] = [pid for pid in workspace.survivors() if b"\0serve\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(served, signal.SIGKILL)
+        wait_for(lambda: not workspace.survivors(), seconds=20, what="the end of the round")
 
 
 def test_a_server_whose_scheduler_fails_is_an_error_at_once(
