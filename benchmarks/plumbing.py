@@ -112,8 +112,9 @@ def measure(root: Path, count: int, shard_size: int) -> dict[str, Any]:
         named = NamedJudge("train_judge", "fake", "1", FirstToken, stream=False)
         return IterativeRun(parse_config(Config, values), train_judge=named, sampler=FastSampler())
 
+    (root / "run").mkdir()
     timed("open_s", open_run)
-    with (root / "run").mkdir(exist_ok=True) or timed("open_again_s", open_run) as run:
+    with timed("open_again_s", open_run) as run:
         timed("plan_s", first_pending, run)
         timed("tokenizer_s", lambda: run.tokenizer)
         prompts, policy = run.prompts.of(1), run.initial

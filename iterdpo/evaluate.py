@@ -20,8 +20,8 @@ Scores = Sequence[float | None]
 TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 """The token ids of one completion."""
 
-HELD = 2**23
-"""N-grams that are held at a time (8 bytes each, with their copies some 300 MB)."""
+HELD = 2**21
+"""N-grams held at a time (8 bytes each, with their copies some 75 MB)."""
 
 MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: multiplying by it permutes the 64-bit integers
 

@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], float]
 """A figure of all observations, given a weight for each: [n] -> a number, NaN if it is not defined."""
 
-DRAWS = 2**23
+DRAWS = 2**20
 """Random draws that `bootstrap_mean` holds at a time, 16 bytes each."""
 
 

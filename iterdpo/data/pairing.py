@@ -73,7 +73,7 @@ def build_pairs(
     counts: Counter[str] = Counter(groups=len(groups))
     for group, judgment in zip(groups, judgments, strict=True):
         assert group.prompt.id == judgment.prompt_id
-        counts["completions_unjudged"] += sum(score is None for score in judgment.scores)
+        counts["completions_unjudged"] += judgment.scores.count(None)
         counts["completions_truncated"] += sum(completion.truncated for completion in group.completions)
         scores = _candidates(group, judgment, drop_truncated=drop_truncated)
         if isinstance(scores, str):

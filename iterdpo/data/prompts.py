@@ -404,7 +404,7 @@ def _line_ends(path: Path) -> Array:
 
 
 def _prompt(line: bytes) -> Prompt:
-    return Prompt(*json.loads(line))
+    return Prompt(*json.loads(line.decode()))
 
 
 def _id(line: bytes) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ def read_completion_shard(path: Path) -> list[CompletionGroup]:
     import pyarrow.parquet as pq
 
     try:
-        read = pq.read_table(path)
+        read = pq.read_table(path, use_threads=False)
     except FileNotFoundError:
         raise
     except (pa.ArrowInvalid, OSError) as error:
@@ -204,9 +205,13 @@ def number_lists(rows: Sequence[Sequence[Any]], kind: Literal["i", "f"]) -> pa.L
     import pyarrow as pa
 
     lengths = [len(row) for row in rows]
-    packed = pa.py_buffer(b"".join([array(kind, row) for row in rows]))
+
+    def packed(row: Sequence[Any]) -> bytes | array[Any]:
+        return row if isinstance(row, array) and row.typecode == kind else struct.pack(f"{len(row)}{kind}", *row)
+
+    buffer = pa.py_buffer(b"".join(map(packed, rows)))
     typed = {"i": pa.int32(), "f": pa.float32()}[kind]
-    return _lists_of(pa.Array.from_buffers(typed, sum(lengths), [None, packed]), lengths)
+    return _lists_of(pa.Array.from_buffers(typed, sum(lengths), [None, buffer]), lengths)
 
 
 def _lists_of(values: pa.Array, lengths: Sequence[int]) -> pa.ListArray:

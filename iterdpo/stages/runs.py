@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -63,7 +64,9 @@ class OfflineRun:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.model_path, trust_remote_code=self.settings.model.trust_remote_code)
+        tokenizer = load_tokenizer(self.model_path, trust_remote_code=self.settings.model.trust_remote_code)
+        gc.freeze()  # a million objects of transformers and torch: each full collection would go through them
+        return tokenizer
 
     @cached_property
     def reserved(self) -> list[int]:
