@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import command_line, fresh, peak_mib
-from iterdpo.judging.run_judge import RunJudge
+from iterdpo.judging.judge import RunJudge
 
 WORDS = "the a of harbour lantern orchard glacier violin letter answer question clear"
 CALLS_PER_PROMPT = 12

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from iterdpo.data.prompts import PromptFile
-from iterdpo.judging.run_judge import RunJudge
+from iterdpo.judging.judge import RunJudge
 from iterdpo.judging.shards import StreamingJudge
 from iterdpo.run.artifacts import Completions, Evaluation, Judgments, Pairs, PolicyCheckpoint
 from iterdpo.stages.evaluate import evaluate

@@ -1,4 +1,4 @@
-"""The base class of every judge, and the checks on what a judge returns.
+"""The base class of every judge, the checks on what a judge returns, and a judge within a run.
 
 A judge reads whole groups (the prompt as messages or text, the row's other columns, each completion with its
 tokens and finish reason) and answers with a `Judgment` a group: a score for each completion, higher is better,
@@ -226,3 +226,50 @@ class NamedJudge:
     stream: bool | None = None
     expected_abstentions: tuple[str, ...] = ()
     """Reasons of abstentions that no budget counts; see `JudgeBase.EXPECTED_ABSTENTIONS`."""
+
+
+class RunJudge:
+    """One of a run's judges: loaded when it is first needed, notified when a stage begins, released between stages.
+
+    Args:
+        named: which judge, with its limits.
+        run_dir: the run's directory, passed on to the judge.
+        waiting: the context that the judge enters while it waits for a person.
+    """
+
+    def __init__(self, named: NamedJudge, run_dir: Path, waiting: Waiting) -> None:
+        self.named = named
+        self._run_dir, self._waiting = run_dir, waiting
+        self._judge: JudgeBase | None = None
+        self._used: dict[str, float] = {}
+
+    @property
+    def role(self) -> str:
+        return self.named.role
+
+    @property
+    def key(self) -> dict[str, str]:
+        """What identifies the judge in the key of its results."""
+        return {"use": self.named.use.rpartition("/")[2], "version": self.named.version}
+
+    def load(self) -> JudgeBase:
+        """The judge itself, loaded once."""
+        if self._judge is None:
+            self._judge = self.named.load()
+            self._judge.attach(self._run_dir, self._waiting)
+        return self._judge
+
+    def begin_stage(self) -> None:
+        """Budgets and deadlines of the judge begin anew; what it has used so far belongs to another stage."""
+        self.used()
+        self.load().begin_stage()
+
+    def used(self) -> dict[str, float]:
+        """What the judge has used since the last call: `{"calls": 512, "tokens_in": 140800, …}`; often nothing."""
+        before, self._used = self._used, self.load().usage()
+        return {name: total - before.get(name, 0) for name, total in self._used.items()}
+
+    def release(self) -> None:
+        """Give a device back that the judge holds. It loads again when it is next asked."""
+        if self._judge is not None:
+            self._judge.close()

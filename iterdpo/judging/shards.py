@@ -20,8 +20,7 @@ from pathlib import Path
 
 from iterdpo.errors import JudgingStopped, UserError
 from iterdpo.escape import printable
-from iterdpo.judging.judge import JudgeBase, judgments_in_turn
-from iterdpo.judging.run_judge import RunJudge
+from iterdpo.judging.judge import JudgeBase, RunJudge, judgments_in_turn
 from iterdpo.judging.stats import AbstentionCounts
 from iterdpo.run.artifacts import read_completion_shard, read_judgment_shard, write_judgment_shard
 from iterdpo.run.rundir import digest, sha256_file, write_text

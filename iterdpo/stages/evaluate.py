@@ -8,7 +8,7 @@ from typing import Any
 
 from iterdpo.errors import ChildFailed
 from iterdpo.evaluate import Scores, evaluation_metrics, logp_gap
-from iterdpo.judging.run_judge import RunJudge
+from iterdpo.judging.judge import RunJudge
 from iterdpo.judging.shards import NamedShard, completion_shards
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_groups, read_judgments, read_token_ids, shard_name
 from iterdpo.run.progress import Stage

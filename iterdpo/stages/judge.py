@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.escape import printable
-from iterdpo.judging.judge import JudgeBase
-from iterdpo.judging.run_judge import RunJudge
+from iterdpo.judging.judge import JudgeBase, RunJudge
 from iterdpo.judging.shards import RETRY, NamedShard, StreamingJudge, completion_shards, judge_shards
 from iterdpo.judging.stats import AbstentionCounts, JudgeMetrics
 from iterdpo.run.artifacts import Completions, Judgments, write_card

@@ -14,8 +14,7 @@ from iterdpo.data.prompts import check_lengths
 from iterdpo.data.rendering import load_tokenizer, prompts_token_ids
 from iterdpo.data.round_prompts import RoundPrompts
 from iterdpo.errors import ConfigError
-from iterdpo.judging.judge import NamedJudge, Waiting
-from iterdpo.judging.run_judge import RunJudge
+from iterdpo.judging.judge import NamedJudge, RunJudge, Waiting
 from iterdpo.judging.shards import StreamingJudge
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
 from iterdpo.run.checkpoints import check_checkpoint, context_length, resolve_checkpoint

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from iterdpo.errors import DataError, JudgeError, JudgingStopped
-from iterdpo.judging.judge import JudgeBase, NamedJudge
-from iterdpo.judging.run_judge import RunJudge
+from iterdpo.judging.judge import JudgeBase, NamedJudge, RunJudge
 from iterdpo.judging.shards import RETRY, StreamingJudge, completion_shards, judge_shards
 from iterdpo.run.artifacts import read_judgments, write_completion_shard, write_judgment_shard
 from iterdpo.testing import make_group

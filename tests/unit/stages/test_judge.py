@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from iterdpo.errors import JudgingStopped, StaleStepError
-from iterdpo.judging.run_judge import RunJudge
+from iterdpo.judging.judge import RunJudge
 from iterdpo.run.artifacts import Completions, Judgments, write_completion_shard
 from iterdpo.run.rundir import read_manifest
 from iterdpo.stages.judge import inputs, judge, retry_judgments

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from iterdpo.errors import JudgeError, JudgingStopped
-from iterdpo.judging.judge import NamedJudge, checked_judgments
-from iterdpo.judging.run_judge import RunJudge
+from iterdpo.judging.judge import NamedJudge, RunJudge, checked_judgments
 from iterdpo.judging.shards import judge_shards
 from iterdpo.run.artifacts import read_judgments
 from iterdpo.testing import make_group
