@@ -10,9 +10,8 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from iterdpo.config import Config, OfflineConfig
-from iterdpo.data.prompts import check_lengths
+from iterdpo.data.prompts import RoundPrompts, check_lengths
 from iterdpo.data.rendering import load_tokenizer, prompts_token_ids
-from iterdpo.data.round_prompts import RoundPrompts
 from iterdpo.errors import ConfigError
 from iterdpo.judging.judge import NamedJudge, RunJudge, Waiting
 from iterdpo.judging.shards import StreamingJudge
