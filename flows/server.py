@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from iterdpo.errors import ChildFailed, UserError
 from iterdpo.run import supervise
-from iterdpo.run.ports import answers, free_port
+from iterdpo.run.devices import answers, free_port
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -1,4 +1,4 @@
-"""The GPUs of this machine: which of them are visible, and their reservation among runs. Standard library only.
+"""The GPUs of this machine, visible and reserved among runs, and its ports for servers. Standard library only.
 
 A reservation is an flock for each GPU. The sampler and the trainer of a run share it and take turns on the GPU. Each
 guard of `iterdpo.run.supervise` inherits it, so that a GPU stays reserved until the last process that may use it ends.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -47,3 +49,19 @@ def reserved_gpus(count: int, *, say: Callable[[str], None]) -> Iterator[list[in
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             descriptors.append(descriptor)
         yield descriptors
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(url: str) -> bool:
+    """Whether a GET of `url` is answered with status 200 within five seconds."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return bool(reply.status == 200)
+    except OSError:  # URLError and HTTPError are OSErrors
+        return False

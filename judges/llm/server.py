@@ -19,8 +19,7 @@ from pydantic import ValidationError
 from iterdpo.config import Section, explain
 from iterdpo.errors import ChildFailed, JudgeError
 from iterdpo.run import supervise
-from iterdpo.run.devices import visible_gpus
-from iterdpo.run.ports import answers, free_port
+from iterdpo.run.devices import answers, free_port, visible_gpus
 
 
 class ServerSettings(Section):

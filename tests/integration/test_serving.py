@@ -25,7 +25,7 @@ import pytest
 from flows.server import start_server
 from iterdpo.run import supervise
 from iterdpo.run.artifacts import read_groups
-from iterdpo.run.ports import answers, free_port
+from iterdpo.run.devices import answers, free_port
 from iterdpo.testing import build_tiny_checkpoint
 from tests.integration.harness import Workspace, call, wait_for
 

@@ -13,7 +13,7 @@ from flows.server import FAILED, PrefectAPI
 from flows.serving import OVERRIDABLE, _trouble, overridden
 from iterdpo.config import Config, parse_config
 from iterdpo.errors import ConfigError
-from iterdpo.run.ports import free_port
+from iterdpo.run.devices import free_port
 
 
 @pytest.fixture

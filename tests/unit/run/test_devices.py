@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from iterdpo.run import devices, supervise
+from iterdpo.run.devices import answers, free_port
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -127,3 +130,27 @@ def test_a_run_that_needs_a_gpu_in_use_says_so_and_waits_until_it_is_free(
     assert held(locks / "iterdpo-gpu-3.lock")
     done.set()
     thread.join(20)
+
+
+def test_a_free_port_can_be_listened_on() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", free_port()))
+        listener.listen()
+
+
+@pytest.mark.parametrize(("status", "expected"), [(200, True), (404, False), (503, False)])
+def test_a_server_answers_if_its_status_is_200(status: int, expected: bool) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        assert answers(f"http://127.0.0.1:{server.server_port}/health") is expected
+        thread.join()
+
+
+def test_a_port_that_nothing_listens_on_does_not_answer() -> None:
+    assert not answers(f"http://127.0.0.1:{free_port()}/health")
