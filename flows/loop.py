@@ -13,10 +13,9 @@ from iterdpo.stages.evaluate import evaluate
 from iterdpo.stages.gate import gate
 from iterdpo.stages.judge import judge
 from iterdpo.stages.pair import pair
-from iterdpo.stages.reference import reference_policy
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.sample import sample
-from iterdpo.stages.train import train
+from iterdpo.stages.train import reference_policy, train
 from iterdpo.types import RoundRecord
 
 Run = IterativeRun

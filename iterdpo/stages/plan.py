@@ -9,8 +9,8 @@ from iterdpo.run.artifacts import Judgments, Pairs, PolicyCheckpoint
 from iterdpo.run.rundir import Manifest, Step
 from iterdpo.stages import evaluate, judge, pair, sample, train
 from iterdpo.stages.gate import decision_record
-from iterdpo.stages.reference import reference_policy, reference_steps
 from iterdpo.stages.runs import IterativeRun
+from iterdpo.stages.train import reference_policy, reference_steps
 
 
 def first_pending(run: IterativeRun) -> str | None:

@@ -1,15 +1,16 @@
-"""pi_{t+1} <- DPO(pi_t): the candidate, trained on a round's pairs in a separate process."""
+"""pi_{t+1} <- DPO(pi_t): the candidate, trained on a round's pairs in a separate process; and its reference."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from iterdpo.data.pairs import HELDOUT, TRAIN
 from iterdpo.run.artifacts import Pairs, PolicyCheckpoint
 from iterdpo.run.rundir import Step
 from iterdpo.seeds import derive_seed
-from iterdpo.stages.runs import OfflineRun
+from iterdpo.stages.runs import IterativeRun, OfflineRun
 from iterdpo.training.launch import OPTIMIZER_STATE, TRAIN_LOG, ReferenceInputs, TrainSpec, launch_training
 
 SPEED_ONLY = {
@@ -104,3 +105,53 @@ def _train(run: OfflineRun, step: Step, pairs: Pairs, policy: PolicyCheckpoint, 
             on_step=on_step,
             reserved=run.reserved,
         )
+
+
+def reference_policy(run: IterativeRun, round: int, policy: PolicyCheckpoint) -> PolicyCheckpoint:
+    """The reference of `round`, which starts from `policy`. With `ema` the average of the checkpoints is made here."""
+    dpo = run.config.dpo
+    match dpo.reference:
+        case "initial":
+            return run.initial
+        case "periodic":
+            renewed = round - (round - 1) % dpo.reference_every
+            return run.policy_after(renewed - 1)
+        case "ema":
+            return _average(run, round, policy)
+    return policy
+
+
+def reference_steps(run: IterativeRun, round: int, policy: PolicyCheckpoint) -> Iterator[Step]:
+    """The steps that `reference_policy` takes: with `ema`, the average of the round, if it is new; those of earlier rounds are done."""
+    if run.config.dpo.reference == "ema" and round > 1:
+        before = run.policy_after(round - 2)
+        step = _step(run, round, policy, _average(run, round - 1, before))
+        if step is not None:
+            yield step
+
+
+def _average(run: IterativeRun, round: int, policy: PolicyCheckpoint) -> PolicyCheckpoint:
+    """EMA_1 = pi_1, EMA_t = decay EMA_{t-1} + (1 - decay) pi_t, over the weights of the policies rounds started from."""
+    if round == 1:
+        return policy
+    before = _average(run, round - 1, run.policy_after(round - 2))
+    step = _step(run, round, policy, before)
+    if step is None:
+        return policy
+    if (manifest := step.manifest()) is None:
+        from iterdpo.training.models import average_checkpoints
+
+        with run.progress.stage("average", 1, "checkpoint") as stage:
+            decay = run.config.dpo.reference_decay
+            average_checkpoints(before.path, policy.path, decay=decay, output=step.begin())
+            stage.to(1)
+        manifest = step.finish()
+    return PolicyCheckpoint(step.path, manifest.digest, round)
+
+
+def _step(run: IterativeRun, round: int, policy: PolicyCheckpoint, before: PolicyCheckpoint) -> Step | None:
+    """The step that averages; None if the two are one policy."""
+    if before.digest == policy.digest:
+        return None
+    inputs = {"before": before.digest, "policy": policy.digest, "decay": run.config.dpo.reference_decay}
+    return run.dir.step(round, "ema", inputs)

@@ -13,9 +13,9 @@ from iterdpo.stages.gate import gate
 from iterdpo.stages.judge import judge
 from iterdpo.stages.pair import pair
 from iterdpo.stages.plan import first_pending
-from iterdpo.stages.reference import reference_policy
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.sample import sample
+from iterdpo.stages.train import reference_policy
 from iterdpo.types import RoundRecord
 from tests.unit.stages.harness import STAGES, Lengths, Room, tree, without_training
 
