@@ -14,20 +14,24 @@ batches and forgotten, so that the size of the data does not matter.
 from __future__ import annotations
 
 import difflib
+import multiprocessing
 import os
 import re
-from collections.abc import Iterable, Iterator
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from iterdpo.data.pairs import ABSENT, Kind, pairs_table
-from iterdpo.data.pool import map_in_order
 from iterdpo.data.rendering import common_length, completion_token_ids, prompt_token_ids
 from iterdpo.data.rows import column_value, content_of, load_rows
 from iterdpo.errors import DataError
 from iterdpo.run.rundir import digest
+from iterdpo.run.supervise import end_with
 from iterdpo.types import Completion, Message, PreferencePair, Prompt
 
 if TYPE_CHECKING:
@@ -255,6 +259,50 @@ def _tokenized_batch(
     account = Account(source, "unpaired" if format == "unpaired" else "pairs")
     pairs = tokenize_pairs(parse_rows(batch, format, account), tokenizer, account, **limits)
     return (pairs_table(pairs, account.kind) if pairs else None), account
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
+    """`map(work, items)` in this many processes, in order. They are at most a few items ahead of the consumer.
+
+    By hand, since `multiprocessing.Pool.imap` and (before Python 3.14) `Executor.map` read all of their input at once,
+    `datasets.map` writes all of it to disk first, and none of them ends its processes if this one is killed.
+    Forked, since a spawned process would import a user's script a second time; the tokenizer has not been used in this
+    one, so that none of its threads is lost.
+    """
+    if processes == 1:
+        yield from map(work, items)
+        return
+    waiting: deque[Future[Result]] = deque()
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, context, initializer=_become_worker, initargs=(work, os.getpid())) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(_worker, item))
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_work: Callable[[Any], Any]  # of a worker
+
+
+def _become_worker(work: Callable[[Any], Any], parent: int) -> None:
+    global _work
+    _work = work
+    end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads in each of as many processes as cores
+
+
+def _worker(item: Any) -> Any:
+    return _work(item)
 
 
 # Formats

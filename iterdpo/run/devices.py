@@ -10,7 +10,6 @@ import fcntl
 import os
 import socket
 import tempfile
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -60,6 +59,8 @@ def free_port() -> int:
 
 def answers(url: str) -> bool:
     """Whether a GET of `url` is answered with status 200 within five seconds."""
+    import urllib.request
+
     try:
         with urllib.request.urlopen(url, timeout=5) as reply:
             return bool(reply.status == 200)

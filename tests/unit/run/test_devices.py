@@ -1,4 +1,4 @@
-"""Which GPUs are visible, and their reservation among processes: real locks, in a directory of the test's own."""
+"""Which GPUs are visible and reserved, and which ports are free: real locks and sockets, in the test's own directory."""
 
 from __future__ import annotations
 
