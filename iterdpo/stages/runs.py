@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,6 +65,7 @@ class OfflineRun:
     def tokenizer(self) -> Any:
         tokenizer = load_tokenizer(self.model_path, trust_remote_code=self.settings.model.trust_remote_code)
         gc.freeze()  # a million objects of transformers and torch: each full collection would go through them
+        atexit.register(gc.unfreeze)
         return tokenizer
 
     @cached_property
