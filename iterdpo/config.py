@@ -461,8 +461,7 @@ AnyConfig = TypeVar("AnyConfig", Config, OfflineConfig)
 def load_config(*paths: str | Path, overrides: list[str] | None = None) -> Config:
     """The run configuration in YAML files, merged left to right, then `dotted.key=value` overrides.
 
-    Raises:
-        ConfigError: a file that is missing or not YAML, an unknown key, or a value out of range.
+    A ConfigError if a file is missing or not YAML, a key is unknown, or a value is out of range.
     """
     return _load(Config, paths, overrides or [])
 

@@ -106,11 +106,7 @@ class Account:
         entry["rows"] += rows[: LISTED - len(entry["rows"])]
 
     def add(self, later: Account) -> None:
-        """Add the account of the rows after these.
-
-        Raises:
-            DataError: the prompts of some are text and of others messages; one file of pairs cannot hold both.
-        """
+        """Add the account of the rows after these. A DataError if some prompts are text and others are messages."""
         self.kept += later.kept
         self.prompts_truncated += later.prompts_truncated
         self.completions_truncated += later.completions_truncated
@@ -165,13 +161,10 @@ class PreferenceData:
     def tokenized(
         self, tokenizer: Any, *, max_prompt_tokens: int, max_completion_tokens: int, processes: int | None = None
     ) -> Iterator[pa.Table]:
-        """The pairs as token ids, in batches as `pairs_table` makes them.
+        """The pairs as token ids, in batches as `pairs_table` makes them. Raises what `parsed` does.
 
         Data of more than a few batches are tokenized by as many processes as there are cores, or `processes`. Their
-        number changes nothing in the result.
-
-        Raises:
-            DataError: as `parsed`; also a pair that cannot be rendered (with its row).
+        number changes nothing in the result. A pair that cannot be rendered is a DataError, with its row.
         """
         batches = self._batches()
         head = list(islice(batches, 3))
@@ -197,11 +190,7 @@ class PreferenceData:
 
 
 def parse_rows(batch: Batch, format: Format, account: Account) -> list[RawPair]:
-    """The pairs of the rows, each recorded in `account`.
-
-    Raises:
-        DataError: a row of the wrong shape.
-    """
+    """The pairs of the rows, each recorded in `account`. A row of the wrong shape is a DataError."""
     pairs = []
     for number, row in batch:
         found = _parsed(row, format, f"{account.source}: row {number}")
@@ -221,10 +210,7 @@ def tokenize_pairs(
 
     A prompt that is too long loses its beginning, except a BOS token. A completion that is too long loses its end,
     including the end token, and its `finish_reason` is "length". Pairs whose completions are equal after that are left
-    out. The absent side of an unpaired one is `ABSENT`.
-
-    Raises:
-        DataError: a pair that cannot be rendered (with its row).
+    out. The absent side of an unpaired one is `ABSENT`. A pair that cannot be rendered is a DataError, with its row.
     """
     assert max_prompt_tokens >= 1  # so truncation always leaves a token
     assert max_completion_tokens >= 1

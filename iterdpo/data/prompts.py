@@ -170,10 +170,8 @@ def next_prompts(
     """The prompts of `round`: `per_round` of those used least so far, in a seeded order.
 
     `used` are the prompts of each round before; a prompt that is in none of them is new, even if it was added to the
-    file since. With `reuse`, every prompt has its turn before one comes again, in another order.
-
-    Raises:
-        DataError: fewer unused prompts are left than the round needs.
+    file since. With `reuse`, every prompt has its turn before one comes again, in another order. If fewer unused
+    prompts are left than the round needs, that is a DataError.
     """
     train = prompts.train
     times = _occurrences(train.ids, np.concatenate([np.zeros(0, np.uint64), *(earlier.ids for earlier in used)]))
@@ -195,8 +193,7 @@ def next_prompts(
 class RoundPrompts:
     """A run's prompts, by round. Constructing it reads the prompt file, and checks that there are enough for `rounds`.
 
-    Raises:
-        DataError: see `split_prompts` and `next_prompts`.
+    Raises a DataError as `split_prompts` and `next_prompts` do.
     """
 
     def __init__(self, section: PromptsConfig, run_dir: RunDir, *, rounds: int, seed: int) -> None:
@@ -243,11 +240,7 @@ class RoundPrompts:
 
 
 def check_lengths(lengths: Iterable[tuple[int, str]], limit: int) -> int:
-    """The length of the longest prompt, in tokens; `lengths` are (tokens, prompt id).
-
-    Raises:
-        DataError: prompts have more than `limit` tokens; it names the longest.
-    """
+    """The length of the longest of (tokens, prompt id); a DataError that names the longest if any is above `limit`."""
     count = over = longest = 0
     for count, (length, prompt_id) in enumerate(lengths, 1):  # noqa: B007  # read below
         over += length > limit

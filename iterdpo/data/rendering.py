@@ -19,11 +19,7 @@ from iterdpo.types import Message
 
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint directory or hub id, with its chat template.
-
-    Raises:
-        UserError: no tokenizer can be loaded.
-    """
+    """The tokenizer of a checkpoint directory or hub id, with its chat template; a UserError if none can be loaded."""
     from transformers import AutoTokenizer
 
     local = Path(path).expanduser()

@@ -59,12 +59,9 @@ def source_digest(path: str, split: str) -> str:
 
 
 def source_stamp(path: str, split: str) -> list[list[str | int]] | str | None:
-    """What changes if any of the files that `load_rows` reads does: names, sizes and times; or a hub data set's fingerprint.
+    """What changes if a file that `load_rows` reads does: names, sizes, times; or a hub data set's fingerprint.
 
-    None of files that are read in a moment: a copy of them is not worth its place.
-
-    Raises:
-        DataError: as `source_digest`.
+    None of files that are read in a moment: a copy of them is not worth its place. Raises what `source_digest` does.
     """
     files = _local_files(path, split)
     if files is None:
@@ -76,11 +73,7 @@ def source_stamp(path: str, split: str) -> list[list[str | int]] | str | None:
 
 
 def column_value(row: dict[str, Any], column: str, where: str, remedy: str) -> Any:
-    """`row[column]`.
-
-    Raises:
-        DataError: the row has no such column; it names those there are and the nearest.
-    """
+    """`row[column]`. If the row has none, a DataError names the columns there are, the nearest, and the `remedy`."""
     if column in row:
         return row[column]
     near = difflib.get_close_matches(column, row, n=1)
@@ -222,10 +215,7 @@ def _json_items(handle: TextIO) -> Iterator[Any]:
     """The items of a JSON list, one by one, so that a large file is never in memory.
 
     ijson names no line, and refuses NaN and integers of more than 64 bits. If it gives up, the standard library reads
-    the whole file and continues, or names the fault. Of half a surrogate pair ijson makes a question mark.
-
-    Raises:
-        json.JSONDecodeError: with the line and column in the file.
+    the whole file and continues, or raises a JSONDecodeError. Of half a surrogate pair ijson makes a question mark.
     """
     import ijson  # type: ignore[import-untyped]
 

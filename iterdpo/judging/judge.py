@@ -127,13 +127,10 @@ def checked_judgments(judge: JudgeBase, groups: Sequence[CompletionGroup]) -> li
 def judgments_in_turn(
     load: Callable[[], JudgeBase], shards: Iterable[Sequence[CompletionGroup]]
 ) -> Generator[Judgment]:
-    """The judgments of all groups of `shards`, in order, held to the contract of `checked_judgments`.
+    """The judgments of all groups of `shards`, in order, held to the contract of `checked_judgments`, errors too.
 
     `load` gives the judge; it is called if there is anything to judge. A shard is read when the judge is done with the
     one before, or earlier if the judge may be `ahead`.
-
-    Raises:
-        JudgeError: as `checked_judgments`.
     """
     shards = filter(None, shards)
     first = next(shards, None)
@@ -183,8 +180,7 @@ def _check_judgment(judge: JudgeBase, group: CompletionGroup, judgment: Judgment
 def judgment_from_scores(group: CompletionGroup, scores: Iterable[object]) -> Judgment:
     """A judgment from raw scores as user code returns them; None, NaN, infinities and non-numbers abstain.
 
-    Raises:
-        JudgeError: another number of scores than completions.
+    Another number of scores than completions is a JudgeError.
     """
     raw = list(scores)
     if len(raw) != (count := len(group.completions)):

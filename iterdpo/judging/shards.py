@@ -52,16 +52,14 @@ def judge_shards(
     """Make the missing judgments in `directory`, in the order of the shards.
 
     Args:
-        judge: which judge, and how many of the `total` completions it may leave without a score.
+        judge: which judge, and how many of the `total` completions it may leave without a score. More abstentions
+            raise JudgingStopped; what was judged stays.
         shards: see `completion_shards`; one at a time is in memory, or a few if the judge works ahead.
         directory: a step under way, or a directory within one.
         total: completions of all shards.
         load: called in place of `judge.load` if anything is missing.
         streamed: where a `StreamingJudge` left the judgments of the shard of this name, if it did.
         on_shard: called with each shard's groups and judgments, in order, also if they were made before.
-
-    Raises:
-        JudgingStopped: more abstentions than allowed. What was judged stays.
     """
     named, expected = judge.named, judge.named.expected_abstentions
     most = total if named.max_abstained_count is None else named.max_abstained_count

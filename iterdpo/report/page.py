@@ -72,11 +72,7 @@ JUDGE = (  # how the training judge behaved
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `report.html` into the run directory, atomically. A run that is unfinished or offline has a shorter page.
-
-    Raises:
-        UserError: no run is there.
-    """
+    """Write `report.html`, atomically; shorter for an unfinished or offline run. A UserError if no run is there."""
     run = read_run(run_dir)
     page = page_template("iterdpo.report", "template.html.j2").render(
         name=run.root.absolute().name,

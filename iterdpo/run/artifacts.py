@@ -165,11 +165,7 @@ def write_completion_shard(path: Path, groups: Sequence[CompletionGroup]) -> Non
 
 
 def read_completion_shard(path: Path) -> list[CompletionGroup]:
-    """The groups of one shard, as they were sampled.
-
-    Raises:
-        DataError: the file is damaged.
-    """
+    """The groups of one shard, as they were sampled. A damaged file is a DataError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

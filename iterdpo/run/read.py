@@ -35,11 +35,7 @@ OWN = {
 
 
 def read_run(path: str | Path) -> Run:
-    """The run in `path`.
-
-    Raises:
-        UserError: no run is there.
-    """
+    """The run in `path`; a UserError if no run is there."""
     return Run(path)
 
 

@@ -77,8 +77,7 @@ class Step:
     def manifest(self) -> Manifest | None:
         """The manifest of the finished step, or None if it is not done. Changes nothing on disk.
 
-        Raises:
-            StaleStepError: it was done or begun with other inputs, and may not be done again.
+        A StaleStepError if it was done or begun with other inputs, and there is no attic.
         """
         if differing := self.differences():
             if self.attic is None:
@@ -89,10 +88,7 @@ class Step:
     def begin(self) -> Path:
         """The directory to work in: new, or with what an interrupted start with the same inputs left there.
 
-        A step that was done or begun with other inputs is moved to the attic.
-
-        Raises:
-            StaleStepError: there is such a step, and no attic.
+        A step that was done or begun with other inputs is moved to the attic; without one, that is a StaleStepError.
         """
         note = self.partial / NOTE
         if manifest := read_manifest(self.path):
@@ -132,8 +128,7 @@ class Step:
     def reopen(self, *, keep: Path) -> Path:
         """The finished step under way again, all its files in place; what it was is kept in `keep`.
 
-        Raises:
-            StaleStepError: it was made with other inputs.
+        A StaleStepError if it was made with other inputs.
         """
         if differing := self.differences():
             raise StaleStepError(self.name, differing)

@@ -191,11 +191,7 @@ def repack_output_head(model: Any) -> None:
 
 
 def engine_rank(rank: int) -> int:
-    """The smallest rank that the engine can be built for and that holds adapters of this one.
-
-    Raises:
-        ValueError: vLLM has none so large.
-    """
+    """The smallest rank the engine can be built for that holds adapters of this one; a ValueError if vLLM has none."""
     from vllm.config.lora import MaxLoRARanks
 
     fitting: list[int] = [known for known in sorted(get_args(MaxLoRARanks)) if known >= rank]

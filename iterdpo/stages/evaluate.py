@@ -31,8 +31,7 @@ def evaluate(
 ) -> Evaluation:
     """The candidate on the held-out prompts, compared with the evaluations in `against` (`initial`, `previous`).
 
-    Raises:
-        ChildFailed: the engine does not sample from this policy.
+    Raises ChildFailed if the engine does not sample from this policy.
     """
     step = run.dir.step(round, "evaluation", inputs(run, candidate, against))
     if (manifest := step.manifest()) is None:

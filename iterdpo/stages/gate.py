@@ -33,8 +33,7 @@ def decision_record(
 ) -> RoundRecord:
     """The record that the round's finished steps and the gate's settings give.
 
-    Raises:
-        StaleStepError: the round was sealed with other settings of the gate.
+    A StaleStepError if the round was sealed with other settings of the gate.
     """
     settings = run.config.gate.model_dump()
     known = run.dir.record(round)

@@ -18,11 +18,7 @@ AT_ONCE = 256
 
 
 def pair(run: IterativeRun, round: int, completions: Completions, judgments: Judgments) -> Pairs:
-    """Preference pairs, as `pairing` says.
-
-    Raises:
-        DataError: there is not one.
-    """
+    """Preference pairs, as `pairing` says; a DataError if there is not one."""
     step = run.dir.step(round, "pairs", inputs(run, judgments))
     if (manifest := step.manifest()) is None:
         directory = step.begin()

@@ -16,8 +16,7 @@ from iterdpo.stages.train import reference_policy, reference_steps
 def first_pending(run: IterativeRun) -> str | None:
     """The first step of the run that is not done, such as `round-002/pairs`; None if the run is complete.
 
-    Raises:
-        StaleStepError: a step on disk was made with other settings.
+    A StaleStepError if a step on disk was made with other settings.
     """
     for round in range(run.config.rounds + 1):
         if (pending := first_pending_of(run, round)) is not None:
@@ -29,11 +28,7 @@ def first_pending(run: IterativeRun) -> str | None:
 
 
 def first_pending_of(run: IterativeRun, round: int) -> str | None:
-    """The first step of `round` that is not done; the rounds before it are.
-
-    Raises:
-        StaleStepError: see `first_pending`.
-    """
+    """The first step of `round` that is not done; the rounds before it are. Raises what `first_pending` does."""
     candidate = run.initial
     for step in steps_of_round(run, round):
         if (manifest := step.manifest()) is None:

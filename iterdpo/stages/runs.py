@@ -33,8 +33,7 @@ LONGEST = 10_000
 class OfflineRun:
     """What one offline round needs: a directory, a policy and the settings of its training.
 
-    Raises:
-        UserError: anything that would fail later and can be seen now.
+    Anything that would fail later and can be seen now is a UserError.
     """
 
     def __init__(self, config: Config | OfflineConfig, *, progress: Progress | None = None, redo: bool = False) -> None:
@@ -152,8 +151,7 @@ class IterativeRun(OfflineRun):
     def max_model_len(self) -> int:
         """What the engine must hold, in tokens. Tokenizes the run's prompts.
 
-        Raises:
-            UserError: a prompt that leaves no room for `max_tokens` in the model's context.
+        A UserError if a prompt leaves no room for `max_tokens` in the model's context.
         """
         return self.estimated_max_model_len(1 << 62)
 

@@ -33,8 +33,7 @@ def train(
 ) -> PolicyCheckpoint:
     """The candidate: `policy` after one DPO round on `pairs`, however they were made.
 
-    Raises:
-        ChildFailed: training ended with an error. Its last checkpoint stays.
+    If training ends with an error, ChildFailed is raised, and the last checkpoint stays.
     """
     step = run.dir.step(round, "policy", inputs(run, round, pairs, policy, reference))
     if (manifest := step.manifest()) is None:

@@ -58,8 +58,7 @@ class Batch:
 def collate(trees: Sequence[Tree], *, shared: bool, pad_token_id: int = 0) -> Batch:
     """The batch of `trees`; with `shared` each prompt is in it once. Branches keep their order.
 
-    Raises:
-        ValueError: an empty prompt or completion; neither has a log-probability.
+    A ValueError if a prompt or completion is empty: neither has a log-probability.
     """
     if not all(tree.prompt and all(tree.branches) for tree in trees):
         raise ValueError("a row needs at least one prompt token and one completion token")

@@ -78,8 +78,7 @@ class TrainSpec(Section):
 def check_training(dpo: DPOConfig) -> None:
     """Check that this machine has what a training configuration needs, before anything is loaded.
 
-    Raises:
-        ConfigError: naming the key and the remedy.
+    What is missing is a ConfigError that names the key and the remedy.
     """
     needed = [(str(tracker), "dpo.trackers") for tracker in dpo.trackers]
     if dpo.adapter is not None and dpo.adapter.quantize == "nf4":
@@ -111,10 +110,7 @@ def launch_training(
     """Run the round in a child process, and return when its policy is written. The child dies with this process.
 
     `reserved` are descriptors of `devices.reserved_gpus`. `on_step` gets each line of the training log soon after it is
-    written; those of an earlier start come first.
-
-    Raises:
-        ChildFailed: with the end of its log.
+    written; those of an earlier start come first. Raises ChildFailed with the end of its log.
     """
     spec.write(spec_path)
     steps, seen = spec.output / TRAIN_LOG, 0
