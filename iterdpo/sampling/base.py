@@ -1,10 +1,8 @@
-"""The `Sampler` protocol, which the loop and the fake for tests share; a sampler that starts at its first use; and the
-messages of vLLM's worker process.
-"""
+"""The `Sampler` protocol, which the loop and the fake for tests share, and the messages of vLLM's worker process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -40,35 +38,6 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """End the process. Safe to call twice."""
-
-
-class LazySampler:
-    """The sampler that `start` makes, once. Nothing is started by `release` and `close`."""
-
-    def __init__(self, start: Callable[[], Sampler]) -> None:
-        self._start = start
-        self._sampler: Sampler | None = None
-
-    def started(self) -> Sampler:
-        if self._sampler is None:
-            self._sampler = self._start()
-        return self._sampler
-
-    def load(self, policy: Path, digest: str) -> None:
-        self.started().load(policy, digest)
-
-    def sample(
-        self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
-    ) -> list[list[Completion]]:
-        return self.started().sample(prompt_ids, seeds, parameters)
-
-    def release(self) -> None:
-        if self._sampler is not None:
-            self._sampler.release()
-
-    def close(self) -> None:
-        if self._sampler is not None:
-            self._sampler.close()
 
 
 @dataclass(frozen=True)

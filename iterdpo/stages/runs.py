@@ -21,7 +21,7 @@ from iterdpo.run.checkpoints import check_checkpoint, context_length, resolve_ch
 from iterdpo.run.devices import reserved_gpus
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import RunDir, directory_digest, read_json, read_manifest, write_json
-from iterdpo.sampling import LazySampler, Sampler, VLLMSampler
+from iterdpo.sampling import Sampler, VLLMSampler
 from iterdpo.training.launch import check_training
 from iterdpo.types import Prompt
 
@@ -118,8 +118,8 @@ class IterativeRun(OfflineRun):
         self.judges = [RunJudge(named, self.dir.root, lambda message: self.waiting(message)) for named in judges]
         self.train_judge = self.judges[0]
         self.prompts = RoundPrompts(config.prompts, self.dir, rounds=config.rounds, seed=config.seed)
-        self._own_sampler = LazySampler(self._start_sampler)
-        self.sampler = sampler or self._own_sampler
+        if sampler is not None:
+            self.sampler = sampler
         self._streaming: list[StreamingJudge] = []
 
     def policy_after(self, round: int) -> PolicyCheckpoint:
@@ -173,10 +173,24 @@ class IterativeRun(OfflineRun):
         longest = check_lengths(lengths, available - config.sampling.max_tokens)
         return limit or -(-(longest + config.sampling.max_tokens) // 64) * 64
 
+    @cached_property
+    def sampler(self) -> Sampler:
+        """The sampler that was given, or the configuration's engine. Made at its first use."""
+        adapter = self.config.dpo.adapter
+        return VLLMSampler(
+            max_model_len=self.max_model_len,
+            engine=self.config.sampling.engine,
+            log=self.dir.log_path("sampler"),
+            trust_remote_code=self.config.model.trust_remote_code,
+            adapter_rank=adapter.r if adapter is not None else None,
+            reserved=self.reserved,
+            say=self.progress.say,
+        )
+
     def warm_up(self) -> None:
         """Begin what takes long to start, without waiting: the sampler's process imports vLLM meanwhile."""
-        if self.sampler is self._own_sampler and isinstance(engine := self._own_sampler.started(), VLLMSampler):
-            engine.warm_up()
+        if isinstance(self.sampler, VLLMSampler):
+            self.sampler.warm_up()
 
     def prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         return prompts_token_ids(self.tokenizer, [prompt.content for prompt in prompts])
@@ -188,7 +202,8 @@ class IterativeRun(OfflineRun):
 
     def close(self) -> None:
         """End the sampler's process, if one was started, and give back judges and devices."""
-        self.sampler.close()
+        if "sampler" in vars(self):
+            self.sampler.close()
         for streaming in self._streaming:
             streaming.cancel()
         try:
@@ -199,18 +214,6 @@ class IterativeRun(OfflineRun):
     @property
     def _devices(self) -> int:
         return max(self.config.sampling.engine.tensor_parallel_size, self.config.dpo.processes)
-
-    def _start_sampler(self) -> Sampler:
-        adapter = self.config.dpo.adapter
-        return VLLMSampler(
-            max_model_len=self.max_model_len,
-            engine=self.config.sampling.engine,
-            log=self.dir.log_path("sampler"),
-            trust_remote_code=self.config.model.trust_remote_code,
-            adapter_rank=adapter.r if adapter is not None else None,
-            reserved=self.reserved,
-            say=self.progress.say,
-        )
 
     @contextmanager
     def _say_waiting(self, message: str) -> Iterator[Callable[[], None] | None]:

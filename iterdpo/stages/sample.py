@@ -127,5 +127,6 @@ def sample_shards(
             if not begun:
                 stage.begin()
         stage.remark = f"{counts['tokens'] / max(1, stage.done):.1f} tokens each"
-    run.sampler.release()
+    if begun:
+        run.sampler.release()
     return counts

@@ -13,8 +13,9 @@ from iterdpo.judging.judge import JudgeBase, NamedJudge
 from iterdpo.run.artifacts import PolicyCheckpoint
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import directory_digest, read_json, write_json
+from iterdpo.stages import runs as module
 from iterdpo.stages.runs import IterativeRun, batches
-from iterdpo.testing import build_tiny_checkpoint
+from iterdpo.testing import FakeSampler, build_tiny_checkpoint
 from iterdpo.types import RoundRecord
 from tests.unit.stages.harness import Lengths, Room
 
@@ -94,6 +95,31 @@ def test_closing_a_run_gives_back_its_judges_and_ends_its_sampler(room: Room) ->
     with room.open() as run:
         run.train_judge.load()
     assert (closed, judge.closed) == (["sampler"], 1)
+
+
+def test_the_engine_is_made_once_at_its_first_use_and_again_if_that_fails(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[FakeSampler] = []
+    fails = True
+
+    def make(**settings: Any) -> FakeSampler:
+        if fails:
+            raise OSError("no device")
+        made.append(FakeSampler(lambda ids, k: ""))
+        return made[-1]
+
+    monkeypatch.setattr(module, "VLLMSampler", make)
+    room.sampler = None  # type: ignore[assignment]
+    with room.open():
+        pass
+    with room.open() as run:
+        with pytest.raises(OSError, match="no device"):
+            _ = run.sampler
+        assert made == []
+        fails = False
+        assert run.sampler is run.sampler is made[0]
+    assert len(made) == 1
 
 
 def test_closing_a_run_ends_a_judge_that_streams(room: Room) -> None:
