@@ -11,28 +11,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from iterdpo.config import Config as Config
-    from iterdpo.config import OfflineConfig as OfflineConfig
-    from iterdpo.config import load_config as load_config
-    from iterdpo.config import load_offline_config as load_offline_config
-    from iterdpo.report.page import write_report as write_report
-    from iterdpo.run.read import Run as Run
-    from iterdpo.run.read import read_run as read_run
+    from iterdpo.config import Config, OfflineConfig, load_config, load_offline_config
+    from iterdpo.report.page import write_report
+    from iterdpo.run.read import Run, read_run
 
+__all__ = ["Config", "OfflineConfig", "Run", "load_config", "load_offline_config", "read_run", "write_report"]
 __version__ = "0.1.0"
-
-_PUBLIC = {
-    "Config": "iterdpo.config",
-    "OfflineConfig": "iterdpo.config",
-    "load_config": "iterdpo.config",
-    "load_offline_config": "iterdpo.config",
-    "Run": "iterdpo.run.read",
-    "read_run": "iterdpo.run.read",
-    "write_report": "iterdpo.report.page",
-}
 
 
 def __getattr__(name: str) -> Any:  # pandas and matplotlib load when they are first used
-    if name not in _PUBLIC:
+    if name not in __all__:
         raise AttributeError(f"module 'iterdpo' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    modules = {"Run": "run.read", "read_run": "run.read", "write_report": "report.page"}
+    return getattr(importlib.import_module(f"iterdpo.{modules.get(name, 'config')}"), name)

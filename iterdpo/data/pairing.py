@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 from iterdpo.seeds import derive_seed
@@ -40,9 +40,6 @@ class PairCounts:
     def __add__(self, later: PairCounts) -> PairCounts:
         """The counts of both: groups may be paired a few at a time."""
         return PairCounts(*map(sum, zip(astuple(self), astuple(later), strict=True)))
-
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
 
     def summary(self) -> str:
         """`kept 121 pairs of 128 groups (4 tied, 2 unjudged, 1 identical)`."""

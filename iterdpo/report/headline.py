@@ -53,11 +53,13 @@ def headline(run: Run) -> str:
             "There was no held-out judge: the training judge marked its own work, so this shows that the policy "
             "learned to please it, not that it improved."
         )
-    elif high is not None and high < 0.5 and _rose(initial, final, "score/train_judge"):
-        sentences.append(
-            f"Meanwhile the training judge's score went {_movement(initial, final, 'train')}: "
-            "the policy exploits that judge's errors."
-        )
+    elif high is not None and high < 0.5:
+        before, after = value(initial, "score/train_judge"), value(final, "score/train_judge")
+        if before is not None and after is not None and after > before:
+            moved = _movement(initial, final, "train")
+            sentences.append(
+                f"Meanwhile the training judge's score went {moved}: the policy exploits that judge's errors."
+            )
     unjudged, completions = value(final, "evaluation/unjudged"), value(final, "evaluation/completions")
     if unjudged and completions and unjudged > 0.05 * completions:
         share = f"{unjudged:,.0f} of {completions:,.0f}"
@@ -126,11 +128,6 @@ def _offline_headline(run: Run) -> str:
 def _movement(initial: pd.Series, final: pd.Series, judge: str) -> str | None:
     before, after = value(initial, f"score/{judge}_judge"), value(final, f"score/{judge}_judge")
     return None if before is None or after is None else f"from {number(before)} to {number(after)}"
-
-
-def _rose(initial: pd.Series, final: pd.Series, key: str) -> bool:
-    before, after = value(initial, key), value(final, key)
-    return before is not None and after is not None and after > before
 
 
 def _range(low: float, high: float) -> str:

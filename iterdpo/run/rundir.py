@@ -1,20 +1,10 @@
 """The run directory: every path, the manifests, atomic writes, the lock.
 
-The disk decides what is done. A step works in `<step>.partial/`, writes `MANIFEST.json` there last, and is renamed
-to `<step>/`, after all of it has reached the disk: a machine that stops leaves no sealed step with zeros. A step without a valid manifest is not done; a step with one is never done again. A manifest holds the
-step's inputs (settings, seeds, and the digests of what it read), so that a step made with other inputs than those
-asked for now is noticed, and the differing key is named.
-
-    runs/<name>/
-      run.json                  resolved configuration, versions
-      round-001/completions/    shard-000000.parquet ... a row a prompt
-      round-001/judgments/      shard-000000.jsonl ...     one Judgment a line
-      round-001/pairs/          train.parquet            opens with datasets.load_dataset
-      round-001/reference/      logps.safetensors        reference log-probabilities of the pairs
-      round-001/policy/         model.safetensors ...    opens with transformers and vLLM; train_log.jsonl
-      round-001/evaluation/     metrics.json, with the completions and judgments
-      round-001/round.json      the gate's decision
-      metrics.jsonl  report.html  policy -> the promoted round's  logs/
+The disk decides what is done. A step works in `<step>.partial/`, writes `MANIFEST.json` there last, and is renamed to
+`<step>/`, after all of it has reached the disk: a machine that stops leaves no sealed step with zeros. A step without a
+valid manifest is not done; a step with one is never done again. A manifest holds the step's inputs (settings, seeds, and
+the digests of what it read), so that a step made with other inputs than those asked for now is noticed, and the
+differing key is named. ARCHITECTURE.md lists the files.
 """
 
 from __future__ import annotations

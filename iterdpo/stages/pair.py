@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from iterdpo.data.pairing import PairCounts, build_pairs
@@ -38,7 +39,7 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
             stage.remark = counts.summary()
             if not counts.kept:
                 raise DataError(_nothing(round, counts.summary(), judgments))
-        manifest = step.finish(counts=counts.to_json())
+        manifest = step.finish(counts=asdict(counts))
     return Pairs.of(step.path, manifest)
 
 

@@ -18,7 +18,7 @@ from iterdpo.config import DPOConfig, Section
 from iterdpo.errors import ChildFailed, ConfigError
 from iterdpo.run import supervise
 from iterdpo.run.devices import visible_gpus
-from iterdpo.run.rundir import read_json, write_json
+from iterdpo.run.rundir import write_json
 
 TRAIN_LOG = "train_log.jsonl"
 OPTIMIZER_STATE = "optimizer.pt"
@@ -67,13 +67,6 @@ class TrainSpec(Section):
     """The optimizer state to continue from."""
     trust_remote_code: bool = False
 
-    def write(self, path: Path) -> None:
-        write_json(path, self.model_dump(mode="json"))
-
-    @classmethod
-    def read(cls, path: Path) -> TrainSpec:
-        return cls.model_validate(read_json(path))
-
 
 def check_training(dpo: DPOConfig) -> None:
     """Check that this machine has what a training configuration needs, before anything is loaded.
@@ -112,7 +105,7 @@ def launch_training(
     `reserved` are descriptors of `devices.reserved_gpus`. `on_step` gets each line of the training log soon after it is
     written; those of an earlier start come first. Raises ChildFailed with the end of its log.
     """
-    spec.write(spec_path)
+    write_json(spec_path, spec.model_dump(mode="json"))
     steps, seen = spec.output / TRAIN_LOG, 0
     status: int | None = None
     env = environment(processes=spec.dpo.processes)

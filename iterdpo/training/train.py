@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    train(TrainSpec.read(Path(sys.argv[1])))
+    train(TrainSpec.model_validate(read_json(Path(sys.argv[1]))))
 
 
 def train(spec: TrainSpec) -> None:

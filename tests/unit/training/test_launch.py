@@ -9,7 +9,7 @@ import pytest
 
 from iterdpo.config import DPOConfig
 from iterdpo.errors import ConfigError
-from iterdpo.run.rundir import write_json
+from iterdpo.run.rundir import read_json, write_json
 from iterdpo.training.launch import ReferenceInputs, TrainSpec, check_training, command, environment, threads
 
 
@@ -52,8 +52,8 @@ def test_a_specification_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     written = spec(
         loss={"type": "kto", "desirable_weight": 1.5}, adapter={}, adam_betas=(0.5, 0.75), sentinels={"margin": 3.0}
     )
-    written.write(tmp_path / "train.json")
-    assert TrainSpec.read(tmp_path / "train.json") == written
+    write_json(tmp_path / "train.json", written.model_dump(mode="json"))
+    assert TrainSpec.model_validate(read_json(tmp_path / "train.json")) == written
 
 
 def test_a_specification_with_a_key_that_there_is_not_is_refused(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_specification_with_a_key_that_there_is_not_is_refused(tmp_path: Path)
     values["dpo"]["betta"] = 0.2
     write_json(tmp_path / "train.json", values)
     with pytest.raises(ValueError, match=r"dpo\.betta"):
-        TrainSpec.read(tmp_path / "train.json")
+        TrainSpec.model_validate(read_json(tmp_path / "train.json"))
 
 
 @pytest.mark.usefixtures("cpus")
