@@ -155,7 +155,6 @@ def random_checkpoint(scratch: Path, size: str) -> str:
 
 
 def _work(job: Job) -> dict[str, Any]:
-    """One run, in this process."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

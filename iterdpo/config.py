@@ -16,16 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from iterdpo.errors import ConfigError
 
@@ -438,6 +429,11 @@ class DataConfig(Section):
     """Longer completions lose their end."""
 
 
+def _one_reference(dpo: DPOConfig) -> DPOConfig:
+    """One round has one reference, if any."""
+    return dpo if dpo.reference == "none" else dpo.model_copy(update={"reference": "previous"})
+
+
 class OfflineConfig(Section):
     """One offline DPO round on existing preference pairs."""
 
@@ -447,12 +443,7 @@ class OfflineConfig(Section):
     """The source of every random choice of the run."""
     model: ModelConfig
     data: DataConfig
-    dpo: DPOConfig = DPOConfig()
-
-    @field_validator("dpo")
-    @classmethod
-    def _one_round_has_one_reference(cls, dpo: DPOConfig) -> DPOConfig:
-        return dpo if dpo.reference == "none" else dpo.model_copy(update={"reference": "previous"})
+    dpo: Annotated[DPOConfig, AfterValidator(_one_reference)] = DPOConfig()
 
 
 AnyConfig = TypeVar("AnyConfig", Config, OfflineConfig)

@@ -113,7 +113,6 @@ def _work_off(load: Callable[[], JudgeBase], tasks: Iterable[_Task]) -> Generato
 
 
 def _judged(load: Callable[[], JudgeBase], tasks: Iterable[_Task]) -> Generator[tuple[_Task, list[Judgment]]]:
-    """Tasks of which each lacks something, judged."""
     begun: deque[tuple[_Task, list[Judgment]]] = deque()
 
     def missing() -> Iterator[list[CompletionGroup]]:

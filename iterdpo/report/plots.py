@@ -162,7 +162,6 @@ def _over_rounds(
 
 
 def _against_kl(rounds: pd.DataFrame, title: str, line: Line) -> list[Panel]:
-    """The score against the KL divergence that it cost, round by round."""
     y = _series(rounds, line.key)
     kl = _series(rounds, "kl/to_initial")
     if 0 in y.index:
@@ -228,7 +227,6 @@ def _pair_yield(rounds: pd.DataFrame) -> list[Panel]:
 
 
 def _time(rounds: pd.DataFrame) -> list[Panel]:
-    """Wall time by stage, a bar a round."""
     colors = {"sample": BLUE, "judge": ORANGE, "pair": PURPLE, "train": GREEN, "evaluate": SKY}
     table = pd.DataFrame({name: _series(rounds, f"time/{name}_s") for name in colors}).fillna(0.0)
     longest = table.sum(axis=1).max()

@@ -211,7 +211,6 @@ def number_lists(rows: Sequence[Sequence[Any]], kind: Literal["i", "f"]) -> pa.L
 
 
 def _lists_of(values: pa.Array, lengths: Sequence[int]) -> pa.ListArray:
-    """`values` cut into lists of `lengths`."""
     import pyarrow as pa
 
     return pa.ListArray.from_arrays(pa.array([0, *itertools.accumulate(lengths)], pa.int32()), values)

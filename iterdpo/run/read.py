@@ -143,14 +143,11 @@ def _rows(groups: Path, judges: dict[str, Path]) -> Iterator[dict[str, Any]]:
     judged = {name: read_judgments(path) for name, path in judges.items()}
     for group in read_groups(groups):
         judgments = {name: next(rows, None) for name, rows in judged.items()}
+        this = (group.prompt.id, len(group.completions))
         for name, judgment in judgments.items():
-            if judgment is not None and (judgment.prompt_id, len(judgment.scores)) != (
-                group.prompt.id,
-                len(group.completions),
-            ):
-                raise UserError(
-                    f"{judges[name]}: made for other completions than those in {groups}; run again with --redo"
-                )
+            if judgment is not None and (judgment.prompt_id, len(judgment.scores)) != this:
+                others = f"made for other completions than those in {groups}"
+                raise UserError(f"{judges[name]}: {others}; run again with --redo")
         columns = {f"column/{name}" if name in OWN else name: value for name, value in group.prompt.columns.items()}
         for k, completion in enumerate(group.completions):
             sampled = (completion.text, len(completion.token_ids), completion.finish_reason)

@@ -213,12 +213,8 @@ def cpu_defaults(max_model_len: int) -> dict[str, Any]:
 def completion_of(output: Any) -> Completion:
     """Ours, of a vLLM CompletionOutput."""
     ids = list(output.token_ids)
-    return Completion(
-        text=output.text,
-        token_ids=ids,
-        logprobs=[position[token].logprob for position, token in zip(output.logprobs, ids, strict=True)],
-        finish_reason="length" if output.finish_reason == "length" else "stop",
-    )
+    logprobs = [position[token].logprob for position, token in zip(output.logprobs, ids, strict=True)]
+    return Completion(output.text, ids, logprobs, "length" if output.finish_reason == "length" else "stop")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import ChildFailed
-from iterdpo.evaluate import Scores, evaluation_metrics, logp_gap
+from iterdpo.evaluate import Bootstrap, Scores, evaluation_metrics, logp_gap
 from iterdpo.judging.judge import RunJudge
 from iterdpo.judging.shards import NamedShard, completion_shards
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_groups, read_judgments, read_token_ids, shard_name
@@ -101,6 +101,7 @@ def _evaluate(
             f"evaluation.max_logp_gap = {section.max_logp_gap:g}): it does not sample from this policy, or its precision "
             "is too low"
         )
+    seed = derive_seed(run.config.seed, "bootstrap")
     metrics = evaluation_metrics(
         lambda: read_token_ids(completions),
         scores,
@@ -109,11 +110,7 @@ def _evaluate(
         logps,
         prompts=counts["prompts"],
         truncated=counts["truncated"],
-        bootstrap={
-            "confidence": section.confidence,
-            "samples": section.bootstrap_samples,
-            "seed": derive_seed(run.config.seed, "bootstrap"),
-        },
+        bootstrap=Bootstrap(confidence=section.confidence, samples=section.bootstrap_samples, seed=seed),
     )
     write_json(directory / "metrics.json", metrics | {"sampler/logp_gap": gap})
     return {"prompts": counts["prompts"], "completions": counts["completions"]}

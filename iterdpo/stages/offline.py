@@ -72,12 +72,8 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
     with run.progress.stage("tokenize", data.limit or 0, unit) as stage:
 
         def tables() -> Iterator[Any]:
-            for table in preferences.tokenized(
-                run.tokenizer,
-                max_prompt_tokens=data.max_prompt_tokens,
-                max_completion_tokens=data.max_completion_tokens,
-                processes=processes,
-            ):
+            limits = data.model_dump(include={"max_prompt_tokens", "max_completion_tokens"})
+            for table in preferences.tokenized(run.tokenizer, **limits, processes=processes):
                 stage.to(account.rows)
                 yield table
 

@@ -48,9 +48,8 @@ class OfflineRun:
     @cached_property
     def initial(self) -> PolicyCheckpoint:
         """The policy of round 0. Its digest reads all of it; a note in the run directory saves that on the next start."""
-        stamp = [
-            [p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(self.model_path.iterdir()) if p.is_file()
-        ]
+        files = sorted(path for path in self.model_path.iterdir() if path.is_file())
+        stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
         note, key = self.dir.root / ".initial.json", {"path": str(self.model_path), "stamp": stamp}
         known = read_json(note) if note.exists() else {}
         digest = str(known.pop("digest", ""))

@@ -141,11 +141,8 @@ def _chunked_logps(causal: Any, hidden: Tensor, targets: Tensor, squares: bool) 
             logits = softcap * torch.tanh(logits / softcap)
         return _picked_logps(logits, wanted, squares)
 
-    parts = [
-        checkpoint(some, *part, use_reentrant=False)
-        for part in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    ]
-    logps, log_squares = zip(*parts, strict=True)
+    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    logps, log_squares = zip(*(checkpoint(some, *part, use_reentrant=False) for part in parts), strict=True)
     return torch.cat(logps), torch.cat(log_squares) if squares else log_squares[0]
 
 

@@ -336,7 +336,6 @@ def _rewards(logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def _per_token(logps: PairLogps) -> PairLogps:
-    """Means over each completion's tokens in place of sums."""
     chosen, rejected = logps.chosen_tokens, logps.rejected_tokens
     return logps._replace(
         chosen=logps.chosen / chosen,

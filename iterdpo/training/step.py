@@ -46,12 +46,10 @@ class Trainer:
             RuntimeError: a loss or gradient is not finite, and the configuration does not skip such a step.
         """
         started = time.perf_counter()
-        dpo, pairs = self.dpo, self.pairs.steps[number]
+        dpo, pairs, steps = self.dpo, self.pairs.steps[number], len(self.pairs.steps)
         trees, index = self.pairs.trees(pairs)
         kl = self.kl(pairs)
-        factor = learning_rate_factor(
-            number, len(self.pairs.steps), warmup_ratio=dpo.warmup_ratio, schedule=dpo.lr_scheduler
-        )
+        factor = learning_rate_factor(number, steps, warmup_ratio=dpo.warmup_ratio, schedule=dpo.lr_scheduler)
         for group in self.optimizer.param_groups:
             group["lr"] = dpo.learning_rate * factor
         batches = self.compute.micro_batches(trees)
@@ -81,7 +79,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         row: dict[str, Any] = {
             "step": number + 1,
-            "epoch": round((number + 1) * dpo.epochs / len(self.pairs.steps), 4),
+            "epoch": round((number + 1) * dpo.epochs / steps, 4),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm,
             **metrics,
@@ -175,12 +173,8 @@ class Compute:
         """This process's share of the trees, by their numbers, in batches of similar size."""
         shared = self.path == "shared"
         sizes = [t.tokens if shared else t.tokens + (len(t.branches) - 1) * len(t.prompt) for t in trees]
-        return micro_batches(
-            sizes,
-            budget=self.dpo.tokens_per_micro_batch,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-        )
+        accelerator, budget = self.accelerator, self.dpo.tokens_per_micro_batch
+        return micro_batches(sizes, budget=budget, rank=accelerator.process_index, world=accelerator.num_processes)
 
     def branch_logps(self, model: Any, trees: Sequence[Tree]) -> Iterator[tuple[list[int], Tensor]]:
         """This process's batches of trees, and the log-probabilities [branches] of each, without gradient."""

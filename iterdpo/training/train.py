@@ -122,9 +122,8 @@ def _trainer(spec: TrainSpec, accelerator: Accelerator, pairs: RoundPairs) -> Tr
     compute = compute or _compute(spec, accelerator, model, pairs)
     scorer = Scorer(model, compute.path)
     scorer.train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(scorer, dpo.weight_decay), lr=dpo.learning_rate, betas=dpo.adam_betas, fused=True
-    )
+    groups = parameter_groups(scorer, dpo.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=dpo.learning_rate, betas=dpo.adam_betas, fused=True)
     if spec.optimizer is not None:
         carried = torch.load(spec.optimizer, weights_only=True)  # the moments; the settings are this round's
         optimizer.load_state_dict({**optimizer.state_dict(), "state": carried["state"]})
