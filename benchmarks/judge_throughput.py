@@ -75,8 +75,8 @@ def call_all(endpoint: dict[str, Any], calls: int) -> dict[str, float]:
     import aiohttp  # noqa: F401  (half a second that a stage pays once)
 
     from judges.llm.client import Client
-    from judges.llm.concurrency import run_each
     from judges.llm.settings import Endpoint
+    from judges.llm.transport import run_each
 
     client = Client(Endpoint(**endpoint), model="fake")
     peaks: list[float] = []

@@ -135,10 +135,8 @@ def retry_judgments(
         judged = {r: m for r in directory.rounds() if (m := read_manifest(directory.round_dir(r) / "judgments"))}
         round = max(judged, default=0) if round is None else round
         if round not in judged:
-            raise UserError(
-                f"{directory.root}: round {round} has no finished judgments; to continue a stage that stopped, repeat "
-                "the command that started it"
-            )
+            remedy = "to continue a stage that stopped, repeat the command that started it"
+            raise UserError(f"{directory.root}: round {round} has no finished judgments; {remedy}")
         if not judged[round].counts["unjudged"]:
             raise UserError(f"{directory.root}: round {round}: nothing abstained, so there is nothing to judge again")
         before, after = judge_again(run, round)
@@ -203,7 +201,6 @@ def _source_version(own: AnyJudge) -> str:
         source = inspect.getsource(function if plain else type(function))  # type: ignore[arg-type]
         return digest([source, held])
     except (OSError, TypeError, ValueError):
-        raise JudgeError(
-            f"judge {own!r}: its source and values cannot be read, so a change would go unnoticed; give it a "
-            "`version`, a string that you change whenever the judge changes"
-        ) from None
+        wrong = "its source and values cannot be read, so a change would go unnoticed"
+        remedy = "give it a `version`, a string that you change whenever the judge changes"
+        raise JudgeError(f"judge {own!r}: {wrong}; {remedy}") from None

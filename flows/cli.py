@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 OVERRIDES = "YAML files, merged left to right, and dotted overrides in any place: dpo.beta=0.2 sampling.n=8"
+JUDGED = "the round (default: the last with finished judgments)"
 CRON = 'schedule for new rounds: "0 2 * * *" is every night at two (default: only when triggered)'
 
 Word = Annotated[str, Parameter(name="CONFIG", required=True, help=OVERRIDES)]
@@ -141,9 +142,7 @@ def retry(
     run_dir: RunDirectory,
     /,
     *,
-    number: Annotated[
-        int | None, Parameter(name="--round", help="the round (default: the last with finished judgments)")
-    ] = None,
+    number: Annotated[int | None, Parameter(name="--round", help=JUDGED)] = None,
 ) -> int:
     """Judge a run's abstentions again."""
     from flows.api import retry_judgments
@@ -233,7 +232,6 @@ def _run_config(config: Config, options: RunOptions) -> int:
 
 
 def _load(load: Callable[..., T], arguments: tuple[str, ...]) -> T:
-    """The configuration from its files and `key=value` overrides, given in any order."""
     files = [a for a in arguments if "=" not in a or Path(a).exists()]
     return load(*files, overrides=[a for a in arguments if a not in files])
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import functools
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +108,8 @@ def iterate(run: IterativeRun) -> list[RoundRecord]:
         run_round(run, round, do)
 
     def subflow(round: int) -> RoundRecord:
-        known = run.dir.record(round)
-        if known is not None and first_pending_of(run, round) is None:
-            return known
-        one_round(round)
+        if run.dir.record(round) is None or first_pending_of(run, round) is not None:
+            one_round(round)
         record = run.dir.record(round)
         assert record is not None
         return record
@@ -127,11 +124,9 @@ def iterate(run: IterativeRun) -> list[RoundRecord]:
 
 def prefect_stages() -> Stages:
     """The stages as tasks, named after themselves and the round."""
-
-    def as_task(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
-        return task(name=name, task_run_name=f"{name} {{round}}", cache_policy=NO_CACHE, persist_result=False)(stage)
-
-    return Stages(**{name: as_task(name, stage) for name, stage in PLAIN._asdict().items()})
+    as_task = functools.partial(task, cache_policy=NO_CACHE, persist_result=False)
+    stages = PLAIN._asdict().items()
+    return Stages(**{name: as_task(stage, name=name, task_run_name=f"{name} {{round}}") for name, stage in stages})
 
 
 @task(name="report", cache_policy=NO_CACHE, persist_result=False)
@@ -144,12 +139,9 @@ def report(run_dir: Path) -> str:
     table = [{name: _cell(row.get(name)) for name in TABLE_COLUMNS} for row in rows]
     create_table_artifact(key=f"{key}-rounds", table=table, description=f"Rounds of {run_dir.name}")
     for name, figure in figures(run).items():
-        picture = base64.b64encode(as_png(figure)).decode()
-        create_markdown_artifact(
-            key=f"{key}-{name.replace('_', '-')}",
-            markdown=f"![{name}](data:image/png;base64,{picture})",
-            description=f"{name} of {run_dir.name}",
-        )
+        picture = f"![{name}](data:image/png;base64,{base64.b64encode(as_png(figure)).decode()})"
+        about = f"{name} of {run_dir.name}"
+        create_markdown_artifact(key=f"{key}-{name.replace('_', '-')}", markdown=picture, description=about)
     return str(page)
 
 

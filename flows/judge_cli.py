@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain
 from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,25 +20,21 @@ from iterdpo.escape import visible
 from iterdpo.run.progress import Progress
 
 JUDGE = "a run's configuration (its judge), or a value of `judge.use`: a name, or path/to/file.py:name"
-ARGS = (
-    "arguments of the judge; they override the configuration's: model=my-rm endpoint.base_url=http://localhost:8000/v1"
-)
+ARGS = "arguments of the judge, over the configuration's: model=my-rm endpoint.base_url=http://localhost:8000/v1"
 DATA = (
     "preference pairs (chosen, rejected, prompt; a column tie marks those that are equally good): a file, a directory, "
     "or a hub id; to compare also rows of prompt and completions, or a run directory"
 )
 JSON = "write everything as JSON; - prints it instead of the tables"
 TOKENIZER = "checkpoint whose tokenizer counts tokens (default: the configuration's, else one token per byte)"
-COLUMNS = (
-    "columns of the prompt's row: gold=4; a value is text, or JSON if it begins with [, { or a quote; put these last"
-)
+COLUMNS = "columns of the prompt's row, put last: gold=4; a value is text, or JSON if it begins with [, { or a quote"
+ROLE = "the judge to use from a configuration: judge, or evaluation.judge"
+ROUND = "the round of a run directory (default: the last)"
 YAML = (".yaml", ".yml")
 
 JudgeName = Annotated[str, Parameter(help=JUDGE)]
 Assignments = Annotated[tuple[str, ...], Parameter(consume_multiple=True, help=ARGS)]
-Role = Annotated[
-    Literal["train", "heldout"], Parameter(help="the judge to use from a configuration: judge, or evaluation.judge")
-]
+Role = Annotated[Literal["train", "heldout"], Parameter(help=ROLE)]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 
 app = App(
@@ -56,6 +52,10 @@ class DataOptions:
     limit: Annotated[Positive | None, Parameter(help="read the first N rows only")] = None
     tokenizer: Annotated[str | None, Parameter(help=TOKENIZER)] = None
     seed: Annotated[int, Parameter(help="seed of the order of the completions and of the bootstrap")] = 0
+
+    def reading(self, *judges: str) -> dict[str, Any]:
+        """How the data are read; the tokenizer is the one asked for, or that of the first configuration of `judges`."""
+        return {"split": self.split, "limit": self.limit, "tokenizer": _tokenizer(self.tokenizer, *judges)}
 
 
 @Parameter(name="*")
@@ -85,27 +85,20 @@ def check(
     from judges.audit.check import check_judge_on
     from judges.audit.figures import measure
     from judges.audit.labelled import read_labelled
-    from judges.audit.render import check_sentence, check_tables, mistake_example
+    from judges.audit.render import check_plots, check_sentence, check_tables, mistake_example
     from judges.load import check_columns, load_judge
 
     use, judge_args = _judge_spec(judge, args, role)
     loaded = load_judge(use, judge_args)
-    tokenizer = _tokenizer(data.tokenizer, judge)
-    unit: Literal["characters", "tokens"] = "characters" if tokenizer is None else "tokens"
-    pairs, account = read_labelled(
-        data.data, split=data.split, limit=data.limit, subset_column=subset_column, tokenizer=tokenizer
-    )
+    reading = data.reading(judge)
+    unit: Literal["characters", "tokens"] = "characters" if reading["tokenizer"] is None else "tokens"
+    pairs, account = read_labelled(data.data, subset_column=subset_column, **reading)
 
-    def known_columns() -> Iterator[Any]:
-        for pair in islice(pairs, 1):
-            check_columns(use, pair.prompt.columns, judge_args)
-            yield pair
-        yield from pairs
-
+    drawn: dict[str, Any] = {"seed": data.seed, "repeats": repeats}
     with closing(loaded), Progress(sys.stderr).stage("judged", data.limit or 0, "pairs") as stage:
-        done = check_judge_on(
-            loaded, known_columns(), seed=data.seed, repeats=repeats, unit=unit, advance=stage.advance
-        )
+        first = next(pairs)
+        check_columns(use, first.prompt.columns, judge_args)
+        done = check_judge_on(loaded, chain([first], pairs), **drawn, unit=unit, advance=stage.advance)
     report = {
         "judge": {"use": use, "name": done.name, "version": done.version},
         **_circumstances(data, output, done.turn.stopped, account=account.summary()),
@@ -114,26 +107,15 @@ def check(
         "cost": {"seconds": round(done.turn.seconds, 3), "usage": done.turn.usage},
         **measure(done.pairs, seed=data.seed, confidence=output.confidence),
     }
-    figures = []
-    if output.page:
-        from judges.audit.plots import check_plots
-
-        figures = check_plots(report)
+    settings = [("Judge", use), ("Version", done.version), ("Data", data.data), ("Rows", account.summary())]
     return _put_out(
         output,
         {**report, "pairs": [pair.to_json() for pair in done.pairs]},
         done.turn.stopped,
         sentence=check_sentence(report),
         tables=check_tables(report),
-        settings=[
-            ("Judge", use),
-            ("Version", done.version),
-            ("Data", data.data),
-            ("Rows", account.summary()),
-            ("Lengths", f"in {unit}"),
-            ("Seed", str(data.seed)),
-        ],
-        figures=figures,
+        settings=[*settings, ("Lengths", f"in {unit}"), ("Seed", str(data.seed))],
+        figures=check_plots(report) if output.page else [],
         examples=list(map(mistake_example, done.mistakes)),
         examples_title="The mistakes it is surest of",
         on_terminal=0,
@@ -151,9 +133,7 @@ def compare(
     args_b: Annotated[tuple[str, ...], Parameter(consume_multiple=True, help="arguments of B")] = (),
     role: Role = "train",
     data: DataOptions,
-    number: Annotated[
-        int | None, Parameter(name="--round", help="the round of a run directory (default: the last)")
-    ] = None,
+    number: Annotated[int | None, Parameter(name="--round", help=ROUND)] = None,
     output: OutputOptions = TABLES,
 ) -> int:
     """The agreement of two judges, with examples of their differences."""
@@ -164,23 +144,13 @@ def compare(
     specs = [_judge_spec(a, args_a, role), _judge_spec(b, args_b, role)]
     for use, judge_args in specs:
         check_judge(use, judge_args)  # before the first has judged anything
-    samples = partial(
-        read_samples,
-        data.data,
-        round=number,
-        split=data.split,
-        limit=data.limit,
-        seed=data.seed,
-        tokenizer=_tokenizer(data.tokenizer, a, b),
-    )
+    samples = partial(read_samples, data.data, round=number, seed=data.seed, **data.reading(a, b))
     load_a, load_b = (partial(load_judge, *spec) for spec in specs)
     with Progress(sys.stderr).stage("judged", 2 * (data.limit or 0), "prompts") as stage:
         done = compare_judges(load_a, load_b, samples, advance=stage.advance)
+    judged = zip(specs, done.names, done.versions, strict=True)
     report = {
-        "judges": [
-            {"use": use, "name": name, "version": version}
-            for (use, _), name, version in zip(specs, done.names, done.versions, strict=True)
-        ],
+        "judges": [{"use": use, "name": name, "version": version} for (use, _), name, version in judged],
         **_circumstances(data, output, done.stopped, round=number),
         "costs": [{"seconds": round(turn.seconds, 3), "usage": turn.usage} for turn in done.turns],
         **measure_agreement(done, seed=data.seed, confidence=output.confidence),
@@ -255,7 +225,6 @@ def attempt(
 
 
 def _described(found: dict[str, Any], completions: tuple[str, ...]) -> Iterator[str]:
-    """A verdict for a reader: what was asked and replied, then what came of it."""
     for number, call in enumerate(found["trace"], 1):
         for message in call["messages"]:
             yield f"--- call {number}: {message['role']}"
@@ -298,10 +267,8 @@ def _judge_spec(which: str, overrides: tuple[str, ...], role: str) -> tuple[str,
     for override in overrides:
         args = assign(args, override)
     if asks_a_person(use, args):
-        raise JudgeError(
-            f"{which}: a person can judge only within a run: name the judge `person` in a configuration, start it "
-            "with `iterdpo run`, and answer with `iterdpo judge review RUN_DIR`"
-        )
+        remedy = "name the judge `person` in a configuration, start it with `iterdpo run`, and answer with"
+        raise JudgeError(f"{which}: a person can judge only within a run: {remedy} `iterdpo judge review RUN_DIR`")
     return use, args
 
 
@@ -316,7 +283,6 @@ def _column(given: str) -> tuple[str, Any]:
 
 
 def _tokenizer(given: str | None, *judges: str) -> Any:
-    """The tokenizer that was asked for, or that of the first configuration among the judges; None without either."""
     from iterdpo.config import load_config
     from iterdpo.data.rendering import load_tokenizer
 
@@ -332,7 +298,6 @@ def _tokenizer(given: str | None, *judges: str) -> Any:
 def _circumstances(
     data: DataOptions, output: OutputOptions, stopped: BaseException | None, **more: Any
 ) -> dict[str, Any]:
-    """What a report says of how it was made; `more` goes with the data."""
     return {
         "data": {"path": data.data, "split": data.split, **more},
         "seed": data.seed,
@@ -364,8 +329,6 @@ def _put_out(
         print_report(page["sentence"], page["tables"], page["examples"][:on_terminal], lines=lines, stream=sys.stdout)
         for path in filter(None, (output.json, output.page)):
             print(f"written: {path}")
-    if stopped is None:
-        return 0
-    if isinstance(stopped, KeyboardInterrupt):
-        return 130
-    raise stopped
+    if stopped is not None and not isinstance(stopped, KeyboardInterrupt):
+        raise stopped
+    return 130 if stopped else 0

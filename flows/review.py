@@ -8,7 +8,6 @@ import sys
 import time
 import webbrowser
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -23,12 +22,7 @@ CHECK_SECONDS = 2.0
 
 
 def serve_review(
-    run_dir: str | Path,
-    *,
-    who: str | None = None,
-    port: int = 0,
-    open_browser: bool = True,
-    once: bool = False,
+    run_dir: str | Path, *, who: str | None = None, port: int = 0, open_browser: bool = True, once: bool = False
 ) -> None:
     """Serve the review page until interrupted, or, with `once`, until nothing is left to judge.
 
@@ -60,7 +54,7 @@ def serve_review(
         time.sleep(1.5)  # the page learns that it is done
 
 
-@contextmanager
+@contextlib.contextmanager
 def waiting(message: str, *, say: Callable[[str], None] = print) -> Iterator[Callable[[], None] | None]:
     """Around a wait for a person. Inside a Prefect flow run, it and the runs that it is part of are Paused meanwhile.
 

@@ -71,8 +71,7 @@ def prefect_api(log: Path) -> Iterator[PrefectAPI]:
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, get_current_settings, temporary_settings
 
     log_to_file(log)
-    configured = get_current_settings().api.url
-    if configured:
+    if configured := get_current_settings().api.url:
         yield PrefectAPI(configured)
         return
     with start_server(log) as api:
@@ -115,9 +114,8 @@ def start_server(log: Path) -> Iterator[PrefectAPI]:
         deadline = time.monotonic() + STARTUP_SECONDS
         while not answers(f"{origin}/api/health"):
             if server.poll() is not None or time.monotonic() > deadline:
-                raise ChildFailed(
-                    f"the Prefect server did not start; run without it (--no-prefect), or see {log}\n{server.log_tail()}"
-                )
+                remedy = f"run without it (--no-prefect), or see {log}\n{server.log_tail()}"
+                raise ChildFailed(f"the Prefect server did not start; {remedy}")
             time.sleep(0.1)
         if server.poll() is not None:
             raise ChildFailed(f"another process took port {port} while the Prefect server started; try again")

@@ -108,17 +108,16 @@ def overridden(config: Config, rounds: int, overrides: Mapping[str, float]) -> C
 
 async def _serve(runner: Any, progress: Progress, api: PrefectAPI, deployment: UUID | None) -> None:
     """Work off the triggers. Warns if the server of a scheduled `deployment` plans no more rounds."""
-    watch = asyncio.create_task(_watch(progress, api, deployment)) if deployment else None
+    watch = asyncio.create_task(_watch(progress, api, deployment))
     try:
         await runner.start()
     finally:
-        if watch is not None:
-            watch.cancel()
+        watch.cancel()
 
 
-async def _watch(progress: Progress, api: PrefectAPI, deployment: UUID) -> None:
+async def _watch(progress: Progress, api: PrefectAPI, deployment: UUID | None) -> None:
     said: str | None = None
-    while True:
+    while deployment is not None:
         await asyncio.sleep(CHECK_SECONDS)
         trouble = await asyncio.to_thread(_trouble, api, deployment)
         if trouble is not None and trouble != said:
@@ -141,32 +140,26 @@ def _trouble(api: PrefectAPI, deployment: UUID) -> str | None:
     import httpx
 
     if failures := api.failures():
-        return (
-            f"the scheduler of Prefect's server fails, so rounds may not start on time: {failures[-1]} (see {api.log})"
-        )
+        late = "the scheduler of Prefect's server fails, so rounds may not start on time"
+        return f"{late}: {failures[-1]} (see {api.log})"
     try:
         planned = _planned(deployment)
     except httpx.HTTPError as error:
         return f"the Prefect server at {api.url} does not answer: {error}"
-    if planned is None:
-        return (
-            f"the Prefect server at {api.url} has scheduled no rounds: its scheduler is down, or the schedule is paused"
-        )
-    return None
+    why = "its scheduler is down, or the schedule is paused"
+    return None if planned else f"the Prefect server at {api.url} has scheduled no rounds: {why}"
 
 
 def _planned(deployment: UUID) -> datetime | None:
-    """The next time at which the server means to start a run of the deployment."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas import filters
     from prefect.client.schemas.sorting import FlowRunSort
 
+    ahead = filters.FlowRunFilterNextScheduledStartTime(after_=datetime.now(UTC))
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(
             deployment_filter=filters.DeploymentFilter(id=filters.DeploymentFilterId(any_=[deployment])),
-            flow_run_filter=filters.FlowRunFilter(
-                next_scheduled_start_time=filters.FlowRunFilterNextScheduledStartTime(after_=datetime.now(UTC))
-            ),
+            flow_run_filter=filters.FlowRunFilter(next_scheduled_start_time=ahead),
             sort=FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC,
             limit=1,
         )

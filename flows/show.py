@@ -37,17 +37,13 @@ def show_completions(
         completions = list(group)
         if prompt and not (prompt_id.startswith(prompt) or prompt in completions[0]["prompt"]):
             continue
-        yield _prompt(completions[0])
+        yield f"{prompt_id}\n{_block(completions[0]['prompt'], '  ')}\n"
         yield from map(_completion, completions)
         shown += 1
         if shown == limit:
             return
     if not shown:
         raise UserError(f"{run.root}: round {round} has no prompt {prompt!r}; give its id, or words of its text")
-
-
-def _prompt(row: dict[str, Any]) -> str:
-    return f"{row['prompt_id']}\n{_block(row['prompt'], '  ')}\n"
 
 
 def _completion(row: dict[str, Any]) -> str:

@@ -96,17 +96,12 @@ class CustomJudge(JudgeBase):
         for name in ("repeat", "trace"):
             if hasattr(self.owner, name):
                 setattr(self.owner, name, getattr(self, name))
-        match self.kind:
-            case "groups":
-                judged: Any = self.function(groups=groups)
-                judgments: list[Judgment] = self._run(judged) if inspect.iscoroutine(judged) else judged
-                return judgments
-            case "batch":
-                return self._judge_batch(groups)
-            case "score":
-                return self._judge_scores(groups)
-            case "compare":
-                return self._judge_comparisons(groups)
+        if self.kind == "groups":
+            judged: Any = self.function(groups=groups)
+            judgments: list[Judgment] = self._run(judged) if inspect.iscoroutine(judged) else judged
+            return judgments
+        by_kind = {"batch": self._judge_batch, "score": self._judge_scores, "compare": self._judge_comparisons}
+        return by_kind[self.kind](groups)
 
     def judge_each(self, groups: Iterable[CompletionGroup]) -> Generator[Judgment]:
         yield from self.owner.judge_each(groups) if self.ahead else super().judge_each(groups)
@@ -134,32 +129,27 @@ class CustomJudge(JudgeBase):
         return self._run(returned)
 
     def _judge_scores(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
-        calls = [
-            {**self._facts(g.prompt, {"": c}), **g.prompt.columns, "prompt": g.prompt.content, "completion": c.text}
-            for g in groups
-            for c in g.completions
-        ]
+        shown = [(g.prompt, c) for g in groups for c in g.completions]
+        calls = [self._call_of(prompt, {"": c}) | {"completion": c.text} for prompt, c in shown]
         return judgments_from_outcomes(groups, self._call_all(calls))
 
     def _judge_comparisons(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
-        orders = [list(itertools.permutations(range(len(g.completions)), 2)) for g in groups]
-        calls = []
-        for g, pairs in zip(groups, orders, strict=True):
-            for a, b in ((g.completions[i], g.completions[j]) for i, j in pairs):
-                facts = {**self._facts(g.prompt, {"a_": a, "b_": b}), **g.prompt.columns}
-                calls.append({**facts, "prompt": g.prompt.content, "a": a.text, "b": b.text})
+        shown = [(g.prompt, a, b) for g in groups for a, b in itertools.permutations(g.completions, 2)]
+        calls = [self._call_of(prompt, {"a_": a, "b_": b}) | {"a": a.text, "b": b.text} for prompt, a, b in shown]
         verdicts = iter(self._call_all(calls))
-        return [
-            judgment_from_comparisons(g, [_comparison(i, j, next(verdicts)) for i, j in pairs])
-            for g, pairs in zip(groups, orders, strict=True)
-        ]
+        judged = []
+        for g in groups:
+            pairs = itertools.permutations(range(len(g.completions)), 2)
+            judged.append(judgment_from_comparisons(g, [_comparison(i, j, next(verdicts)) for i, j in pairs]))
+        return judged
 
-    def _facts(self, prompt: Prompt, completions: Mapping[str, Completion]) -> dict[str, Any]:
-        """Those of `OPTIONAL_PARAMETERS` that the function names. `**columns` alone gets none of them."""
+    def _call_of(self, prompt: Prompt, completions: Mapping[str, Completion]) -> dict[str, Any]:
+        """What a function receives besides texts. `OPTIONAL_PARAMETERS` it must name: `**columns` gets none of them."""
         facts: dict[str, Any] = {"messages": prompt.messages, "prompt_id": prompt.id}
         for prefix, c in completions.items():
             facts |= {f"{prefix}token_count": len(c.token_ids), f"{prefix}finish_reason": c.finish_reason}
-        return {name: value for name, value in facts.items() if name in self._parameters}
+        named = {name: value for name, value in facts.items() if name in self._parameters}
+        return {**named, **prompt.columns, "prompt": prompt.content}
 
     def _judge_batch(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         """One call for all completions, with the keyword arguments that GRPOTrainer of TRL 1.16 passes."""
@@ -167,12 +157,11 @@ class CustomJudge(JudgeBase):
         if not rows:
             return judgments_from_outcomes(groups, [])
         columns = {column: [p.columns.get(column) for p, _ in rows] for g in groups for column in g.prompt.columns}
+        said = [[{"role": "assistant", "content": c.text}] if p.conversational else c.text for p, c in rows]
         call = {
             **columns,
             "prompts": [p.content for p, _ in rows],
-            "completions": [
-                [{"role": "assistant", "content": c.text}] if p.conversational else c.text for p, c in rows
-            ],
+            "completions": said,
             "completion_ids": [list(c.token_ids) for _, c in rows],
             "trainer_state": SimpleNamespace(global_step=0, max_steps=0, epoch=0.0),  # as before the first step
             "log_extra": lambda column, values: None,
@@ -183,14 +172,12 @@ class CustomJudge(JudgeBase):
             return judgments_from_outcomes(groups, [returned] * len(rows))
         try:
             scores = list(returned)
+            got = f"{len(scores)} scores"
         except TypeError:
-            scores = None
-        if scores is None or len(scores) != len(rows):
-            got = f"{len(scores)} scores" if scores is not None else f"a {type(returned).__name__}"
-            raise JudgeError(
-                f"judge {self.name!r} returned {'nothing' if returned is None else got} for {len(rows)} completions; it "
-                "must return a list with a score for each (None abstains)"
-            )
+            scores, got = [], "nothing" if returned is None else f"a {type(returned).__name__}"
+        if len(scores) != len(rows):
+            wanted = "must return a list with a score for each (None abstains)"
+            raise JudgeError(f"judge {self.name!r} returned {got} for {len(rows)} completions; it {wanted}")
         return judgments_from_outcomes(groups, scores)
 
     def _call_all(self, calls: Sequence[dict[str, Any]]) -> list[Any]:
@@ -239,10 +226,8 @@ def check_signature(
     if kind is None and missing:
         if constructor:
             raise JudgeError(f"judge {name!r}: missing argument {missing[0]!r}; give it under `args`")
-        raise JudgeError(
-            f"judge {name!r}: its parameters ({', '.join(known)}) fit no form of judge. Name them {SHAPES}; or, "
-            f"if it is a factory, give {', '.join(missing)} under `args`"
-        )
+        remedy = f"Name them {SHAPES}; or, if it is a factory, give {', '.join(missing)} under `args`"
+        raise JudgeError(f"judge {name!r}: its parameters ({', '.join(known)}) fit no form of judge. {remedy}")
     unknown = [arg for arg in args if arg not in known]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         raise JudgeError(f"judge {name!r}: unknown argument {unknown[0]!r}; {nearest(unknown[0], known, 'it accepts')}")
@@ -269,19 +254,15 @@ def _adapted(made: Any, args: dict[str, Any], name: str, *, produced: bool = Fal
     methods = (getattr(made, method, None) for method in METHODS)
     function = next((m for m in methods if callable(m)), made)
     if not callable(function):
-        raise JudgeError(
-            f"judge {name!r}: a {type(made).__name__} is not a judge; give a function with the parameters {SHAPES}, "
-            "or a class with a method `score`, `compare` or `judge` that has them"
-        )
+        remedy = f"parameters {SHAPES}, or a class with a method `score`, `compare` or `judge` that has them"
+        raise JudgeError(f"judge {name!r}: a {type(made).__name__} is not a judge; give a function with the {remedy}")
     signature = inspect.signature(function)
     kind = check_signature(signature, args, name, constructor=False)
     if kind is not None:
         return CustomJudge(name, kind, functools.partial(function, **args), made)
     if produced:
-        raise JudgeError(
-            f"judge {name!r}: its result has the parameters ({', '.join(signature.parameters)}), which fit no form "
-            f"of judge. Name them {SHAPES}"
-        )
+        wrong = f"its result has the parameters ({', '.join(signature.parameters)}), which fit no form of judge"
+        raise JudgeError(f"judge {name!r}: {wrong}. Name them {SHAPES}")
     return _adapted(function(**args), {}, name, produced=True)
 
 

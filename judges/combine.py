@@ -93,7 +93,6 @@ class Ensemble(_JudgeOfJudges):
         return [self._combined(list(judgments)) for judgments in zip(*judged, strict=True)]
 
     def _combined(self, judgments: list[Judgment]) -> Judgment:
-        """One group's judgment from the members'."""
         columns = list(zip(*(j.scores for j in judgments), strict=True))  # [K][members]
         enough = [sum(s is not None for s in column) >= self.min_judges for column in columns]
         rows = [[s if kept else None for s, kept in zip(j.scores, enough, strict=True)] for j in judgments]
@@ -110,10 +109,8 @@ class Ensemble(_JudgeOfJudges):
             reason = self._too_few(judgments, k) if not kept else "the judges disagree" if disagree else None
             scores.append(None if reason else sum(w * s for w, s in given) / sum(abs(w) for w, _ in given))
             reasons.append(reason)
-        members = [
-            {"judge": m.name, "weight": w, "scores": j.scores}
-            for m, w, j in zip(self.members, self.weights, judgments, strict=True)
-        ]
+        each = zip(self.members, self.weights, judgments, strict=True)
+        members = [{"judge": m.name, "weight": w, "scores": j.scores} for m, w, j in each]
         compared = [j.comparisons for j in judgments if j.comparisons]
         # One member's verdicts: those of several would pass for one judge that contradicts itself.
         comparisons = compared[0] if len(compared) == 1 else []
@@ -182,17 +179,15 @@ class _Wrapper(_JudgeOfJudges):
         return [self._changed(j, o) for j, o in zip(judgments, self.rescored(judgments, lengths), strict=True)]
 
     def _changed(self, judgment: Judgment, outcomes: Sequence[Outcome]) -> Judgment:
-        """The judgment with other scores; an `Abstention` among them is a new one."""
-        refused = [str(o) if isinstance(o, Abstention) else None for o in outcomes]
-        return replace(
-            judgment,
-            scores=[None if o is None or isinstance(o, Abstention) else float(o) for o in outcomes],
-            abstentions=[old or new for old, new in zip(judgment.abstentions, refused, strict=True)],
-            details={**judgment.details, f"before_{self.KIND}": judgment.scores},
-        )
+        new = [
+            (None, str(o)) if isinstance(o, Abstention) else (None if o is None else float(o), None) for o in outcomes
+        ]
+        reasons = [old or reason for old, (_, reason) in zip(judgment.abstentions, new, strict=True)]
+        details = {**judgment.details, f"before_{self.KIND}": judgment.scores}
+        return replace(judgment, scores=[score for score, _ in new], abstentions=reasons, details=details)
 
     def rescored(self, judgments: Sequence[Judgment], lengths: Sequence[Lengths]) -> Iterable[Sequence[Outcome]]:
-        """The new scores of each group, from the old and the completions' tokens; None if the inner judge abstained."""
+        """Each group's new scores, from the old and the completions' tokens; None if the inner judge abstained."""
         raise NotImplementedError
 
 
@@ -405,9 +400,8 @@ def _content(group: CompletionGroup) -> dict[str, Any]:
 
 def _check_nested(owner: str, judge: Any, known: Iterable[str] = ("use", "args")) -> None:
     if not isinstance(judge, dict) or not isinstance(judge.get("use"), str) or judge.keys() - set(known):
-        raise JudgeError(
-            f"{owner}: a judge in it is given as {{{', '.join(sorted(known, reverse=True))}}}, not {judge!r}"
-        )
+        form = ", ".join(sorted(known, reverse=True))
+        raise JudgeError(f"{owner}: a judge in it is given as {{{form}}}, not {judge!r}")
 
 
 def _check_not_negative(owner: str, **numbers: Any) -> None:

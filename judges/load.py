@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import pkgutil
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -41,7 +42,7 @@ BUILT_IN = {
     "exact_match": "judges.verify.match:ExactMatch",
     "numeric_match": "judges.verify.match:NumericMatch",
     "math": "judges.verify.maths:Math",
-    "json_schema": "judges.verify.json_schema:JSONSchema",
+    "json_schema": "judges.verify.match:JSONSchema",
     "regex": "judges.verify.match:Regex",
     "code_tests": "judges.verify.code:CodeTests",
     "instructions": "judges.verify.ifeval:Instructions",
@@ -73,9 +74,8 @@ def load_judge(use: str, args: dict[str, Any]) -> JudgeBase:
     source = _locate(use)
     module = _import(source, use)
     if not hasattr(module, source.name):
-        raise JudgeError(
-            f"judge {use!r}: no {source.name!r} there; {nearest(source.name, [n for n, v in vars(module).items() if callable(v)], 'it defines')}"
-        )
+        known = [name for name, value in vars(module).items() if callable(value)]
+        raise JudgeError(f"judge {use!r}: no {source.name!r} there; {nearest(source.name, known, 'it defines')}")
     return adapt(getattr(module, source.name), name=_label(use), version=version, args=args)
 
 
@@ -145,10 +145,8 @@ def check_columns(use: str, columns: Iterable[str], args: Iterable[str] = ()) ->
     given = {"prompt", "completion", "a", "b", *OPTIONAL_PARAMETERS, *columns, *(() if itself else args)}
     for p in parameters:
         if p.name not in given and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-            raise JudgeError(
-                f"judge {_label(use)!r}: asks for a column {p.name!r} that the prompts do not have; "
-                f"{nearest(p.name, columns, 'they have')}"
-            )
+            wrong = f"asks for a column {p.name!r} that the prompts do not have"
+            raise JudgeError(f"judge {_label(use)!r}: {wrong}; {nearest(p.name, columns, 'they have')}")
 
 
 def judge_version(use: str, args: dict[str, Any]) -> str:
@@ -168,13 +166,11 @@ def judge_version(use: str, args: dict[str, Any]) -> str:
 
 
 def _built_in(use: str) -> type[JudgeBase]:
-    module, _, name = BUILT_IN[use].partition(":")
-    found: type[JudgeBase] = getattr(importlib.import_module(module), name)
+    found: type[JudgeBase] = pkgutil.resolve_name(BUILT_IN[use])
     return found
 
 
 def _uses(use: str, args: Any) -> Iterator[str]:
-    """The name of this judge, and those of all judges within it."""
     yield use
     for inner in _nested(args):
         yield from _uses(inner["use"], inner.get("args") or {})
@@ -199,10 +195,8 @@ def _locate(use: str) -> _Source:
     declared = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
     place, _, name = declared.get(use, use).rpartition(":")
     if not place or not name.isidentifier():
-        raise JudgeError(
-            f"judge {use!r}: a judge is named `path/to/file.py:name`, `package.module:name`, or by a name that is "
-            f"known; {nearest(use, [*BUILT_IN, *declared], 'these are')}"
-        )
+        forms = "a judge is named `path/to/file.py:name`, `package.module:name`, or by a name that is known"
+        raise JudgeError(f"judge {use!r}: {forms}; {nearest(use, [*BUILT_IN, *declared], 'these are')}")
     if place.endswith(".py"):
         file = Path(place).expanduser()
         if not file.is_file():
@@ -211,10 +205,8 @@ def _locate(use: str) -> _Source:
         return _Source(file, None, name)
     spec = _find_module(place)
     if spec is None:
-        raise JudgeError(
-            f"judge {use!r}: no module {place!r} can be imported here; install it into this environment, or name its "
-            "file: path/to/file.py:name"
-        )
+        remedy = "install it into this environment, or name its file: path/to/file.py:name"
+        raise JudgeError(f"judge {use!r}: no module {place!r} can be imported here; {remedy}")
     readable = spec.origin is not None and spec.origin.endswith(".py")
     return _Source(Path(str(spec.origin)) if readable else None, place, name)
 
@@ -251,9 +243,8 @@ def _import(source: _Source, use: str) -> ModuleType:
         return module
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        raise JudgeError(
-            f"judge {use!r}: importing it raised {type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
-        ) from error
+        said = f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
+        raise JudgeError(f"judge {use!r}: importing it raised {said}") from error
 
 
 def _definitions(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
@@ -278,7 +269,6 @@ def _definitions(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
 
 
 def _check_definition(node: ast.stmt, args: dict[str, Any], label: str) -> None:
-    """Hold a definition against `args`, if its signature can be read off the source."""
     match node:
         case ast.FunctionDef(decorator_list=[]) | ast.AsyncFunctionDef(decorator_list=[]):
             check_signature(_signature(node.args), args, label, constructor=False)
@@ -293,18 +283,17 @@ def _check_definition(node: ast.stmt, args: dict[str, Any], label: str) -> None:
 def _signature(arguments: ast.arguments, skip: int = 0) -> inspect.Signature:
     """The signature that a definition will have, without its first `skip` parameters."""
     P = inspect.Parameter
-    given = [*arguments.posonlyargs, *arguments.args]
-    kinds = [P.POSITIONAL_ONLY] * len(arguments.posonlyargs) + [P.POSITIONAL_OR_KEYWORD] * len(arguments.args)
-    required = len(given) - len(arguments.defaults)
-    named: list[tuple[ast.arg | None, Any, bool]] = [
-        *[(a, kind, i >= required) for i, (a, kind) in enumerate(zip(given, kinds, strict=True))][skip:],
-        (arguments.vararg, P.VAR_POSITIONAL, False),
-        *((a, P.KEYWORD_ONLY, d is not None) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)),
-        (arguments.kwarg, P.VAR_KEYWORD, False),
+    named: list[tuple[ast.arg | None, Any]] = [
+        *[(a, P.POSITIONAL_ONLY) for a in arguments.posonlyargs],
+        *[(a, P.POSITIONAL_OR_KEYWORD) for a in arguments.args],
+        (arguments.vararg, P.VAR_POSITIONAL),
+        *[(a, P.KEYWORD_ONLY) for a in arguments.kwonlyargs],
+        (arguments.kwarg, P.VAR_KEYWORD),
     ]
-    return inspect.Signature(
-        [P(a.arg, kind, default=None if optional else P.empty) for a, kind, optional in named if a]
-    )
+    optional = [*arguments.posonlyargs, *arguments.args][::-1][: len(arguments.defaults)]
+    optional += [a for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d is not None]
+    given = [P(a.arg, kind, default=None if a in optional else P.empty) for a, kind in named if a]
+    return inspect.Signature(given[skip:])
 
 
 def _label(use: str) -> str:

@@ -31,8 +31,16 @@ from iterdpo.errors import JudgeError
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import CompletionGroup, Judgment
 from judges.base import Abstention, judgment_from_outcomes
-from judges.llm.concurrency import in_own_loop, run_each
-from judges.llm.transport import REFUSED, Failure, authorization, checked_key_name, post, with_retries
+from judges.llm.transport import (
+    REFUSED,
+    Failure,
+    authorization,
+    checked_key_name,
+    in_own_loop,
+    post,
+    run_each,
+    with_retries,
+)
 
 if TYPE_CHECKING:
     import aiohttp

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Sequence
 
@@ -10,10 +9,6 @@ from iterdpo.judging.comparisons import UNCOMPARED, PairResult
 from iterdpo.types import Comparison, CompletionGroup, Judgment
 
 LOST_COIN_FLIP = "left the knock-out by a tie"
-
-
-def all_pairs(count: int) -> list[tuple[int, int]]:
-    return list(itertools.combinations(range(count), 2))
 
 
 def random_pairs(count: int, number: int, *, seed: int) -> list[tuple[int, int]]:

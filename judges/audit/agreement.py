@@ -102,10 +102,10 @@ def read_samples(
         rows = enumerate(load_rows(path, split, limit=limit), 1)
         return (Sample(_group(row, f"{path}: row {number}", tokenizer)) for number, row in rows)
     if not {"chosen", "rejected"} & first.keys():
-        raise DataError(
-            f"{path}: prompts alone cannot be judged; give labelled pairs (chosen, rejected), rows with prompt and "
-            "completions (a list of texts), or a run directory"
+        forms = (
+            "labelled pairs (chosen, rejected), rows with prompt and completions (a list of texts), or a run directory"
         )
+        raise DataError(f"{path}: prompts alone cannot be judged; give {forms}")
     pairs, _ = read_labelled(path, split=split, limit=limit, tokenizer=tokenizer)
     return (_sample(pair, seed) for pair in pairs)
 
@@ -158,6 +158,8 @@ def measure_agreement(
     judged = [r for r in rated if r.a is not None and r.b is not None]
     both, prompts = [(r.a, r.b) for r in judged], [r.prompt_id for r in judged]
 
+    drawn: dict[str, Any] = {"confidence": confidence, "samples": samples, "seed": seed}
+
     def share(values: Sequence[float], names: Sequence[str], bounds: tuple[float, float] = (0.0, 1.0)) -> Estimate:
         return clustered_mean(values, names, bounds=bounds, confidence=confidence)
 
@@ -168,7 +170,8 @@ def measure_agreement(
     kinds: tuple[Winner, ...] = ("first", "second", "tie")
     codes = [[kinds.index(pair[side]) for pair in both] for side in (0, 1)]
     labelled = [r for r in judged if r.label is not None]
-    credit = [[_credit(r.a, r.label) for r in labelled], [_credit(r.b, r.label) for r in labelled]]
+    sides = [(r.a, r.label) for r in labelled], [(r.b, r.label) for r in labelled]
+    credit = [[0.5 if winner == "tie" else float(winner == label) for winner, label in side] for side in sides]
     names = [r.prompt_id for r in labelled]
     counts = Counter(both)
     return {
@@ -181,9 +184,7 @@ def measure_agreement(
         },
         "figures": {
             "agreement": share([float(x == y) for x, y in both], prompts),
-            "kappa": clustered_bootstrap(
-                kappa(*codes, categories=3), prompts, confidence=confidence, samples=samples, seed=seed
-            ),
+            "kappa": clustered_bootstrap(kappa(*codes, categories=3), prompts, **drawn),
             "opposite": share([float({x, y} == {"first", "second"}) for x, y in both], prompts),
             "kendall": correlation(kendall),
             "spearman": correlation(spearman),
@@ -220,11 +221,6 @@ def _winner(judgment: Judgment, i: int, j: int) -> Winner:
     if x is None or y is None:
         return None
     return "tie" if x == y else "first" if x > y else "second"
-
-
-def _credit(winner: Winner, label: Winner) -> float:
-    assert winner is not None
-    return 0.5 if winner == "tie" else float(winner == label)
 
 
 def _sample(pair: LabelledPair, seed: int) -> Sample:

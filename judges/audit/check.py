@@ -6,7 +6,6 @@ judge abstained. The two are given to it in random order, so that a liking for t
 
 from __future__ import annotations
 
-import heapq
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -155,7 +154,7 @@ def check_judge_on(
         draw_again(judge, 0)
         check.pairs += judged
         wrong = [m for m in map(Mistake, block, judged) if not m.pair.tie and m.judged.judgment.verdict == "rejected"]
-        check.mistakes = heapq.nsmallest(EXAMPLES, check.mistakes + wrong, key=how_right)
+        check.mistakes = sorted(check.mistakes + wrong, key=how_right)[:EXAMPLES]
 
     def how_right(mistake: Mistake) -> tuple[float, float, int]:
         judgment = mistake.judged.judgment
@@ -193,13 +192,11 @@ def interpret(pair: LabelledPair, judgment: Judgment, *, chosen_first: bool) -> 
     failed = (c.reason for c in judgment.comparisons if c.winner is None)
     reasons = tuple(dict.fromkeys(r for r in (*judgment.abstentions, *failed) if r))
     at = 0 if chosen_first else 1
-    names: dict[str | None, LabelOutcome] = {"tie": "tie", None: None}
-    shown = tuple(
-        OrderedVerdict(
-            c.first == at, names.get(c.winner, "chosen" if (c.winner == "first") == (c.first == at) else "rejected")
-        )
-        for c in judgment.comparisons
-    )
+    names: list[LabelOutcome] = ["chosen", "rejected"] if chosen_first else ["rejected", "chosen"]
+    shown: tuple[OrderedVerdict, ...] = ()
+    for c in judgment.comparisons:
+        winners: dict[str | None, LabelOutcome] = {"first": names[c.first], "second": names[c.second], "tie": "tie"}
+        shown += (OrderedVerdict(c.first == at, winners.get(c.winner)),)
     if chosen is None or rejected is None:
         return PairJudgment(None, scores, reasons, shown, None, "")
     given = [(c.probability, c.first == at) for c in judgment.comparisons if c.probability is not None]

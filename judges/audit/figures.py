@@ -60,12 +60,11 @@ def measure(
     self_consistency         over repeats: the share of a pair's verdicts that are its commonest
     """
     reasons = Counter(reason for p in pairs if p.judgment.verdict is None for reason in p.judgment.reasons)
-    by_subset: dict[str, list[JudgedPair]] = {}
-    for pair in pairs:
-        if pair.subset is not None:
-            by_subset.setdefault(pair.subset, []).append(pair)
+    subsets = sorted({p.subset for p in pairs if p.subset is not None})
+    by_subset = {name: [p for p in pairs if p.subset == name] for name in subsets}
     probable = [p for p in pairs if not p.tie and p.judgment.probability is not None]
     probabilities = [p.judgment.probability for p in probable if p.judgment.probability is not None]
+    drawn = {"seed": seed, "confidence": confidence, "samples": samples}
     return {
         "counts": {
             "pairs": len(pairs),
@@ -76,12 +75,12 @@ def measure(
         },
         "figures": {
             **_shares(pairs, confidence),
-            **_lengths(pairs, seed, confidence, samples),
-            **_calibration(probable, seed, confidence, samples),
+            **_lengths(pairs, drawn),
+            **_calibration(probable, drawn),
         },
         "subsets": {
             name: {"pairs": len(some), **{k: _shares(some, confidence)[k] for k in SUBSET_FIGURES}}
-            for name, some in sorted(by_subset.items())
+            for name, some in by_subset.items()
         },
         "calibration": {
             "probability": Counter(p.judgment.source for p in probable).most_common(1)[0][0] if probable else None,
@@ -127,8 +126,8 @@ def _shares(pairs: Sequence[JudgedPair], confidence: float) -> dict[str, Estimat
     }
 
 
-def _lengths(pairs: Sequence[JudgedPair], seed: int, confidence: float, samples: int) -> dict[str, Estimate]:
-    share = partial(_mean, confidence=confidence)
+def _lengths(pairs: Sequence[JudgedPair], drawn: dict[str, Any]) -> dict[str, Estimate]:
+    share = partial(_mean, confidence=drawn["confidence"])
     uneven = [
         (p.judgment.verdict == "chosen", p.lengths[0] > p.lengths[1], p)
         for p in pairs
@@ -143,39 +142,34 @@ def _lengths(pairs: Sequence[JudgedPair], seed: int, confidence: float, samples:
         "length_bias": share((((right == longer) - longer, p) for right, longer, p in uneven), bounds=(-1.0, 1.0)),
         "accuracy_chosen_longer": share((float(right), p) for right, longer, p in uneven if longer),
         "accuracy_chosen_shorter": share((float(right), p) for right, longer, p in uneven if not longer),
-        "length_rank_correlation": clustered_bootstrap(
-            statistic, prompts, confidence=confidence, samples=samples, seed=seed
-        ),
+        "length_rank_correlation": clustered_bootstrap(statistic, prompts, **drawn),
     }
 
 
-def _calibration(pairs: Sequence[JudgedPair], seed: int, confidence: float, samples: int) -> dict[str, Estimate]:
-    def error(some: Sequence[JudgedPair], p: Floats) -> Estimate:
-        prompts = [pair.prompt_id for pair in some]
-        return calibration_error(p, prompts, confidence=confidence, samples=samples, seed=seed)
-
+def _calibration(pairs: Sequence[JudgedPair], drawn: dict[str, Any]) -> dict[str, Estimate]:
     p = np.array([pair.judgment.probability for pair in pairs], np.float64)
-    other = [pair for pair in pairs if not _fits(pair, seed)]
-    temperature = _temperature(pairs, seed)
+    prompts = [pair.prompt_id for pair in pairs]
+    other = [pair for pair in pairs if not _fits(pair, drawn["seed"])]
+    temperature = _temperature(pairs, drawn["seed"])
     tempered = NOTHING
     if temperature is not None and other:
-        tempered = error(other, expit(_differences(other) / temperature))
+        best = expit(_differences(other) / temperature)
+        tempered = calibration_error(best, [pair.prompt_id for pair in other], **drawn)
     return {
-        "ece": error(pairs, p),
+        "ece": calibration_error(p, prompts, **drawn),
         "ece_tempered": tempered,
-        "brier": clustered_mean((1 - p) ** 2, [pair.prompt_id for pair in pairs], confidence=confidence),
+        "brier": clustered_mean((1 - p) ** 2, prompts, confidence=drawn["confidence"]),
     }
 
 
 def _temperature(pairs: Sequence[JudgedPair], seed: int) -> float | None:
-    """The temperature that fits half of the prompts best. None if there is none, or if the verdicts are all or nothing."""
+    """The one that fits best the half of the prompts that `_fits` picks; None if verdicts are all or nothing."""
     if any(pair.judgment.source == FROM_VERDICTS for pair in pairs):
         return None
     return best_temperature(_differences([pair for pair in pairs if _fits(pair, seed)]))
 
 
 def _fits(pair: JudgedPair, seed: int) -> bool:
-    """Whether the pair's prompt is of the half that the temperature is fitted to."""
     return derive_seed(seed, "temperature", pair.prompt_id) % 2 == 0
 
 

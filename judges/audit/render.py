@@ -19,6 +19,7 @@ from judges.audit.agreement import Difference
 from judges.audit.check import Mistake
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SHOWN = 10  # differences on the terminal, and lines of a table of reasons
@@ -27,11 +28,11 @@ CHARACTERS = 300  # of a text on the terminal
 share = partial(percent, digits=1)
 
 
+decimals = "{:z.3f}".format  # z: without the sign of -0
+
+
 def difference(x: float) -> str:
     return f"{100 * x:+.1f}{UNIT}"
-
-
-decimals = "{:z.3f}".format  # z: without the sign of -0
 
 
 CHECK_ROWS = (
@@ -104,10 +105,9 @@ def check_sentence(report: dict[str, Any]) -> str:
     chance = ", which is worse than chance" if accuracy.high < 0.5 else ""
     if accuracy.low <= 0.5 <= accuracy.high:
         chance = ", which is not distinguishable from chance"
-    said = [
-        f"{name} prefers the better completion in {share(accuracy.value)} of {accuracy.n:,} pairs "
-        f"({percent(report['confidence'])[:-4]} % interval {_range(accuracy, share)}){chance}."
-    ]
+    found = f"{share(accuracy.value)} of {accuracy.n:,} pairs"
+    interval = f"{percent(report['confidence'])[:-4]} % interval {_range(accuracy, share)}"
+    said = [f"{name} prefers the better completion in {found} ({interval}){chance}."]
     coverage, first, index, length = (figures[k] for k in ("coverage", "first_position", "first_index", "length_bias"))
     if coverage.value < 0.95:
         said.append(f"It abstained from {share(1 - coverage.value)}.")
@@ -149,6 +149,41 @@ def check_tables(report: dict[str, Any]) -> list[Table]:
     return tables
 
 
+def check_plots(report: dict[str, Any]) -> list[tuple[str, str, Figure]]:
+    """(title, caption, plot) of what the report has figures for. Imports matplotlib, which takes long."""
+    from iterdpo.report.plots import BLUE, FAINT, figure
+
+    dashed: dict[str, Any] = {"color": FAINT, "linewidth": 1, "linestyle": (0, (2, 2))}
+    bins, subsets = report["reliability"], report["subsets"]
+    plots: list[tuple[str, str, Figure]] = []
+
+    def reliability(ax: Axes) -> None:
+        x, accuracy = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
+        ax.plot([0.5, 1], [0.5, 1], **dashed)
+        ax.vlines(x, [a.low for a in accuracy], [a.high for a in accuracy], color=BLUE, linewidth=1.4)
+        sizes = [12 + 140 * b["pairs"] / max(b["pairs"] for b in bins) for b in bins]
+        ax.scatter(x, [a.value for a in accuracy], s=sizes, color=BLUE, alpha=0.75, linewidths=0, zorder=3)
+        ax.set(title="Accuracy", xlabel="confidence", xlim=(0.48, 1.02), ylim=(-0.02, 1.02))
+
+    def by_subset(ax: Axes) -> None:  # by numbers: names come from the data, and are in the table
+        judged = [(y, s["accuracy"]) for y, s in enumerate(subsets.values(), 1) if s["accuracy"].value is not None]
+        y = [place for place, _ in judged]
+        ax.axvline(0.5, **dashed)
+        ax.hlines(y, [a.low for _, a in judged], [a.high for _, a in judged], color=BLUE, linewidth=1.4)
+        ax.scatter([a.value for _, a in judged], y, s=30, color=BLUE, zorder=3)
+        title = "Subset, in the order of the table"
+        ax.set(title=title, xlabel="accuracy", xlim=(-0.02, 1.02), ylim=(len(subsets) + 0.6, 0.4))
+        ax.locator_params(axis="y", nbins=12, integer=True)
+
+    if bins:
+        caption = "On the dashed line the judge is right as often as it claims. "
+        caption += "Bars are intervals, areas the numbers of pairs."
+        plots.append(("Reliability", caption, figure("reliability", [reliability])))
+    if len(subsets) > 1:
+        plots.append(("Accuracy by subset", "A tie is half right. Dashed: chance.", figure("subsets", [by_subset])))
+    return plots
+
+
 def compare_sentence(report: dict[str, Any]) -> str:
     figures = report["figures"]
     a, b = (judge["name"] for judge in report["judges"])
@@ -156,20 +191,17 @@ def compare_sentence(report: dict[str, Any]) -> str:
     if agreement.value is None:
         return f"{a} (A) and {b} (B) judged no pair in common."
     beyond = "" if kappa.value is None else f", kappa {_cell(kappa, decimals)}"
-    return (
-        f"{a} (A) and {b} (B) agree on {share(agreement.value)} of {agreement.n:,} pairs "
-        f"({_range(agreement, share)}){beyond}."
-    )
+    found = f"{share(agreement.value)} of {agreement.n:,} pairs ({_range(agreement, share)})"
+    return f"{a} (A) and {b} (B) agree on {found}{beyond}."
 
 
 def compare_tables(report: dict[str, Any]) -> list[Table]:
     confusion = report["confusion"]
     rows = [[f"A: {x}", *(f"{confusion[x][y]:,}" for y in confusion[x])] for x in confusion]
     counts = report["counts"]
-    note = (
-        f"Two completions of a prompt make one pair, and K make K(K-1)/2: {counts['pairs']:,} pairs of {counts['groups']:,} "
-        f"prompts. A could not judge {counts['unjudged_a']:,}, B {counts['unjudged_b']:,}."
-    )
+    note = "Two completions of a prompt make one pair, and K make K(K-1)/2: "
+    note += f"{counts['pairs']:,} pairs of {counts['groups']:,} prompts. "
+    note += f"A could not judge {counts['unjudged_a']:,}, B {counts['unjudged_b']:,}."
     verdicts = Table("Verdicts", ["", *(f"B: {y}" for y in confusion)], rows, note)
     costs = [_cost(c, counts["groups"], f"Cost of {x}", "prompt") for c, x in zip(report["costs"], "AB", strict=True)]
     return [_figures(report, COMPARE_ROWS, "n"), verdicts, *costs]
@@ -186,10 +218,8 @@ def _figures(report: dict[str, Any], rows: Sequence[Column], counted: str) -> Ta
 
 def _cost(cost: dict[str, Any], units: int, title: str = "Cost", unit: str = "pair") -> Table:
     amounts = {"seconds": cost["seconds"], **cost["usage"]}
-    rows = [
-        [name.replace("_", " "), f"{amount:,.6g}", f"{amount / units:,.4g}" if units else ""]
-        for name, amount in amounts.items()
-    ]
+    each = {name: f"{amount / units:,.4g}" if units else "" for name, amount in amounts.items()}
+    rows = [[name.replace("_", " "), f"{amount:,.6g}", each[name]] for name, amount in amounts.items()]
     return Table(title, ["", "in all", f"a {unit}"], rows)
 
 

@@ -68,9 +68,8 @@ class Client:
         """The address to call. A judge that starts its own server sets it before the client is opened."""
         self.endpoint = endpoint
         self.model = model
-        self._totals: dict[str, float] = dict.fromkeys(
-            ("calls", "cached", "retries", "failed", "tokens_in", "tokens_out", "seconds"), 0
-        )
+        counted = ("calls", "cached", "retries", "failed", "tokens_in", "tokens_out", "seconds")
+        self._totals: dict[str, float] = dict.fromkeys(counted, 0)
         self._longest_reply = 0  # tokens
         self._next_request = self._next_tokens = 0.0  # when the rates allow the next request
         self._flights: dict[str, asyncio.Future[Reply]] = {}
@@ -96,11 +95,10 @@ class Client:
             raise JudgeError("endpoint: missing key 'base_url', the address of the server: http://localhost:8000/v1")
         self.base_url = str(Endpoint(base_url=self.base_url).base_url)
         if self.endpoint.cache != "off":
-            path = self.endpoint.cache or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/iterdpo/judge-calls.sqlite"
+            default = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/iterdpo/judge-calls.sqlite"
+            file = Path(self.endpoint.cache or default).expanduser()
             remedy = "name another in `cache`, or set `cache: off`"
-            self._cache = SQLiteCache(
-                Path(path).expanduser(), table="replies", column="reply", owner="endpoint", remedy=remedy
-            )
+            self._cache = SQLiteCache(file, table="replies", column="reply", owner="endpoint", remedy=remedy)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),  # the slots limit it
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -154,9 +152,11 @@ class Client:
                 if not flight.cancelled():
                     self._totals["cached"] += 1
                     return flight.result()._replace(cached=True)
-            if self._cache is not None and (kept := self._cache.get(key, _kept_reply)) is not None and keep(kept):
-                self._totals["cached"] += 1
-                return kept
+            if self._cache is not None:
+                kept = self._cache.get(key, lambda text: Reply._make([*json.loads(text), True]))
+                if kept is not None and keep(kept):
+                    self._totals["cached"] += 1
+                    return kept
             flight = self._flights[key] = asyncio.get_running_loop().create_future()
             try:
                 reply = await self._call_with_retries(payload, request)
@@ -302,7 +302,6 @@ class Client:
         self._settled.set()
 
     def _over_budget(self, tokens_in: float, tokens_out: float) -> str | None:
-        """The budget that another attempt would exceed."""
         tokens_in += self._totals["tokens_in"] - self._before[0] + self._reserved[0]
         tokens_out += self._totals["tokens_out"] - self._before[1] + self._reserved[1]
         if self.endpoint.max_tokens_spent is not None and tokens_in + tokens_out > self.endpoint.max_tokens_spent:
@@ -340,10 +339,6 @@ class Client:
         if self._failed_in_a_row >= self.endpoint.give_up_after:
             self._stop(DOWN)
         raise CallFailed(reason)
-
-
-def _kept_reply(text: str) -> Reply:
-    return Reply._make([*json.loads(text), True])
 
 
 def _proxy(url: str) -> str | None:

@@ -29,7 +29,6 @@ from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
 from judges.base import Abstention, check_choice, is_number, judgment_from_outcomes
 from judges.llm.client import CallFailed, Client, refused
-from judges.llm.concurrency import in_own_loop, run_each
 from judges.llm.parsing.ranking import parse_ranking
 from judges.llm.parsing.score import expected_score, parse_scores
 from judges.llm.parsing.text import Unclear
@@ -38,7 +37,8 @@ from judges.llm.reply import Reply
 from judges.llm.server import Server, ServerSettings
 from judges.llm.settings import Endpoint
 from judges.llm.templates import Kind, load_template, principles, read_text
-from judges.schedules import LOST_COIN_FLIP, Knockout, all_pairs, random_pairs
+from judges.llm.transport import in_own_loop, run_each
+from judges.schedules import LOST_COIN_FLIP, Knockout, random_pairs
 
 Constrain = Literal["auto", "structured_outputs", "json_schema", "none"]
 REVISION = 2
@@ -221,9 +221,8 @@ class PairwiseJudge(_LLMJudge):
         check_choice("judge 'pairwise'", "aggregate", self.aggregate, get_args(Aggregate))
         counted = isinstance(self.comparisons, int) and self.comparisons > 0
         if not (counted if self.schedule == "random_pairs" else self.comparisons is None):
-            raise JudgeError(
-                "judge 'pairwise': `comparisons` (1 or more) is required by `schedule: random_pairs`, and only allowed there"
-            )
+            wrong = "`comparisons` (1 or more) is required by `schedule: random_pairs`, and only allowed there"
+            raise JudgeError(f"judge 'pairwise': {wrong}")
         shows_principle = "principle" in self.template.needs
         if self.constitution is not None and not shows_principle:
             raise JudgeError("judge 'pairwise': this prompt has no {{ principle }}, so `constitution` would do nothing")
@@ -241,7 +240,7 @@ class PairwiseJudge(_LLMJudge):
                 results = {(r.i, r.j): r for r in resolve_comparisons(fresh)}
                 knockout.record([results[min(pair), max(pair)] for pair in matches])
             return knockout.judgment(group, comparisons)
-        pairs = all_pairs(count)
+        pairs = list(itertools.combinations(range(count), 2))
         if self.schedule == "random_pairs":
             pairs = random_pairs(count, self.comparisons or 0, seed=self._seed(group, "pairs"))
         compared = await self._compare_all(group, pairs)
@@ -362,7 +361,8 @@ class ListwiseJudge(_LLMJudge):
         texts = [c.text for c in group.completions]
         distinct = [k for k, text in enumerate(texts) if text not in texts[:k]]
         if len(distinct) < 2:
-            return judgment_from_comparisons(group, [Comparison(i, j, "tie") for i, j in all_pairs(len(texts))])
+            pairs = itertools.combinations(range(len(texts)), 2)
+            return judgment_from_comparisons(group, [Comparison(i, j, "tie") for i, j in pairs])
         shown = random.Random(self._seed(group, "order")).sample(distinct, len(distinct))
         asked = await asyncio.gather(*(self._rank(group, order) for order in (shown, shown[::-1])[: self.orders]))
         judged = [c for comparisons in asked for c in comparisons]
@@ -371,10 +371,10 @@ class ListwiseJudge(_LLMJudge):
     async def _rank(self, group: CompletionGroup, shown: list[int]) -> list[Comparison]:
         count = len(shown)
         values = {**self._values(group.prompt), "completions": [group.completions[k].text for k in shown]}
-        choices = None
-        if count <= 4:  # 24 orders; of more, the decoder holds the reply to the form alone
-            choices = [" > ".join(map(str, order)) for order in itertools.permutations(range(1, count + 1))]
-        items = {"type": "array", "items": {"enum": list(range(1, count + 1))}, "minItems": count, "maxItems": count}
+        numbers = range(1, count + 1)
+        orders = itertools.permutations(numbers)  # up to 24; of more, the decoder holds the reply to the form alone
+        choices = [" > ".join(map(str, order)) for order in orders] if count <= 4 else None
+        items = {"type": "array", "items": {"enum": list(numbers)}, "minItems": count, "maxItems": count}
         form = self._limits(choices=choices, schema=_object({"ranking": items}), longest=16 + 8 * count)
         if self._held == "structured_outputs" and choices is None:
             number = "|".join(map(str, range(count, 0, -1)))

@@ -111,12 +111,8 @@ class Server:
             command += ["--tensor-parallel-size", str(settings.tensor_parallel_size)]
         else:  # compiling takes 40 s at each start, of which there are several a round
             command += ["--enforce-eager"]
-        own = {
-            "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
-            "VLLM_NO_USAGE_STATS": "1",
-            "PYTHONUNBUFFERED": "1",
-        }
-        own["VLLM_SERVER_DEV_MODE"] = "1"  # without it there is no /sleep
+        own = {"VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib), "VLLM_NO_USAGE_STATS": "1"}
+        own |= {"PYTHONUNBUFFERED": "1", "VLLM_SERVER_DEV_MODE": "1"}  # without the last there is no /sleep
         self._child = supervise.start([*command, *settings.extra], log=log, env=os.environ | own)
         deadline = time.monotonic() + settings.start_timeout
         while not answers(f"http://127.0.0.1:{self._port}/health"):
@@ -129,5 +125,4 @@ class Server:
 
     def _post(self, path: str) -> None:
         request = urllib.request.Request(f"http://127.0.0.1:{self._port}{path}", data=b"", method="POST")
-        with urllib.request.urlopen(request, timeout=300):
-            pass
+        urllib.request.urlopen(request, timeout=300).close()

@@ -30,9 +30,8 @@ def checked_url(url: str) -> str:
     if not valid or re.search(r"\s", url):
         raise ValueError("is not a valid address; give http://host:port/v1 or https://host/v1")
     if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError(
-            "must have no user, query or fragment, which may be secret; name the key's variable in api_key_env"
-        )
+        remedy = "name the key's variable in api_key_env"
+        raise ValueError(f"must have no user, query or fragment, which may be secret; {remedy}")
     url = url.rstrip("/")
     if url.endswith("/chat/completions"):
         raise ValueError("must end before /chat/completions, which is added to it")

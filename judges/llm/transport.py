@@ -1,21 +1,24 @@
-"""One HTTP request with its attempts, for every judge that asks a server: the key, an attempt, and the retry loop.
+"""For every judge that asks a server: many jobs at once, their results in order, and for each of them the key, one
+HTTP request with its attempts, and the retry loop.
 
-The loop is written out because it is shorter than a configuration of tenacity: an attempt reports its failure as a value
-with the server's Retry-After, and the caller's pause ends early with its deadlines and its circuit breaker, so that
-tenacity would need our own wait, stop, retry and sleep.
+The loop is written out because it is shorter than a configuration of tenacity: an attempt reports its failure as a
+value with the server's Retry-After, and the caller's pause ends early with its deadlines and its circuit breaker, so
+that tenacity would need our own wait, stop, retry and sleep.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
-from itertools import count
+from itertools import count, islice
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from iterdpo.errors import JudgeError
@@ -25,10 +28,70 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LEAD = 4
+"""Up to `LEAD * concurrency` jobs of `run_each` are queued ahead of the next result, which may be slow."""
+
 RETRIED = {408, 409, 425, 429}
 """HTTP statuses that are tried again, besides 500 and above."""
 REFUSED = {400, 413, 422}
 """HTTP statuses that refuse this one request. All others are mistakes in the configuration."""
+
+
+async def run_each(jobs: Iterable[Callable[[], Awaitable[T]]], *, concurrency: int) -> AsyncGenerator[T]:
+    """The results of the jobs, in their order, each as soon as it is ready. At most `concurrency` jobs run at once.
+
+    Up to `LEAD * concurrency` jobs are queued ahead of the next result, so that one slow job does not stall the others at
+    once. If a job raises, the results before it that are ready are still yielded, and the other jobs are cancelled. If
+    `jobs` raises, the jobs taken before are finished first. Closing the generator cancels all jobs under way.
+    """
+    slots = asyncio.Semaphore(concurrency)
+    failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+    ahead: deque[asyncio.Task[T]] = deque()
+    broken: Exception | None = None
+
+    async def run(job: Callable[[], Awaitable[T]]) -> T:
+        async with slots:
+            if failed.done():
+                raise asyncio.CancelledError
+            try:
+                return await job()
+            except BaseException as error:
+                if not failed.done():
+                    failed.set_result(error)
+                raise
+
+    rest = iter(jobs)
+    try:
+        while True:
+            try:
+                ahead.extend(asyncio.create_task(run(job)) for job in islice(rest, LEAD * concurrency - len(ahead)))
+            except Exception as error:
+                broken, rest = error, iter(())
+            if not ahead:
+                break
+            await asyncio.wait((ahead[0], failed), return_when=asyncio.FIRST_COMPLETED)
+            if not ahead[0].done() or ahead[0].cancelled() or ahead[0].exception():
+                raise failed.result()
+            yield ahead.popleft().result()
+        if broken is not None:
+            raise broken
+    finally:
+        for task in ahead:
+            task.cancel()
+        await asyncio.gather(*ahead, return_exceptions=True)
+
+
+def in_own_loop(results: AsyncGenerator[T]) -> Generator[T]:
+    """`results` for code that is not asynchronous. Work on them goes on only while the next one is awaited."""
+    with asyncio.Runner() as runner:
+        try:
+            while True:
+                yield runner.run(anext(results))
+        except StopAsyncIteration:
+            return
+        except GeneratorExit:  # only then is it not in the middle of something, which the runner would cancel
+            runner.run(results.aclose())
+            raise
 
 
 class Failure(NamedTuple):
@@ -125,18 +188,12 @@ def retry_after_seconds(header: str | None) -> float:
 def _connection_reason(error: Exception) -> str:
     import aiohttp
 
-    match error:
-        case aiohttp.ClientConnectorDNSError():
-            return "host name not found"
-        case aiohttp.ClientSSLError():
-            return "no secure connection"
-        case aiohttp.ClientConnectorError() if error.os_error.errno in (errno.ECONNREFUSED, None):
-            return "connection refused"
-        case aiohttp.ClientConnectorError():
-            return "no connection"
-        case aiohttp.ClientPayloadError():
-            return "connection closed within the reply"
-        case aiohttp.ClientResponseError():
-            return "the reply was not HTTP"
-        case _:
-            return "connection closed"
+    refused = isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno in (errno.ECONNREFUSED, None)
+    reasons: dict[type[Exception], str] = {  # the first that fits
+        aiohttp.ClientConnectorDNSError: "host name not found",
+        aiohttp.ClientSSLError: "no secure connection",
+        aiohttp.ClientConnectorError: "connection refused" if refused else "no connection",
+        aiohttp.ClientPayloadError: "connection closed within the reply",
+        aiohttp.ClientResponseError: "the reply was not HTTP",
+    }
+    return next((reason for kind, reason in reasons.items() if isinstance(error, kind)), "connection closed")

@@ -85,22 +85,15 @@ class ClassifierJudge(JudgeBase):
             return config, AutoTokenizer.from_pretrained(self.model, **self._source)
 
     def _load_classifier(self, kind: Any, **source: Any) -> Any:
-        """A model of the class `kind` on the device, in evaluation mode.
-
-        Raises:
-            JudgeError: it cannot be loaded, or lacks weights.
-        """
+        """A model of the class `kind` on the device, in evaluation mode."""
         import torch
 
+        source |= {"dtype": self.dtype, "use_safetensors": True, "output_loading_info": True}
         with self._as_judge_error():
-            model, report = kind.from_pretrained(
-                self.model, dtype=self.dtype, use_safetensors=True, output_loading_info=True, **source
-            )
-        if report["missing_keys"]:
-            raise JudgeError(
-                f"{self._what}: has no weights for {', '.join(sorted(report['missing_keys'])[:3])}, which would be "
-                "random; give a checkpoint whose head was trained"
-            )
+            model, report = kind.from_pretrained(self.model, **source)
+        if missing := ", ".join(sorted(report["missing_keys"])[:3]):
+            remedy = "give a checkpoint whose head was trained"
+            raise JudgeError(f"{self._what}: has no weights for {missing}, which would be random; {remedy}")
         return model.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
     @contextmanager
@@ -111,7 +104,6 @@ class ClassifierJudge(JudgeBase):
             raise JudgeError(f"{self._what}: cannot be loaded: {error}") from error
 
     def _token_limit(self, config: Any, tokenizer: Any) -> int:
-        """The most tokens that the model reads, and no more than `max_length`."""
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         return min(n for n in (self.max_length, positions, tokenizer.model_max_length) if n)
 
@@ -149,6 +141,5 @@ def label_count(config: Mapping[str, Any]) -> int:
 def check_architecture(what: str, architectures: Sequence[str] | None, known: Sequence[str], remedy: str) -> None:
     """Refuse a checkpoint none of whose architectures has one of `known` in its name."""
     if not any(part in name for name in architectures or () for part in known):
-        raise JudgeError(
-            f"{what}: its architecture is {', '.join(architectures or ['none'])}, which gives no scores; use {remedy}"
-        )
+        found = ", ".join(architectures or ["none"])
+        raise JudgeError(f"{what}: its architecture is {found}, which gives no scores; use {remedy}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from iterdpo.data.rendering import completion_token_ids, load_tokenizer, prompt_token_ids
 from iterdpo.errors import DataError, JudgeError
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
@@ -94,16 +95,14 @@ class ImplicitReward(JudgeBase):
     def _load_tokenizer(self) -> None:
         from transformers import AutoConfig
 
-        from iterdpo.data.rendering import load_tokenizer
         from iterdpo.training.models import adapter_base
 
         bases = [str(adapter_base(model) or model) for model in (self.policy, self.reference)]
         policy, reference = (load_tokenizer(base, trust_remote_code=self.trust_remote_code) for base in bases)
         if policy.get_vocab() != reference.get_vocab():
-            raise JudgeError(
-                f"implicit reward: {self.policy} and {self.reference} have different tokenizers, so that their "
-                "log-probabilities are not of the same tokens; give the reference that the policy was trained against"
-            )
+            wrong = "have different tokenizers, so that their log-probabilities are not of the same tokens"
+            remedy = "give the reference that the policy was trained against"
+            raise JudgeError(f"implicit reward: {self.policy} and {self.reference} {wrong}; {remedy}")
         configs = [AutoConfig.from_pretrained(base, trust_remote_code=self.trust_remote_code) for base in bases]
         limits = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
         self._tokenizer, self._limit = policy, min((n for n in limits if n), default=1 << 30)
@@ -118,8 +117,6 @@ class ImplicitReward(JudgeBase):
 
     def _sampled(self, group: CompletionGroup, completion: Completion) -> _Row | None:
         """The ids that were sampled; None if another tokenizer made them."""
-        from iterdpo.data.rendering import prompt_token_ids
-
         try:
             same = prompt_token_ids(self._tokenizer, group.prompt.content) == group.prompt_ids
         except DataError:  # no template, or one that refuses the messages: `_tokenized` says so
@@ -132,8 +129,6 @@ class ImplicitReward(JudgeBase):
         return _Row(group.prompt_ids, ids) if decoded.startswith(_bare(completion.text)) else None
 
     def _tokenized(self, prompt: Prompt, completion: Completion) -> _Row:
-        from iterdpo.data.rendering import completion_token_ids, prompt_token_ids
-
         try:
             before = prompt_token_ids(self._tokenizer, prompt.content)
             ids = completion_token_ids(self._tokenizer, prompt.content, completion.text)
@@ -146,9 +141,8 @@ class ImplicitReward(JudgeBase):
         from iterdpo.training.models import load_policy
 
         if not self._models:
-            self._models = [
-                load_policy(path, trust_remote_code=self.trust_remote_code) for path in (self.policy, self.reference)
-            ]
+            trust = self.trust_remote_code
+            self._models = [load_policy(path, trust_remote_code=trust) for path in (self.policy, self.reference)]
         prompts, completions = (list(ids) for ids in zip(*rows, strict=True))
         settings: dict[str, Any] = {"precision": self.precision, "rows_per_batch": self.batch_size}
         policy, reference = (score_completions(model, prompts, completions, **settings) for model in self._models)

@@ -44,10 +44,7 @@ class PairRanker(ClassifierJudge):
 
     kind = "pair_ranker"
     comparative = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._pairrm = False
+    _pairrm = False
 
     def _check_arguments(self) -> None:
         if not {"first", "second"} <= set(PLACES.findall(f"{self.text}{self.text_pair or ''}")):
@@ -66,23 +63,20 @@ class PairRanker(ClassifierJudge):
         """
         if self._model is None:
             self._load()
-        asked = [(g, i, j) for g in groups for i, j in itertools.permutations(range(len(g.completions)), 2)]
-        rows = [self._row(g.prompt, g.completions[i].text, g.completions[j].text) for g, i, j in asked]
+        orders = [itertools.permutations(range(len(g.completions)), 2) for g in groups]
+        asked = [(place, i, j) for place, pairs in enumerate(orders) for i, j in pairs]
+        texts = [[c.text for c in g.completions] for g in groups]
+        rows = [self._row(groups[place].prompt, texts[place][i], texts[place][j]) for place, i, j in asked]
         limit = self._limit()
         readable = sorted((n for n, row in enumerate(rows) if len(row[0]) <= limit), key=lambda n: len(rows[n][0]))
         logits: dict[int, float] = {}
         for batch in self._batches(readable):
             logits |= zip(batch, self._logits([rows[n] for n in batch]), strict=True)
         long = f"more than the {limit} tokens that the pair ranker reads"
-        compared = iter(
-            [
-                _comparison(i, j, logits[n]) if n in logits else Comparison(i, j, None, long)
-                for n, (_, i, j) in enumerate(asked)
-            ]
-        )
-        counts = [len(g.completions) for g in groups]
-        own = [list(itertools.islice(compared, count * (count - 1))) for count in counts]
-        return [judgment_from_comparisons(g, comparisons) for g, comparisons in zip(groups, own, strict=True)]
+        compared: list[list[Comparison]] = [[] for _ in groups]
+        for n, (place, i, j) in enumerate(asked):
+            compared[place].append(_comparison(i, j, logits[n]) if n in logits else Comparison(i, j, None, long))
+        return [judgment_from_comparisons(g, comparisons) for g, comparisons in zip(groups, compared, strict=True)]
 
     def _load(self) -> None:
         config, tokenizer = self._load_config_and_tokenizer()
@@ -125,7 +119,6 @@ class PairRanker(ClassifierJudge):
         return list(encoded["input_ids"]), list(encoded.get("token_type_ids") or [])
 
     def _logits(self, rows: list[tuple[list[int], list[int]]]) -> list[float]:
-        """The logit of each row that its first completion is better."""
         import torch
 
         columns = {"input_ids": [ids for ids, _ in rows]}

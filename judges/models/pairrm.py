@@ -32,18 +32,14 @@ class PairRM(DebertaV2PreTrainedModel):  # type: ignore[misc, unused-ignore]  # 
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits [B] that the first candidate is better, from ids and mask [B, T]. Each mark is there once a row."""
-        hidden = self.pretrained_model(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state  # [B, T, D]
+        encoded = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask)
+        hidden = encoded.last_hidden_state  # [B, T, D]
         rows = torch.arange(len(input_ids), device=hidden.device)
 
         def at(mark: int) -> Tensor:  # [B, D]
             return hidden[rows, (input_ids == mark).int().argmax(dim=1)]
 
         config = self.config
-        source = at(config.source_prefix_id)
-        first, second = (
-            self.head_layer(torch.cat([source, at(mark)], dim=-1))  # [B, tasks]
-            for mark in (config.cand1_prefix_id, config.cand2_prefix_id)
-        )
+        source, marks = at(config.source_prefix_id), (config.cand1_prefix_id, config.cand2_prefix_id)
+        first, second = (self.head_layer(torch.cat([source, at(mark)], dim=-1)) for mark in marks)  # [B, tasks]
         return (first - second).mean(dim=-1)

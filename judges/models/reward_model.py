@@ -16,7 +16,7 @@ from iterdpo.errors import JudgeError
 from iterdpo.types import CompletionGroup, Judgment, Prompt
 from judges.base import Abstention, check_choice, is_number, judgments_from_outcomes
 from judges.models.checkpoint import ClassifierJudge, check_architecture, label_count
-from judges.models.vllm_pooling import Pooler
+from judges.models.vllm_pooling import Pooler, Start
 
 BACKENDS = ("transformers", "vllm")
 ARCHITECTURES = ("SequenceClassification", "RewardModel")
@@ -97,8 +97,7 @@ class RewardModelJudge(ClassifierJudge):
         if self.backend == "vllm":
             check_architecture(self._what, self._config.architectures, ARCHITECTURES, REMEDY)
             limit = self._token_limit(self._config, self._tokenizer)
-            source = {**self._source, "max_model_len": limit, "dtype": self.dtype}
-            self._model = Pooler(self.model, engine=self.engine or {}, **source)
+            self._model = Pooler(Start(self.model, limit, self.dtype, **self._source, engine=self.engine or {}))
         else:
             from transformers import AutoModelForSequenceClassification
 
@@ -111,10 +110,9 @@ class RewardModelJudge(ClassifierJudge):
         if self.head is not None and self.head >= count:
             raise JudgeError(f"{self._what}: has {count} labels, numbered from 0, but head is {self.head}")
         if self.weights is None and self.head is None and count not in (1, 2):
-            raise JudgeError(
-                f"{self._what}: has {count} labels; a score comes from one label, or from the log-odds of two. With "
-                f"more, give `weights`, a list of {count} numbers, or `head`, the number of one"
-            )
+            remedy = f"With more, give `weights`, a list of {count} numbers, or `head`, the number of one"
+            few = "a score comes from one label, or from the log-odds of two"
+            raise JudgeError(f"{self._what}: has {count} labels; {few}. {remedy}")
 
     def _token_ids(self, prompt: Prompt, completion: str) -> list[int]:
         tokenizer = self._tokenizer
@@ -123,16 +121,13 @@ class RewardModelJudge(ClassifierJudge):
             bos = tokenizer.bos_token_id
             return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids  # the text brought a BOS of its own
         if tokenizer.chat_template is None:
-            raise JudgeError(
-                f"{self._what}: its tokenizer has no chat template, but prompt {prompt.id!r} is a list of "
-                "messages; use plain-text prompts, or a reward model for chats"
-            )
+            wrong = f"its tokenizer has no chat template, but prompt {prompt.id!r} is a list of messages"
+            raise JudgeError(f"{self._what}: {wrong}; use plain-text prompts, or a reward model for chats")
         messages = [*prompt.content, {"role": "assistant", "content": completion}]
         # The template writes the special tokens; the tokenizer, which would add them again, is told not to.
         return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
 
-    def _score(self, logits: list[float]) -> float:
-        """The score that a completion's logits [labels] stand for."""
+    def _score(self, logits: list[float]) -> float:  # [labels]
         if self.weights is not None:
             return sum(w * x for w, x in zip(self.weights, logits, strict=True))
         if self.head is not None:
@@ -150,11 +145,8 @@ class RewardModelJudge(ClassifierJudge):
         if not self._names_pad:
             used = set().union(*rows)
             config.pad_token_id = next(i for i in range(config.vocab_size) if i not in used)
-        padding = [width - len(row) for row in rows]
-        input_ids = torch.tensor(
-            [row + [config.pad_token_id] * n for row, n in zip(rows, padding, strict=True)]
-        )  # [B, T]
-        mask = torch.tensor([[1] * (width - n) + [0] * n for n in padding])  # [B, T]
+        input_ids = torch.tensor([row + [config.pad_token_id] * (width - len(row)) for row in rows])  # [B, T]
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])  # [B, T]
         device = self._model.device
         with torch.inference_mode():
             output = self._model(input_ids=input_ids.to(device), attention_mask=mask.to(device))

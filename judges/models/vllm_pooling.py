@@ -14,12 +14,14 @@ from iterdpo.run.worker import Done, JsonLinesWorker, serve
 
 @dataclass(frozen=True)
 class Start:
+    """A checkpoint directory or hub id, and its `revision`. `engine`: further arguments of `vllm.LLM`; they win."""
+
     model: str
     max_model_len: int
     dtype: str
     revision: str | None
     trust_remote_code: bool
-    engine: dict[str, Any]  # the user's own keyword arguments of vllm.LLM, as they are
+    engine: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,37 +37,24 @@ class Scored:
 class Pooler:
     """An engine with one checkpoint, in a process that dies with this one.
 
-    Args:
-        model: a checkpoint directory or hub id, with its `revision`.
-        engine: further keyword arguments of `vllm.LLM`, which come last.
-
     Raises:
         ChildFailed: the engine does not start; with the end of its log.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        max_model_len: int,
-        dtype: str,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        engine: dict[str, Any],
-    ) -> None:
+    def __init__(self, start: Start) -> None:
         descriptor, log = tempfile.mkstemp(prefix="iterdpo-pooling-", suffix=".log")
         os.close(descriptor)
         env = {
             "VLLM_CPU_KVCACHE_SPACE": "1",  # a pooling request leaves the cache when it is answered
             **os.environ,
             # In-process is the quicker start for one device; several need vLLM's own worker processes.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if engine.get("tensor_parallel_size", 1) > 1 else "0",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if start.engine.get("tensor_parallel_size", 1) > 1 else "0",
             "VLLM_NO_USAGE_STATS": "1",
             "PYTHONUNBUFFERED": "1",
         }
         self._log = Path(log)
         self._worker = JsonLinesWorker("judges.models.vllm_pooling", name="reward model", log=self._log, env=env)
-        self._worker.call(Start(model, max_model_len, dtype, revision, trust_remote_code, engine), Done)
+        self._worker.call(start, Done)
 
     def logits(self, rows: Sequence[list[int]]) -> list[list[float]]:
         """[rows][labels], without an activation.

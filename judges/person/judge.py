@@ -8,13 +8,14 @@ person has answered is not asked again in the same run.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from iterdpo.errors import JudgeError
 from iterdpo.judging.comparisons import Aggregate, judgment_from_comparisons
@@ -24,7 +25,7 @@ from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment
 from judges.base import is_number
 from judges.person.store import Reviews, Task, Verdict
-from judges.schedules import all_pairs, random_pairs
+from judges.schedules import random_pairs
 
 Comparisons = int | Literal["all", "chain"]
 
@@ -61,12 +62,9 @@ class Person(JudgeBase):
 
     def __post_init__(self) -> None:
         number = is_number(self.comparisons) and isinstance(self.comparisons, int) and self.comparisons >= 1
+        pairs = number or self.comparisons in ("all", "chain")
         for name, valid, remedy in (
-            (
-                "comparisons",
-                number or self.comparisons in ("all", "chain"),
-                "a number of pairs per prompt, all or chain",
-            ),
+            ("comparisons", pairs, "a number of pairs per prompt, all or chain"),
             ("question", isinstance(self.question, str) and self.question.strip(), "the question that the page asks"),
             ("who", isinstance(self.who, str), "a name, or nothing"),
             ("aggregate", self.aggregate in ("win_rate", "bradley_terry"), "win_rate or bradley_terry"),
@@ -87,22 +85,18 @@ class Person(JudgeBase):
         Raises:
             JudgeError: there is no run directory to ask in.
         """
-        plans = [
-            plan(group, comparisons=self.comparisons, question=self.question, who=self.who, seed=self.seed)
-            for group in groups
-        ]
+        asked: dict[str, Any] = {"comparisons": self.comparisons, "question": self.question, "who": self.who}
+        plans = [plan(group, **asked, seed=self.seed) for group in groups]
         verdicts = self._asked([task for p in plans for task in p.tasks])
         return [judgment(group, p, verdicts, aggregate=self.aggregate) for group, p in zip(groups, plans, strict=True)]
 
     def _asked(self, tasks: Sequence[Task]) -> Mapping[str, Verdict]:
-        """A verdict for each task, by its id."""
         if not tasks:
             return {}
         if self._run_dir is None or self._waiting is None:
-            raise JudgeError(
-                "judge 'person': a person judges only within a run, whose directory holds the questions and answers: "
-                "name this judge in a configuration and start that with `iterdpo run`"
-            )
+            wrong = "a person judges only within a run, whose directory holds the questions and answers"
+            remedy = "name this judge in a configuration and start that with `iterdpo run`"
+            raise JudgeError(f"judge 'person': {wrong}: {remedy}")
         answered, batches = Reviews(self._run_dir).ask(tasks)
         waiting = [batch for batch in batches if batch.close() is None]  # of a run that was killed they may be complete
         left = sum(len(batch.unanswered()) for batch in waiting)
@@ -132,7 +126,7 @@ def plan(group: CompletionGroup, *, comparisons: Comparisons, question: str, who
     same = [texts.index(text) for text in texts]
     distinct = sorted(set(same))
     if comparisons == "all":
-        drawn = all_pairs(len(distinct))
+        drawn = list(itertools.combinations(range(len(distinct)), 2))
     else:
         number = len(distinct) - 1 if comparisons == "chain" else comparisons
         content = digest([group.prompt.content, texts])

@@ -57,13 +57,13 @@ class Desk:
         with self._lock:
             taken = {task: since for other, (task, since) in self._shown.items() if other != tab}
 
-            def order(waiting: tuple[int, Task]) -> tuple[bool, float, int, str]:
-                number, task = waiting
-                return task.id != prefer, taken.get(task.id, 0.0), number, digest([self._order, task.id])
+            def order(task: Task) -> tuple[bool, float]:
+                return task.id != prefer, taken.get(task.id, 0.0)
 
             batches = self.reviews.pending(self.who)
-            waiting = [(number, t) for number, batch in enumerate(batches) for t in batch.unanswered(self.who)]
-            task = min(waiting, key=order)[1] if waiting else None
+            shuffled = (sorted(b.unanswered(self.who), key=lambda t: digest([self._order, t.id])) for b in batches)
+            waiting = [task for tasks in shuffled for task in tasks]
+            task = min(waiting, key=order, default=None)
             self._shown.pop(tab, None)
             if task is not None:
                 self._shown[tab] = (task.id, time.monotonic())
@@ -150,9 +150,8 @@ def _app(desk: Desk, *, token: str, title: str) -> Starlette:
         if action:
             return _refusal(404)
         nonce = secrets.token_urlsafe(16)
-        return HTMLResponse(
-            TEMPLATES.get_template("page.html.j2").render(title=revealed(title), nonce=nonce), headers=_headers(nonce)
-        )
+        page = TEMPLATES.get_template("page.html.j2").render(title=revealed(title), nonce=nonce)
+        return HTMLResponse(page, headers=_headers(nonce))
 
     return Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])])
 

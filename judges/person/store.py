@@ -20,7 +20,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -180,7 +179,7 @@ class Batch:
         fsync(self.path)
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold the directory, against threads and processes alike. The kernel releases it when the process ends."""
     with open(directory / ".lock", "a") as handle:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import itertools
 import secrets
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 from iterdpo.errors import JudgeError
 from judges.base import Abstention
@@ -13,6 +14,7 @@ from judges.verify.base import Score, Verifier, check_positive, fenced_blocks
 from judges.verify.sandbox import REPORT, TIMED_OUT, SandboxError, require_sandbox, run_python
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class CodeTests(Verifier):
     """The share of its tests that a program passes; or, without `partial`, 1 if it passes all, else 0.
 
@@ -32,41 +34,33 @@ class CodeTests(Verifier):
     equal to everything passes any assertion: only tests of stdin and stdout cannot be reached from within.
 
     A completion abstains only if the sandbox itself fails, or if the tests are not valid Python.
-
-    Args:
-        column: the prompt's column with the tests.
-        language: `python`, the only one.
-        timeout: seconds for a run. After a run that timed out, the tests that remain count as failed.
-        memory_mb: memory of each process.
-        partial: give a share of the tests, instead of 1 or 0.
-        concurrency: programs at once.
-        allow_unsandboxed: run the programs even if this machine has no sandbox.
     """
 
-    SPEED_ONLY: ClassVar[frozenset[str]] = frozenset({"concurrency", "allow_unsandboxed"})
+    name = "code_tests"
+    SPEED_ONLY = frozenset({"concurrency", "allow_unsandboxed"})
+    column: str = "tests"
+    """The prompt's column with the tests."""
+    language: str = "python"
+    """`python`, the only one."""
+    timeout: float = 10.0
+    """Seconds for a run. After a run that timed out, the tests that remain count as failed."""
+    memory_mb: int = 512
+    """Memory of each process."""
+    partial: bool = True
+    """Give a share of the tests, instead of 1 or 0."""
+    concurrency: int = 4
+    """Programs at once."""
+    allow_unsandboxed: bool = False
+    """Run the programs even if this machine has no sandbox."""
 
-    def __init__(
-        self,
-        *,
-        column: str = "tests",
-        language: str = "python",
-        timeout: float = 10.0,
-        memory_mb: int = 512,
-        partial: bool = True,
-        concurrency: int = 4,
-        allow_unsandboxed: bool = False,
-    ) -> None:
-        if language != "python":
-            raise JudgeError(f"judge 'code_tests': language {language!r} is not supported; only 'python' is")
-        check_positive("code_tests", timeout=timeout, memory_mb=memory_mb, concurrency=concurrency)
-        if not allow_unsandboxed:
+    def __post_init__(self) -> None:
+        if self.language != "python":
+            raise JudgeError(f"judge 'code_tests': language {self.language!r} is not supported; only 'python' is")
+        self._limits: dict[str, Any] = {"timeout": self.timeout, "memory_mb": self.memory_mb}
+        check_positive("code_tests", **self._limits, concurrency=self.concurrency)
+        if not self.allow_unsandboxed:
             require_sandbox()
-        self.name, self.column, self.concurrency, self.partial = "code_tests", column, concurrency, partial
-        self._limits: dict[str, Any] = {
-            "timeout": timeout,
-            "memory_mb": memory_mb,
-            "allow_unsandboxed": allow_unsandboxed,
-        }
+        self._limits["allow_unsandboxed"] = self.allow_unsandboxed
 
     def score(self, completion: str, gold: Any) -> Score:
         program = program_of(completion)

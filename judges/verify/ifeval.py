@@ -7,9 +7,9 @@ arguments, in which keys that are null or unknown to the instruction are ignored
      "kwargs": [{}, {"relation": "at least", "num_words": 300}]}
 
 `CHECKS` has the 25 instructions as pure functions of the completion and their arguments, by the names that IFEval gives
-them, written from the paper's definitions. Departures from its program: sentences are split by a rule instead of nltk's Punkt model (an abbreviation
-may count as an end), words in capitals are counted by a rule instead of nltk's tokenizer, and languages are told apart
-by py3langid instead of langdetect, whose guesses differ from run to run.
+them, written from the paper's definitions. Departures from its program: rules split sentences and count words in
+capitals (nltk's Punkt model and tokenizer do there, so an abbreviation may count as an end), and py3langid tells
+languages apart (there langdetect, whose guesses differ from run to run).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from iterdpo.errors import JudgeError
@@ -27,32 +28,25 @@ from iterdpo.types import CompletionGroup, Judgment
 from judges.base import Abstention, judgment_from_outcomes, nearest
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class Instructions(JudgeBase):
     """1 if a completion follows all of its prompt's instructions, else 0; or the share that it follows.
 
     Abstentions: a prompt without the columns, an unknown instruction, and arguments that do not fit it. Each judgment's
     `details["followed"]` has for each completion the instructions that it follows.
-
-    Args:
-        column: the prompt's column with the list of instructions.
-        kwargs_column: the one with the list of their arguments.
-        strict: check the completion as it is. Otherwise, as the paper's loose accuracy does, an instruction counts as
-            followed if it holds with or without the first line, the last line, and asterisks.
-        partial: give the share of instructions that are followed.
     """
 
+    name = "instructions"
     needs_device = False
-
-    def __init__(
-        self,
-        *,
-        column: str = "instruction_id_list",
-        kwargs_column: str = "kwargs",
-        strict: bool = True,
-        partial: bool = False,
-    ) -> None:
-        self.name = "instructions"
-        self.column, self.kwargs_column, self.strict, self.partial = column, kwargs_column, strict, partial
+    column: str = "instruction_id_list"
+    """The prompt's column with the list of instructions."""
+    kwargs_column: str = "kwargs"
+    """The one with the list of their arguments."""
+    strict: bool = True
+    """Check the completion as it is. Otherwise, as the paper's loose accuracy does, an instruction counts as followed
+    if it holds with or without the first line, the last line, and asterisks."""
+    partial: bool = False
+    """Give the share of instructions that are followed."""
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         return [self._judge_one(group) for group in groups]
@@ -69,16 +63,14 @@ class Instructions(JudgeBase):
         return judgment
 
     def _asked(self, columns: dict[str, Any]) -> list[tuple[str, dict[str, Any]]] | Abstention:
-        """The instructions with their arguments, or why they cannot be checked."""
         names = columns.get(self.column)
         if not names:
             missing = "empty" if self.column in columns else "missing"
             return Abstention(f"the prompt's column {self.column!r} is {missing}")
         given = columns.get(self.kwargs_column) or [{}] * len(names)
         if not isinstance(names, list) or not isinstance(given, list) or len(given) != len(names):
-            return Abstention(
-                f"the columns {self.column!r} and {self.kwargs_column!r} are not lists of the same length"
-            )
+            both = f"{self.column!r} and {self.kwargs_column!r}"
+            return Abstention(f"the columns {both} are not lists of the same length")
         try:
             return [(name, check_instruction(name, own or {})) for name, own in zip(names, given, strict=True)]
         except JudgeError as error:
@@ -201,9 +193,7 @@ CHECKS: dict[str, Callable[..., bool]] = {
     "detectable_format:number_bullet_lists": lambda text, num_bullets: (  # lines that begin with `* ` or `- `, exactly
         len(re.findall(r"^\s*(?:\*(?!\*)|-(?!-))\s*\S", text, re.MULTILINE)) == num_bullets
     ),
-    "detectable_format:constrained_response": lambda text: any(
-        f"My answer is {option}." in text for option in ("yes", "no", "maybe")
-    ),
+    "detectable_format:constrained_response": lambda text: bool(re.search(r"My answer is (yes|no|maybe)\.", text)),
     "detectable_format:number_highlighted_sections": lambda text, num_highlights: (  # `*so*` or `**so**` within a line
         sum(bool((a or b).strip()) for a, b in re.findall(r"\*\*([^*\n]+)\*\*|\*([^*\n]+)\*", text)) >= num_highlights
     ),
@@ -245,7 +235,6 @@ def count_sentences(text: str) -> int:
 
 
 def _language(text: str) -> str:
-    """The text's language, as an ISO 639-1 code."""
     try:
         from py3langid import classify
     except ImportError:

@@ -49,7 +49,8 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def main() -> None:
     status, report = map(int, sys.argv[1:])
-    request = _read_request()
+    with open(0, "rb", closefd=False) as stdin:
+        request: dict[str, Any] = marshal.load(stdin)  # both ends are the same interpreter
     try:
         _enter(request, status, report)
     except Exception as error:
@@ -181,7 +182,6 @@ def _confine(request: dict[str, Any], status: int, report: int) -> None:
     os.environ.clear()
     os.environ.update({"HOME": scratch, "TMPDIR": scratch, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"})
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
     stdin = os.memfd_create("stdin")
     with open(stdin, "wb", closefd=False) as file:
         file.write(request["stdin"])
@@ -190,7 +190,6 @@ def _confine(request: dict[str, Any], status: int, report: int) -> None:
     if status == REPORT:
         status = os.dup(status)
     os.dup2(report, REPORT)
-
     limits = {
         resource.RLIMIT_AS: request["memory"],
         resource.RLIMIT_CPU: int(request["timeout"]) + 2,
@@ -204,7 +203,6 @@ def _confine(request: dict[str, Any], status: int, report: int) -> None:
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
-
     if request["mode"] != "none":
         _call("capset", libc.capset((ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()))
         _call("prctl", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
@@ -325,21 +323,6 @@ def _run(code: str) -> NoReturn:
         sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(1)
     sys.exit(0)
-
-
-def _read_request() -> dict[str, Any]:
-    """A length of eight bytes, and so many of marshal: both ends are the same interpreter."""
-
-    def read(count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            if not (more := os.read(0, count - len(data))):
-                os._exit(1)  # the caller is gone
-            data += more
-        return data
-
-    request: dict[str, Any] = marshal.loads(read(int.from_bytes(read(8), "little")))
-    return request
 
 
 def _say(status: int, line: str) -> None:

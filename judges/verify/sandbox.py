@@ -107,12 +107,11 @@ def require_sandbox() -> None:
         JudgeError: naming what it lacks, and what to change.
     """
     if problems := sandbox_problems():
-        raise JudgeError(
-            f"this machine cannot confine an untrusted program ({'; '.join(problems)}). Allow user "
-            "namespaces (in a container: --cap-add SYS_ADMIN with --security-opt seccomp=unconfined), or run on Linux "
-            "6.2 or newer with Landlock. Or let completions run as this user, with all its permissions: "
-            "allow_unsandboxed: true"
-        )
+        container = "in a container: --cap-add SYS_ADMIN with --security-opt seccomp=unconfined"
+        remedy = f"Allow user namespaces ({container}), or run on Linux 6.2 or newer with Landlock"
+        last = "Or let completions run as this user, with all its permissions: allow_unsandboxed: true"
+        wrong = f"this machine cannot confine an untrusted program ({'; '.join(problems)})"
+        raise JudgeError(f"{wrong}. {remedy}. {last}")
 
 
 def sandbox_problems() -> list[str]:
@@ -126,17 +125,16 @@ def sandbox_mode() -> tuple[Mode | None, list[str]]:
     """The strongest sandbox that runs a program here, found by running one, and why each stronger one does not."""
     if sys.platform != "linux":
         return None, ["the sandbox needs Linux"]
-    problems = []
+    problems: list[str] = []
     modes: tuple[Mode, ...] = ("namespaces", "landlock")
     for mode in modes:
         try:
             outcome = _run("print(6 * 7)", mode, "", START_SECONDS, 512, 1024, 16)
+            if outcome.stdout == "42\n":
+                return mode, problems
+            problems.append(f"{mode}: {outcome.reason}: {outcome.stderr[-300:]}")
         except SandboxError as error:
             problems.append(f"{mode}: {error}")
-            continue
-        if outcome.stdout == "42\n":
-            return mode, problems
-        problems.append(f"{mode}: {outcome.reason}: {outcome.stderr[-300:]}")
     return None, problems
 
 
@@ -158,41 +156,34 @@ def _run(
     # seeded so that a program has the same sets, and a completion the same score, each time.
     interpreter = [os.path.realpath(sys.executable), "-s", "-P", "-S", "-X", "utf8"]
     (status, status_end), (report, report_end) = os.pipe(), os.pipe()
-    try:
-        launcher = subprocess.Popen(
-            [*interpreter, str(Path(__file__).with_name("jail.py")), str(status_end), str(report_end)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=(status_end, report_end),
-            env={"PYTHONHASHSEED": "0"},
-            cwd="/",
-            start_new_session=True,
-            bufsize=0,
-        )
-    except BaseException:
-        os.close(status)
-        os.close(report)
-        raise
-    finally:
-        os.close(status_end)
-        os.close(report_end)
-    assert launcher.stdin is not None
-    assert launcher.stdout is not None
-    assert launcher.stderr is not None
-    with launcher.stdin as lifeline, launcher.stdout as out, launcher.stderr as err:
+    with contextlib.ExitStack() as opened:
+        for descriptor in (status, report):
+            opened.callback(os.close, descriptor)
+        try:
+            launcher = subprocess.Popen(
+                [*interpreter, str(Path(__file__).with_name("jail.py")), str(status_end), str(report_end)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=(status_end, report_end),
+                env={"PYTHONHASHSEED": "0"},
+                cwd="/",
+                start_new_session=True,
+                bufsize=0,
+            )
+        finally:
+            os.close(status_end)
+            os.close(report_end)
+        pipes = (launcher.stdin, launcher.stdout, launcher.stderr)
+        lifeline, out, err = (opened.enter_context(pipe) for pipe in pipes if pipe)
         try:
             with contextlib.suppress(BrokenPipeError):  # it ended at once; its stderr says why
-                message = marshal.dumps(request)
-                lifeline.write(len(message).to_bytes(8, "little"))
-                rest = memoryview(message)
+                rest = memoryview(marshal.dumps(request))
                 while rest:
                     rest = rest[lifeline.write(rest) :]
             names = {status: "status", report: "report", out.fileno(): "stdout", err.fileno(): "stderr"}
             streams, reason = _follow(names, timeout, max_output)
         finally:
-            os.close(status)
-            os.close(report)
             lifeline.close()  # the launcher kills what still runs, and ends
             try:
                 launcher.wait(START_SECONDS)
@@ -207,16 +198,15 @@ def _run(
 def _follow(names: dict[int, str], timeout: float, max_output: int) -> tuple[dict[str, bytearray], str | None]:
     """What the descriptors bring until the status ends, and why reading stopped earlier, if it did."""
     streams = {name: bytearray() for name in names.values()}
-    deadline, started = time.monotonic() + START_SECONDS, False
+    deadline, started, ended = time.monotonic() + START_SECONDS, False, False
     with selectors.DefaultSelector() as selector:
         for descriptor in names:
             os.set_blocking(descriptor, False)
             selector.register(descriptor, selectors.EVENT_READ)
-        while True:
+        while not ended:
             left = deadline - time.monotonic()
             if left <= 0:
                 return streams, TIMED_OUT if started else "the sandbox did not start in time"
-            ended = False
             for key, _ in selector.select(left):
                 stream = streams[names[key.fd]]
                 data = _read(key.fd)
@@ -228,8 +218,6 @@ def _follow(names: dict[int, str], timeout: float, max_output: int) -> tuple[dic
                     return streams, f"more than {max_output} bytes of {names[key.fd]}"
             if not started and streams["status"].startswith(b"started"):
                 deadline, started = time.monotonic() + timeout, True
-            if ended:
-                break
     for descriptor, name in names.items():  # what was written before the end, and has not been read
         while (name == "status" or len(streams[name]) <= max_output) and (data := _read(descriptor)):
             streams[name] += data
@@ -246,9 +234,8 @@ def _read(descriptor: int) -> bytes | None:
 
 
 def _outcome(streams: dict[str, bytearray], reason: str | None, max_output: int) -> Outcome:
-    stdout, stderr, report = (
-        bytes(streams[name][:max_output]).decode(errors="replace") for name in ("stdout", "stderr", "report")
-    )
+    kept = (bytes(streams[name][:max_output]) for name in ("stdout", "stderr", "report"))
+    stdout, stderr, report = (data.decode(errors="replace") for data in kept)
     first, *rest = streams["status"].decode(errors="replace").splitlines() or [""]
     if first.startswith("problem "):
         raise SandboxError(first.removeprefix("problem "))

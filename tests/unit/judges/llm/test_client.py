@@ -24,9 +24,9 @@ import pytest
 from iterdpo.errors import JudgeError
 from iterdpo.testing_http import FAULTS, GARBAGE, FakeEndpoint
 from judges.llm.client import DOWN, CallFailed, Client
-from judges.llm.concurrency import run_each
 from judges.llm.reply import Reply
 from judges.llm.settings import Endpoint
+from judges.llm.transport import run_each
 
 ROOT = Path(__file__).parents[4]
 KEY = "sk-proj-4mQz81TvXy"
@@ -434,7 +434,7 @@ def test_failures_and_empty_replies_are_not_kept(tmp_path: Path) -> None:
 PAYING = """
 import asyncio, sys
 from judges.llm.client import Client
-from judges.llm.concurrency import run_each
+from judges.llm.transport import run_each
 from judges.llm.settings import Endpoint
 client = Client(Endpoint(base_url=sys.argv[1], cache=sys.argv[2], concurrency=4), model="fake")
 

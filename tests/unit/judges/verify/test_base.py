@@ -8,8 +8,7 @@ import pytest
 
 from iterdpo.judging.judge import checked_judgments
 from iterdpo.testing import make_group
-from judges.verify.json_schema import JSONSchema
-from judges.verify.match import ExactMatch, NumericMatch, Regex
+from judges.verify.match import ExactMatch, JSONSchema, NumericMatch, Regex
 from tests.unit.judges.verify.harness import reason
 
 
