@@ -124,11 +124,9 @@ def judge_all(endpoint: dict[str, Any], calls: int) -> dict[str, float]:
     named = NamedJudge("train_judge", "pairwise", "1", lambda: judge, max_abstained=0.0)
     with tempfile.TemporaryDirectory() as directory:
         run_judge = RunJudge(named, Path(directory), lambda message: contextlib.nullcontext())
-        return timed(
-            lambda: judge_shards(run_judge, shards, Path(directory), total=4 * prompts, on_shard=note),
-            CALLS_PER_PROMPT * prompts,
-            peaks,
-        )
+        place, total = Path(directory), 4 * prompts
+        stage = functools.partial(judge_shards, run_judge, shards, place, total=total, on_shard=note)
+        return timed(stage, CALLS_PER_PROMPT * prompts, peaks)
 
 
 def timed(run: Callable[[], object], calls: int, peaks: list[float]) -> dict[str, float]:

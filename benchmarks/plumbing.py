@@ -56,10 +56,8 @@ class FirstToken(JudgeBase):
     name, version = "first_token", "1"
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
-        return [
-            Judgment(g.prompt.id, [c.token_ids[0] / VOCABULARY for c in g.completions], [None] * len(g.completions))
-            for g in groups
-        ]
+        scores = ([completion.token_ids[0] / VOCABULARY for completion in g.completions] for g in groups)
+        return [Judgment(g.prompt.id, own, [None] * len(own)) for g, own in zip(groups, scores, strict=True)]
 
 
 def main(

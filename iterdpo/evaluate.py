@@ -140,9 +140,8 @@ def sequence_kl(
     from log-probabilities summed over each completion's tokens (no padding), grouped by prompt. Unbiased at
     temperature 1; the estimate may be slightly negative if the policies are close.
     """
-    means = (
-        float(np.mean(np.subtract(ours, theirs))) for ours, theirs in zip(policy_logps, initial_logps, strict=True)
-    )
+    prompts = zip(policy_logps, initial_logps, strict=True)
+    means = (float(np.mean(np.subtract(ours, theirs))) for ours, theirs in prompts)
     return bootstrap_mean(means, **bootstrap)
 
 

@@ -242,10 +242,7 @@ def _copy(path: Path, cache: Path) -> Path:
 
 
 def _flatten(path: Path, tokens: IO[bytes]) -> np.ndarray:
-    """Write all token ids one after the other, as int32.
-
-    Returns [7, N] int64: where the prompts, chosen and rejected begin, their lengths, and the groups.
-    """
+    """Write all token ids, as int32. Returns [7, N] int64: starts of prompts, chosen, rejected; lengths; groups."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

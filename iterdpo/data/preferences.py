@@ -117,10 +117,8 @@ class Account:
     def _note_kind(self, first: dict[str, int]) -> None:
         self.first = first | self.first
         if len(self.first) > 1:
-            text, messages = self.first["text"], self.first["messages"]
-            raise DataError(
-                f"{self.source}: the prompt is text in row {text} and messages in row {messages}; give all as the same kind"
-            )
+            problem = f"the prompt is text in row {self.first['text']} and messages in row {self.first['messages']}"
+            raise DataError(f"{self.source}: {problem}; give all as the same kind")
 
     def summary(self) -> str:
         """`kept 2,303 of 2,312 pairs (5 diverge before the last turn, 4 have an empty completion)`."""
@@ -337,9 +335,8 @@ def _columns(row: dict[str, Any], where: str) -> tuple[Content | None, Content, 
     chosen = content_of(column_value(row, "chosen", where, remedy), f"{where}, column 'chosen'")
     rejected = content_of(column_value(row, "rejected", where, remedy), f"{where}, column 'rejected'")
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise DataError(
-            f"{where}: one of chosen and rejected is text and the other messages; give two of the same kind"
-        )
+        problem = "one of chosen and rejected is text and the other messages"
+        raise DataError(f"{where}: {problem}; give two of the same kind")
     if row.get("prompt") is None:
         _refuse_other_name_for_prompt(row, chosen, where)
         return None, chosen, rejected

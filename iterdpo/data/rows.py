@@ -160,9 +160,8 @@ def _data_files(directory: Path, split: str) -> list[Path]:
     files = sorted(f for f in directory.iterdir() if _format(f) in FORMATS and f.is_file())
     files = [f for f in files if not f.name.startswith((".", "_")) and f.name not in NOT_DATA]
     if not files:
-        raise DataError(
-            f"{directory}: no .json, .jsonl, .csv or .parquet file in it; name the directory that contains them"
-        )
+        problem = "no .json, .jsonl, .csv or .parquet file in it"
+        raise DataError(f"{directory}: {problem}; name the directory that contains them")
     words = {f: re.split(r"[-._]", f.name) for f in files}
     named = [f for f in files if re.split(r"[-.]", f.name)[0] == split] or [f for f in files if split in words[f]]
     if not named and any(SPLIT_NAMES & set(w) for w in words.values()):

@@ -115,10 +115,8 @@ def checked_judgments(judge: JudgeBase, groups: Sequence[CompletionGroup]) -> li
     """
     judgments = judge.judge(groups)
     if judgments is None or len(judgments) != len(groups):
-        got = "nothing" if judgments is None else f"{len(judgments)} judgments"
-        raise JudgeError(
-            f"judge {judge.name!r} returned {got} for {len(groups)} groups; it must return one for each group"
-        )
+        got = f"{'nothing' if judgments is None else f'{len(judgments)} judgments'} for {len(groups)} groups"
+        raise JudgeError(f"judge {judge.name!r} returned {got}; it must return one for each group")
     for group, judgment in zip(groups, judgments, strict=True):
         _check_judgment(judge, group, judgment)
     return judgments
@@ -163,9 +161,8 @@ def _check_judgment(judge: JudgeBase, group: CompletionGroup, judgment: Judgment
     count, scores, reasons, id = len(group.completions), judgment.scores, judgment.abstentions, group.prompt.id
     wrong = None
     if judgment.prompt_id != id:
-        wrong = (
-            f"answered for prompt {judgment.prompt_id!r} instead of {id!r}; judgments must keep the order of the groups"
-        )
+        order = "judgments must keep the order of the groups"
+        wrong = f"answered for prompt {judgment.prompt_id!r} instead of {id!r}; {order}"
     elif len(scores) != count or len(reasons) != count:
         given = f"{len(scores)} scores and {len(reasons)} abstentions for {count} completions of prompt {id!r}"
         wrong = f"returned {given}; each needs one of either"

@@ -114,11 +114,8 @@ class AbstentionCounts:
 
     def result(self) -> dict[str, Any]:
         """`{"completions": 512, "unjudged": 3, "abstentions": {"timed out after 60 s": 3}}`"""
-        return {
-            "completions": self._completions,
-            "unjudged": self._unjudged,
-            "abstentions": dict(self._reasons.most_common(20)),
-        }
+        reasons = dict(self._reasons.most_common(20))
+        return {"completions": self._completions, "unjudged": self._unjudged, "abstentions": reasons}
 
 
 class _Correlation:

@@ -56,10 +56,8 @@ def headline(run: Run) -> str:
     elif high is not None and high < 0.5:
         before, after = value(initial, "score/train_judge"), value(final, "score/train_judge")
         if before is not None and after is not None and after > before:
-            moved = _movement(initial, final, "train")
-            sentences.append(
-                f"Meanwhile the training judge's score went {moved}: the policy exploits that judge's errors."
-            )
+            meanwhile = f"Meanwhile the training judge's score went {_movement(initial, final, 'train')}"
+            sentences.append(f"{meanwhile}: the policy exploits that judge's errors.")
     unjudged, completions = value(final, "evaluation/unjudged"), value(final, "evaluation/completions")
     if unjudged and completions and unjudged > 0.05 * completions:
         share = f"{unjudged:,.0f} of {completions:,.0f}"

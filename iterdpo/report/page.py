@@ -211,10 +211,8 @@ def _examples(run: Run) -> dict[str, Any]:
     shown = [{prompt.id: (prompt, *more) for prompt, *more in _shown(step, first)} for step in steps.values()]
     in_all = sorted(set.intersection(*map(set, shown)))
     decided = {r: _text(row, "gate/decision") for r, row in run.metrics.iterrows() if r}
-    return {
-        "rounds": [(r, decided.get(r, "")) for r in steps],
-        "prompts": [[by_prompt[id] for by_prompt in shown] for id in in_all],
-    }
+    prompts = [[by_prompt[id] for by_prompt in shown] for id in in_all]
+    return {"rounds": [(r, decided.get(r, "")) for r in steps], "prompts": prompts}
 
 
 def _shown(evaluation: Path, ids: set[str]) -> Iterator[tuple[Prompt, Completion, list[tuple[str, str, str]]]]:

@@ -186,10 +186,8 @@ def read_completion_shard(path: Path) -> list[CompletionGroup]:
     columns = json.loads(f"[{','.join(table['columns'].to_pylist())}]")
     prompts = map(Prompt, table["prompt_id"].to_pylist(), contents, columns)
     prompt_ids = [ids.tolist() for ids in _unnested(table["prompt_token_ids"], "i")]
-    return [
-        CompletionGroup(prompt, prompt_ids, completions[start:end])
-        for prompt, prompt_ids, start, end in zip(prompts, prompt_ids, offsets[:-1], offsets[1:], strict=True)
-    ]
+    groups = zip(prompts, prompt_ids, offsets[:-1], offsets[1:], strict=True)
+    return [CompletionGroup(prompt, ids, completions[start:end]) for prompt, ids, start, end in groups]
 
 
 def _json(value: Any) -> str:

@@ -26,11 +26,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("prompt_id", "prompt", "k", "text", "tokens", "finish_reason")
 EVALUATION_JUDGES = ("train_judge", "heldout_judge")
-OWN = {
-    *COLUMNS,
-    "abstention",
-    *(f"{name}{end}" for name in ("score", *EVALUATION_JUDGES) for end in ("", "_abstention")),
-}
+SCORES = (f"{name}{end}" for name in ("score", *EVALUATION_JUDGES) for end in ("", "_abstention"))
+OWN = {*COLUMNS, "abstention", *SCORES}
 """Names that a column of the prompt file cannot have among ours."""
 
 

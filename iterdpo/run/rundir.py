@@ -157,10 +157,8 @@ class RunDir:
         self.root = Path(root)
         note = self.root / "run.json"
         if note.exists() and read_json(note).get("format") != FORMAT:
-            remedy = "finish it with that version, or choose another run_dir"
-            raise UserError(
-                f"{self.root}: made by another version of iterdpo, whose files this one cannot read; {remedy}"
-            )
+            problem = "made by another version of iterdpo, whose files this one cannot read"
+            raise UserError(f"{self.root}: {problem}; finish it with that version, or choose another run_dir")
         self.redo = redo
         self.attic = self.root / "attic" / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
 

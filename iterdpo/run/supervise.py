@@ -120,10 +120,7 @@ def _guard(arguments: list[str]) -> int:
 
 
 def _kill_descendants() -> None:
-    """Kill everything that this process started, and that they started, until nothing of it runs.
-
-    Gives up after five seconds: a process that waits for a hung device cannot be killed by anybody.
-    """
+    """Kill what is below this process. Gives up after five seconds: a process that waits for a hung device stays."""
     deadline = time.monotonic() + 5
     while (running := _descendants(os.getpid())) and time.monotonic() < deadline:
         for pid in running:

@@ -121,10 +121,7 @@ def _scores(directory: Path) -> list[Scores]:
 
 
 def _duels(run: IterativeRun, judge: RunJudge, candidates: Path, baseline: Evaluation, directory: Path) -> Duels:
-    """The candidate's completions against the baseline's, each with its counterpart, prompt by prompt.
-
-    Two completions of the same text tie, without a call of the judge.
-    """
+    """The candidate's completions against their counterparts of the baseline. Equal texts tie, without a call."""
     target = directory / f"vs-round-{baseline.round:03d}"  # the same for two baselines that are one
     target.mkdir(exist_ok=True)
 
@@ -135,10 +132,8 @@ def _duels(run: IterativeRun, judge: RunJudge, candidates: Path, baseline: Evalu
     shards: Iterable[NamedShard] = ((shard_name(number), some) for number, some in enumerate(asked))
     judge_with_progress(run, "compare", judge, shards, target, total=2 * sum(1 for _ in differing()))
     judged = read_judgments(target)
-    return [
-        [[0.5, 0.5] if _twins(pair) else next(judged).scores for pair in group]
-        for group in _opponents(candidates, baseline.completions)
-    ]
+    groups = _opponents(candidates, baseline.completions)
+    return [[[0.5, 0.5] if _twins(pair) else next(judged).scores for pair in group] for group in groups]
 
 
 def _opponents(candidates: Path, baselines: Path) -> Iterator[list[CompletionGroup]]:

@@ -37,9 +37,8 @@ def train_round(config: OfflineConfig, *, progress: Progress, redo: bool = False
         prepared = prepare_pairs(config, run)
         progress.say(f"  {'pairs':<9} {describe_counts(prepared.counts)}")
         if prepared.counts["kind"] == "unpaired" and config.dpo.loss.type != "kto":
-            raise ConfigError(
-                f"{config.data.path}: unpaired data, but dpo.loss = {config.dpo.loss.type!r} compares pairs; set dpo.loss=kto"
-            )
+            problem = f"unpaired data, but dpo.loss = {config.dpo.loss.type!r} compares pairs"
+            raise ConfigError(f"{config.data.path}: {problem}; set dpo.loss=kto")
         run.dir.write_config(config.model_dump())
         before = read_manifest(run.dir.round_dir(1) / "policy")
         pairs = Pairs.of(run.dir.round_dir(1) / "pairs", prepared)
@@ -102,8 +101,5 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
 def describe_counts(counts: dict[str, Any]) -> str:
     """`kept 2,303 of 2,312 pairs (…); 2,175 to train on, 128 held out; 31 prompts and 12 completions truncated`."""
     line = f"{counts['summary']}; {counts['kept']:,} to train on, {counts['heldout']:,} held out"
-    if counts["prompts_truncated"] or counts["completions_truncated"]:
-        line += (
-            f"; {counts['prompts_truncated']:,} prompts and {counts['completions_truncated']:,} completions truncated"
-        )
-    return line
+    prompts, completions = counts["prompts_truncated"], counts["completions_truncated"]
+    return line + (f"; {prompts:,} prompts and {completions:,} completions truncated" if prompts or completions else "")

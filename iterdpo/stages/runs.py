@@ -94,9 +94,6 @@ class IterativeRun(OfflineRun):
         sampler: another sampler than the vLLM engine, for tests.
         progress: where progress is shown.
         redo: repeat steps that were made with other settings, instead of refusing.
-
-    Raises:
-        UserError: anything that would fail later and can be seen now.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ def sample(
     if (manifest := step.manifest()) is None:
         directory = step.begin()
         run.prompts.pin(round)
-        parameters = parameters_of(run.config.sampling)
+        sampling = run.config.sampling
         if streaming is not None:
             streaming.start()
         counts = sample_shards(
@@ -44,7 +44,7 @@ def sample(
             "sample",
             policy,
             run.prompts.of(round),  # as it was written down
-            parameters,
+            parameters_of(sampling, sampling.n, sampling.temperature),
             lambda prompt_id: derive_seed(run.config.seed, round, "sample", prompt_id),
             on_shard=streaming.put if streaming is not None else None,
         )
@@ -78,14 +78,8 @@ def sampling_key(section: SamplingConfig, n: int, temperature: float) -> dict[st
     }
 
 
-def parameters_of(
-    section: SamplingConfig, n: int | None = None, temperature: float | None = None
-) -> SamplingParameters:
-    return SamplingParameters(
-        n=section.n if n is None else n,
-        temperature=section.temperature if temperature is None else temperature,
-        **section.model_dump(include={"top_p", "top_k", "max_tokens"}),
-    )
+def parameters_of(section: SamplingConfig, n: int, temperature: float) -> SamplingParameters:
+    return SamplingParameters(n, temperature, **section.model_dump(include={"top_p", "top_k", "max_tokens"}))
 
 
 def sample_shards(

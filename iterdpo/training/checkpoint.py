@@ -54,11 +54,8 @@ def resume(accelerator: Accelerator, output: Path, *, adapter: bool) -> int:
 
 
 def drop_frozen(models: list[Any], states: list[dict[str, Tensor]], directory: str) -> None:
-    """A hook of `Accelerator.save_state`: leaves out what no step changes, the model under an adapter.
-
-    FSDP and DeepSpeed pass no states.
-    """
-    for model, state in zip(models, states, strict=False):
+    """A hook of `Accelerator.save_state`: leaves out what no step changes, the model under an adapter."""
+    for model, state in zip(models, states, strict=False):  # FSDP and DeepSpeed pass no states
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if not parameter.requires_grad:
                 state.pop(name, None)

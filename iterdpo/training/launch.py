@@ -87,9 +87,8 @@ def check_training(dpo: DPOConfig) -> None:
             raise ConfigError(f"dpo.accelerate_config = {dpo.accelerate_config!r}: no such file")
         processes = yaml.safe_load(path.read_text()).get("num_processes", 1)
         if processes != dpo.processes:
-            raise ConfigError(
-                f"{path}: num_processes is {processes}, but dpo.processes is {dpo.processes}; set both to the number of GPUs"
-            )
+            problem = f"num_processes is {processes}, but dpo.processes is {dpo.processes}"
+            raise ConfigError(f"{path}: {problem}; set both to the number of GPUs")
 
 
 def launch_training(

@@ -282,10 +282,8 @@ def kto_loss(
     """
     rewards = beta * (logps - reference_logps)
     surplus = rewards - beta * kl.detach()
-    losses = torch.where(
-        desirable, desirable_weight * torch.sigmoid(-surplus), undesirable_weight * torch.sigmoid(surplus)
-    )
-    return losses, rewards.detach()
+    gained, avoided = desirable_weight * torch.sigmoid(-surplus), undesirable_weight * torch.sigmoid(surplus)
+    return torch.where(desirable, gained, avoided), rewards.detach()
 
 
 def kto_pair_loss(logps: PairLogps, kl: Tensor, *, beta: float, **weights: float) -> PreferenceLoss:

@@ -70,9 +70,8 @@ class Trainer:
         if finite:
             self.optimizer.step()
         elif dpo.sentinels.non_finite == "stop":
-            raise RuntimeError(
-                f"{figures}: not finite, and not applied. Lower dpo.learning_rate, or set dpo.precision to fp32"
-            )
+            remedy = "Lower dpo.learning_rate, or set dpo.precision to fp32"
+            raise RuntimeError(f"{figures}: not finite, and not applied. {remedy}")
         self.optimizer.zero_grad()
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()

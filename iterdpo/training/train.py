@@ -99,11 +99,8 @@ def _accelerator(spec: TrainSpec) -> Accelerator:
             "the work would not be distributed. Check dpo.processes against dpo.accelerate_config"
         )
     if dpo.trackers:
-        named: dict[str, dict[str, str]] = {
-            "wandb": {"name": spec.name, "dir": str(spec.tracker_dir)},
-            "mlflow": {"run_name": spec.name},
-            "trackio": {"name": spec.name},
-        }
+        named = {"mlflow": {"run_name": spec.name}, "trackio": {"name": spec.name}}
+        named["wandb"] = {"name": spec.name, "dir": str(spec.tracker_dir)}
         accelerator.init_trackers(dpo.tracker_project, flat(dpo.model_dump()), init_kwargs=named)
     return accelerator
 

@@ -191,7 +191,7 @@ def test_no_judge_streams_if_everything_is_sampled(room: Room) -> None:
 
 def test_evaluation_may_sample_another_number_at_another_temperature(room: Room) -> None:
     section = room.open(sampling={"top_k": 7}).config.sampling
-    default, other = parameters_of(section), parameters_of(section, 1, 0.0)
+    default, other = parameters_of(section, section.n, section.temperature), parameters_of(section, 1, 0.0)
     assert (default.n, default.temperature, default.top_k, default.max_tokens) == (K, 1.0, 7, 16)
     assert (other.n, other.temperature, other.top_k, other.max_tokens) == (1, 0.0, 7, 16)
 
