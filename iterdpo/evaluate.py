@@ -162,10 +162,8 @@ def distinct_n(token_ids: Callable[[], Iterable[TokenIds]], n: int, *, held: int
 
     `token_ids` is called once for each pass over the completions. A pass counts the n-grams whose hashes lie in a
     range, which is halved as often as more than `held` distinct ones are found; the next pass has the next range. The
-    hash is one to one, so that the count is exact.
-
-    Raises:
-        ValueError: n token ids of this size do not fit into 64 bits; of three tokens each must be below 2^21.
+    hash is one to one, so that the count is exact. A ValueError if n token ids of this size do not fit into 64 bits:
+    of three tokens each must be below 2^21.
     """
     total = sum(max(0, len(ids) - n + 1) for ids in token_ids())
     distinct, first, width = 0, 0, 2**64

@@ -42,18 +42,15 @@ There are two kinds of configuration: [`iterdpo run` and `iterdpo serve`](#iterd
 """
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Write docs/configuration.md from the models in iterdpo.config.")
     parser.add_argument("path", nargs="?", type=Path, default=PAGE, help="another file than docs/configuration.md")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 if it is out of date")
     arguments = parser.parse_args()
     if not arguments.check:
         arguments.path.write_text(render(), encoding="utf-8")
-        return 0
-    if arguments.path.exists() and arguments.path.read_text(encoding="utf-8") == render():
-        return 0
-    print(f"{arguments.path}: out of date; run python tools/configuration_docs.py", file=sys.stderr)
-    return 1
+    elif not arguments.path.exists() or arguments.path.read_text(encoding="utf-8") != render():
+        sys.exit(f"{arguments.path}: out of date; run python tools/configuration_docs.py")
 
 
 def render() -> str:
@@ -166,4 +163,4 @@ def shown(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -152,12 +152,13 @@ def pairs_table(pairs: Sequence[PreferencePair], kind: Kind = "pairs") -> pa.Tab
     tokens = {"prompt": [p.prompt_ids for p in pairs]} | {k: [c.token_ids for c in side] for k, side in sides.items()}
     if kind == "pairs":
         scores = {"chosen": [p.chosen_score for p in pairs], "rejected": [p.rejected_score for p in pairs]}
+        logps = {k: [sum(c.logprobs) if c.logprobs else None for c in side] for k, side in sides.items()}
         columns = prompts | {
             **{k: completions(side) for k, side in sides.items()},
             **ids,
             **{f"{k}_score": pa.array(values, pa.float64()) for k, values in scores.items()},
             **{f"{k}_finish_reason": finish_reasons(side) for k, side in sides.items()},
-            **{f"{k}_sampler_logp": pa.array(map(_sum, side), pa.float64()) for k, side in sides.items()},
+            **{f"{k}_sampler_logp": pa.array(values, pa.float64()) for k, values in logps.items()},
         }
     else:
         labels = [bool(c.token_ids) for c in sides["chosen"]]
@@ -260,7 +261,3 @@ def _flatten(path: Path, tokens: IO[bytes]) -> np.ndarray:
         ids = file.read(["prompt_id"])["prompt_id"].combine_chunks()
     groups = ids.dictionary_encode().indices.to_numpy().astype(np.int64)
     return np.concatenate([np.concatenate(parts, axis=1), groups[None]])
-
-
-def _sum(completion: Completion) -> float | None:
-    return sum(completion.logprobs) if completion.logprobs else None

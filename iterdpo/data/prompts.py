@@ -133,10 +133,8 @@ def split_prompts(
     """Read the prompts and hold some out: `heldout` of them by hash, or as many of `heldout_path`'s.
 
     `pinned` are the held-out prompts of a run that has begun: they stay the same if the file grows. In the
-    directory `cache` what was read of large files is kept, so that they are not read again until they change.
-
-    Raises:
-        DataError: a file that cannot be read, or too few prompts for the held-out set and one round.
+    directory `cache` what was read of large files is kept, so that they are not read again until they change. A file
+    that cannot be read, or too few prompts for the held-out set and one round, is a DataError.
     """
     prompts, rows = read_prompts(config.path, config.split, config.column, config.id_column, cache)
     pool = prompts

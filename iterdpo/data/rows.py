@@ -29,11 +29,8 @@ def load_rows(path: str, split: str, *, limit: int | None = None) -> Iterator[di
 
     `path` is a .json, .jsonl or .csv file (also .gz), a .parquet file, a directory of such files, or a hub id. Of a
     directory, the files named for `split` are read (`train.jsonl`, `train-00000-of-00002.parquet`), or all if no
-    name tells of a split. CSV values are text.
-
-    Raises:
-        DataError: a file that is missing, empty or broken (with the line, also while iterating), or a data set that
-            the hub does not give.
+    name tells of a split. CSV values are text. A file that is missing, empty or broken (with the line, also while
+    iterating), or a data set that the hub does not give, is a DataError.
     """
     files = _local_files(path, split)
     rows = iter(_hub_dataset(path, split)) if files is None else chain.from_iterable(map(_file_rows, files))

@@ -249,12 +249,10 @@ def _time(rounds: pd.DataFrame) -> list[Panel]:
 def _stack(ax: Axes, table: pd.DataFrame, colors: dict[str, str], *, sideways: bool = False) -> None:
     """A bar for each row, stacked of the columns that have anything."""
     floor = pd.Series(0.0, index=table.index)
+    bar, begin = (ax.barh, "left") if sideways else (ax.bar, "bottom")
     for name, color in colors.items():
         if table[name].any():
-            if sideways:
-                ax.barh(table.index, table[name], left=floor, height=0.62, color=color, label=name)
-            else:
-                ax.bar(table.index, table[name], bottom=floor, width=0.62, color=color, label=name)
+            bar(table.index, table[name], 0.62, color=color, label=name, **{begin: floor})
             floor += table[name]
 
 

@@ -39,10 +39,7 @@ def resolve_checkpoint(path: str, *, revision: str | None = None) -> Path:
 def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """The model's config.json, if the directory holds a causal language model with safetensors and a tokenizer.
 
-    Reads headers only.
-
-    Raises:
-        ConfigError: a missing or contradictory part, named.
+    Reads headers only. A missing or contradictory part is a ConfigError that names it.
     """
     where = f"model.path {directory}"
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():

@@ -150,10 +150,8 @@ HEADS = ("lm_head", "embed_out", "output_layer")
 def merge_adapter(adapter: str | Path, output: Path, *, dtype: Any, trust_remote_code: bool = False) -> None:
     """Write W + (alpha / r) B A in `dtype` to `output`: config.json and weights, as an engine reloads them.
 
-    Added in float32 and rounded once, on the CPU; takes four bytes of memory a weight.
-
-    Raises:
-        ValueError: it adapts an output head, or embeddings, that are tied: two matrices would have to come of one.
+    Added in float32 and rounded once, on the CPU; takes four bytes of memory a weight. A ValueError if it adapts an
+    output head, or embeddings, that are tied: two matrices would have to come of one.
     """
     from iterdpo.training.models import load_policy
 

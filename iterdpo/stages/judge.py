@@ -33,10 +33,8 @@ def inputs(completions: str, by: RunJudge) -> dict[str, Any]:
 def retry_judgments(run: IterativeRun, round: int) -> tuple[Manifest, Manifest]:
     """Judge again what abstained in the finished judgments of `round`. Returns the manifests before and after.
 
-    The old judgments are kept in the attic. What was made from them is now outdated, and refused until `--redo`.
-
-    Raises:
-        StaleStepError: they were made by another judge, or for other completions.
+    The old judgments are kept in the attic. What was made from them is now outdated, and refused until `--redo`. A
+    StaleStepError if they were made by another judge, or for other completions.
     """
     before = read_manifest(run.dir.round_dir(round) / "judgments")
     sampled = read_manifest(run.dir.round_dir(round) / "completions")

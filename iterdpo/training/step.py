@@ -21,7 +21,7 @@ from torch import Tensor
 
 from iterdpo.config import DPOConfig
 from iterdpo.training.collate import PairIndex, RoundPairs, Tree, micro_batches
-from iterdpo.training.flops import forward_flops, matmul_peak
+from iterdpo.training.flops import forward_flops, matmul_peak, synchronize
 from iterdpo.training.logps import CompletionLogps, LogpPath
 from iterdpo.training.losses import PairLogps, kl_estimate, nll_term, preference_loss, wpo_weights
 from iterdpo.training.sentinels import Alarm, Sentinels
@@ -73,8 +73,7 @@ class Trainer:
             remedy = "Lower dpo.learning_rate, or set dpo.precision to fp32"
             raise RuntimeError(f"{figures}: not finite, and not applied. {remedy}")
         self.optimizer.zero_grad()
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.accelerator.device)
         seconds = time.perf_counter() - started
         row: dict[str, Any] = {
             "step": number + 1,
