@@ -249,7 +249,8 @@ def _time(rounds: pd.DataFrame) -> list[Panel]:
 def _stack(ax: Axes, table: pd.DataFrame, colors: dict[str, str], *, sideways: bool = False) -> None:
     """A bar for each row, stacked of the columns that have anything."""
     floor = pd.Series(0.0, index=table.index)
-    bar, begin = (ax.barh, "left") if sideways else (ax.bar, "bottom")
+    bar: Callable[..., object] = ax.barh if sideways else ax.bar
+    begin = "left" if sideways else "bottom"
     for name, color in colors.items():
         if table[name].any():
             bar(table.index, table[name], 0.62, color=color, label=name, **{begin: floor})

@@ -97,7 +97,9 @@ def serve(handlers: Mapping[type, Callable[[Any], Any]], *, prepare: Callable[[]
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     prepare()
-    handler_of = {kind.__name__: (TypeAdapter(kind).validate_python, handle) for kind, handle in handlers.items()}
+    handler_of: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+        kind.__name__: (TypeAdapter(kind).validate_python, handle) for kind, handle in handlers.items()
+    }
     for line in sys.stdin:
         message = json.loads(line)
         typed, handle = handler_of[message["request"]]
