@@ -46,9 +46,8 @@ def open_run(
         UserError: a problem with the configuration, the data, the checkpoint or a judge.
     """
     train = _named("train_judge", config.judge, judge)
-    heldout = None
-    if heldout_judge is not None or config.evaluation.judge is not None:
-        heldout = _named("heldout_judge", config.evaluation.judge, heldout_judge)
+    second = heldout_judge is not None or config.evaluation.judge is not None
+    heldout = _named("heldout_judge", config.evaluation.judge, heldout_judge) if second else None
     run = IterativeRun(config, train_judge=train, heldout_judge=heldout, sampler=sampler, progress=progress, redo=redo)
 
     evaluated, trained = run.prompts.heldout.columns(), run.prompts.train.columns()

@@ -216,11 +216,7 @@ def attempt(
         "usage": usage,
         "trace": trace,
     }
-    if json:
-        print(dumps(found, indent=2))
-    else:
-        for line in _described(found, completions):
-            print(line)
+    print(*([dumps(found, indent=2)] if json else _described(found, completions)), sep="\n")
     return 0
 
 

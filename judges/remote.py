@@ -58,6 +58,9 @@ class Remote(JudgeBase):
     other status, and a reply of another shape. A score that is not a finite number abstains.
     """
 
+    SPEED_ONLY = frozenset({"api_key_env", "timeout", "attempts", "concurrency", "batch_size"})
+    needs_device = False
+    ahead = True
     url: str
     """The address that the groups are sent to."""
     api_key_env: str | None = None
@@ -74,10 +77,6 @@ class Remote(JudgeBase):
     """Requests at once."""
     batch_size: int = 8
     """Groups in one request."""
-
-    SPEED_ONLY = frozenset({"api_key_env", "timeout", "attempts", "concurrency", "batch_size"})
-    needs_device = False
-    ahead = True
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url) if isinstance(self.url, str) else urlsplit("")

@@ -17,10 +17,9 @@ def random_pairs(count: int, number: int, *, seed: int) -> list[tuple[int, int]]
     Rings through all completions in random orders, one after the other, without repeats: with `number >= count - 1`
     every completion is linked to every other, with less as many as possible take part.
     """
-    every = count * (count - 1) // 2
     drawn: dict[tuple[int, int], None] = {}
     generator = random.Random(seed)
-    while len(drawn) < min(number, every):
+    while len(drawn) < min(number, count * (count - 1) // 2):
         ring = generator.sample(range(count), count)
         for i, j in zip(ring, [*ring[1:], ring[0]], strict=True):
             if len(drawn) < number and i != j:

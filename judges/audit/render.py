@@ -199,9 +199,8 @@ def compare_tables(report: dict[str, Any]) -> list[Table]:
     confusion = report["confusion"]
     rows = [[f"A: {x}", *(f"{confusion[x][y]:,}" for y in confusion[x])] for x in confusion]
     counts = report["counts"]
-    note = "Two completions of a prompt make one pair, and K make K(K-1)/2: "
-    note += f"{counts['pairs']:,} pairs of {counts['groups']:,} prompts. "
-    note += f"A could not judge {counts['unjudged_a']:,}, B {counts['unjudged_b']:,}."
+    note = f"Two completions of a prompt make one pair, and K make K(K-1)/2: {counts['pairs']:,} pairs of "
+    note += f"{counts['groups']:,} prompts. A could not judge {counts['unjudged_a']:,}, B {counts['unjudged_b']:,}."
     verdicts = Table("Verdicts", ["", *(f"B: {y}" for y in confusion)], rows, note)
     costs = [_cost(c, counts["groups"], f"Cost of {x}", "prompt") for c, x in zip(report["costs"], "AB", strict=True)]
     return [_figures(report, COMPARE_ROWS, "n"), verdicts, *costs]

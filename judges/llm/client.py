@@ -329,7 +329,6 @@ class Client:
         self._check_stage()
 
     def _stop(self, reason: str) -> None:
-        """All other calls of the stage fail with `reason`."""
         self._stopped = self._stopped or reason
         self._halted.set()
         self._settled.set()

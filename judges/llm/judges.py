@@ -55,6 +55,8 @@ T = TypeVar("T")
 class _LLMJudge(JudgeBase):
     """What the three have in common: the endpoint, the prompt, and how a reply is held to its form."""
 
+    kind: ClassVar[Kind]
+    ahead = True
     model: str
     """The name that the endpoint knows it by, or with `serve` a checkpoint."""
     prompt: str
@@ -72,9 +74,6 @@ class _LLMJudge(JudgeBase):
     """Longest reply. Default: what the form needs, and 512 if the judge may reason."""
     seed: int = 0
     """Seed of the judge's own sampling, and of everything that it draws."""
-
-    kind: ClassVar[Kind]
-    ahead = True
 
     def __post_init__(self) -> None:
         self.name = f"{self.kind}:{Path(self.model).name}"
@@ -197,6 +196,9 @@ class _LLMJudge(JudgeBase):
 class PairwiseJudge(_LLMJudge):
     """Compares two completions at a time, each two in both orders; a verdict that changes with the order is a tie."""
 
+    kind = "pairwise"
+    comparative = True
+    EXPECTED_ABSTENTIONS = (LOST_COIN_FLIP, UNCOMPARED)
     prompt: str = "helpfulness"
     """`helpfulness`, `harmlessness`, `summarization`, `instruction_following`, or your own file."""
     schedule: Literal["all_pairs", "random_pairs", "knockout"] = "all_pairs"
@@ -210,10 +212,6 @@ class PairwiseJudge(_LLMJudge):
     """Whether the judge may say "tie"."""
     constitution: str | None = None
     """A file of principles, one a line, one drawn for each comparison. Default: the shipped one."""
-
-    kind = "pairwise"
-    comparative = True
-    EXPECTED_ABSTENTIONS = (LOST_COIN_FLIP, UNCOMPARED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -279,6 +277,7 @@ class PairwiseJudge(_LLMJudge):
 class RubricJudge(_LLMJudge):
     """Scores each completion alone, on a scale, by one criterion or several."""
 
+    kind = "rubric"
     prompt: str = "rubric"
     rubric: str | None = None
     """The meaning of the points: a text, or a file with it. Your own prompt may also use `columns`."""
@@ -289,8 +288,6 @@ class RubricJudge(_LLMJudge):
     expected: bool = False
     """The mean of the scale under the probabilities of the score's token, in place of the score said. Of one criterion
     on a scale of single digits."""
-
-    kind = "rubric"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -346,12 +343,11 @@ class ListwiseJudge(_LLMJudge):
     each on which the two calls disagree.
     """
 
+    kind = "listwise"
+    comparative = True
     prompt: str = "listwise"
     orders: int = 2
     """2, or 1 to ask once and not know."""
-
-    kind = "listwise"
-    comparative = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -393,7 +389,6 @@ def _whole(parse: Callable[[str], T | Unclear]) -> Callable[[Reply], T | Unclear
 
 
 def _first_token(parse: Callable[[Mapping[str, float]], float | Unclear]) -> Callable[[Reply], float | Unclear]:
-    """Reads the probabilities of a reply's first token, all that there is of it."""
     none = Unclear("the endpoint gave no probabilities")
     return lambda reply: parse(reply.top_logprobs[0]) if any(reply.top_logprobs[:1]) else none
 

@@ -25,6 +25,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class ClassifierJudge(JudgeBase):
     """What judges that load a classifier have in common. The first judgment loads it; `close` frees its memory."""
 
+    SPEED_ONLY = frozenset({"batch_size", "device"})
+    kind: ClassVar[str]
     model: str
     """A checkpoint directory, or a hub id. Weights are read from safetensors only, never unpickled."""
     max_length: int | None = None
@@ -39,9 +41,6 @@ class ClassifierJudge(JudgeBase):
     """A hub id's branch, tag or commit."""
     trust_remote_code: bool = False
     """Run Python code that ships with the checkpoint."""
-
-    SPEED_ONLY = frozenset({"batch_size", "device"})
-    kind: ClassVar[str]
 
     def __post_init__(self) -> None:
         self.name = f"{self.kind}:{Path(self.model).name}"
@@ -85,7 +84,6 @@ class ClassifierJudge(JudgeBase):
             return config, AutoTokenizer.from_pretrained(self.model, **self._source)
 
     def _load_classifier(self, kind: Any, **source: Any) -> Any:
-        """A model of the class `kind` on the device, in evaluation mode."""
         import torch
 
         source |= {"dtype": self.dtype, "use_safetensors": True, "output_loading_info": True}

@@ -39,6 +39,7 @@ class ImplicitReward(JudgeBase):
     them.
     """
 
+    SPEED_ONLY = frozenset({"batch_size"})
     policy: str
     """A checkpoint directory, an adapter, or a hub id."""
     reference: str
@@ -53,8 +54,6 @@ class ImplicitReward(JudgeBase):
     """Completions in one forward pass; changes memory and speed."""
     trust_remote_code: bool = False
     """Run Python code that ships with the checkpoints."""
-
-    SPEED_ONLY = frozenset({"batch_size"})
 
     def __post_init__(self) -> None:
         self.name = f"implicit_reward:{Path(self.policy).name}"

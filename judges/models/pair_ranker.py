@@ -37,14 +37,13 @@ class PairRanker(ClassifierJudge):
     compared, and then neither has a score.
     """
 
+    kind = "pair_ranker"
+    comparative = True
+    _pairrm = False
     text: str = "{prompt}"
     """The text that a classifier reads, with {prompt}, {first} and {second} in their places. PairRM has its own form."""
     text_pair: str | None = "Response A: {first}\n\nResponse B: {second}"
     """Its second text, which the tokenizer sets off from the first; null if it reads a single one."""
-
-    kind = "pair_ranker"
-    comparative = True
-    _pairrm = False
 
     def _check_arguments(self) -> None:
         if not {"first", "second"} <= set(PLACES.findall(f"{self.text}{self.text_pair or ''}")):

@@ -31,6 +31,7 @@ class RewardModelJudge(ClassifierJudge):
     joined as they are. Nothing is truncated: a completion that does not fit abstains.
     """
 
+    kind = "reward_model"
     weights: list[float] | None = None
     """One number a label; the score is the sum of weight times logit."""
     head: int | None = None
@@ -40,8 +41,6 @@ class RewardModelJudge(ClassifierJudge):
     by rounding. `device` is for `transformers`."""
     engine: dict[str, Any] | None = None
     """Further keyword arguments of `vllm.LLM`, such as `{gpu_memory_utilization: 0.5}`. For `vllm`."""
-
-    kind = "reward_model"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,6 +43,9 @@ class Person(JudgeBase):
         JudgeError: naming the argument that is none of these.
     """
 
+    EXPECTED_ABSTENTIONS = (NOT_SHOWN,)
+    comparative = True
+    needs_device = True  # so that a person is asked once for all prompts, not shard by shard while they are sampled
     comparisons: Comparisons = 1
     """Of each prompt. A number draws that many pairs, `chain` links all completions with one pair fewer than there are,
     `all` asks for every pair. A completion in none of the pairs abstains."""
@@ -55,10 +58,6 @@ class Person(JudgeBase):
     """How comparisons become scores, see `judgment_from_comparisons`."""
     seed: int = 0
     """Decides the pairs drawn, and which of the two is shown on the left."""
-
-    EXPECTED_ABSTENTIONS = (NOT_SHOWN,)
-    comparative = True
-    needs_device = True  # so that a person is asked once for all prompts, not shard by shard while they are sampled
 
     def __post_init__(self) -> None:
         number = is_number(self.comparisons) and isinstance(self.comparisons, int) and self.comparisons >= 1
