@@ -111,7 +111,9 @@ def measure(root: Path, count: int, shard_size: int) -> dict[str, Any]:
         return IterativeRun(parse_config(Config, values), train_judge=named, sampler=FastSampler())
 
     (root / "run").mkdir()
-    timed("open_s", open_run)
+    first = timed("open_s", open_run)
+    first.dir.write_config(values)  # the run has begun: its prompts are kept
+    open_run()
     with timed("open_again_s", open_run) as run:
         timed("plan_s", first_pending, run)
         timed("tokenizer_s", lambda: run.tokenizer)
