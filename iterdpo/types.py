@@ -5,7 +5,6 @@ Legend for shapes, everywhere the same: B pairs, K completions per prompt, T tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -48,13 +47,12 @@ class Completion:
     `Completion(text=" a joy.", token_ids=[253, 8212, 30, 2], logprobs=[-1.2, -4.0, -0.3, -0.9], finish_reason="stop")`
 
     `logprobs` are the sampling policy's, one for each token id, before temperature and truncation of the
-    distribution. A completion that is not truncated includes its end token; a truncated one has none. Both are lists,
-    or arrays of the module `array` if they come from a file.
+    distribution. A completion that is not truncated includes its end token; a truncated one has none.
     """
 
     text: str
-    token_ids: Sequence[int]
-    logprobs: Sequence[float]
+    token_ids: list[int]
+    logprobs: list[float]
     finish_reason: Literal["stop", "length"]
 
     @property
@@ -71,10 +69,7 @@ class CompletionGroup:
     completions: list[Completion]
 
     def to_json(self) -> dict[str, Any]:
-        row = asdict(self)
-        for completion in row["completions"]:
-            completion |= {name: list(completion[name]) for name in ("token_ids", "logprobs")}
-        return row
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,7 @@ class CustomJudge(JudgeBase):
             **columns,
             "prompts": [p.content for p, _ in rows],
             "completions": said,
-            "completion_ids": [list(c.token_ids) for _, c in rows],
+            "completion_ids": [c.token_ids for _, c in rows],
             "trainer_state": SimpleNamespace(global_step=0, max_steps=0, epoch=0.0),  # as before the first step
             "log_extra": lambda column, values: None,
             "log_metric": lambda metric, value: None,

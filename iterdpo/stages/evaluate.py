@@ -171,7 +171,7 @@ def _logps(run: IterativeRun, policy: PolicyCheckpoint, completions: Path, stage
     from iterdpo.training.logps import score_completions
     from iterdpo.training.models import free_memory, load_policy
 
-    rows = ((g.prompt_ids, list(c.token_ids)) for g in read_groups(completions) for c in g.completions if c.token_ids)
+    rows = ((g.prompt_ids, c.token_ids) for g in read_groups(completions) for c in g.completions if c.token_ids)
     model = load_policy(policy.path, trust_remote_code=run.config.model.trust_remote_code)
     try:
         for batch in batches(rows, SCORED_AT_ONCE):

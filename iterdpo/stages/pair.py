@@ -9,7 +9,7 @@ from typing import Any
 from iterdpo.data.pairing import PairCounts, build_pairs
 from iterdpo.data.pairs import write_pairs
 from iterdpo.errors import DataError
-from iterdpo.run.artifacts import Completions, Judgments, Pairs
+from iterdpo.run.artifacts import Completions, Judgments, Pairs, read_groups
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.runs import IterativeRun, batches
 from iterdpo.types import PreferencePair
@@ -29,7 +29,7 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
 
             def pairs() -> Iterator[PreferencePair]:
                 nonlocal counts
-                for some in batches(zip(completions, judgments, strict=True), AT_ONCE):
+                for some in batches(zip(read_groups(completions.path, arrays=True), judgments, strict=True), AT_ONCE):
                     found, more = build_pairs(*zip(*some, strict=True), **options)
                     counts += more
                     yield from found

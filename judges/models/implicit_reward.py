@@ -120,12 +120,11 @@ class ImplicitReward(JudgeBase):
             same = prompt_token_ids(self._tokenizer, group.prompt.content) == group.prompt_ids
         except DataError:  # no template, or one that refuses the messages: `_tokenized` says so
             return None
-        ids = list(completion.token_ids)
-        if not same or max(ids, default=0) >= len(self._tokenizer):
+        if not same or max(completion.token_ids, default=0) >= len(self._tokenizer):
             return None
         # Ids may go on after the text: an end token, a stop string, half a character.
-        decoded = _bare(self._tokenizer.decode(ids, skip_special_tokens=True))
-        return _Row(group.prompt_ids, ids) if decoded.startswith(_bare(completion.text)) else None
+        decoded = _bare(self._tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+        return _Row(group.prompt_ids, completion.token_ids) if decoded.startswith(_bare(completion.text)) else None
 
     def _tokenized(self, prompt: Prompt, completion: Completion) -> _Row:
         try:

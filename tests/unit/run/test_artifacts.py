@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -50,24 +50,19 @@ GROUPS = [
 ]
 
 
-def as_lists(groups: Iterable[CompletionGroup]) -> list[dict[str, Any]]:
-    """The groups with their numbers in lists: those that were read hold arrays, which equal no list."""
-    return [group.to_json() for group in groups]
-
-
-def round_trip(directory: Path, groups: list[CompletionGroup]) -> list[dict[str, Any]]:
+def round_trip(directory: Path, groups: list[CompletionGroup]) -> list[CompletionGroup]:
     path = directory / "shard-000000.parquet"
     write_completion_shard(path, groups)
-    return as_lists(read_completion_shard(path))
+    return read_completion_shard(path)
 
 
 def test_groups_come_back_as_they_were_sampled(tmp_path: Path) -> None:
-    assert round_trip(tmp_path, GROUPS) == as_lists(GROUPS)
+    assert round_trip(tmp_path, GROUPS) == GROUPS
 
 
 @pytest.mark.parametrize("groups", [[], GROUPS[-1:], GROUPS[:1], [make_group("x", [""])]])
 def test_a_shard_may_be_empty_and_so_may_what_is_in_it(tmp_path: Path, groups: list[CompletionGroup]) -> None:
-    assert round_trip(tmp_path, groups) == as_lists(groups)
+    assert round_trip(tmp_path, groups) == groups
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
@@ -95,7 +90,15 @@ groups = st.builds(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(groups, max_size=3))
 def test_any_groups_come_back_as_they_were(tmp_path: Path, sampled: list[CompletionGroup]) -> None:
-    assert round_trip(tmp_path, sampled) == as_lists(sampled)
+    assert round_trip(tmp_path, sampled) == sampled
+
+
+def test_with_arrays_the_same_numbers_come_back_packed(tmp_path: Path) -> None:
+    round_trip(tmp_path, GROUPS)
+    for group, packed in zip(GROUPS, read_groups(tmp_path, arrays=True), strict=True):
+        assert packed.prompt_ids == group.prompt_ids
+        for ours, theirs in zip(group.completions, packed.completions, strict=True):
+            assert (array("i", ours.token_ids), array("f", ours.logprobs)) == (theirs.token_ids, theirs.logprobs)
 
 
 def test_equal_groups_are_equal_files(tmp_path: Path) -> None:
@@ -120,7 +123,7 @@ def test_a_crash_while_writing_leaves_the_old_shard(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(KeyboardInterrupt):
         write_completion_shard(path, GROUPS)
-    assert as_lists(read_completion_shard(path)) == as_lists(GROUPS[:1])
+    assert read_completion_shard(path) == GROUPS[:1]
     assert completion_shards(tmp_path) == [path]  # a file that was begun is no shard
 
 
@@ -200,7 +203,7 @@ def test_handles_hold_no_rows_and_read_them_anew_each_time(tmp_path: Path) -> No
     manifest = step.finish(counts={"prompts": 4, "completions": 8})
     completions = Completions.of(step.path, manifest)
     assert (completions.digest, completions.prompts, completions.completions) == (manifest.digest, 4, 8)
-    assert as_lists(completions) == as_lists(completions) == as_lists(GROUPS)
+    assert list(completions) == list(completions) == GROUPS
     with pytest.raises(dataclasses.FrozenInstanceError):
         completions.digest = "another"  # type: ignore[misc]
 
