@@ -45,6 +45,7 @@ def _average(run: IterativeRun, round: int, policy: PolicyCheckpoint) -> PolicyC
 
         with run.progress.stage("average", 1, "checkpoint") as stage:
             decay = run.config.dpo.reference_decay
+            run.check(before, policy)
             average_checkpoints(before.path, policy.path, decay=decay, output=step.begin())
             stage.to(1)
         manifest = step.finish()
