@@ -98,6 +98,8 @@ def continue_run(run: IterativeRun, *, prefect: bool = True, wait: bool = False)
         refresh_report(run.dir.root)
         pending = first_pending(run)
         if pending is None:
+            if not (run.dir.root / "run.json").exists():  # it was damaged, and was deleted
+                run.dir.write_config(run.config.model_dump())
             return False
         max_tokens = run.max_model_len  # a prompt that is too long is found here
         run.dir.write_config(run.config.model_dump())

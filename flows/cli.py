@@ -1,4 +1,4 @@
-"""The command line: `iterdpo quickstart | run | train | serve | judge | show | report | status`.
+"""The command line: `iterdpo quickstart | run | train | serve | judge | show | report | status | verify`.
 
 Exit status: 0 done, 1 a run failed (finished work is kept), 2 bad input.
 """
@@ -16,6 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from flows import judge_cli
 from iterdpo import __version__
 from iterdpo.errors import RunFailed, UserError
+from iterdpo.run import disk
 from iterdpo.run.progress import Progress
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     except (UserError, RunFailed) as error:
         print(f"iterdpo: {error}", file=sys.stderr)
         status = 2 if isinstance(error, UserError) else 1
+    except OSError as error:
+        if (failed := disk.failure(error)) is None:
+            raise
+        print(f"iterdpo: {failed}", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:
         print("\niterdpo: interrupted; the same command continues from here", file=sys.stderr)
         status = 130
@@ -207,6 +213,18 @@ def status(run_dir: RunDirectory, /) -> int:
 
     print(describe_status(run_dir))
     return 0
+
+
+@app.command
+def verify(run_dir: RunDirectory, /) -> int:
+    """Read all of a run, and name each file that is not as it was written."""
+    from flows.verify import verify as verify_run
+
+    found = verify_run(run_dir)
+    for problem in found.problems:
+        print(problem)
+    print(found.summary())
+    return 1 if found.problems else 0
 
 
 def _run_config(config: Config, options: RunOptions) -> int:

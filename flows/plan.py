@@ -9,9 +9,10 @@ from pathlib import Path
 from flows.api import describe
 from iterdpo.config import DPOConfig, OfflineConfig
 from iterdpo.data.preferences import PreferenceData
+from iterdpo.errors import DamagedError
 from iterdpo.run.checkpoints import EMBEDDINGS, check_checkpoint, resolve_checkpoint
 from iterdpo.run.rundir import RunDir, read_manifest
-from iterdpo.stages.plan import first_pending
+from iterdpo.stages.plan import describe_pending
 from iterdpo.stages.runs import IterativeRun
 
 STEPS = ("completions", "judgments", "pairs", "reference", "policy", "evaluation")
@@ -40,7 +41,7 @@ def describe_plan(run: IterativeRun) -> str:
         prompts=f"{len(run.prompts.train):,} to train on, {heldout:,} held out; {per_round:,} a round; "
         + run.prompts.summary(),
         context=f"{run.estimated_max_model_len():,} tokens",
-        rounds=f"{rounds}; next: {first_pending(run) or 'nothing, all are done'}",
+        rounds=f"{rounds}; next: {describe_pending(run) or 'nothing, all are done'}",
         completions=f"{completions:,} a round and {evaluated:,} an evaluation; {in_all:,} in all",
         judge_calls=f"{scored:,} completions to score",
         pairs=f"at most {pairs:,} a round",
@@ -78,10 +79,21 @@ def describe_status(run_dir: str | Path) -> str:
     lines = [str(run.root)]
     for number in run.rounds():
         directory = run.round_dir(number)
-        if record := run.record(number):
+        done, damaged = [], []
+        for name in STEPS:
+            try:
+                done += [name] if read_manifest(directory / name) else []
+            except DamagedError as error:
+                damaged.append(f"  {error}")
+        try:
+            record = run.record(number)
+        except DamagedError as error:
+            record = None
+            damaged.append(f"  {error}")
+        lines += damaged
+        if record is not None:
             lines.append(f"  {describe(record.metrics)}")
             continue
-        done = [name for name in STEPS if read_manifest(directory / name)]
         under_way = [name for name in STEPS if name not in done and (directory / f"{name}.partial").exists()]
         more = f"; under way: {', '.join(under_way)}" if under_way else ""
         lines.append(f"  round {number}: done: {', '.join(done) or 'nothing'}{more}")

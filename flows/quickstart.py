@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 
 from iterdpo.config import Config, load_config
 from iterdpo.errors import UserError
-from iterdpo.run.rundir import Manifest, RunDir, Step, digest, sha256_file, write_jsonl
+from iterdpo.run.rundir import Manifest, RunDir, Step, digest, write_jsonl
+from iterdpo.run.sums import sha256_file
 from iterdpo.seeds import derive_seed
 from judges.sentiment import REMEDY, fit_linear_sentiment
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from iterdpo.errors import ChildFailed, UserError
-from iterdpo.run import supervise
+from iterdpo.run import disk, supervise
 from iterdpo.run.devices import answers, free_port
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def password_file() -> Path:
     path = get_current_settings().home / PASSWORD_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        disk.lock(file, fcntl.LOCK_EX, f"PREFECT_HOME {path.parent}")
         if os.fstat(file.fileno()).st_mode & 0o077:
             raise UserError(f"{path}: other users may read this password; delete the file, and a new one is created")
         if not file.read():

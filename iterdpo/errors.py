@@ -1,6 +1,7 @@
 """The errors that a user can fix. Each message names the problem, its location (file, line or key) and the remedy."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 
@@ -14,6 +15,48 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A prompt or preference file that cannot be read as asked."""
+
+
+class DamagedError(DataError):
+    """A file of a run that is not as it was written: a byte has changed, or it is cut short or missing."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        self.path, self.problem = path, problem
+        super().__init__(f"{path}: damaged: {problem}; {remedy(path)}")
+
+    def __reduce__(self) -> Any:  # from a process of a pool
+        return DamagedError, (self.path, self.problem)
+
+
+def remedy(path: Path) -> str:
+    """What to do about a damaged file of a run."""
+    under_way = any(part.endswith((".partial", ".streaming")) for part in path.parts)
+    checkpoint = next((part for part in path.parts if part.startswith("checkpoint-")), None)
+    if {"pairs.cache", "prompts.cache"}.intersection(path.parts):
+        return "it is made again when it is needed"
+    match path.name:
+        case ".sha256":
+            return "restore it from a copy, or delete it: the files beside it are then no longer checked"
+        case "round.json":
+            return "restore it from a copy, or delete it: the same command decides the round again"
+        case "run.json":
+            return "restore it from a copy, or delete it and start the run again, with its configuration"
+        case "prompts.jsonl" | "heldout.jsonl":
+            return (
+                "restore it from a copy, or delete it: the prompts are chosen again, and are the same ones if the "
+                "prompt file is the same"
+            )
+        case "metrics.jsonl" | "report.html" | "policy" | ".initial.json":
+            return "the next start of the run makes it again"
+        case "tasks.jsonl":
+            return f"restore it from a copy, or delete {path.parent}: its questions are asked again"
+        case "verdicts.jsonl":
+            return "restore it from a copy, or delete that line: its question is asked again"
+    if checkpoint is not None:
+        return f"delete the directory {checkpoint}: training begins again at its start"
+    if under_way:
+        return "delete it: the same command makes it again"
+    return "restore it from a copy, or pass --redo to make its step again (the damaged one is kept in attic/)"
 
 
 class JudgeError(UserError):

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 from iterdpo.errors import JudgeError
 from iterdpo.judging.judge import JudgeBase
-from iterdpo.run.rundir import digest, directory_digest, sha256_file
+from iterdpo.run.rundir import digest, directory_digest
+from iterdpo.run.sums import sha256_file
 from judges.adapter import METHODS, OPTIONAL_PARAMETERS, adapt, check_signature, kind_of
 from judges.base import nearest
 

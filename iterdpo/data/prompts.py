@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from iterdpo.config import PromptsConfig
 from iterdpo.data.rows import column_value, content_of, json_value, load_rows, source_stamp
-from iterdpo.errors import DataError
+from iterdpo.errors import DamagedError, DataError
 from iterdpo.run.rundir import RunDir, canonical, digest, read_json, sync_tree, write_json, write_with
+from iterdpo.run.sums import CHANGED, check_files, note, record, recorded, sha256_file
 from iterdpo.seeds import derive_seeds
 from iterdpo.types import Message, Prompt
 
@@ -85,7 +86,7 @@ class PromptFile:
 
     def write(self, path: Path) -> None:
         """Write the prompts down, for `open`. A reader, or a crash, sees the old content or the new, never a part."""
-        write_with(path, lambda handle: handle.writelines(self._lines.read(self._rows)))
+        write_with(path, lambda handle: handle.writelines(self._lines.read(self._rows)), record=path.parent)
 
     @property
     def ids(self) -> Array:
@@ -409,7 +410,8 @@ def _write(prompts: Iterable[Parts], handle: IO[bytes] | None) -> _Lines:
 def _kept(prompts: Iterable[Parts], cache: Path, name: str, stamp: str) -> _Lines:
     """The lines and their index in `cache`, made if there are none for this stamp; those of other stamps go."""
     place = cache / f"{name}-{stamp}"
-    if not place.exists():
+    if not _whole(place):
+        shutil.rmtree(place, ignore_errors=True)
         cache.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=".", dir=cache))
         try:
@@ -417,6 +419,7 @@ def _kept(prompts: Iterable[Parts], cache: Path, name: str, stamp: str) -> _Line
                 index = _write(prompts, handle).index
             np.savez(fresh / INDEX, **{field: getattr(index, field) for field in ARRAYS})
             write_json(fresh / NAMES, index.names)
+            note(fresh, {file.name: sha256_file(file) for file in fresh.iterdir()})
             sync_tree(fresh)
             for old in cache.glob(f"{name}-*"):
                 shutil.rmtree(old, ignore_errors=True)
@@ -429,12 +432,31 @@ def _kept(prompts: Iterable[Parts], cache: Path, name: str, stamp: str) -> _Line
     return _Lines(open(place / LINES, "rb"), index)  # read for as long as the prompts are
 
 
+def _whole(place: Path) -> bool:
+    """Whether the cache is there, with the bytes that were written."""
+    try:
+        names = record(place)
+        check_files([place / name for name in names])
+    except DamagedError:
+        return False
+    return len(names) > 0
+
+
 def _line_ends(path: Path) -> Array:
+    """Where the lines of a file end, which is read once.
+
+    Raises:
+        DamagedError: the file is not as it was written.
+    """
     found, end = [np.zeros(0, np.int64)], 0
+    sha256, allowed = hashlib.sha256(), recorded(path)
     with open(path, "rb") as handle:
         while block := handle.read(1 << 24):
+            sha256.update(block)
             found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + end + 1)
             end += len(block)
+    if allowed is not None and sha256.hexdigest() not in allowed:
+        raise DamagedError(path, CHANGED)
     return np.concatenate(found)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from iterdpo.errors import DataError
-from iterdpo.run.rundir import canonical, digest, sha256_file
+from iterdpo.run.rundir import canonical, digest
+from iterdpo.run.sums import sha256_file
 from iterdpo.types import Message
 
 LARGE = 8 << 20  # bytes of files; smaller ones are read within a second or two

@@ -23,7 +23,8 @@ from iterdpo.escape import printable
 from iterdpo.judging.judge import JudgeBase, RunJudge, judgments_in_turn
 from iterdpo.judging.stats import AbstentionCounts
 from iterdpo.run.artifacts import read_completion_shard, read_judgment_shard, write_judgment_shard
-from iterdpo.run.rundir import digest, sha256_file, write_text
+from iterdpo.run.rundir import digest, write_text
+from iterdpo.run.sums import sha256_file
 from iterdpo.types import CompletionGroup, Judgment
 
 RETRY = ".retry"

@@ -26,6 +26,7 @@ from iterdpo.report.plots import as_svg, figures
 from iterdpo.run.artifacts import completion_shards, read_completion_shard, read_judgment_shard
 from iterdpo.run.read import Run, read_run
 from iterdpo.run.rundir import read_manifest, write_text
+from iterdpo.run.sums import damages
 from iterdpo.types import Completion, Prompt
 
 EXAMPLES = 8  # held-out prompts shown
@@ -89,14 +90,17 @@ def write_report(run_dir: str | Path) -> Path:
         config=json.dumps(run.config, indent=2, ensure_ascii=False),
     )
     path = run.root / "report.html"
-    write_text(path, page)
+    write_text(path, page, record=run.root)
     return path
 
 
 def refresh_report(run_dir: Path) -> None:
-    """Write the page again if it is missing or older than `metrics.jsonl`: a run may have ended between the two."""
+    """Write the page again if it is missing, damaged or older than `metrics.jsonl`: a run may have ended between the two."""
     metrics, page = run_dir / "metrics.jsonl", run_dir / "report.html"
-    if metrics.exists() and not (page.exists() and page.stat().st_mtime_ns >= metrics.stat().st_mtime_ns):
+    if not metrics.exists():
+        return
+    current = page.exists() and page.stat().st_mtime_ns >= metrics.stat().st_mtime_ns
+    if not current or any(damages([page])):
         write_report(run_dir)
 
 

@@ -7,6 +7,7 @@ float32. Judgments lie in JSON lines, a row a prompt, in shards of the same name
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import struct
@@ -16,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from iterdpo.errors import DataError
+from iterdpo.errors import DamagedError
 from iterdpo.run.rundir import Manifest, read_jsonl, write_jsonl, write_with
+from iterdpo.run.sums import read_checked
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
 
 if TYPE_CHECKING:
@@ -121,10 +123,8 @@ def read_groups(directory: Path, *, arrays: bool = False) -> Iterator[Completion
 
 def read_token_ids(directory: Path) -> Iterator[array[int]]:
     """The token ids of every completion in `directory`; nothing else of a shard is read."""
-    import pyarrow.parquet as pq
-
     for path in completion_shards(directory):
-        yield from _unnested(pq.read_table(path, columns=["token_ids"])["token_ids"].combine_chunks().values, "i")
+        yield from _unnested(_read_shard(path, ["token_ids"])["token_ids"].values, "i")
 
 
 def read_judgments(directory: Path) -> Iterator[Judgment]:
@@ -133,11 +133,19 @@ def read_judgments(directory: Path) -> Iterator[Judgment]:
 
 
 def read_judgment_shard(path: Path) -> list[Judgment]:
-    return [Judgment.from_json(row) for row in read_jsonl(path)]
+    """The judgments of one shard.
+
+    Raises:
+        DamagedError: the file is not as it was written.
+    """
+    try:
+        return [Judgment.from_json(row) for row in read_jsonl(path)]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DamagedError(path, f"a line is no judgment ({error})") from None
 
 
 def write_judgment_shard(path: Path, judgments: Iterable[Judgment]) -> None:
-    write_jsonl(path, (j.to_json() for j in judgments))
+    write_jsonl(path, (j.to_json() for j in judgments), record=path.parent)
 
 
 def write_completion_shard(path: Path, groups: Sequence[CompletionGroup]) -> None:
@@ -161,24 +169,18 @@ def write_completion_shard(path: Path, groups: Sequence[CompletionGroup]) -> Non
     table = pa.table(columns)
     # Token ids neither repeat nor have an order that a dictionary or statistics would profit from.
     settings = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
-    write_with(path, lambda handle: pq.write_table(table, handle, **settings))
+    write_with(path, lambda handle: pq.write_table(table, handle, **settings), record=path.parent)
 
 
 def read_completion_shard(path: Path, *, arrays: bool = False) -> list[CompletionGroup]:
     """The groups of one shard, as they were sampled. A damaged file is a DataError.
 
     With `arrays`, token ids and log-probabilities are arrays in place of lists: quicker, for what only passes them on.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        read = pq.read_table(path, use_threads=False)
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); delete it, and run the same command to sample it again") from None
-    table = {name: read[name].combine_chunks() for name in read.column_names}
+    Raises:
+        DamagedError: the file is not as it was written.
+    """
+    table = _read_shard(path)
     offsets = table["token_ids"].offsets.to_pylist()
     texts, reasons = table["completions"].values.to_pylist(), table["finish_reasons"].values.to_pylist()
     ids = _unnested(table["token_ids"].values, "i", lists=not arrays)
@@ -192,6 +194,18 @@ def read_completion_shard(path: Path, *, arrays: bool = False) -> list[Completio
     prompt_ids = _unnested(table["prompt_token_ids"], "i", lists=True)
     groups = zip(prompts, prompt_ids, offsets[:-1], offsets[1:], strict=True)
     return [CompletionGroup(prompt, ids, completions[start:end]) for prompt, ids, start, end in groups]
+
+
+def _read_shard(path: Path, columns: list[str] | None = None) -> dict[str, Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data = read_checked(path)
+    try:
+        table = pq.read_table(io.BytesIO(data), columns=columns, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedError(path, f"it cannot be read ({error})") from None
+    return {name: table[name].combine_chunks() for name in table.column_names}
 
 
 def _json(value: Any) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from iterdpo.errors import UserError
+from iterdpo.errors import DamagedError, UserError
 from iterdpo.run.artifacts import read_groups, read_judgments
 from iterdpo.run.rundir import RunDir, read_json, read_jsonl
 
@@ -56,7 +56,10 @@ class Run:
     def metrics(self) -> pd.DataFrame:
         """A row for each finished round, indexed by round; round 0 is the initial policy. Empty before the first."""
         path = self.root / "metrics.jsonl"
-        rows = read_jsonl(path) if path.exists() else []
+        try:
+            rows = read_jsonl(path) if path.exists() else []
+        except DamagedError:  # the next start writes it again
+            rows = [record.metrics for record in self.dir.records()]
         return pd.DataFrame(rows, columns=None if rows else ["round"]).set_index("round")
 
     def train_log(self, round: int | None = None) -> pd.DataFrame:

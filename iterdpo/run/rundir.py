@@ -1,10 +1,11 @@
 """The run directory: every path, the manifests, atomic writes, the lock.
 
 The disk decides what is done. A step works in `<step>.partial/`, writes `MANIFEST.json` there last, and is renamed to
-`<step>/`, after all of it has reached the disk: a machine that stops leaves no sealed step with zeros. A step without a
-valid manifest is not done; a step with one is never done again. A manifest holds the step's inputs (settings, seeds, and
-the digests of what it read), so that a step made with other inputs than those asked for now is noticed, and the
-differing key is named. ARCHITECTURE.md lists the files.
+`<step>/`, after all of it has reached the disk: a machine that stops leaves no sealed step with zeros. A step with a
+manifest is never done again. One whose files are missing or cut short is refused: it may be restored. A manifest holds
+the step's inputs (settings, seeds, and the digests of what it read), so that a step made with other inputs than those
+asked for now is noticed, and the differing key is named. What is read back is compared with what was written; see
+`iterdpo.run.sums`. ARCHITECTURE.md lists the files.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from iterdpo.errors import RunLockedError, StaleStepError, UserError
+from iterdpo.errors import DamagedError, RunLockedError, StaleStepError, UserError
+from iterdpo.run import disk
+from iterdpo.run.sums import MANIFEST, check_files, known_sha256, note, read_checked, sha256_file
 from iterdpo.types import RoundRecord
 
-MANIFEST = "MANIFEST.json"
 NOTE = "STEP.json"  # of a step under way: its inputs
 FORMAT = 2
 """Of the files in a run directory: raised when a reader of the new ones could not read the old."""
@@ -67,28 +69,38 @@ class Step:
     def manifest(self) -> Manifest | None:
         """The manifest of the finished step, or None if it is not done. Changes nothing on disk.
 
-        A StaleStepError if it was done or begun with other inputs, and there is no attic.
+        Raises:
+            StaleStepError: it was done or begun with other inputs, and may not be done again.
+            DamagedError: files of it are missing or cut short, and it may not be done again; with an attic every byte
+                is checked.
         """
-        if differing := self.differences():
-            if self.attic is None:
+        try:
+            if differing := self.differences():
                 raise StaleStepError(self.name, differing)
+            manifest = self._finished()
+            if manifest is not None and self.attic is not None:
+                check_step(self.path, manifest)
+        except (StaleStepError, DamagedError):
+            if self.attic is None:
+                raise
             return None
-        return read_manifest(self.path)
+        return manifest
 
     def begin(self) -> Path:
         """The directory to work in: new, or with what an interrupted start with the same inputs left there.
 
-        A step that was done or begun with other inputs is moved to the attic; without one, that is a StaleStepError.
+        A step that is damaged, or was done or begun with other inputs, is moved to the attic.
+
+        Raises:
+            StaleStepError, DamagedError: there is such a step, and no attic.
         """
+        for directory in (self.path, self.partial):
+            self._retire(directory)
         note = self.partial / NOTE
-        if manifest := read_manifest(self.path):
-            self._retire(self.path, manifest.inputs)
-        if note.exists():
-            self._retire(self.partial, read_json(note))
         if not note.exists():
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
-            write_json(note, self.inputs)
+            write_json(note, self.inputs, record=self.path.parent)
         self.started = time.perf_counter()
         return self.partial
 
@@ -108,9 +120,11 @@ class Step:
         rounded = {name: round(value, 3) for name, value in spent.items()}
         manifest = Manifest(self.name, self.inputs, counts or {}, rounded, files, versions())
         sync_tree(self.partial)
-        write_json(self.partial / MANIFEST, asdict(manifest))
+        write_json(
+            self.partial / MANIFEST, asdict(manifest), record=self.path.parent, name=f"{self.path.name}/{MANIFEST}"
+        )
         (self.partial / NOTE).unlink(missing_ok=True)  # last: without it, what is there counts for nothing
-        shutil.rmtree(self.path, ignore_errors=True)  # a directory without a valid manifest: not done
+        shutil.rmtree(self.path, ignore_errors=True)  # empty, or `begin` had moved it
         os.replace(self.partial, self.path)
         fsync(self.path.parent)
         return manifest
@@ -122,25 +136,52 @@ class Step:
         """
         if differing := self.differences():
             raise StaleStepError(self.name, differing)
+        manifest = read_manifest(self.path)
+        assert manifest is not None, f"{self.name} is not finished"
         shutil.rmtree(self.partial, ignore_errors=True)
         shutil.copytree(self.path, self.partial)
         (self.partial / MANIFEST).unlink()
-        write_json(self.partial / NOTE, self.inputs)
+        note(self.partial, {name: entry["sha256"] for name, entry in manifest.files.items()})
+        write_json(self.partial / NOTE, self.inputs, record=self.path.parent)
         sync_tree(self.partial)
         self._move(self.path, keep)
         return self.partial
 
     def differences(self) -> list[tuple[str, Any, Any]]:
-        """Inputs that differ from those of what is on disk, finished or not: (dotted key, then, now)."""
-        manifest, note = read_manifest(self.path), self.partial / NOTE
-        then = manifest.inputs if manifest else read_json(note) if note.exists() else self.inputs
+        """Inputs that differ from those of what is on disk, finished or not: (dotted key, then, now).
+
+        Raises:
+            DamagedError: what is on disk cannot be read.
+        """
+        then = self._inputs(self.path) or self._inputs(self.partial) or self.inputs
         return differing_keys(then, self.inputs)
 
-    def _retire(self, directory: Path, inputs: dict[str, Any]) -> None:
-        """Move `directory` to the attic if it was made with other inputs."""
-        if differing := differing_keys(inputs, self.inputs):
-            if self.attic is None:
+    def _finished(self) -> Manifest | None:
+        """The manifest. A step gets its name with its manifest in it, so that one without has lost it."""
+        manifest = read_manifest(self.path)
+        if manifest is None and self.path.is_dir() and any(self.path.iterdir()):
+            raise DamagedError(self.path / MANIFEST, "is missing")
+        return manifest
+
+    def _inputs(self, directory: Path) -> dict[str, Any] | None:
+        """What the step in `directory`, the finished one or the one under way, was made with; None if there is none."""
+        if directory == self.path:
+            manifest = self._finished()
+            return manifest.inputs if manifest else None
+        note = directory / NOTE
+        return read_object(note) if note.exists() else None
+
+    def _retire(self, directory: Path) -> None:
+        """Move `directory` to the attic if it is damaged or was made with other inputs."""
+        try:
+            inputs = self._inputs(directory)
+            if inputs is not None and (differing := differing_keys(inputs, self.inputs)):
                 raise StaleStepError(self.name, differing)
+            if self.attic is not None and directory == self.path and inputs is not None:
+                check_step(directory)
+        except (StaleStepError, DamagedError):
+            if self.attic is None:
+                raise
             self._move(directory, self.attic)
 
     def _move(self, directory: Path, root: Path) -> None:
@@ -152,11 +193,14 @@ class Step:
 class RunDir:
     """Paths and records of one run. `redo`: steps made with other inputs are done again instead of refused."""
 
-    def __init__(self, root: str | Path, *, redo: bool = False) -> None:
-        """Raises a UserError if another version of iterdpo, whose files this one cannot read, began the run."""
+    def __init__(self, root: str | Path, *, redo: bool = False, any_format: bool = False) -> None:
+        """Raises a UserError if another version of iterdpo, whose files this one cannot read, began the run.
+
+        Unless `any_format` is set: then nothing is read.
+        """
         self.root = Path(root)
         note = self.root / "run.json"
-        if note.exists() and read_json(note).get("format") != FORMAT:
+        if not any_format and note.exists() and read_object(note).get("format") != FORMAT:
             problem = "made by another version of iterdpo, whose files this one cannot read"
             raise UserError(f"{self.root}: {problem}; finish it with that version, or choose another run_dir")
         self.redo = redo
@@ -181,7 +225,10 @@ class RunDir:
     def record(self, round: int) -> RoundRecord | None:
         """How the round ended, or None while it has not."""
         path = self.round_dir(round) / "round.json"
-        return RoundRecord(**read_json(path)) if path.exists() else None
+        try:
+            return RoundRecord(**read_object(path)) if path.exists() else None
+        except TypeError:
+            raise DamagedError(path, "it is not the record of a round") from None
 
     def records(self) -> list[RoundRecord]:
         return [record for r in self.rounds() if (record := self.record(r)) is not None]
@@ -190,7 +237,8 @@ class RunDir:
         """Seal a round, then derive what follows from it."""
         for later in [r for r in self.rounds() if r > record.round]:  # decided on what was just replaced
             (self.round_dir(later) / "round.json").unlink(missing_ok=True)
-        write_json(self.round_dir(record.round) / "round.json", asdict(record))
+        directory = self.round_dir(record.round)
+        write_json(directory / "round.json", asdict(record), record=directory)
         self.refresh()
 
     def refresh(self) -> None:
@@ -199,23 +247,32 @@ class RunDir:
             return
         metrics, link, fresh = self.root / "metrics.jsonl", self.root / "policy", self.root / ".policy.new"
         text = "".join(canonical(record.metrics) + "\n" for record in records)
-        if not metrics.exists() or metrics.read_text(encoding="utf-8") != text:
-            write_text(metrics, text)
+        if not metrics.exists() or metrics.read_bytes() != text.encode():
+            write_text(metrics, text, record=self.root)
         if not link.is_symlink() or os.readlink(link) != records[-1].policy:
+            if link.is_dir() and not link.is_symlink():
+                raise UserError(
+                    f"{link}: a directory, in place of a link to the promoted policy; delete it (the policies themselves "
+                    "are in the directories of the rounds)"
+                )
             fresh.unlink(missing_ok=True)
             fresh.symlink_to(records[-1].policy)
             os.replace(fresh, link)
             fsync(self.root)
 
     def write_config(self, config: dict[str, Any]) -> None:
-        write_json(self.root / "run.json", {"format": FORMAT, "config": config, "versions": versions()})
+        settings = {"format": FORMAT, "config": config, "versions": versions()}
+        write_json(self.root / "run.json", settings, record=self.root)
 
     def read_config(self) -> dict[str, Any]:
         """The configuration in run.json. Raises a UserError if the directory is not a run's."""
         path = self.root / "run.json"
         if not path.exists():
             raise UserError(f"{self.root}: no run here (no run.json)")
-        return dict(read_json(path)["config"])
+        config = read_object(path).get("config")
+        if not isinstance(config, dict):
+            raise DamagedError(path, "it has no configuration")
+        return config
 
     @contextmanager
     def lock(self, *, wait: bool = False) -> Iterator[None]:
@@ -223,17 +280,18 @@ class RunDir:
 
         Raises:
             RunLockedError: another process holds it, and `wait` is false.
-            UserError: the directory cannot be written.
+            UserError: the directory cannot be written, or its file system has no locks.
+            RunFailed: the disk refuses what is written inside.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            handle = open(self.root / ".lock", "a+")  # noqa: SIM115  # closed below
+            handle = open(self.root / ".lock", "a+", errors="replace")  # noqa: SIM115  # closed below
         except OSError as error:
             reason = f"cannot be written ({error.strerror})"
             raise UserError(f"run_dir {self.root}: {reason}; choose another run_dir") from None
-        with handle:
+        with handle, disk.failures(self.root):
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                disk.lock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), f"run_dir {self.root}")
             except BlockingIOError:
                 handle.seek(0)
                 holder = f"in use by process {handle.read().strip() or 'unknown'}; wait for it to end"
@@ -245,13 +303,38 @@ class RunDir:
 
 
 def read_manifest(step: Path) -> Manifest | None:
-    """The manifest of a finished step; None if there is none, or if files it names are missing or cut short."""
+    """The manifest of a finished step; None if there is none.
+
+    Raises:
+        DamagedError: it cannot be read, or a file that it names is missing or has another size.
+    """
+    path = step / MANIFEST
     try:
-        manifest = Manifest(**read_json(step / MANIFEST))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, TypeError):
+        manifest = Manifest(**read_object(path))
+        sizes = {name: entry["bytes"] for name, entry in manifest.files.items()}
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    sizes = {step / name: entry["bytes"] for name, entry in manifest.files.items()}
-    return manifest if all(file.exists() and file.stat().st_size == size for file, size in sizes.items()) else None
+    except (TypeError, KeyError, AttributeError):
+        raise DamagedError(path, "it is not a manifest") from None
+    for name, size in sizes.items():
+        try:
+            found = (step / name).stat().st_size
+        except FileNotFoundError:
+            raise DamagedError(step / name, "is missing") from None
+        if found != size:
+            raise DamagedError(step / name, f"has {found:,} bytes, and had {size:,} when it was written")
+    return manifest
+
+
+def check_step(step: Path, manifest: Manifest | None = None) -> None:
+    """Check every byte of a finished step. What this process has checked is not read again.
+
+    Raises:
+        DamagedError: naming a file that is not as it was written.
+    """
+    manifest = manifest or read_manifest(step)
+    if manifest is not None:
+        check_files([step / name for name in manifest.files])
 
 
 def differing_keys(was: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -274,48 +357,83 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
 
 
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def directory_digest(path: Path) -> str:
     """A hash of the files directly in a checkpoint directory. If a manifest lists their hashes, those are used."""
     if manifest := read_manifest(path):
         return manifest.digest
-    return digest({p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file()})
+    return digest({p.name: known_sha256(p) for p in sorted(path.iterdir()) if p.is_file()})
 
 
-def write_with(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a file so that a reader, or a crash, sees all of it or the old one. Afterwards it is on disk."""
+def write_with(
+    path: Path, write: Callable[[IO[bytes]], object], *, record: Path | None = None, name: str | None = None
+) -> None:
+    """Let `write` fill a file so that a reader, or a crash, sees all of it or the old one. Afterwards it is on disk.
+
+    `record`: the directory above it that records its SHA-256, under `name` or its own path from there.
+    """
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(fresh, "wb") as handle:
-        write(handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(fresh, path)
+    try:
+        with open(fresh, "wb") as handle:
+            write(handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        if record is not None:
+            note(record, {name or path.relative_to(record).as_posix(): sha256_file(fresh)})
+        os.replace(fresh, path)
+    except OSError:  # of a full disk it would take more
+        with suppress(OSError):
+            fresh.unlink()
+        raise
     fsync(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    write_with(path, lambda handle: handle.write(text.encode()))
+def write_text(path: Path, text: str, *, record: Path | None = None, name: str | None = None) -> None:
+    write_with(path, lambda handle: handle.write(text.encode()), record=record, name=name)
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, *, record: Path | None = None, name: str | None = None) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text, record=record, name=name)
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value in a file.
+
+    Raises:
+        DamagedError: it is not JSON, or not what was written.
+    """
+    data = read_checked(path)
+    try:
+        return json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(path, f"it is not valid JSON ({error})") from None
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(canonical(row) + "\n" for row in rows))
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises a DamagedError as `read_json`, and for another value."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DamagedError(path, "it is not a JSON object")
+    return value
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]], *, record: Path | None = None) -> None:
+    write_text(path, "".join(canonical(row) + "\n" for row in rows), record=record)
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    with open(path, encoding="utf-8") as handle:
-        return [json.loads(line) for line in handle]
+    """The rows in a file.
+
+    Raises:
+        DamagedError: it is not JSON (with the line), or not what was written.
+    """
+    rows = []
+    for number, line in enumerate(read_checked(path).splitlines(), 1):
+        try:
+            rows.append(json.loads(line.decode()))
+        except (ValueError, RecursionError) as error:
+            raise DamagedError(path, f"line {number} is not valid JSON ({error})") from None
+    return rows
 
 
 def sync_tree(directory: Path) -> None:

@@ -162,7 +162,7 @@ def _sequence_logps(
             by_prompt = [[next(flat) for c in g.completions if c.token_ids] for g in read_groups(completions)]
             flat.close()
             logps[name] = [group for group in by_prompt if group]
-    write_json(note, logps)
+    write_json(note, logps, record=note.parent)
     return logps
 
 
@@ -172,6 +172,7 @@ def _logps(run: IterativeRun, policy: PolicyCheckpoint, completions: Path, stage
     from iterdpo.training.models import free_memory, load_policy
 
     rows = ((g.prompt_ids, c.token_ids) for g in read_groups(completions) for c in g.completions if c.token_ids)
+    run.check(policy)
     model = load_policy(policy.path, trust_remote_code=run.config.model.trust_remote_code)
     try:
         for batch in batches(rows, SCORED_AT_ONCE):

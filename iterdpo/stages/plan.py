@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
+from iterdpo.errors import DamagedError
 from iterdpo.run.artifacts import Judgments, Pairs, PolicyCheckpoint
 from iterdpo.run.rundir import Manifest, Step
 from iterdpo.stages import evaluate, judge, pair, sample, train
@@ -13,10 +14,22 @@ from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.train import reference_policy, reference_steps
 
 
+def describe_pending(run: IterativeRun) -> str | None:
+    """`first_pending` for a reader: a step that is damaged is named with its problem.
+
+    Raises:
+        StaleStepError: a step on disk was made with other settings.
+    """
+    try:
+        return first_pending(run)
+    except DamagedError as error:
+        return str(error)
+
+
 def first_pending(run: IterativeRun) -> str | None:
     """The first step of the run that is not done, such as `round-002/pairs`; None if the run is complete.
 
-    A StaleStepError if a step on disk was made with other settings.
+    A StaleStepError if a step on disk was made with other settings, a DamagedError if one is damaged.
     """
     for round in range(run.config.rounds + 1):
         if (pending := first_pending_of(run, round)) is not None:

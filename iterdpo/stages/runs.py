@@ -6,21 +6,22 @@ import atexit
 import gc
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import Any, TypeVar
 
 from iterdpo.config import Config, OfflineConfig
 from iterdpo.data.prompts import RoundPrompts, check_lengths
 from iterdpo.data.rendering import load_tokenizer, prompts_token_ids
-from iterdpo.errors import ConfigError
+from iterdpo.errors import ConfigError, DamagedError, DataError
 from iterdpo.judging.judge import NamedJudge, RunJudge, Waiting
 from iterdpo.judging.shards import StreamingJudge
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
 from iterdpo.run.checkpoints import check_checkpoint, context_length, resolve_checkpoint
 from iterdpo.run.devices import reserved_gpus
 from iterdpo.run.progress import Progress
-from iterdpo.run.rundir import RunDir, directory_digest, read_json, read_manifest, write_json
+from iterdpo.run.rundir import RunDir, check_step, directory_digest, read_manifest, read_object, write_json
+from iterdpo.run.sums import known_sha256
 from iterdpo.sampling import Sampler, VLLMSampler
 from iterdpo.training.launch import check_training
 from iterdpo.types import Prompt
@@ -41,6 +42,7 @@ class OfflineRun:
         self.dir = RunDir(config.run_dir, redo=redo)
         self.progress = progress or Progress()
         self._open = ExitStack()
+        self._sums: dict[str, str] = {}  # of the initial policy's files
         check_training(config.dpo)
         self.model_path = resolve_checkpoint(config.model.path, revision=config.model.revision)
         self.model_config = check_checkpoint(self.model_path, trust_remote_code=config.model.trust_remote_code)
@@ -51,13 +53,36 @@ class OfflineRun:
         files = sorted(path for path in self.model_path.iterdir() if path.is_file())
         stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
         note, key = self.dir.root / ".initial.json", {"path": str(self.model_path), "stamp": stamp}
-        known = read_json(note) if note.exists() else {}
-        digest = str(known.pop("digest", ""))
+        try:
+            known = read_object(note)
+        except (FileNotFoundError, NotADirectoryError, DamagedError):
+            known = {}
+        digest, self._sums = str(known.pop("digest", "")), known.pop("sha256", {})
         if known != key:
             digest = directory_digest(self.model_path)
+            self._sums = {p.name: known_sha256(p) for p in sorted(self.model_path.iterdir()) if p.is_file()}
             if self.dir.root.exists():
-                write_json(note, {**key, "digest": digest})
+                with suppress(OSError):  # it only saves time
+                    write_json(note, {**key, "digest": digest, "sha256": self._sums}, record=self.dir.root)
         return PolicyCheckpoint(self.model_path, digest, 0)
+
+    def check(self, *policies: PolicyCheckpoint) -> None:
+        """Check every byte of policies that are about to be sampled from, trained on or scored with, and of their base.
+
+        What this process has checked is not read again.
+
+        Raises:
+            DamagedError: naming a file that is not as it was written.
+        """
+        for policy in {p.path: p for p in (*policies, self.initial)}.values():
+            if (manifest := read_manifest(policy.path)) is not None:
+                check_step(policy.path, manifest)
+            if manifest is None and policy.path == self.initial.path and directory_digest(policy.path) != policy.digest:
+                changed = [name for name, sha256 in self._sums.items() if known_sha256(policy.path / name) != sha256]
+                raise DataError(
+                    f"model.path {policy.path}: {', '.join(changed)}: not as when this run began; restore it, or choose "
+                    "another run_dir"
+                )
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -125,7 +150,9 @@ class IterativeRun(OfflineRun):
         if record.policy_round == 0:
             return self.initial
         path = self.dir.root / record.policy
-        assert directory_digest(path) == record.policy_digest, f"{path} is not the policy that round {round} kept"
+        if directory_digest(path) != record.policy_digest:
+            remedy = "restore it, or pass --redo to repeat the rounds after it"
+            raise DataError(f"{path}: not the policy that round {round} kept; {remedy}")
         return PolicyCheckpoint(path, record.policy_digest, record.policy_round)
 
     def evaluations(self, **rounds: int) -> dict[str, Evaluation]:

@@ -103,6 +103,7 @@ def sample_shards(
                 groups = read_completion_shard(shard)
             else:
                 ids = run.prompt_ids(asked)
+                run.check(policy)
                 run.sampler.load(policy.path, policy.digest)
                 if not begun:
                     begun = True

@@ -8,7 +8,8 @@ from typing import Any
 
 from iterdpo.data.pairs import HELDOUT, TRAIN
 from iterdpo.run.artifacts import Pairs, PolicyCheckpoint
-from iterdpo.run.rundir import Step
+from iterdpo.run.rundir import Step, check_step
+from iterdpo.run.sums import check_files, record
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.runs import IterativeRun, OfflineRun
 from iterdpo.training.launch import OPTIMIZER_STATE, TRAIN_LOG, ReferenceInputs, TrainSpec, launch_training
@@ -57,6 +58,11 @@ def inputs(
 
 def _train(run: OfflineRun, step: Step, pairs: Pairs, policy: PolicyCheckpoint, reference: PolicyCheckpoint) -> None:
     directory, place = step.begin(), step.path.parent
+    run.check(policy, reference)
+    check_step(pairs.path)
+    check_step(place / "reference")
+    for checkpoint in directory.glob("checkpoint-*"):
+        check_files([checkpoint / name for name in record(checkpoint)])
     dpo, seed = run.settings.dpo, step.inputs["seed"]
     heldout, carried = pairs.path / HELDOUT, policy.path / OPTIMIZER_STATE
     spec = TrainSpec(
@@ -142,6 +148,7 @@ def _average(run: IterativeRun, round: int, policy: PolicyCheckpoint) -> PolicyC
 
         with run.progress.stage("average", 1, "checkpoint") as stage:
             decay = run.config.dpo.reference_decay
+            run.check(before, policy)
             average_checkpoints(before.path, policy.path, decay=decay, output=step.begin())
             stage.to(1)
         manifest = step.finish()

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from iterdpo.run.rundir import fsync, read_json, sync_tree, write_json, write_text
+from iterdpo.run.sums import note, sha256_file
 from iterdpo.training.launch import OPTIMIZER_STATE, TRAIN_LOG, TrainSpec
 from iterdpo.training.models import ADAPTER_CONFIG
 
@@ -29,6 +30,8 @@ def save_checkpoint(accelerator: Accelerator, output: Path, *, steps: int) -> No
     accelerator.save_state(str(fresh))
     accelerator.wait_for_everyone()  # each process writes its random state there
     if accelerator.is_main_process:
+        shutil.copy(output / TRAIN_LOG, fresh)  # what resumes begins with it, whatever became of the other
+        note(fresh, {str(p.relative_to(fresh)): sha256_file(p) for p in fresh.rglob("*") if p.is_file()})
         sync_tree(fresh)
         os.replace(fresh, path)
         fsync(output)
@@ -39,16 +42,15 @@ def save_checkpoint(accelerator: Accelerator, output: Path, *, steps: int) -> No
 
 
 def resume(accelerator: Accelerator, output: Path, *, adapter: bool) -> int:
-    """Load the last whole checkpoint, and cut the training log to its steps. Returns how many steps are done."""
+    """Load the last whole checkpoint, and the training log up to it. Returns how many steps are done."""
     whole = sorted(path for path in output.glob("checkpoint-*") if not path.name.endswith(".new"))
     done = int(whole[-1].name.removeprefix("checkpoint-")) if whole else 0
     if whole:
         sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         accelerator.load_state(str(whole[-1]), **({"strict": False} if adapter and not sharded else {}))
     if accelerator.is_main_process:
-        log = output / TRAIN_LOG
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        write_text(log, "".join(lines[:done]))
+        kept = whole[-1] / TRAIN_LOG if whole else None
+        write_text(output / TRAIN_LOG, kept.read_text() if kept else "")
     accelerator.wait_for_everyone()
     return done
 

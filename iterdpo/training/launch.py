@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,11 +113,12 @@ def launch_training(
         while status is None:
             time.sleep(0.2)
             status = child.poll()
-            lines = steps.read_text().splitlines(keepends=True) if steps.exists() else []
+            lines = steps.read_bytes().splitlines(keepends=True) if steps.exists() else []
             for line in lines[seen:]:
-                if line.endswith("\n"):
-                    on_step(json.loads(line))
+                if line.endswith(b"\n"):
                     seen += 1
+                    with suppress(ValueError):  # a line that is damaged: training begins with the checkpoint's log
+                        on_step(json.loads(line))
         if status != 0:
             raise ChildFailed(f"training failed (status {status})\n{child.log_tail()}\nThe whole log: {log}")
     for left in spec.output.glob("checkpoint-*"):

@@ -19,11 +19,14 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from iterdpo.errors import DamagedError
+from iterdpo.run import disk
 from iterdpo.run.rundir import canonical, digest, fsync, read_jsonl, write_jsonl, write_text
 from iterdpo.types import Message
 
@@ -107,7 +110,7 @@ class Reviews:
         name = f"{len(self.batches()) + 1:04d}-{digest(rows)}"
         fresh = self.root / f".new-{name}"
         fresh.mkdir()
-        write_jsonl(fresh / "tasks.jsonl", rows)
+        write_jsonl(fresh / "tasks.jsonl", rows, record=fresh)
         os.replace(fresh, self.root / name)
         fsync(self.root)
         return Batch(self.root / name)
@@ -172,8 +175,10 @@ class Batch:
             if size:
                 handle.seek(size - 1)
                 if handle.read(1) != b"\n":  # a process was killed while it wrote this line
-                    handle.write(b"\n")
-            handle.write(canonical({**row, "at": at}).encode() + b"\n")
+                    handle.seek(0)
+                    handle.truncate(handle.read().rfind(b"\n") + 1)
+            row = {**row, "at": at}
+            handle.write(canonical({**row, "crc32": _crc32(row)}).encode() + b"\n")
             handle.flush()
             os.fsync(handle.fileno())
         fsync(self.path)
@@ -183,7 +188,7 @@ class Batch:
 def locked(directory: Path) -> Iterator[None]:
     """Hold the directory, against threads and processes alike. The kernel releases it when the process ends."""
     with open(directory / ".lock", "a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        disk.lock(handle, fcntl.LOCK_EX, str(directory))
         yield
 
 
@@ -194,9 +199,23 @@ def _tasks(path: Path) -> tuple[Task, ...]:
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file that another process may be appending to, or was killed while it did."""
+    """The rows of a file that another process may be appending to, or was killed while it did.
+
+    Raises:
+        DamagedError: a line that was finished is not what was written.
+    """
     if not path.exists():
         return
-    for line in path.read_bytes().splitlines():
-        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
-            yield json.loads(line)
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line.decode())
+            whole = row.pop("crc32", None) in (None, _crc32(row))
+        except (ValueError, AttributeError):
+            whole = False
+        if not whole:
+            raise DamagedError(path, f"line {number} is not what was written")
+        yield row
+
+
+def _crc32(row: dict[str, str]) -> str:
+    return f"{zlib.crc32(canonical(row).encode()):08x}"

@@ -279,7 +279,7 @@ def test_prompts_come_back_in_order_from_memory_from_a_file_and_as_slices(tmp_pa
     assert prompts[2:].columns() == pinned[2:].columns() == set()
     assert prompts.ids.tolist() == pinned.ids.tolist()
     assert prompts.contents.tolist() == pinned.contents.tolist()
-    assert [p.name for p in tmp_path.iterdir()] == ["prompts.jsonl"]
+    assert [p.name for p in tmp_path.glob("[!.]*")] == ["prompts.jsonl"]
 
 
 def test_the_digest_is_that_of_ids_contents_and_columns_in_order() -> None:

@@ -27,7 +27,8 @@ from flows.quickstart import (
     windows,
 )
 from iterdpo.errors import UserError
-from iterdpo.run.rundir import read_jsonl, sha256_file
+from iterdpo.run.rundir import read_jsonl
+from iterdpo.run.sums import sha256_file
 from iterdpo.testing import make_group
 from judges import load_judge
 

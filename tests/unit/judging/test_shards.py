@@ -53,7 +53,7 @@ def sampled(tmp_path: Path) -> list[Path]:
     directory.mkdir()
     for name, groups in SHARDS:
         write_completion_shard(directory / f"{name}.parquet", groups)
-    return sorted(directory.iterdir())
+    return sorted(directory.glob("shard-*"))
 
 
 def within_run(judge: JudgeBase, *, version: str = "1", **settings: Any) -> RunJudge:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,20 +10,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from iterdpo.errors import RunLockedError, StaleStepError, UserError
-from iterdpo.run import rundir
+from iterdpo.errors import DamagedError, RunFailed, RunLockedError, StaleStepError, UserError
+from iterdpo.run import disk, rundir
 from iterdpo.run.rundir import (
-    MANIFEST,
     Manifest,
     RunDir,
     Step,
+    check_step,
     differing_keys,
     digest,
     directory_digest,
@@ -33,6 +34,7 @@ from iterdpo.run.rundir import (
     write_jsonl,
     write_text,
 )
+from iterdpo.run.sums import MANIFEST
 from iterdpo.types import RoundRecord
 
 ROOT = Path(__file__).parents[3]
@@ -230,27 +232,61 @@ def test_with_an_attic_unchanged_inputs_are_not_done_again(tmp_path: Path) -> No
     assert not (tmp_path / "attic").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "manifest cut", "manifest empty", "manifest gone"])
-def test_a_step_whose_files_are_cut_short_or_missing_is_not_done_and_is_done_again(tmp_path: Path, damage: str) -> None:
-    step = Step(tmp_path / "step", INPUTS)
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut": lambda step: (step / "data").write_text("01234"),
+    "gone": lambda step: (step / "data").unlink(),
+    "manifest cut": lambda step: (step / MANIFEST).write_text((step / MANIFEST).read_text()[:-10]),
+    "manifest empty": lambda step: (step / MANIFEST).write_text(""),
+    "manifest a list": lambda step: (step / MANIFEST).write_text("[]"),
+    "manifest changed": lambda step: (step / MANIFEST).write_text(
+        (step / MANIFEST).read_text().replace('"files": 1', '"files": 2')
+    ),
+    "manifest gone": lambda step: (step / MANIFEST).unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_step_that_was_finished_and_is_damaged_is_named_and_never_done_again_without_a_word(
+    tmp_path: Path, damage: str
+) -> None:
+    step = Step(tmp_path / "round-001" / "step", INPUTS)
     do(step, data="0123456789")
-    file, manifest = step.path / "data", step.path / MANIFEST
-    match damage:
-        case "cut":
-            file.write_text("01234")
-        case "gone":
-            file.unlink()
-        case "manifest cut":
-            manifest.write_text(manifest.read_text()[:-10])
-        case "manifest empty":
-            manifest.write_text("")
-        case "manifest gone":
-            manifest.unlink()
-    again = Step(tmp_path / "step", INPUTS)
+    DAMAGES[damage](step.path)
+    left = sorted(step.path.iterdir())
+    named = MANIFEST if "manifest" in damage else "data"
+    for act in (Step(step.path, INPUTS).manifest, Step(step.path, INPUTS).begin):
+        with pytest.raises(DamagedError, match=f"step/{named}: damaged: .*--redo"):
+            act()
+    assert sorted(step.path.iterdir()) == left
+
+    again = Step(step.path, INPUTS, attic=tmp_path / "attic")
     assert again.manifest() is None
     do(again, data="abc")
     assert (step.path / "data").read_text() == "abc"
-    assert again.manifest() is not None
+    assert Step(step.path, INPUTS).manifest() is not None
+    assert sorted(p.name for p in (tmp_path / "attic" / "round-001" / "step").iterdir()) == [p.name for p in left]
+
+
+def test_a_byte_that_changed_in_a_finished_step_is_made_again_with_an_attic(tmp_path: Path) -> None:
+    step = Step(tmp_path / "round-001" / "step", INPUTS)
+    do(step, data="0123456789")
+    (step.path / "data").write_text("0123456788")
+    with pytest.raises(DamagedError, match="step/data: damaged: its bytes are not those that were written"):
+        check_step(step.path)
+    again = Step(step.path, INPUTS, attic=tmp_path / "attic")
+    assert again.manifest() is None
+    do(again, data="0123456789")
+    check_step(step.path)
+
+
+def test_the_inputs_of_a_step_under_way_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    step = Step(tmp_path / "round-001" / "step", INPUTS)
+    note = step.begin() / "STEP.json"
+    note.write_text(note.read_text().replace("4", "5"))
+    with pytest.raises(DamagedError, match=r"step\.partial/STEP\.json: damaged: .*; delete it"):
+        Step(step.path, INPUTS).begin()
+    note.unlink()
+    assert Step(step.path, INPUTS).begin() == step.partial
 
 
 def test_inputs_that_are_equal_as_json_are_equal(tmp_path: Path) -> None:
@@ -560,3 +596,55 @@ def test_a_kill_while_a_step_is_sealed_loses_nothing_of_it(tmp_path: Path, monke
     again = Step(step.path, {"seed": 1})
     assert (again.begin() / "weights").read_text() == "made"
     assert list(again.finish().files) == ["weights"]
+
+
+# Disks
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG])
+def test_a_disk_that_refuses_is_one_line_with_the_run_directory_the_file_and_the_remedy(
+    tmp_path: Path, code: int
+) -> None:
+    with pytest.raises(RunFailed) as caught, RunDir(tmp_path).lock():
+        raise OSError(code, os.strerror(code), "shard-000000.parquet")
+    assert str(caught.value).startswith(f"run_dir {tmp_path}: shard-000000.parquet: {os.strerror(code).lower()}; ")
+    assert str(caught.value).endswith("and the same command goes on")
+
+
+def test_an_error_that_is_not_the_disks_is_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionRefusedError), RunDir(tmp_path).lock():
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+
+
+def test_a_file_larger_than_the_limit_leaves_the_old_one_and_nothing_beside_it(tmp_path: Path) -> None:
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from iterdpo.errors import RunFailed
+from iterdpo.run.rundir import RunDir, write_json
+run = RunDir(sys.argv[1])
+with run.lock():
+    write_json(run.root / "state.json", {"a": 1})
+resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+try:
+    with run.lock():
+        write_json(run.root / "state.json", {"a": "b" * 1000})
+except RunFailed as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert "file too large; raise the limit" in done.stdout, done.stderr
+    assert read_json(tmp_path / "state.json") == {"a": 1}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "state.json"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_refused_by_the_name_of_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(disk.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=f"run_dir {tmp_path}: its file system has no locks"), RunDir(tmp_path).lock():
+        pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from iterdpo.data.prompts import PromptFile
 from iterdpo.errors import StaleStepError
 from iterdpo.run.artifacts import Completions, PolicyCheckpoint, shard_name
-from iterdpo.run.rundir import read_manifest
+from iterdpo.run.rundir import read_manifest, write_json
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.sample import inputs as sample_inputs
 from iterdpo.stages.sample import parameters_of, sample
@@ -169,7 +168,7 @@ def test_a_shard_that_an_earlier_start_left_is_given_to_the_streaming_judge_too(
     step = run.dir.round_dir(1) / "completions"
     (step / "MANIFEST.json").unlink()
     step.rename(step.with_name("completions.partial"))
-    step.with_name("completions.partial").joinpath("STEP.json").write_text(json.dumps(key(run)))
+    write_json(step.with_name("completions.partial") / "STEP.json", key(run), record=run.dir.round_dir(1))
     room.judge = Lengths(needs_device=False)
     room.sampler.asked.clear()
     run = room.open()

@@ -1,0 +1,84 @@
+"""Disks that are full, read-only or shut, and file systems without locks, as one line with a name and a remedy."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from iterdpo.errors import ChildFailed, RunFailed, UserError
+
+REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room within the quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "mount it for writing",
+    errno.EACCES: "get the permission",
+    errno.EPERM: "get the permission",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "mount it again",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close other programs",
+    errno.ENAMETOOLONG: "use a shorter path",
+    errno.ENOTDIR: "move that file away",
+    errno.EISDIR: "move that directory away",
+    errno.ELOOP: "mend the symbolic links",
+}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+LITTLE = 1 << 20  # bytes: what is left of a disk that is full
+
+
+@contextmanager
+def failures(root: Path) -> Iterator[None]:
+    """Around work in a run directory: what the disk refuses ends it with a `RunFailed`, and work that is done stays."""
+    try:
+        yield
+    except OSError as error:
+        if (failed := failure(error, root)) is None:
+            raise
+        raise failed from error
+    except ChildFailed as error:
+        if not _is_full(root):
+            raise
+        raise RunFailed(f"run_dir {root}: no space left on device; {REMEDIES[errno.ENOSPC]}, {GOES_ON}") from error
+
+
+GOES_ON = "and the same command goes on"
+
+
+def failure(error: OSError, root: Path | None = None) -> RunFailed | None:
+    """The failure as one line; None if it is not the disk's."""
+    if error.errno not in REMEDIES or (root is None and error.filename is None):
+        return None
+    where = f"{error.filename}: " if error.filename is not None else ""
+    run_dir = f"run_dir {root}: " if root is not None else ""
+    return RunFailed(f"{run_dir}{where}{os.strerror(error.errno).lower()}; {REMEDIES[error.errno]}, {GOES_ON}")
+
+
+def lock(file: IO[bytes] | IO[str] | int, operation: int, where: str) -> None:
+    """`fcntl.flock`.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and the operation does not wait.
+        UserError: the file system of `where` has no locks.
+    """
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise UserError(
+            f"{where}: its file system has no locks ({error.strerror}); choose a directory on another, such as a local disk"
+        ) from None
+
+
+def _is_full(root: Path) -> bool:
+    try:
+        return shutil.disk_usage(root).free < LITTLE
+    except OSError:
+        return False
