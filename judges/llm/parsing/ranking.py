@@ -7,17 +7,30 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from judges.llm.parsing.text import CUT_OFF, NOUN, OPEN, PLACEHOLDER, SHUT, Form, Unclear, decide, lines_of, read_with
+from judges.llm.parsing.text import (
+    CUT_OFF,
+    NOUN,
+    OPEN,
+    PLACEHOLDER,
+    SHUT,
+    Form,
+    Scope,
+    Unclear,
+    decide,
+    frame_of,
+    lines_of,
+    read_with,
+)
 
 NO_RANKING = Unclear("no ranking")
 SEVERAL_RANKINGS = Unclear("several rankings")
 UNREADABLE_RANKING = Unclear("an unreadable ranking")
 TIED_RANKING = Unclear("a tie in the ranking")
 NOT_ALL_RANKED = Unclear("not every completion ranked once")
-_FRAME = re.compile(
-    r"(?<![\w\"'“‘])(?:(?:my|the|final|overall|complete)\s+)*(?:rankings?|ranked list|rank order|order|排名|排序"
-    r"|(?:from\s+)?best to worst)\b(?:(?!worst\s+(?:first|to)|ascending)[^:\n\"0-9]){0,60}?\s*(?:is\s*:?|:|=>|->|→|=|(?=\(worst))\s*",
-    re.IGNORECASE,
+_FRAME = frame_of(
+    r"(?:rankings?|ranked list|rank order|order|result|排名|排序|(?:from\s+)?best to worst)\b"
+    r"(?:(?!worst\s+(?:first|to)|ascending)[^:\n\"0-9]){0,60}?",
+    r":|(?=\(worst)",
 )
 _LABEL = rf"{OPEN}(?:{NOUN}\s*)?#?([0-9]{{1,3}}|[A-Z])(?!\w){SHUT}"
 _LISTED = re.compile(rf"(?:{_LABEL}[,;>=<~≈]+\s*)+{_LABEL}")
@@ -38,11 +51,11 @@ def parse_ranking(reply: str, count: int) -> list[int] | Unclear:
 def _ranking_in(text: str, count: int) -> list[int] | Unclear:
     value = partial(_value, count=count)
 
-    def bare(line: str) -> list[int] | Unclear | None:
+    def bare(line: str, scope: Scope) -> list[int] | Unclear | None:
         ranking = value(line)
         return ranking if not isinstance(ranking, Unclear) or _LISTED.fullmatch(line) else None
 
-    form = Form("ranking", _FRAME, _fields, value, bare, NO_RANKING, UNREADABLE_RANKING, SEVERAL_RANKINGS)
+    form = Form(_FRAME, _fields, value, bare, NO_RANKING, UNREADABLE_RANKING, SEVERAL_RANKINGS)
     lines = lines_of(text, form)
     decided = decide(lines, form)
     places = [place.groups() for line in lines if (place := _PLACE.fullmatch(line))]

@@ -13,8 +13,10 @@ from judges.llm.parsing.text import (
     PLACEHOLDER,
     SHUT,
     Form,
+    Scope,
     Unclear,
     decide,
+    frame_of,
     is_stated,
     lines_of,
     only_explains,
@@ -34,9 +36,7 @@ _SCORED = re.compile(
     re.IGNORECASE,
 )
 _ANOTHER = re.compile(r"\s*(?:or|to|and|bis|[-–—~→>,;.:]+)\s*[-+]?[0-9]", re.IGNORECASE)
-_GENERIC = (
-    r"scores?|ratings?|grade|mark|punktzahl|bewertung|puntuación|puntuacion|note|nota|оценка|评分|得分|分数|スコア"
-)
+_GENERIC = r"scores?|ratings?|result|grade|mark|punktzahl|bewertung|puntuación|puntuacion|note|nota|оценка|评分|得分|分数|スコア"
 _GIVEN = re.compile(
     r"^(?:i|we)(?:['’]d|\s+would|\s+will)?\s+(?:give|rate|score|assign)\b[^.0-9]{0,60}\s", re.IGNORECASE
 )
@@ -77,12 +77,12 @@ def _score_in(text: str, criterion: str, number: Callable[[str], float | Unclear
         for key in [name] if name in values else [key for key in _KEYS if key in values]:
             yield "Score", values[key]
 
-    def bare(line: str) -> float | Unclear | None:
+    def bare(line: str, scope: Scope) -> float | Unclear | None:
         line = _GIVEN.sub("", line)
-        return number(line) if _SCORED.fullmatch(line.rstrip(".!")) else None
+        return number(line) if scope != "sentence" and _SCORED.fullmatch(line.rstrip(".!")) else None
 
-    frame = _frame(rf"{re.escape(name)}|{_GENERIC}")
-    form = Form("score", frame, fields, number, bare, NO_SCORE, UNREADABLE_SCORE, SEVERAL_SCORES)
+    frame = frame_of(rf"(?:{re.escape(name)}|{_GENERIC})(?:\s+(?:score|rating))?", r":|\|")
+    form = Form(frame, fields, number, bare, NO_SCORE, UNREADABLE_SCORE, SEVERAL_SCORES)
     return decide(lines_of(text, form), form)
 
 
@@ -91,7 +91,7 @@ def _scores_in(
 ) -> dict[str, float] | Unclear:
     names = {_spaced(criterion): criterion for criterion in criteria}
     either = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))  # "clarity of style" first
-    frame = _frame(rf"(?P<criterion>{either})")
+    frame = frame_of(rf"(?P<criterion>{either})(?:\s+(?:score|rating))?", r":|\|")
     apart = re.compile(rf"(?:[,;|]|(?<=[0-9])\s+(?:and\s+)?)\s*(?=(?:{either})\b)", re.IGNORECASE)
 
     def fields(found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -99,10 +99,15 @@ def _scores_in(
         return ((name, values[name]) for name in names if name in values)
 
     said: list[tuple[str, float | Unclear]] = []
-    form = Form("", frame, fields, number, lambda line: None, NO_SCORE, UNREADABLE_SCORE, SEVERAL_SCORES)
+    form = Form(frame, fields, number, lambda sentence, scope: None, NO_SCORE, UNREADABLE_SCORE, SEVERAL_SCORES)
     for piece in (piece for line in lines_of(text, form) for piece in apart.split(line)):
         match = frame.search(piece)
-        if match and is_stated(piece[: match.start()]) and (value := number(piece[match.end() :])) != NO_SCORE:
+        if (
+            match
+            and match["criterion"]
+            and is_stated(piece[: match.start()])
+            and (value := number(piece[match.end() :])) != NO_SCORE
+        ):
             said.append((names[_spaced(match["criterion"])], value))
     if not said:
         return NO_SCORE
@@ -117,14 +122,6 @@ def _scores_in(
             return score
         scores[criterion] = score
     return scores
-
-
-def _frame(words: str) -> re.Pattern[str]:
-    return re.compile(
-        rf"(?<![\w\"'“‘-])(?:(?:my|the|final|overall|total)\s+)*(?:{words})(?:\s+(?:score|rating))?\s*(?:\([^()]{{0,60}}\)\s*)?"
-        r"(?:is(?!\w)\s*:?|:|=>|->|→|=|\||\s[-–—]\s)\s*",
-        re.IGNORECASE,
-    )
 
 
 def _flat(found: dict[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ _NOISE = re.compile(r"\\[()\[\]]|\$+|[*`]+|</?[biu]>|^\s*[-•·]\s+")
 _DISAPPROVING = "❌✗✘✖🚫👎⛔🙅"  # "❌ A" is no verdict for A
 _TAG = re.compile(r"</?[A-Za-z][A-Za-z_-]+/?>")
 _WRAPPED = re.compile(
-    r"\{|\[\[(?P<brackets>[^\[\]\n]{1,80})\]\]|<(?P<tag>\w+)>(?:(?P<inner>[^<>:]{0,80})</(?P=tag)>)?", re.IGNORECASE
+    r"\{|\[\[[^\[\]\n]{1,80}\]\]|\[result\]|<(?P<tag>\w+)>(?:(?P<inner>[^<>:]{0,80})</(?P=tag)>)?", re.IGNORECASE
 )
 OPEN = r"[\s(\[{<\"'“‘«「『【《]*"
 SHUT = r"[\s)\]}>\"'”’»」』】》]*"
@@ -67,9 +68,13 @@ NOUN = (
 )
 PLACEHOLDER = r"<[^<>0-9]*>|\[[^\[\]\"0-9]+\]|\.\.\."
 """What a format has in the place of a value, as in `Score: <1-10>`."""
+CONCLUDES = re.compile(
+    r"(?:and\s+|so\s+)?(?:so|thus|therefore|hence|overall|finally|ultimately|conclusion|in conclusion|in summary|to conclude"
+    r"|in short|all in all|on balance)\b",
+    re.IGNORECASE,
+)
 LEAD = re.compile(
-    r"(?:[0-9]{1,2}[.)]\s*)?(?:(?:and|so|thus|therefore|hence|overall|finally|ultimately|conclusion|in conclusion"
-    r"|in summary|to conclude|in short|all in all|on balance|in my opinion"
+    rf"(?:[0-9]{{1,2}}[.)]\s*)?(?:(?:{CONCLUDES.pattern}|and|in my opinion"
     r"|(?:after|based on|considering|given|weighing)\b[^:]{0,100}?)\s*[,:]?\s*)?"
     r"(?:(?:i|we)\s+(?:conclude|decide|think|believe|find|would say)(?:\s+that)?\s*[,:]?\s*)?(?:(?:here|this) is\b\s*)?",
     re.IGNORECASE,
@@ -77,39 +82,50 @@ LEAD = re.compile(
 _REPORTED = re.compile(
     r"\b(?:not|no|if|unless|whether|says?|said|claims?|asks?|asked|writes?|wrote|contains?)\b|n't", re.IGNORECASE
 )
-_REASON = re.compile(r"\s*(?:(?:because|since|due to|as (?:it|the|they))\b|[.;,:(–—#]|-(?=\s))", re.IGNORECASE)
+BECAUSE = re.compile(r"\s*,?\s*(?:because|since|due to|as (?:it|the|they))\b", re.IGNORECASE)
+_REASON = re.compile(rf"\s*(?:{BECAUSE.pattern}|[.;,:(–—#]|-(?=\s))", re.IGNORECASE)
 _TURN = re.compile(
     r"(?:^|[.!?;,–—(-]\s*)(?:wait|no wait|no,|actually|hmm+|oops|sorry|correction|scratch that|on second thoughts?"
     r"|let me re|i (?:take (?:that|it) back|changed? my mind|was wrong))",
     re.IGNORECASE | re.MULTILINE,
 )
+_SENTENCE = re.compile(r"(?:[^.!?。！？]|[.!?](?=[^\s\"”’)\]]))+(?:[.!?]+[\"”’)\]]*|[。！？]|$)")
+Scope = Literal["sentence", "line", "reply"]
+"""How much of a reply something is all of."""
 
 
 @dataclass(frozen=True)
 class Form(Generic[T]):
     """How a statement is written. `Verdict: A` is a `frame` with a `value`; `A wins.` is a `bare` one."""
 
-    label: str
-    """The key that double brackets stand for: `[[A]]` is `{"verdict": "A"}`."""
     frame: re.Pattern[str]
-    """What follows a frame of its group `weak`, an `Answer: `, may be no value."""
+    """Of `frame_of`, or one with a group `weak`: what follows an `Answer: ` may be no value."""
     fields: Callable[[dict[str, Any]], Iterable[tuple[str, Any]]]
     """Name and value of what a JSON object, or a tag as `{tag: text}`, states."""
     value: Callable[[str], T | Unclear]
-    bare: Callable[[str], T | Unclear | None]
+    bare: Callable[[str, Scope], T | Unclear | None]
     none: Unclear
     unreadable: Unclear
     contradiction: Unclear
 
 
+def frame_of(words: str, link: str = ":") -> re.Pattern[str]:
+    """What stands before a value: `My final WORDS is: `, or a mark that is `sure` wherever it stands, `[[`, `[RESULT]`."""
+    return re.compile(
+        r"(?P<sure>\[\[|\[result\]\s*:?)\s*|(?<![\w\"'“‘「-])"
+        rf"(?:(?:my|the|our|final|overall|ultimate|total|complete)\s+)*(?:{words})\s*(?:\((?!worst)[^()]{{0,60}}\)\s*)?"
+        rf"(?:(?:is|would be|goes to|是|为)(?![a-z])\s*:?(?:\s+that\b)?|=>|->|→|=|\s[-–—]\s|{link})\s*",
+        re.IGNORECASE,
+    )
+
+
 def read_with(reply: str, parse: Callable[[str], T | Unclear], *, contradiction: Unclear) -> T | Unclear:
     """`parse` of what counts in the reply. Control tokens part it: then what is before may not contradict its end."""
-    text = reply.replace("\r\n", "\n").replace("\r", "\n")
+    text = reply.replace("\r\n", "\n").replace("\r", "\n").replace("[THINK]", "<think>").replace("[/THINK]", "</think>")
     for channel, tag in _HARMONY:
         text = channel.sub(tag, text)
-    text = _THOUGHT.sub("\n", text.replace("[THINK]", "<think>").replace("[/THINK]", "</think>"))
     # The chat template may have opened the block, so that the reply has only its end.
-    text = _THOUGHT_ENDS.split(text)[-1]
+    text = _THOUGHT_ENDS.split(_THOUGHT.sub("\n", text))[-1]
     if _THOUGHT_BEGINS.search(text):
         return ENDLESS
     while opening := MARK.search(text):
@@ -122,16 +138,15 @@ def read_with(reply: str, parse: Callable[[str], T | Unclear], *, contradiction:
     if not parts:
         return EMPTY
     *before, last = [parse(part) for part in parts]
-    if not isinstance(last, Unclear) and any(not isinstance(p, Unclear) and p != last for p in before):
-        return contradiction
-    return last
+    contradicted = any(not isinstance(p, Unclear) and p != last for p in before)
+    return contradiction if contradicted and not isinstance(last, Unclear) else last
 
 
 def lines_of(text: str, form: Form[T]) -> list[str]:
     """The lines that say something, without markdown, LaTeX and emojis.
 
-    JSON objects, tags and double brackets become a line for each of their fields, or `QUOTED` if the text only mentions
-    them. A frame may stand before them.
+    JSON objects and tags become a line for each of their fields, and `[[A]]` a line of its own; `QUOTED` if the text only
+    mentions them. A frame may stand before them, or a statement.
     """
     decoder = json.JSONDecoder(object_pairs_hook=_once)
     announced = re.compile(rf"(?:{form.frame.pattern}|(?:json|output|result)\s*:\s*)\Z", re.IGNORECASE)
@@ -142,20 +157,23 @@ def lines_of(text: str, form: Form[T]) -> list[str]:
         unclosed = tag is not None and found["inner"] is None
         if start < position or (unclosed and f"</{tag}>" in text[end:]):
             continue  # within what was read, or around more than a value
-        value: Any = {tag or form.label: found["inner"] if tag else found["brackets"]}
-        if found[0] == "{":
-            for spelled in spellings:
-                with suppress(ValueError, RecursionError):
-                    value, end = decoder.raw_decode(spelled, start)
-                    break
-            else:
-                continue
-        if stated := list(form.fields({" ".join(k.replace("_", " ").casefold().split()): v for k, v in value.items()})):
+        value: dict[str, Any] = {tag: found["inner"]} if tag else {}
+        for spelled in spellings if found[0] == "{" else ():
+            with suppress(ValueError, RecursionError):
+                value, end = decoder.raw_decode(spelled, start)
+                break
+        stated = form.fields({" ".join(k.replace("_", " ").casefold().split()): v for k, v in value.items()})
+        said = [f"{k}: {' '.join(v.split()) if isinstance(v, str) else json.dumps(v)}\n" for k, v in stated]
+        if said := [found[0]] if found[0][0] == "[" else said:
             done += text[position:start]
-            before = re.sub(r"`{3,}\w*", "", _TAG.sub("", done.rpartition("\n")[2]))
-            after = _TAG.sub("", _WRAPPED.sub("", text[end:].partition("\n")[0]))
-            alone = is_stated(announced.sub("", before)) and re.fullmatch(r"[\s`;,.!$\])}]*", after)
-            said = [f"{k}: {' '.join(v.split()) if isinstance(v, str) else json.dumps(v)}\n" for k, v in stated]
+            before = _plain(re.sub(r"`{3,}\w*", "", _TAG.sub("", done.rpartition("\n")[2][-LONGEST_LINE:])))
+            after = _plain(_TAG.sub("", _WRAPPED.sub("", text[end:].partition("\n")[0])))
+            alone = is_stated(announced.sub("", before))
+            if found[0][0] == "[":
+                states = _explicit(before, form) or any(ends for *_, ends in _bares(before, form, "line"))
+                alone = (alone or bool(states)) and (found[0][1] != "[" or only_explains(after.strip()))
+            else:
+                alone = alone and not after.strip(" `;,.!$])}")
             done += "\n" + "".join(said) if unclosed or alone else QUOTED
             position = end
     lines = []
@@ -184,46 +202,65 @@ def _plain(line: str) -> str:
 
 
 def decide(lines: list[str], form: Form[T]) -> T | Unclear:
-    """The last framed statement of the lines, else a last line that is a bare one. The value may be the line below."""
-
-    def explicit(line: str) -> T | Unclear | None:
-        frames = list(form.frame.finditer(line))
-        if not frames or not is_stated(line[: frames[0].start()]):
-            return None
-        ends = [f.start() for f in frames[1:]] + [len(line)]
-        *before, last = [form.value(line[f.end() : end]) for f, end in zip(frames, ends, strict=True)]
-        if any(other not in (last, CUT_OFF) for other in before):  # "Verdict: the winner is A" says one thing
-            return form.contradiction
-        return None if last == form.unreadable and all(f.lastgroup == "weak" for f in frames) else last
-
-    bares = [form.bare(line) for line in lines]
-    headings = [bool(form.frame.fullmatch(line.rstrip(": ") + ":")) for line in lines]
-    said: dict[int, T | Unclear] = {}
+    """The last framed statement of the lines, else a bare one that is their first or last sentence."""
+    said: dict[int, tuple[T | Unclear, bool]] = {}
+    bares: list[tuple[int, T | Unclear, bool, bool]] = []
+    headed = False
     for i, line in enumerate(lines):
-        below = bares[i] if i and headings[i - 1] else None
-        stated = CUT_OFF if headings[i] else explicit(line) if below is None else below
-        if stated is not None:
-            said[i] = stated
-    readable: dict[int, T | Unclear] = {
-        i: value for i, value in enumerate(bares) if value is not None and not isinstance(value, Unclear)
-    }
-    framed, said = bool(said), said or readable
-    if not said:
-        return bares[-1] if bares and isinstance(bares[-1], Unclear) else form.none
-    at = max(said)
-    last = said[at]
+        found = _bares(line, form, "line" if len(lines) > 1 else "reply")
+        bares += [(i, value, concludes, ends and i == len(lines) - 1) for value, concludes, ends in found]
+        stated = _explicit(line, form)
+        if headed and stated is None and ":" not in line and not isinstance(value := form.value(line), Unclear):
+            stated = value, False
+        headed = bool(form.frame.fullmatch(line.rstrip(": ") + ":"))
+        if headed or stated is not None:
+            said[i] = (CUT_OFF, False) if headed or stated is None else stated
+    at = max(said, default=-1)
+    last, sure = said.get(at, (form.none, False))
+    ended = bool(bares) and bares[-1][3]
+    if bares and (at < 0 or last == CUT_OFF) and (ended or (at < 0 and _begins(lines[0], form))):
+        _, last, concludes, _ = bares[-1]
+        others = [] if concludes and ended else [value for _, value, *_ in bares]
+    else:
+        # Contradicting statements next to each other are one statement that says both.
+        spoken = said.keys() | {i for i, *_ in bares}
+        beside = itertools.takewhile(spoken.__contains__, range(at - 1, -1, -1))
+        others = [said[i][0] for i in beside if i in said] + [value for i, value, *_ in bares if i > at]
     if isinstance(last, Unclear):
         return last
-    # Contradicting statements next to each other are one statement that says both.
-    beside = range(next(i for i in range(at, -2, -1) if i not in said) + 1, at) if framed else said
-    others = [said[i] for i in beside] + [b for i, b in readable.items() if i > at]
-    if any(other not in (last, CUT_OFF, form.none) for other in others):
+    if any(other != last and not isinstance(other, Unclear) for other in others):
         return form.contradiction
-    after = lines[at + 1 :]
-    if _TURN.search("\n".join(after)):
-        return TAKEN_BACK if framed else form.none
-    first = framed and all(i in said for i in range(at))
-    return last if first or not after else NOT_LAST if framed else form.none
+    if not ended and _TURN.search("\n".join(lines[at + 1 :])):
+        return TAKEN_BACK
+    return last if ended or sure or at + 1 == len(lines) or all(i in said for i in range(at)) else NOT_LAST
+
+
+def _begins(line: str, form: Form[T]) -> bool:
+    """Whether the first sentence of a line is a statement of more than a label, which may be a heading."""
+    first = _SENTENCE.match(line)
+    return first is not None and form.bare(first[0].strip(), "sentence") is not None
+
+
+def _explicit(line: str, form: Form[T]) -> tuple[T | Unclear, bool] | None:
+    """What the frames of a line state, and whether it counts wherever the line stands."""
+    frames = list(itertools.dropwhile(lambda f: not is_stated(line[: f.start()]), form.frame.finditer(line)))
+    ends = [*(f.start() for f in frames), len(line)][1:]
+    found = [(form.value(line[f.end() : end]), f.lastgroup) for f, end in zip(frames, ends, strict=True)]
+    found = [(value, group) for value, group in found if group is None or value != form.unreadable]
+    if not found:
+        return None
+    *before, (last, group) = found
+    contradicts = any(value not in (last, CUT_OFF) for value, _ in before)  # "Verdict: the winner is A" says one thing
+    return form.contradiction if contradicts else last, group == "sure"
+
+
+def _bares(line: str, form: Form[T], scope: Scope) -> Iterator[tuple[T | Unclear, bool, bool]]:
+    """The sentences of a line that are statements without a frame, whether they draw a conclusion, and end the line."""
+    sentences = list(_SENTENCE.finditer(re.sub(r"^[0-9]{1,2}[.)]\s+", "", line)))
+    for sentence in sentences:
+        value = form.bare(sentence[0].strip(), scope if len(sentences) == 1 else "sentence")
+        if value is not None and is_stated(sentence.string[: sentence.start()]):
+            yield value, bool(CONCLUDES.match(sentence[0].strip())), sentence is sentences[-1]
 
 
 def is_stated(before: str) -> bool:

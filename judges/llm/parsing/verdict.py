@@ -8,6 +8,8 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from judges.llm.parsing.text import (
+    BECAUSE,
+    CONCLUDES,
     CUT_OFF,
     LEAD,
     NOUN,
@@ -15,8 +17,10 @@ from judges.llm.parsing.text import (
     PLACEHOLDER,
     SHUT,
     Form,
+    Scope,
     Unclear,
     decide,
+    frame_of,
     lines_of,
     only_explains,
     read_with,
@@ -28,19 +32,17 @@ NOTHING = Unclear("no verdict")
 BOTH = Unclear("both verdicts")
 UNREADABLE = Unclear("an unreadable verdict")
 LOOK_ALIKE = Unclear("a look-alike letter")
-_FRAME = re.compile(
-    r"(?<![\w\"'“‘「])(?:(?:my|the|our|final|overall|ultimate)\s+)*"
-    r"(?:verdict|winner|(?P<weak>decision|choice|judge?ment|preference|pick|selection|vote|answer|conclusion"
+_FRAME = frame_of(
+    r"verdict|winner|(?P<weak>decision|choice|judge?ment|preference|pick|selection|vote|answer|conclusion|result"
     rf"|(?:better|best|preferred|stronger|superior|winning)\s+(?:one|{NOUN})"
     r"|veredicto|veredito|ganador|vencedor|urteil|gewinner|вердикт|победитель|判决|裁决|判定|结论|最终判断|最终答案|答案"
-    r"|結論|勝者|优胜者|الحكم|फैसला))\s*(?:\([^()]{0,40}\)\s*)?"
-    r"(?:(?:is|would be|goes to|是|为)(?![a-z])\s*:?|:|=>|->|→|=|\s[-–—]\s)\s*",
-    re.IGNORECASE,
+    r"|結論|勝者|优胜者|الحكم|फैसला)"
 )
-_LABEL = rf"{OPEN}(?:(?i:the)\s+)?(?:{NOUN}\s*)?{OPEN}([AB])(?!\w|['’]\w){SHUT}"
+_LABEL = rf"{OPEN}(?:(?i:the)\s+)?(?:{NOUN}\s*)?{OPEN}([AB])(?:\+{{1,3}})?(?!\w|['’]\w){SHUT}"
 _COMPARED = re.compile(rf"{OPEN}(?:{NOUN}\s+)?([AB])\s*(>+|<+|=+|≈|≻)\s*(?:{NOUN}\s+)?([AB])(?!\w){SHUT}\s*")
+_VERY = r"(?:(?:clearly|slightly|much|far|significantly|marginally|definitely|substantially|overall|still)\s+)"
 _BETTER = (
-    r"(?:(?:is|was|would be)\s+(?:(?:clearly|slightly|much|far|significantly|marginally|definitely|overall|still)\s+)?"
+    rf"(?:(?:(?:is|was|would be)\s+{_VERY}?|{_VERY})"
     rf"(?:the\s+)?(?:better|best|winner|preferred|preferable|superior|stronger|winning)(?:\s+(?:one|overall|{NOUN}))?"
     r"|wins)"
 )
@@ -51,12 +53,13 @@ _CHOICE = re.compile(
 _TIE = re.compile(
     rf"{OPEN}(?:(?:it['’]?s|it is|this is|we have|they(?: are|['’]re)|the two(?: {NOUN}s)? are"
     rf"|both(?: {NOUN}s| of them)?(?: are)?|(?:{NOUN}s? )?A and (?:{NOUN} )?B are)\s+)?"
-    r"(?:(?:an?\s+|the\s+)?(?:tie|draw|tied)|equally\s+\w+|equal in quality|of equal quality|no (?:clear )?winner|no preference"
+    r"(?:(?:an?\s+|the\s+)?(?:tie(?:, relatively the same)?|draw|tied)|equally\s+\w+|equal in quality|of equal quality|no (?:clear )?winner|no preference"
     rf"|neither(?:\s+(?:one|{NOUN}))?\s+is\s+(?:clearly\s+)?(?:better|superior|preferred|the winner)"
     r"|empate|unentschieden|égalité|平局|平手|引き分け|ничья|تعادل|(?P<framed>neither|equal|the same|identical|even))"
     rf"(?!\w|-\w){SHUT}",
     re.IGNORECASE,
 )
+_PURPOSE = re.compile(r"\s*(?:,\s*)?(?:for|at|in|to|by|of)\b(?!.*\b(?:but|however|though|although|if|unless|only)\b)")
 _KEYS = [
     "final verdict", "verdict", "winner", "preference", "preferred", "decision", "choice", "judgment", "judgement",
     "better", "final answer", "answer",
@@ -76,7 +79,8 @@ def parse_verdict(reply: str) -> ReplyVerdict | Unclear:
     tie, since no completion wins.
     """
     reply = re.sub(r"\[\[\s*C\s*\]\]", "[[tie]]", reply)
-    form: Form[ReplyVerdict] = Form("verdict", _FRAME, _fields, _value, _bare, NOTHING, UNREADABLE, BOTH)
+    reply = re.sub(rf"({NOUN}\s*\()([ab])(?=\))", lambda label: label[1] + label[2].upper(), reply)
+    form: Form[ReplyVerdict] = Form(_FRAME, _fields, _value, _bare, NOTHING, UNREADABLE, BOTH)
     return read_with(reply, lambda text: decide(lines_of(text, form), form), contradiction=BOTH)
 
 
@@ -127,7 +131,7 @@ def _said(text: str) -> tuple[ReplyVerdict, str, bool] | None:
     return None
 
 
-def _only_explains(verdict: ReplyVerdict, rest: str) -> bool:
+def _only_explains(verdict: ReplyVerdict, rest: str, *, goes_on: bool = False) -> bool:
     """Whether what follows a verdict in its line leaves it as it is: nothing, or reasons."""
     other = r"\bB\b" if verdict == "first" else r"\bA\b"
     if verdict == "tie":
@@ -136,15 +140,20 @@ def _only_explains(verdict: ReplyVerdict, rest: str) -> bool:
         mind = rf"(?:[,;.]|\b(?:and|or|but)\b)\s*(?:{NOUN}\s+)?{other}"
     else:
         mind = rf"{other}|(?i:\b(?:tie|or)\b)"
-    return only_explains(rest) and not re.search(mind, rest)
+    return (goes_on or only_explains(rest)) and not re.search(mind, rest)
 
 
-def _bare(line: str) -> ReplyVerdict | Unclear | None:
-    """What a line says that is nothing but a verdict. `Completion A` may be a heading, and `so A` is none."""
-    if _LOOK_ALIKE.fullmatch(line):
+def _bare(sentence: str, scope: Scope) -> ReplyVerdict | Unclear | None:
+    """What a sentence says that is nothing but a verdict. `Completion A` may be a heading, and `so A` is none."""
+    if scope != "sentence" and _LOOK_ALIKE.fullmatch(sentence):
         return LOOK_ALIKE
-    line = re.sub(r"^[0-9]{1,2}[.)]\s+", "", line)
-    for said in (_said(line), _said(LEAD.sub("", line, count=1))):
-        if said and re.fullmatch(r"[.!。]?", said[1]) and (said[2] or line.strip(" .!()[]'\"") in ("A", "B")):
-            return said[0]
+    mere = r"\W*[AB]\W*" if scope == "line" else rf"\W*(?:{NOUN}\s*\([AB]\)|[AB])\W*" if scope == "reply" else "(?!)"
+    commas = [c.end() for c in re.finditer(r",\s*", sentence) if LEAD.fullmatch(sentence[: c.end()])]
+    for start in (0, *([lead.end()] if (lead := LEAD.match(sentence)) else ()), *commas):
+        said = _said(sentence[start:])
+        if said and (said[2] or re.fullmatch(mere, sentence)):
+            goes_on = CONCLUDES.match(sentence) and _PURPOSE.match(said[1])
+            explains = (goes_on or BECAUSE.match(said[1])) and _only_explains(*said[:2], goes_on=True)
+            if explains or re.fullmatch(r"[.!。:]?", said[1]):
+                return said[0]
     return None
