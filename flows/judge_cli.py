@@ -288,7 +288,12 @@ def _tokenizer(given: str | None, *judges: str) -> Any:
     if config is None:
         return None
     model = config.model
-    return load_tokenizer(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return load_tokenizer(
+        model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        chat_template_kwargs=model.chat_template_kwargs,
+    )
 
 
 def _circumstances(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from flows.api import describe
 from iterdpo.config import DPOConfig, OfflineConfig
-from iterdpo.data.preferences import PreferenceData
+from iterdpo.data.preferences import Account, PreferenceData, tokenize_pairs
+from iterdpo.data.rendering import load_tokenizer
 from iterdpo.errors import DamagedError
 from iterdpo.run.checkpoints import EMBEDDINGS, check_checkpoint, resolve_checkpoint
 from iterdpo.run.rundir import RunDir, read_manifest
@@ -51,12 +52,17 @@ def describe_plan(run: IterativeRun) -> str:
 
 
 def describe_offline_plan(config: OfflineConfig) -> str:
-    """The plan of `iterdpo train --dry-run`. Reads the data and checks the checkpoint."""
+    """The plan of `iterdpo train --dry-run`. Reads the data, tokenizes the first rows and checks the checkpoint."""
     path = resolve_checkpoint(config.model.path, revision=config.model.revision)
     check_checkpoint(path, trust_remote_code=config.model.trust_remote_code)
     data = PreferenceData(config.data.path, config.data.split, config.data.format, config.data.limit)
-    for _ in data.parsed():
-        pass
+    model, limits = config.model, config.data.model_dump(include={"max_prompt_tokens", "max_completion_tokens"})
+    tokenizer = load_tokenizer(
+        path, trust_remote_code=model.trust_remote_code, chat_template_kwargs=model.chat_template_kwargs
+    )
+    for number, batch in enumerate(data.parsed()):
+        if number == 0:  # what the chat template refuses, it mostly refuses soon
+            tokenize_pairs(batch, tokenizer, Account(config.data.path), **limits)
     pairs = data.account.kept - config.data.heldout
     policy, checkpoint = _sizes(path, config.dpo)
     return _table(

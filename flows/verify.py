@@ -15,8 +15,8 @@ from iterdpo.types import RoundRecord
 from judges.person.store import Reviews
 
 UNCHECKED = ("attic", "logs", "trackers")
-ROUND_FILES = ("round.json", "prompts.jsonl")
-RUN_FILES = ("run.json", "heldout.jsonl", "metrics.jsonl", "report.html")
+ROUND_FILES = ("round.json", "prompts.jsonl", "prompts.ids.parquet")
+RUN_FILES = ("run.json", "heldout.jsonl", "heldout.ids.parquet", "metrics.jsonl", "report.html")
 
 
 @dataclass

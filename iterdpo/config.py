@@ -65,6 +65,9 @@ class ModelConfig(Section):
     """A hub id's branch, tag or commit. Pin it for runs that must be repeatable."""
     trust_remote_code: bool = False
     """Run Python code that ships with the checkpoint. Only for checkpoints whose code you have read."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Values for the variables of the chat template, such as `{enable_thinking: false}`. Those of a row's column
+    `chat_template_kwargs` come first."""
 
 
 class PromptsConfig(Section):

@@ -46,6 +46,8 @@ def remedy(path: Path) -> str:
                 "restore it from a copy, or delete it: the prompts are chosen again, and are the same ones if the "
                 "prompt file is the same"
             )
+        case "prompts.ids.parquet" | "heldout.ids.parquet":
+            return "restore it from a copy, or delete it: the prompts are rendered again"
         case "metrics.jsonl" | "report.html" | "policy" | ".initial.json":
             return "the next start of the run makes it again"
         case "tasks.jsonl":

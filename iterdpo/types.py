@@ -5,11 +5,59 @@ Legend for shapes, everywhere the same: B pairs, K completions per prompt, T tok
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Message = dict[str, str]
-"""One chat turn: `{"role": "user", "content": "Who wrote Faust?"}`."""
+Message = dict[str, Any]
+"""One chat turn: `{"role": "user", "content": "Who wrote Faust?"}`.
+
+`role` is text. So is `content`, unless an assistant's turn has `tool_calls` or `reasoning_content` in its place; then it
+is None or missing. Further keys are those that chat templates read, in TRL's and OpenAI's vocabulary.
+"""
+
+
+class Chat(list[Message]):
+    """Chat messages, with further values for the chat template: a list of messages in every other respect.
+
+    `Chat([{"role": "user", "content": "Rain in Oslo?"}], {"tools": [{"type": "function", …}], "enable_thinking": False})`
+    """
+
+    def __init__(self, messages: Iterable[Message] = (), settings: Mapping[str, Any] | None = None) -> None:
+        super().__init__(messages)
+        self.settings = dict(settings or {})
+        """Arguments of `apply_chat_template`: `tools`, and the template's own variables."""
+
+
+Content = str | list[Message]
+"""Text, or chat messages; a `Chat` if the template is given more than these."""
+
+
+def template_settings(content: Content) -> dict[str, Any]:
+    """What the chat template is given beside the messages."""
+    return content.settings if isinstance(content, Chat) else {}
+
+
+def content_to_json(content: Content) -> str | list[Message] | dict[str, Any]:
+    """`content` as JSON holds it: text, a list of messages, or `{"messages": […], "settings": {…}}`."""
+    settings = template_settings(content)
+    return {"messages": list(content), "settings": settings} if settings else content
+
+
+def content_from_json(value: str | list[Message] | dict[str, Any]) -> Content:
+    return Chat(value["messages"], value["settings"]) if isinstance(value, dict) else value
+
+
+def message_text(message: Message) -> str:
+    """A message's content as a person reads it; its tool calls follow it, a line each: `rain_in({"city": "Oslo"})`."""
+    parts = [message.get("content")]
+    for call in message.get("tool_calls") or []:
+        function = call.get("function") or call
+        arguments = function.get("arguments")
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
+        parts.append(f"{function.get('name')}({text})")
+    return "\n".join(part for part in parts if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +68,7 @@ class Prompt:
     """
 
     id: str
-    content: str | list[Message]
+    content: Content
     columns: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -29,15 +77,17 @@ class Prompt:
 
     @property
     def messages(self) -> list[Message]:
-        """The prompt as chat messages; a plain text is one of the user's."""
-        return [{"role": "user", "content": self.content}] if isinstance(self.content, str) else self.content
+        """The prompt as chat messages that a person can read: a plain text is one of the user's, tool calls are text."""
+        if isinstance(self.content, str):
+            return [{"role": "user", "content": self.content}]
+        return [{**m, "content": message_text(m)} for m in self.content]
 
     @property
     def text(self) -> str:
         """The prompt as a person reads it: the plain text, or `role: content` blocks."""
         if isinstance(self.content, str):
             return self.content
-        return "\n\n".join(f"{m['role']}: {m['content']}" for m in self.content)
+        return "\n\n".join(f"{m['role']}: {message_text(m)}" for m in self.content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +119,9 @@ class CompletionGroup:
     completions: list[Completion]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        row = asdict(self)
+        row["prompt"]["content"] = content_to_json(self.prompt.content)
+        return row
 
 
 @dataclass(frozen=True, slots=True)

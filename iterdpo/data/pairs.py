@@ -25,7 +25,7 @@ from iterdpo.run import disk
 from iterdpo.run.artifacts import number_lists
 from iterdpo.run.rundir import sync_tree
 from iterdpo.run.sums import check_files, note, record, sha256_file
-from iterdpo.types import Completion, PreferencePair
+from iterdpo.types import Completion, Content, PreferencePair, message_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -134,7 +134,7 @@ def hold_out(source: Path, directory: Path, count: int, *, seed: int) -> int:
 
 
 def pairs_table(pairs: Sequence[PreferencePair], kind: Kind = "pairs") -> pa.Table:
-    """A row each, in the columns that are written. Of messages, what is not role or content is not."""
+    """A row each, in the columns that are written. A message is written as its role and its text, with any tool calls."""
     import pyarrow as pa
 
     chat = bool(pairs) and pairs[0].prompt.conversational
@@ -149,7 +149,10 @@ def pairs_table(pairs: Sequence[PreferencePair], kind: Kind = "pairs") -> pa.Tab
     def finish_reasons(sides: Iterable[Completion]) -> pa.Array:
         return pa.array([c.finish_reason for c in sides], pa.string())
 
-    prompts = {"prompt": texts([p.prompt.content for p in pairs])}
+    def prompt(content: Content) -> Any:
+        return content if isinstance(content, str) else [{**m, "content": message_text(m)} for m in content]
+
+    prompts = {"prompt": texts([prompt(p.prompt.content) for p in pairs])}
     ids = {"prompt_id": pa.array([p.prompt.id for p in pairs], pa.string())}
     sides = {"chosen": [p.chosen for p in pairs], "rejected": [p.rejected for p in pairs]}
     tokens = {"prompt": [p.prompt_ids for p in pairs]} | {k: [c.token_ids for c in side] for k, side in sides.items()}

@@ -13,7 +13,6 @@ batches and forgotten, so that the size of the data does not matter.
 
 from __future__ import annotations
 
-import difflib
 import multiprocessing
 import os
 import re
@@ -26,30 +25,31 @@ from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
+from iterdpo.data.chats import COMPANIONS, content_of, messages_in, with_companions
 from iterdpo.data.pairs import ABSENT, Kind, pairs_table
 from iterdpo.data.rendering import common_length, completion_token_ids, prompt_token_ids
-from iterdpo.data.rows import column_value, content_of, load_rows
+from iterdpo.data.rows import column_value, located_rows
 from iterdpo.errors import DataError
 from iterdpo.run.rundir import digest
 from iterdpo.run.supervise import end_with
-from iterdpo.types import Completion, Message, PreferencePair, Prompt
+from iterdpo.types import Completion, Content, Message, PreferencePair, Prompt, content_to_json, message_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Content = str | list[Message]
 Format = Literal["auto", "pairs", "hh", "unpaired", "sharegpt"]
-Batch = list[tuple[int, dict[str, Any]]]
-"""Rows with their numbers, from 1."""
+Batch = list[tuple[int, str, dict[str, Any]]]
+"""Rows with their numbers, from 1, and their places, for messages."""
 
 BATCH = 1000  # rows that one process works on at a time
 LISTED = 1000  # row numbers that are kept for a reason
 MOST_PROCESSES = 16  # more wait for the one that reads
 
-PROMPT_NAMES = {"question", "instruction", "input", "query", "context"}
-SPEAKERS = {"human": "user", "user": "user", **dict.fromkeys(("gpt", "chatgpt", "assistant"), "assistant")}
-SPEAKERS |= {"system": "system", "tool": "tool"}
-
+NOT_PROMPTS = {
+    *("id", "uuid", "uid", "hash", "idx", "index", "source", "dataset", "subset", "category", "split", "type", "task"),
+    *("language", "lang", "label", "tie", "license", "url", "model", "date", "timestamp", "conversation_hash"),
+}
+"""Columns of text that are known to be no part of a prompt; so are those whose name ends in `_` and one of these words."""
 DIVERGE = "diverge before the last turn"
 EMPTY = "have an empty completion"
 IDENTICAL = "have identical completions"
@@ -59,19 +59,25 @@ OTHER_PROMPT = "do not continue their prompt"
 NO_TRANSCRIPT = "are not Human and Assistant transcripts"
 NO_LAST_TURN = "do not end with an assistant turn after a human one"
 USERS_TURN = "have a turn of the user in the completion"
+NO_ASSISTANT = "have a completion of the role {} and no assistant turn"
+NOT_LAST = "have a completion that does not end with an assistant turn"
+ROLES = {"user", "system", "tool", "developer", "function", "human", "gpt", "model", "bot"}
 
 
 @dataclass(frozen=True, slots=True)
 class RawPair:
-    """One pair before tokenization; `row` is its row in the data, from 1. Of unpaired data, one side is None.
+    """One pair before tokenization; `row` is its row in the data, from 1, and `where` the row's place, for messages.
 
-    `RawPair(Prompt("p-5a1c…", [{"role": "user", "content": "2+2?"}]), chosen="4", rejected="5", row=1)`
+    `RawPair(Prompt("p-5a1c…", [{"role": "user", "content": "2+2?"}]), chosen="4", rejected="5", row=1, where="a.csv: row 1")`
+
+    Of unpaired data, one side is None.
     """
 
     prompt: Prompt
     chosen: Content | None
     rejected: Content | None
     row: int
+    where: str
 
 
 @dataclass
@@ -140,11 +146,11 @@ class PreferenceData:
     def __init__(self, path: str, split: str = "train", format: Format = "auto", limit: int | None = None) -> None:
         if format not in get_args(Format):
             raise DataError(f"format {format!r} is not one of {', '.join(get_args(Format))}")
-        rows = load_rows(path, split, limit=limit)
-        first = next(rows)
-        self.format = _settled(format, first, f"{path}: row 1")
+        rows = located_rows(path, split, limit=limit)
+        where, first = next(rows)
+        self.format = _settled(format, first, where)
         self.account = Account(path, "unpaired" if self.format == "unpaired" else "pairs")
-        self._numbered = enumerate(chain([first], rows), 1)
+        self._numbered = ((number, *row) for number, row in enumerate(chain([(where, first)], rows), 1))
 
     def parsed(self) -> Iterator[list[RawPair]]:
         """The pairs, in batches, without tokenizing them.
@@ -190,13 +196,15 @@ class PreferenceData:
 def parse_rows(batch: Batch, format: Format, account: Account) -> list[RawPair]:
     """The pairs of the rows, each recorded in `account`. A row of the wrong shape is a DataError."""
     pairs = []
-    for number, row in batch:
-        found = _parsed(row, format, f"{account.source}: row {number}")
+    for number, where, row in batch:
+        found = _parsed(row, format, where)
         if isinstance(found, str):
             account.leave_out(found, number)
         else:
             content, chosen, rejected = found
-            pairs.append(RawPair(Prompt(f"p-{digest(content)}", content), chosen, rejected, number))
+            content = with_companions(content, row, where)
+            prompt = Prompt(f"p-{digest(content_to_json(content))}", content)
+            pairs.append(RawPair(prompt, chosen, rejected, number, where))
             account.keep(pairs[-1])
     return pairs
 
@@ -220,7 +228,7 @@ def tokenize_pairs(
             chosen = _completion(tokenizer, content, raw.chosen, max_completion_tokens)
             rejected = _completion(tokenizer, content, raw.rejected, max_completion_tokens)
         except DataError as error:
-            raise DataError(f"{account.source}: row {raw.row}: {error}") from error
+            raise DataError(f"{raw.where}: {error}") from error
         if chosen.token_ids == rejected.token_ids:
             account.kept -= 1
             account.leave_out(IDENTICAL_TOKENS, raw.row)
@@ -318,6 +326,7 @@ def _recognised(row: dict[str, Any]) -> Format:
 
 
 def _is_sharegpt(value: Any) -> bool:
+    value = messages_in(value)
     first = value[0] if isinstance(value, list) and value else value
     return isinstance(first, dict) and "from" in first
 
@@ -326,39 +335,70 @@ def _parsed(row: dict[str, Any], format: Format, where: str) -> Parts | str:
     """The parts of a pair, or the reason why the row is left out."""
     if format == "unpaired":
         return _from_unpaired(row, where)
-    prompt, chosen, rejected = _columns(_from_sharegpt(row, where) if format == "sharegpt" else row, where)
+    prompt, chosen, rejected = _columns(row, format, where)
     return _from_transcripts(chosen, rejected, where) if format == "hh" else _from_columns(prompt, chosen, rejected)
 
 
-def _columns(row: dict[str, Any], where: str) -> tuple[Content | None, Content, Content]:
+def _columns(row: dict[str, Any], format: Format, where: str) -> tuple[Content | None, Content, Content]:
     remedy = "preference data has chosen, rejected and, if they do not repeat it, prompt"
     chosen = content_of(column_value(row, "chosen", where, remedy), f"{where}, column 'chosen'")
     rejected = content_of(column_value(row, "rejected", where, remedy), f"{where}, column 'rejected'")
     if isinstance(chosen, str) != isinstance(rejected, str):
         problem = "one of chosen and rejected is text and the other messages"
         raise DataError(f"{where}: {problem}; give two of the same kind")
-    if row.get("prompt") is None:
-        _refuse_other_name_for_prompt(row, chosen, where)
-        return None, chosen, rejected
-    return _prompt(row["prompt"], where), chosen, rejected
+    names = ["prompt"]
+    if format == "sharegpt":
+        names.insert(0, "conversations")
+    if _opens(chosen) and _opens(rejected):
+        names.append("messages")
+    for name in names:
+        if row.get(name) is not None:
+            return _prompt(row[name], where, name), chosen, rejected
+    _refuse_other_name_for_prompt(row, chosen, where)
+    return None, chosen, rejected
 
 
-def _prompt(value: Any, where: str) -> Content:
-    prompt = content_of(value, f"{where}, column 'prompt'")
+def _opens(completion: Content) -> bool:
+    """Whether it begins with the assistant's words, so that it cannot have its prompt in it."""
+    return isinstance(completion, str) or (bool(completion) and completion[0]["role"] == "assistant")
+
+
+def _prompt(value: Any, where: str, column: str = "prompt") -> Content:
+    prompt = content_of(value, f"{where}, column {column!r}")
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise DataError(f"{where}, column 'prompt' is empty; remove the row, or the column if all its values are empty")
+        raise DataError(
+            f"{where}, column {column!r} is empty; remove the row, or the column if all its values are empty"
+        )
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        raise DataError(f"{where}, column 'prompt' ends with an assistant turn; a prompt ends before the completion")
+        raise DataError(f"{where}, column {column!r} ends with an assistant turn; a prompt ends before the completion")
     return prompt
 
 
 def _refuse_other_name_for_prompt(row: dict[str, Any], chosen: Content, where: str) -> None:
-    """Without this, the first words that two completions happen to share would become the prompt."""
-    if _is_transcript(chosen) or (isinstance(chosen, list) and chosen and chosen[0]["role"] != "assistant"):
-        return
-    for name in row:
-        if name.lower() in PROMPT_NAMES or difflib.get_close_matches("prompt", [name.lower()], cutoff=0.85):
-            raise DataError(f"{where}: no prompt column, but {name!r}; rename it to prompt, or remove it")
+    """Without this, a prompt in another column would be dropped, and the words that two completions happen to share
+    would take its place. A column whose text the completions repeat is no such column.
+    """
+    said = chosen if isinstance(chosen, str) else "\n".join(map(message_text, chosen))
+    for name, value in row.items():
+        words = str(name).lower().split("_")
+        if name in ("prompt", "chosen", "rejected", *COMPANIONS) or words[-1] in NOT_PROMPTS:
+            continue
+        messages = isinstance(value, list) and any(isinstance(m, dict) and "content" in m for m in value)
+        if not messages and not (isinstance(value, str) and value.strip() and not _is_number(value)):
+            continue
+        parts = [str(m.get("content") or "") if isinstance(m, dict) else "" for m in value] if messages else [value]
+        if not all(part.strip() in said for part in parts):
+            raise DataError(
+                f"{where}: no prompt column, but {name!r}; rename it to prompt if it is the prompt, else remove it"
+            )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _from_columns(prompt: Content | None, chosen: Content, rejected: Content) -> Parts | str:
@@ -380,14 +420,13 @@ def _from_messages(prompt: Content | None, chosen: list[Message], rejected: list
     """Both are made whole conversations first; the prompt is what these share, up to the first assistant turn at issue."""
     if not chosen or not rejected:
         return EMPTY
-    opens = {chosen[0]["role"] == "assistant", rejected[0]["role"] == "assistant"}
     if prompt is None:
         prompt = []
-    elif opens == {True}:
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        chosen, rejected = [*prompt, *chosen], [*prompt, *rejected]
-    elif not (_repeats(chosen, prompt) and _repeats(rejected, prompt)):
-        return OTHER_PROMPT
+    for side in (chosen, rejected):
+        if prompt and not _opens(side) and not _repeats(side, prompt):
+            return _wrong_role(side) or OTHER_PROMPT
+    shared_prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    chosen, rejected = ([*shared_prompt, *side] if _opens(side) else side for side in (chosen, rejected))
 
     cut = common_length(chosen, rejected)
     while cut and chosen[cut - 1]["role"] == "assistant":
@@ -397,14 +436,27 @@ def _from_messages(prompt: Content | None, chosen: list[Message], rejected: list
         return NO_PROMPT
     if any(map(_is_empty, ends)):
         return EMPTY
+    for end in ends:
+        if reason := _wrong_role(end):
+            return reason
     if any(map(_has_users_turn, ends)):
         return DIVERGE
+    if any(end[-1]["role"] != "assistant" for end in ends):
+        return NOT_LAST
     return shared, *ends
 
 
 def _is_empty(completion: Content) -> bool:
-    texts = [completion] if isinstance(completion, str) else [m["content"] for m in completion]
-    return not any(map(str.strip, texts))
+    texts = [completion] if isinstance(completion, str) else map(message_text, completion)
+    return not any(text.strip() for text in texts)
+
+
+def _wrong_role(completion: list[Message]) -> str | None:
+    """Why messages without an assistant turn are no completion; None of those with one."""
+    if any(message["role"] == "assistant" for message in completion):
+        return None
+    role = completion[0]["role"]
+    return NO_ASSISTANT.format(role if role in ROLES else "another")
 
 
 def _has_users_turn(completion: Content) -> bool:
@@ -413,7 +465,7 @@ def _has_users_turn(completion: Content) -> bool:
 
 def _repeats(conversation: list[Message], prompt: Content) -> bool:
     if isinstance(prompt, str):  # the first question, or the last one of a longer talk
-        return any(m["content"].strip() == prompt.strip() for m in conversation if m["role"] != "assistant")
+        return any(message_text(m).strip() == prompt.strip() for m in conversation if m["role"] != "assistant")
     return conversation[: len(prompt)] == prompt
 
 
@@ -436,8 +488,13 @@ def _from_unpaired(row: dict[str, Any], where: str) -> Parts | str:
             completion = completion[len(prompt) :]
     if _is_empty(completion):
         return EMPTY
-    if _has_users_turn(completion):
-        return USERS_TURN
+    if not isinstance(completion, str):
+        if reason := _wrong_role(completion):
+            return reason
+        if _has_users_turn(completion):
+            return USERS_TURN
+        if completion[-1]["role"] != "assistant":
+            return NOT_LAST
     return (prompt, completion, None) if label else (prompt, None, completion)
 
 
@@ -447,28 +504,6 @@ def _label(value: Any, where: str) -> bool:
     if label is None:
         raise DataError(f"{where}, column 'label' is {value!r}; it must be true (desirable) or false (undesirable)")
     return label
-
-
-def _from_sharegpt(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """The row's prompt, chosen and rejected, with messages in place of ShareGPT's turns."""
-    prompt = "prompt" if row.get("conversations") is None else "conversations"
-    names = {"prompt": prompt, "chosen": "chosen", "rejected": "rejected"}
-    columns = {c: _messages(row[name], f"{where}, column {name!r}") for c, name in names.items() if name in row}
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and isinstance(columns.get("prompt"), list):
-        columns["prompt"] = [{"role": "system", "content": system}, *columns["prompt"]]
-    return columns
-
-
-def _messages(value: Any, where: str) -> Any:
-    if not _is_sharegpt(value):
-        return value
-    turns = value if isinstance(value, list) else [value]
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict) or turn.get("from") not in SPEAKERS:
-            right = f'a turn is {{"from": "human", "value": "2+2?"}}, from one of {", ".join(SPEAKERS)}'
-            raise DataError(f"{where}: turn {number} is {str(turn)[:60]}; {right}")
-    return [{"role": SPEAKERS[turn["from"]], "content": turn.get("value")} for turn in turns]
 
 
 def _is_transcript(value: Any) -> bool:
@@ -518,5 +553,5 @@ def _completion(tokenizer: Any, prompt: Content, content: Content | None, limit:
     ids = completion_token_ids(tokenizer, prompt, content)
     if len(ids) > limit:
         return Completion(tokenizer.decode(ids[:limit], skip_special_tokens=True), ids[:limit], [], "length")
-    text = content if isinstance(content, str) else "\n\n".join(m["content"] for m in content)
+    text = content if isinstance(content, str) else "\n\n".join(map(message_text, content))
     return Completion(text, ids, [], "stop")

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,18 +24,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iterdpo.config import PromptsConfig
-from iterdpo.data.rows import column_value, content_of, json_value, load_rows, source_stamp
+from iterdpo.data.chats import content_of, with_companions
+from iterdpo.data.rows import column_value, json_value, located_rows, source_stamp
 from iterdpo.errors import DamagedError, DataError
+from iterdpo.run.artifacts import number_lists
 from iterdpo.run.rundir import RunDir, canonical, digest, read_json, sync_tree, write_json, write_with
 from iterdpo.run.sums import CHANGED, check_files, note, record, recorded, sha256_file
 from iterdpo.seeds import derive_seeds
-from iterdpo.types import Message, Prompt
+from iterdpo.types import Content, Prompt, content_from_json, content_to_json
 
 CHUNK = 1024  # lines that are read at a time
 LINES, INDEX, NAMES = "prompts.jsonl", "index.npz", "columns.json"
 ARRAYS = ("ends", "ids", "contents", "columns")
 Array = NDArray[Any]
-Parts = tuple[str | None, str | list[Message], dict[str, Any]]  # id (None: a hash of the content), content, columns
+Parts = tuple[str | None, Content, dict[str, Any]]  # id (None: a hash of the content), content, columns
 
 
 class PromptFile:
@@ -224,6 +226,25 @@ class RoundPrompts:
         if round:
             self._rounds[round] = PromptFile.open(path)  # read in its order, which is quicker
 
+    def pinned_ids(
+        self, round: int, render: Callable[[list[Prompt]], list[list[int]]], *, stamp: str
+    ) -> Iterator[list[int]]:
+        """The token ids of the round's prompts (0: of the held-out ones), in their order, as `render` first gave them.
+
+        They are written down beside the prompts. `stamp` names what else decides them: those of another are replaced.
+        A file that is not what was written is a DamagedError.
+        """
+        import pyarrow.parquet as pq
+
+        prompts, path = self.of(round) if round else self.heldout, self._file(round).with_suffix(".ids.parquet")
+        stamp = digest([stamp, prompts.digest()])
+        if _stamp_of(path) != stamp:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_with(path, lambda handle: _write_ids(handle, prompts, render, stamp), record=path.parent)
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(CHUNK):
+                yield from batch["ids"].to_pylist()
+
     def summary(self) -> str:
         """`kept 80 of 105 prompts to train on (5 repeated, 20 held out)`."""
         return self._set.summary()
@@ -238,16 +259,46 @@ class RoundPrompts:
         return prompts if prompts is not None and len(prompts) == count else None
 
 
-def check_lengths(lengths: Iterable[tuple[int, str]], limit: int) -> int:
-    """The length of the longest of (tokens, prompt id); a DataError that names the longest if any is above `limit`."""
+def _write_ids(handle: Any, prompts: PromptFile, render: Callable[[list[Prompt]], list[list[int]]], stamp: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([("ids", pa.list_(pa.int32()))], metadata={"stamp": stamp})
+    with pq.ParquetWriter(handle, schema, compression="zstd") as writer:
+        for at in range(0, len(prompts), CHUNK):
+            ids = number_lists(render(list(prompts[at : at + CHUNK])), "i")
+            writer.write_table(pa.table([ids], schema=schema))
+
+
+def _stamp_of(path: Path) -> str | None:
+    """The stamp of the ids in a file; None if it is not there.
+
+    Raises:
+        DamagedError: the file is not what was written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.exists():
+        return None
+    check_files([path])
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except pa.ArrowInvalid as error:
+        raise DamagedError(path, f"cannot be read as Parquet ({error})") from None
+    return str(metadata.get(b"stamp", b"").decode())
+
+
+def check_lengths(lengths: Iterable[tuple[int, Prompt]], limit: int, *, place_of: Callable[[Prompt], str]) -> int:
+    """The length of the longest of (tokens, prompt); a DataError that names the longest if any is above `limit`."""
     count = over = longest = 0
-    for count, (length, prompt_id) in enumerate(lengths, 1):  # noqa: B007  # read below
+    for count, (length, prompt) in enumerate(lengths, 1):  # noqa: B007  # read below
         over += length > limit
         if length > longest:
-            longest, longest_id = length, prompt_id
+            longest, the_longest = length, prompt
     if over:
         raise DataError(
-            f"prompt {longest_id!r} has {longest:,} tokens, but {limit:,} fit ({over:,} of {count:,} "
+            f"{place_of(the_longest)}: prompt {the_longest.id!r} has {longest:,} tokens, but {limit:,} fit ({over:,} of {count:,} "
             "prompts are too long); raise sampling.engine.max_model_len, lower sampling.max_tokens, or remove them"
         )
     return longest
@@ -299,20 +350,34 @@ def _first(prompts: PromptFile, number: int, seed: int, purpose: str) -> PromptF
     return prompts._among(np.array([row for _, _, row in order[:number]], np.int64))
 
 
+def place_of(prompt: Prompt, config: PromptsConfig) -> str:
+    """The place of a prompt in the data that it was read from, for messages: `prompts.jsonl: row 10`. Reads the data."""
+    for path in filter(None, (config.path, config.heldout_path)):
+        for where, (prompt_id, content, _) in _located_parts(path, config.split, config.column, config.id_column):
+            if prompt_id == prompt.id or (prompt_id is None and content == prompt.content):
+                return where
+    return f"{config.path}: prompt {prompt.id!r}"
+
+
 def _parts_of_rows(path: str, split: str, column: str, id_column: str | None) -> Iterator[Parts]:
-    for number, row in enumerate(load_rows(path, split), 1):
-        where = f"{path}: row {number}"
-        content = content_of(column_value(row, column, where, "set prompts.column"), f"{where}, column {column!r}")
+    return (parts for _, parts in _located_parts(path, split, column, id_column))
+
+
+def _located_parts(path: str, split: str, column: str, id_column: str | None) -> Iterator[tuple[str, Parts]]:
+    for where, row in located_rows(path, split):
+        name = "messages" if column == "prompt" and "prompt" not in row and "messages" in row else column
+        content = content_of(column_value(row, name, where, "set prompts.column"), f"{where}, column {name!r}")
         if not content or (isinstance(content, str) and not content.strip()):
-            raise DataError(f"{where}, column {column!r} is empty; remove the row")
+            raise DataError(f"{where}, column {name!r} is empty; remove the row")
         if not isinstance(content, str) and content[-1]["role"] == "assistant":
-            raise DataError(f"{where}, column {column!r} ends with an assistant turn; remove that message")
+            raise DataError(f"{where}, column {name!r} ends with an assistant turn; remove that message")
+        content = with_companions(content, row, where, column=name)
         remedy = "set prompts.id_column"
         prompt_id = None if id_column is None else str(column_value(row, id_column, where, remedy))
-        columns = {k: v for k, v in row.items() if k not in (column, id_column)}
+        columns = {k: v for k, v in row.items() if k not in (name, id_column)}
         if json_value(columns) is not columns:
             columns = {k: json_value(v) for k, v in columns.items()}
-        yield prompt_id, content, columns
+        yield where, (prompt_id, content, columns)
 
 
 # Lines of a file
@@ -393,7 +458,7 @@ def _write(prompts: Iterable[Parts], handle: IO[bytes] | None) -> _Lines:
     names: dict[tuple[str, ...], int] = {}
     end = 0
     for prompt_id, value, others in prompts:
-        content = canonical(value)
+        content = _content_json(value)
         sha256 = hashlib.sha256(content.encode())
         if prompt_id is None:
             prompt_id = f"p-{sha256.hexdigest()[:16]}"
@@ -460,8 +525,18 @@ def _line_ends(path: Path) -> Array:
     return np.concatenate(found)
 
 
+def _content_json(content: Content) -> str:
+    """Canonical JSON; but tools and their calls keep the order of their keys, in which a template writes them."""
+    value = content_to_json(content)
+    plain = isinstance(content, str) or all(isinstance(text, str) for message in content for text in message.values())
+    if plain and value is content:
+        return canonical(value)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def _prompt(line: bytes) -> Prompt:
-    return Prompt(*json.loads(line.decode()))
+    prompt_id, content, columns = json.loads(line.decode())
+    return Prompt(prompt_id, content_from_json(content), columns)
 
 
 def _id(line: bytes) -> str:

@@ -9,7 +9,7 @@ import gzip
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +17,6 @@ from typing import Any, TextIO
 from iterdpo.errors import DataError
 from iterdpo.run.rundir import canonical, digest
 from iterdpo.run.sums import sha256_file
-from iterdpo.types import Message
 
 LARGE = 8 << 20  # bytes of files; smaller ones are read within a second or two
 FORMATS = ("json", "jsonl", "csv", "parquet")
@@ -33,8 +32,21 @@ def load_rows(path: str, split: str, *, limit: int | None = None) -> Iterator[di
     name tells of a split. CSV values are text. A file that is missing, empty or broken (with the line, also while
     iterating), or a data set that the hub does not give, is a DataError.
     """
+    return (row for _, row in located_rows(path, split, limit=limit))
+
+
+def located_rows(path: str, split: str, *, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`load_rows`, each row with its place for messages: `train.csv: row 2 (line 3)`. Rows are counted from 1 in a file.
+
+    Raises:
+        DataError: see `load_rows`.
+    """
     files = _local_files(path, split)
-    rows = iter(_hub_dataset(path, split)) if files is None else chain.from_iterable(map(_file_rows, files))
+    rows = (
+        _located(path, ((None, without_fill(row)) for row in _hub_dataset(path, split)))
+        if files is None
+        else _of_files(files)
+    )
     first = list(islice(rows, 1))
     if not first:
         raise DataError(f"{path}: no rows in it")
@@ -79,30 +91,6 @@ def column_value(row: dict[str, Any], column: str, where: str, remedy: str) -> A
     raise DataError(f"{where}: no column {column!r}, only {', '.join(map(repr, row))}; {hint}{remedy}")
 
 
-def content_of(value: Any, where: str) -> str | list[Message]:
-    """`value` as text or chat messages, without keys that are null, as Parquet fills in.
-
-    Raises:
-        DataError: it is neither, or its text cannot be written as UTF-8.
-    """
-    content: str | list[Message] = value
-    if isinstance(value, list) and all(isinstance(m, dict) for m in value):
-        content = [_message(m, f"{where}: message {number}") for number, m in enumerate(value, 1)]
-    elif not isinstance(value, str):
-        raise DataError(
-            f"{where} is {_shown(value)}; it must be text, or a list of messages such as "
-            '{"role": "user", "content": "2+2?"}'
-        )
-    try:
-        for message in [{"content": content}] if isinstance(content, str) else content:
-            for text in message.values():
-                text.encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise DataError(f"{where} has half of a surrogate pair, {half!r}; write the whole pair") from None
-    return content
-
-
 def json_value(value: Any) -> Any:
     """`value` if JSON can hold it, else its text."""
     try:
@@ -112,15 +100,8 @@ def json_value(value: Any) -> Any:
     return value
 
 
-def _message(value: dict[str, Any], where: str) -> Message:
-    message = {key: item for key, item in value.items() if item is not None}
-    for key in ("role", "content", *message):
-        if not isinstance(message.get(key), str):
-            raise DataError(f"{where}: {key!r} is {_shown(message.get(key))}; it must be text")
-    return message
-
-
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value that is not as it should be, for a message: `int '4'`."""
     return "missing or null" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
 
 
@@ -172,12 +153,25 @@ def _format(file: Path) -> str:
     return file.name.lower().removesuffix(".gz").rpartition(".")[2]
 
 
-def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
+Numbered = tuple[int | None, dict[str, Any]]
+"""A row and the number of the line it is on, or ends on; None if the file has no lines, or they say nothing."""
+
+
+def _of_files(files: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    return chain.from_iterable(_located(str(file), _file_rows(file)) for file in files)
+
+
+def _located(source: str, rows: Iterable[Numbered]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, (line, row) in enumerate(rows, 1):
+        yield f"{source}: row {number}" + ("" if line in (None, number) else f" (line {line})"), row
+
+
+def _file_rows(file: Path) -> Iterator[Numbered]:
     kind = _format(file)
     if kind not in FORMATS:
         raise DataError(f"{file}: unknown kind of file; give .json, .jsonl, .csv (also .gz) or .parquet")
     if kind == "parquet":
-        yield from _parquet_rows(file)
+        yield from ((None, row) for row in _parquet_rows(file))
         return
     opener: Any = gzip.open if file.name.lower().endswith(".gz") else open
     try:
@@ -187,7 +181,7 @@ def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{file}: cannot be read ({error})") from error
 
 
-def _json_rows(handle: TextIO, file: Path) -> Iterator[dict[str, Any]]:
+def _json_rows(handle: TextIO, file: Path) -> Iterator[Numbered]:
     """One object a line, or one list of objects, whatever the file's suffix: both are found as .json."""
     while (head := handle.read(1)).isspace():
         pass
@@ -196,11 +190,11 @@ def _json_rows(handle: TextIO, file: Path) -> Iterator[dict[str, Any]]:
     try:
         if head == "[":
             for number, row in enumerate(_json_items(handle), 1):
-                yield _object(row, f"{file}: item {number}")
+                yield None, _object(row, f"{file}: item {number}")
             return
         for line, text in enumerate(handle, 1):
             if text.strip():
-                yield _object(json.loads(text), f"{file}:{line}")
+                yield line, _object(json.loads(text), f"{file}:{line}")
     except json.JSONDecodeError as error:
         raise DataError(
             f"{file}:{line or error.lineno}: not valid JSON: {error.msg} at column {error.colno}; write one object per "
@@ -227,13 +221,32 @@ def _json_items(handle: TextIO) -> Iterator[Any]:
         yield from islice(json.load(handle), number, None)
 
 
+def without_fill(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of Arrow's without what it fills in: in messages and tools, each object gets the keys of all others, as nulls."""
+    for name, value in row.items():
+        if name in ("tools", "chat_template_kwargs"):
+            row[name] = _without_nulls(value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
+            row[name] = [
+                {k: _without_nulls(v) for k, v in message.items()} if isinstance(message, dict) else message
+                for message in value
+            ]
+    return row
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f'{where}: {_shown(value)}; a row is an object, such as {{"prompt": "2+2?"}}')
+        raise DataError(f'{where}: {shown(value)}; a row is an object, such as {{"prompt": "2+2?"}}')
     return value
 
 
-def _csv_rows(handle: TextIO, file: Path) -> Iterator[dict[str, Any]]:
+def _csv_rows(handle: TextIO, file: Path) -> Iterator[Numbered]:
     csv.field_size_limit(sys.maxsize)  # a long prompt is no error
     reader = csv.DictReader(handle, strict=True)
     try:
@@ -243,7 +256,7 @@ def _csv_rows(handle: TextIO, file: Path) -> Iterator[dict[str, Any]]:
                     f"{file}:{reader.line_num}: the number of fields differs from the header's "
                     f"{len(reader.fieldnames or ())}; quote texts that hold commas or line breaks"
                 )
-            yield row
+            yield reader.line_num, row
     except csv.Error as error:
         # the line after the last good row
         raise DataError(f"{file}:{reader.line_num + 1}: not valid CSV: {error}") from None
@@ -256,6 +269,6 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(file, buffer_size=1 << 20) as table:  # or else a row group is read whole
             for batch in table.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
+                yield from map(without_fill, batch.to_pylist())
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file}: cannot be read as Parquet ({error})") from error

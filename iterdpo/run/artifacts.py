@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from iterdpo.errors import DamagedError
 from iterdpo.run.rundir import Manifest, read_jsonl, write_jsonl, write_with
 from iterdpo.run.sums import read_checked
-from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
+from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt, content_from_json, content_to_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -155,9 +155,10 @@ def write_completion_shard(path: Path, groups: Sequence[CompletionGroup]) -> Non
 
     each = [c for g in groups for c in g.completions]
     counts = [len(g.completions) for g in groups]
+    contents = [content_to_json(g.prompt.content) for g in groups]
     columns = {
         "prompt_id": pa.array([g.prompt.id for g in groups], pa.string()),
-        "prompt": pa.array([c if isinstance(c := g.prompt.content, str) else _json(c) for g in groups], pa.string()),
+        "prompt": pa.array([c if isinstance(c, str) else _json(c) for c in contents], pa.string()),
         "conversational": pa.array([g.prompt.conversational for g in groups], pa.bool_()),
         "columns": pa.array([_json(g.prompt.columns) for g in groups], pa.string()),
         "prompt_token_ids": number_lists([g.prompt_ids for g in groups], "i"),
@@ -188,7 +189,9 @@ def read_completion_shard(path: Path, *, arrays: bool = False) -> list[Completio
     completions = list(map(Completion, texts, ids, logprobs, reasons))
     texts = table["prompt"].to_pylist()
     conversational = table["conversational"].to_pylist()
-    contents = [json.loads(text) if chat else text for text, chat in zip(texts, conversational, strict=True)]
+    contents = [
+        content_from_json(json.loads(text)) if chat else text for text, chat in zip(texts, conversational, strict=True)
+    ]
     columns = json.loads(f"[{','.join(table['columns'].to_pylist())}]")
     prompts = map(Prompt, table["prompt_id"].to_pylist(), contents, columns)
     prompt_ids = _unnested(table["prompt_token_ids"], "i", lists=True)

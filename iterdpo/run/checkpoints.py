@@ -97,8 +97,15 @@ def _check_vocabulary(where: str, directory: Path, config: dict[str, Any], weigh
     if (directory / "tokenizer.json").exists():
         from tokenizers import Tokenizer
 
-        known = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab(with_added_tokens=True)
-        if (highest := max(known.values(), default=-1)) >= vocabulary:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        known = tokenizer.get_vocab(with_added_tokens=True)
+        beyond = sorted(token for token in known.values() if token >= vocabulary)
+        # Some checkpoints add tokens after those of the model that it never sees, such as one for an image.
+        unused = beyond == list(range(vocabulary, vocabulary + len(beyond))) and (
+            set(beyond) <= tokenizer.get_added_tokens_decoder().keys()
+        )
+        if not unused:
+            highest = beyond[-1]
             raise ConfigError(
                 f"{where}: the tokenizer has ids up to {highest:,}, but the model embeds {vocabulary:,} tokens "
                 "(config.json, vocab_size); use the tokenizer that the model was trained with"

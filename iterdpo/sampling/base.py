@@ -20,6 +20,8 @@ class SamplingParameters:
     top_p: float = 1.0
     top_k: int = 0
     max_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a completion beside the tokenizer's EOS. The completion includes its end token, its text does not."""
 
 
 class Sampler(Protocol):

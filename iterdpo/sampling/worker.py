@@ -133,7 +133,8 @@ class Worker:
 
         self.llm.reset_prefix_cache()
         # logprobs=0: that of the sampled token alone, of the unmodified distribution
-        settings = [SamplingParams(**asdict(request.parameters), seed=seed, logprobs=0) for seed in request.seeds]
+        arguments = {**asdict(request.parameters), "stop_token_ids": list(request.parameters.stop_token_ids)}
+        settings = [SamplingParams(**arguments, seed=seed, logprobs=0) for seed in request.seeds]
         prompts = [{"prompt_token_ids": ids} for ids in request.prompt_ids]
         outputs = self.llm.generate(prompts, settings, use_tqdm=False, lora_request=self.adapter)
         return Sampled([[completion_of(c) for c in output.outputs] for output in outputs])

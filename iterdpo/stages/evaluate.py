@@ -47,7 +47,7 @@ def inputs(run: IterativeRun, candidate: PolicyCheckpoint, against: Mapping[str,
         "model": run.initial.digest,
         "policy": candidate.digest,
         "prompts": prompts_key(run, run.prompts.heldout),
-        "sampling": sampling_key(run.config.sampling, *_sampling(run)),
+        "sampling": sampling_key(run, *_sampling(run)),
         "evaluation": run.config.evaluation.model_dump(exclude={"judge", "max_logp_gap"}),
         "judges": {judge.role: judge.key for judge in run.judges},
         "baselines": {name: baseline.digest for name, baseline in against.items()},
@@ -73,7 +73,8 @@ def _evaluate(
         "evaluate",
         candidate,
         run.prompts.heldout,
-        parameters_of(run.config.sampling, *_sampling(run)),
+        run.pinned_ids(0),
+        parameters_of(run, *_sampling(run)),
         # The same seeds every round: what differs between rounds is the policy, not the luck of the draw.
         lambda prompt_id: derive_seed(run.config.seed, "evaluate", prompt_id),
     )

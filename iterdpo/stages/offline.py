@@ -19,6 +19,7 @@ from iterdpo.run.rundir import Manifest, read_manifest
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.gate import round_record
 from iterdpo.stages.runs import OfflineRun
+from iterdpo.stages.sample import template_key
 from iterdpo.stages.train import train
 
 PART_OF_KEY = {"format", "limit", "heldout", "max_prompt_tokens", "max_completion_tokens"}
@@ -58,7 +59,11 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
     data = config.data
     settings = data.model_dump(include=PART_OF_KEY)
     content = source_digest(data.path, data.split)
-    inputs = {"model": run.initial.digest, "data": {**settings, "content": content}, "seed": config.seed}
+    inputs = {
+        "model": run.initial.digest,
+        "data": {**settings, "content": content},
+        "seed": config.seed,
+    } | template_key(run)
     step = run.dir.step(1, "pairs", inputs)
     # What an earlier attempt left, such as one on data that have been mended since, is of no use to this one.
     shutil.rmtree(step.partial, ignore_errors=True)

@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from iterdpo.config import Config, OfflineConfig
-from iterdpo.data.prompts import RoundPrompts, check_lengths
-from iterdpo.data.rendering import load_tokenizer, prompts_token_ids
+from iterdpo.data.prompts import RoundPrompts, check_lengths, place_of
+from iterdpo.data.rendering import engine_ends, load_tokenizer, prompts_token_ids, turn_ends
 from iterdpo.errors import ConfigError, DamagedError, DataError
 from iterdpo.judging.judge import NamedJudge, RunJudge, Waiting
 from iterdpo.judging.shards import StreamingJudge
@@ -20,7 +20,7 @@ from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
 from iterdpo.run.checkpoints import check_checkpoint, context_length, resolve_checkpoint
 from iterdpo.run.devices import reserved_gpus
 from iterdpo.run.progress import Progress
-from iterdpo.run.rundir import RunDir, check_step, directory_digest, read_manifest, read_object, write_json
+from iterdpo.run.rundir import RunDir, check_step, digest, directory_digest, read_manifest, read_object, write_json
 from iterdpo.run.sums import known_sha256
 from iterdpo.sampling import Sampler, VLLMSampler
 from iterdpo.training.launch import check_training
@@ -50,6 +50,19 @@ class OfflineRun:
     @cached_property
     def initial(self) -> PolicyCheckpoint:
         """The policy of round 0. Its digest reads all of it; a note in the run directory saves that on the next start."""
+        digest = str(self._noted("digest", lambda: directory_digest(self.model_path)))
+        files = sorted(path for path in self.model_path.iterdir() if path.is_file())
+        self._sums = dict(self._noted("sha256", lambda: {path.name: known_sha256(path) for path in files}))
+        return PolicyCheckpoint(self.model_path, digest, 0)
+
+    @cached_property
+    def added_stops(self) -> list[int]:
+        """The ids at which a turn ends but an engine does not stop on its own; see `turn_ends`. Noted like the digest."""
+        found = self._noted("added_stops", lambda: sorted(turn_ends(self.tokenizer) - engine_ends(self.tokenizer)))
+        return list(found)
+
+    def _noted(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What depends on the files of the initial policy alone: as noted in the run directory, if they are the same."""
         files = sorted(path for path in self.model_path.iterdir() if path.is_file())
         stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
         note, key = self.dir.root / ".initial.json", {"path": str(self.model_path), "stamp": stamp}
@@ -57,14 +70,14 @@ class OfflineRun:
             known = read_object(note)
         except (FileNotFoundError, NotADirectoryError, DamagedError):
             known = {}
-        digest, self._sums = str(known.pop("digest", "")), known.pop("sha256", {})
-        if known != key:
-            digest = directory_digest(self.model_path)
-            self._sums = {p.name: known_sha256(p) for p in sorted(self.model_path.iterdir()) if p.is_file()}
+        if {k: known.get(k) for k in key} != key:
+            known = key
+        if name not in known:
+            known = {**known, name: compute()}
             if self.dir.root.exists():
                 with suppress(OSError):  # it only saves time
-                    write_json(note, {**key, "digest": digest, "sha256": self._sums}, record=self.dir.root)
-        return PolicyCheckpoint(self.model_path, digest, 0)
+                    write_json(note, known, record=self.dir.root)
+        return known[name]
 
     def check(self, *policies: PolicyCheckpoint) -> None:
         """Check every byte of policies that are about to be sampled from, trained on or scored with, and of their base.
@@ -86,7 +99,12 @@ class OfflineRun:
 
     @cached_property
     def tokenizer(self) -> Any:
-        tokenizer = load_tokenizer(self.model_path, trust_remote_code=self.settings.model.trust_remote_code)
+        model = self.settings.model
+        tokenizer = load_tokenizer(
+            self.model_path,
+            trust_remote_code=model.trust_remote_code,
+            chat_template_kwargs=model.chat_template_kwargs,
+        )
         gc.freeze()  # a million objects of transformers and torch: each full collection would go through them
         atexit.register(gc.unfreeze)
         return tokenizer
@@ -188,12 +206,12 @@ class IterativeRun(OfflineRun):
         available = min(x for x in (limit, context, 1 << 30) if x is not None)
         parts = [*(self.prompts.of(t) for t in range(1, config.rounds + 1)), self.prompts.heldout]
         lengths = (
-            (len(ids), prompt.id)
+            (len(ids), prompt)
             for part in parts
             for prompts in batches(part.longest(most) if len(part) > most else part, 1024)
             for ids, prompt in zip(self.prompt_ids(prompts), prompts, strict=True)
         )
-        longest = check_lengths(lengths, available - config.sampling.max_tokens)
+        longest = check_lengths(lengths, available - config.sampling.max_tokens, place_of=self._place_of)
         return limit or -(-(longest + config.sampling.max_tokens) // 64) * 64
 
     @cached_property
@@ -216,7 +234,31 @@ class IterativeRun(OfflineRun):
             self.sampler.warm_up()
 
     def prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        return prompts_token_ids(self.tokenizer, [prompt.content for prompt in prompts])
+        """The prompts as token ids, as the chat template renders them now.
+
+        Raises:
+            DataError: one that cannot be rendered, with its place in the data.
+        """
+        try:
+            return prompts_token_ids(self.tokenizer, [prompt.content for prompt in prompts])
+        except DataError:
+            for prompt in prompts:
+                try:
+                    prompts_token_ids(self.tokenizer, [prompt.content])
+                except DataError as error:
+                    raise DataError(f"{self._place_of(prompt)}: {error}") from error
+            raise
+
+    def pinned_ids(self, round: int) -> Iterator[list[int]]:
+        """The token ids of a round's prompts (0: of the held-out ones), in their order, as they were first rendered.
+
+        A template may write the date: all shards and all rounds get the ids of the first day.
+        """
+        stamp = digest([self.initial.digest, self.settings.model.chat_template_kwargs])
+        return self.prompts.pinned_ids(round, self.prompt_ids, stamp=stamp)
+
+    def _place_of(self, prompt: Prompt) -> str:
+        return place_of(prompt, self.config.prompts)
 
     def release_judges(self) -> None:
         """Let judges that hold a device give it back."""

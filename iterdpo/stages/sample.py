@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from iterdpo.config import SamplingConfig
 from iterdpo.data.prompts import PromptFile
+from iterdpo.data.rendering import turn_ends
 from iterdpo.judging.shards import StreamingJudge
 from iterdpo.run.artifacts import (
     Completions,
@@ -19,7 +19,7 @@ from iterdpo.run.artifacts import (
 )
 from iterdpo.sampling import SamplingParameters
 from iterdpo.seeds import derive_seed
-from iterdpo.stages.runs import IterativeRun, batches
+from iterdpo.stages.runs import IterativeRun, OfflineRun, batches
 from iterdpo.types import CompletionGroup
 
 
@@ -44,7 +44,8 @@ def sample(
             "sample",
             policy,
             run.prompts.of(round),  # as it was written down
-            parameters_of(sampling, sampling.n, sampling.temperature),
+            run.pinned_ids(round),
+            parameters_of(run, sampling.n, sampling.temperature),
             lambda prompt_id: derive_seed(run.config.seed, round, "sample", prompt_id),
             on_shard=streaming.put if streaming is not None else None,
         )
@@ -59,27 +60,38 @@ def inputs(run: IterativeRun, policy: PolicyCheckpoint, prompts: PromptFile) -> 
         "model": run.initial.digest,
         "policy": policy.digest,
         "prompts": prompts_key(run, prompts),
-        "sampling": sampling_key(sampling, sampling.n, sampling.temperature),
+        "sampling": sampling_key(run, sampling.n, sampling.temperature),
         "seed": run.config.seed,
     }
 
 
 def prompts_key(run: IterativeRun, prompts: PromptFile) -> dict[str, Any]:
     section = run.config.prompts.model_dump(include={"per_round", "heldout", "column"})
-    return {**section, "content": prompts.digest()}
+    return {**section, "content": prompts.digest(), **template_key(run)}
 
 
-def sampling_key(section: SamplingConfig, n: int, temperature: float) -> dict[str, Any]:
+def template_key(run: OfflineRun) -> dict[str, Any]:
+    """What the configuration gives the chat template; nothing by default."""
+    given = run.settings.model.chat_template_kwargs
+    return {"chat_template_kwargs": given} if given else {}
+
+
+def sampling_key(run: IterativeRun, n: int, temperature: float) -> dict[str, Any]:
+    section = run.config.sampling
+    added = run.added_stops
     return {
         "n": n,
         "temperature": temperature,
         **section.model_dump(include={"top_p", "top_k", "max_tokens", "shard_size"}),
         "engine": section.engine.model_dump(include={"dtype", "extra"}),
+        **({"stop_token_ids": added} if added else {}),
     }
 
 
-def parameters_of(section: SamplingConfig, n: int, temperature: float) -> SamplingParameters:
-    return SamplingParameters(n, temperature, **section.model_dump(include={"top_p", "top_k", "max_tokens"}))
+def parameters_of(run: IterativeRun, n: int, temperature: float) -> SamplingParameters:
+    section = run.config.sampling.model_dump(include={"top_p", "top_k", "max_tokens"})
+    stops = tuple(sorted(turn_ends(run.tokenizer) - {run.tokenizer.eos_token_id}))
+    return SamplingParameters(n, temperature, **section, stop_token_ids=stops)
 
 
 def sample_shards(
@@ -88,21 +100,26 @@ def sample_shards(
     name: str,
     policy: PolicyCheckpoint,
     prompts: PromptFile,
+    prompt_ids: Iterable[list[int]],
     parameters: SamplingParameters,
     seed_of: Callable[[str], int],
     *,
     on_shard: Callable[[Path], None] | None = None,
 ) -> dict[str, int]:
-    """Sample the shards that `directory` lacks, each durable before the next begins. Returns the counts of all."""
+    """Sample the shards that `directory` lacks, each durable before the next begins. Returns the counts of all.
+
+    `prompt_ids` are the token ids of the prompts, in the same order.
+    """
     counts = {"prompts": 0, "completions": 0, "tokens": 0, "truncated": 0}
     begun = False
     with run.progress.stage(name, len(prompts) * parameters.n, "completions") as stage:
-        for number, asked in enumerate(batches(prompts, run.config.sampling.shard_size)):
+        size = run.config.sampling.shard_size
+        together = zip(batches(prompts, size), batches(prompt_ids, size), strict=True)
+        for number, (asked, ids) in enumerate(together):
             shard = directory / f"{shard_name(number)}.parquet"
             if shard.exists():
                 groups = read_completion_shard(shard)
             else:
-                ids = run.prompt_ids(asked)
                 run.check(policy)
                 run.sampler.load(policy.path, policy.digest)
                 if not begun:

@@ -14,14 +14,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from iterdpo.data.rows import column_value, content_of, json_value, load_rows
+from iterdpo.data.chats import content_of, with_companions
+from iterdpo.data.rows import column_value, json_value, load_rows, located_rows
 from iterdpo.errors import DataError, UserError
 from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.run.artifacts import completion_shards, read_completion_shard, read_groups
 from iterdpo.run.rundir import RunDir, digest
 from iterdpo.seeds import derive_seed
 from iterdpo.stats import Estimate, clustered_bootstrap, clustered_mean
-from iterdpo.types import CompletionGroup, Judgment, Prompt
+from iterdpo.types import CompletionGroup, Judgment, Prompt, content_to_json
 from judges.audit.check import EXAMPLES, Turn, in_blocks
 from judges.audit.labelled import NOT_COLUMNS, LabelledPair, read_labelled, tokenized
 from judges.audit.stats import kappa, kendall, spearman
@@ -99,8 +100,8 @@ def read_samples(
         raise UserError(f"{path}: --round is for a run directory, but this has no run.json")
     first = next(load_rows(path, split, limit=1))
     if "completions" in first:
-        rows = enumerate(load_rows(path, split, limit=limit), 1)
-        return (Sample(_group(row, f"{path}: row {number}", tokenizer)) for number, row in rows)
+        rows = located_rows(path, split, limit=limit)
+        return (Sample(_group(row, where, tokenizer)) for where, row in rows)
     if not {"chosen", "rejected"} & first.keys():
         forms = (
             "labelled pairs (chosen, rejected), rows with prompt and completions (a list of texts), or a run directory"
@@ -239,10 +240,10 @@ def _run_groups(path: str, round: int | None) -> Iterator[CompletionGroup]:
 
 def _group(row: dict[str, Any], where: str, tokenizer: Any) -> CompletionGroup:
     given = column_value(row, "prompt", where, "rows have prompt and completions")
-    content = content_of(given, f"{where}, column 'prompt'")
+    content = with_companions(content_of(given, f"{where}, column 'prompt'"), row, where)
     texts = row.get("completions")
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise DataError(f"{where}, column 'completions' must be a list of texts")
     columns = {k: json_value(v) for k, v in row.items() if k not in NOT_COLUMNS}
-    prompt = Prompt(f"p-{digest(content)}", content, columns)
+    prompt = Prompt(f"p-{digest(content_to_json(content))}", content, columns)
     return tokenized(prompt, texts, tokenizer, where)

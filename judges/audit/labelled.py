@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from iterdpo.data.preferences import Account, Content, Format, PreferenceData, RawPair, parse_rows
+from iterdpo.data.preferences import Account, Format, PreferenceData, RawPair, parse_rows
 from iterdpo.data.rendering import completion_token_ids, prompt_token_ids
-from iterdpo.data.rows import column_value, json_value, load_rows
+from iterdpo.data.rows import column_value, json_value, located_rows
 from iterdpo.errors import DataError
-from iterdpo.types import Completion, CompletionGroup, Prompt
+from iterdpo.types import Completion, CompletionGroup, Content, Prompt, message_text
 
 BLOCK = 64  # pairs that are read at a time
 TIES = {"true": True, "1": True, "false": False, "0": False, "none": False, "": False}
@@ -61,18 +61,20 @@ def read_labelled(
     account = Account(path)
 
     def pairs() -> Iterator[LabelledPair]:
-        numbered = enumerate(load_rows(path, split, limit=limit), 1)
+        located = located_rows(path, split, limit=limit)
+        numbered = ((number, *row) for number, row in enumerate(located, 1))
         while batch := list(islice(numbered, BLOCK)):
-            rows = dict(batch)
+            rows = {number: row for number, _, row in batch}
             for raw in parse_rows(batch, settled, account):
-                yield _labelled(raw, rows[raw.row], f"{path}: row {raw.row}", subset_column, tokenizer)
+                yield _labelled(raw, rows[raw.row], subset_column, tokenizer)
         if not account.kept:
             raise DataError(f"{path}: no pair can be used: {account.summary()}")
 
     return pairs(), account
 
 
-def _labelled(raw: RawPair, row: dict[str, Any], where: str, subset_column: str | None, tokenizer: Any) -> LabelledPair:
+def _labelled(raw: RawPair, row: dict[str, Any], subset_column: str | None, tokenizer: Any) -> LabelledPair:
+    where = raw.where
     columns = {k: json_value(v) for k, v in row.items() if k not in NOT_COLUMNS}
     subset = subset_column and str(column_value(row, subset_column, where, "set --subset-column"))
     tie = TIES.get(str(row.get("tie")).lower())
@@ -91,7 +93,7 @@ def tokenized(prompt: Prompt, contents: Sequence[Content], tokenizer: Any, where
     Raises:
         DataError: beginning with `where`, if the tokenizer's template refuses the messages.
     """
-    texts = [c if isinstance(c, str) else "\n\n".join(m["content"] for m in c) for c in contents]
+    texts = [c if isinstance(c, str) else "\n\n".join(map(message_text, c)) for c in contents]
     if tokenizer is None:
         prompt_ids, ids = list(prompt.text.encode()), [list(text.encode()) for text in texts]
     else:

@@ -139,7 +139,7 @@ def pairrm_texts(prompt: Prompt) -> tuple[str, str]:
     if isinstance(prompt.content, str):
         return prompt.content, ""
     roles = [message["role"] for message in prompt.content]
-    texts = [message["content"] for message in prompt.content]
+    texts = [message["content"] for message in prompt.messages]
     if roles == ["user"]:
         return texts[0], ""
     if not roles or roles != (["user", "assistant"] * len(roles))[: len(roles)] or roles[-1] != "user":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from iterdpo.errors import JudgeError
-from iterdpo.types import CompletionGroup, Judgment, Prompt
+from iterdpo.types import CompletionGroup, Judgment, Prompt, template_settings
 from judges.base import Abstention, check_choice, is_number, judgments_from_outcomes
 from judges.models.checkpoint import ClassifierJudge, check_architecture, label_count
 from judges.models.vllm_pooling import Pooler, Start
@@ -124,7 +124,11 @@ class RewardModelJudge(ClassifierJudge):
             raise JudgeError(f"{self._what}: {wrong}; use plain-text prompts, or a reward model for chats")
         messages = [*prompt.content, {"role": "assistant", "content": completion}]
         # The template writes the special tokens; the tokenizer, which would add them again, is told not to.
-        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+        tools = template_settings(prompt.content).get("tools")
+        try:
+            return list(tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False))
+        except Exception as error:  # whatever a template raises
+            raise JudgeError(f"{self._what}: its chat template refuses prompt {prompt.id!r}: {error}") from error
 
     def _score(self, logits: list[float]) -> float:  # [labels]
         if self.weights is not None:

@@ -131,12 +131,13 @@ def plan(group: CompletionGroup, *, comparisons: Comparisons, question: str, who
         content = digest([group.prompt.content, texts])
         drawn = random_pairs(len(distinct), number, seed=derive_seed(seed, "person", content))
     tasks, shown = [], []
+    asked = group.prompt.messages if group.prompt.conversational else group.prompt.text
     for a, b in drawn:
         # Sorted first, so that the same two texts are the same task in whatever order a later round samples them.
         i, j = sorted((distinct[a], distinct[b]), key=lambda k: texts[k])
         id = digest([who, question, group.prompt.content, texts[i], texts[j]])
         left, right = (i, j) if random.Random(derive_seed(seed, "order", id)).random() < 0.5 else (j, i)
-        tasks.append(Task(id, who, question, group.prompt.content, texts[left], texts[right]))
+        tasks.append(Task(id, who, question, asked, texts[left], texts[right]))
         shown.append((left, right))
     return Plan(tasks, shown, same)
 

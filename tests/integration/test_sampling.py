@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,17 @@ def test_the_completions_of_a_prompt_differ_and_truncation_is_marked(sampler: VL
             assert completion.truncated == (completion.finish_reason == "length")
             if completion.truncated:
                 assert len(completion.token_ids) == PARAMETERS.max_tokens
+
+
+def test_a_completion_ends_with_the_first_of_the_stop_tokens(sampler: VLLMSampler, tiny_model: Path) -> None:
+    sampler.load(tiny_model, "first")
+    free = sampler.sample(PROMPTS, SEEDS, PARAMETERS)[0][0]
+    stop = free.token_ids[3]
+    stopped = sampler.sample(PROMPTS, SEEDS, replace(PARAMETERS, stop_token_ids=(stop,)))
+    assert stopped[0][0].token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
+    for completion in (c for group in stopped for c in group):
+        assert stop not in completion.token_ids[:-1]
+        assert (completion.finish_reason == "stop") == (completion.token_ids[-1] in (stop, 2))
 
 
 def test_an_engine_that_cannot_start_says_why_and_where_its_log_is(tmp_path: Path) -> None:

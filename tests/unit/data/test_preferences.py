@@ -214,12 +214,133 @@ def test_an_unknown_format_is_refused_with_those_there_are(tmp_path: Path) -> No
 def test_parquet_messages_read_like_json_ones(tmp_path: Path) -> None:
     row = {"prompt": "2+2?", "chosen": [user("2+2?"), assistant("4")], "rejected": [user("2+2?"), assistant("5")]}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train.parquet")
-    assert read_all(tmp_path / "train.parquet").pairs == read(tmp_path, row).pairs
+    assert [*map(parts, read_all(tmp_path / "train.parquet").pairs)] == [*map(parts, read(tmp_path, row).pairs)]
 
 
 def test_equal_prompts_have_equal_ids(tmp_path: Path) -> None:
     first, second, other = read(tmp_path, GOOD, {**GOOD, "chosen": " four"}, {**GOOD, "prompt": "2 + 2 ="}).pairs
     assert first.prompt.id == second.prompt.id != other.prompt.id
+
+
+# Prompts under other names, companions, roles
+
+ANSWERS = {"chosen": "I think it is blue", "rejected": "I think it is cold"}
+SAID = {side: [assistant(text)] for side, text in ANSWERS.items()}
+WHOLE = {side: [user("Which colour?"), *turns] for side, turns in SAID.items()}
+
+
+@pytest.mark.parametrize("answers", [ANSWERS, SAID])
+def test_messages_are_the_prompt_if_there_is_no_prompt_column(tmp_path: Path, answers: dict[str, Any]) -> None:
+    (pair,) = read(tmp_path, {"messages": [user("Which colour?")], **answers}).pairs
+    assert parts(pair) == ([user("Which colour?")], answers["chosen"], answers["rejected"])
+
+
+@pytest.mark.parametrize("name", ["problem", "user_prompt", "Prompt", "question", "dialogue", "msgs", "kontext", "x"])
+@pytest.mark.parametrize("form", [str, lambda text: [user(text)], lambda text: json.dumps([user(text)])])
+@pytest.mark.parametrize(
+    ("answers", "text"), [(ANSWERS, "Which colour?"), (SAID, "Which colour?"), (WHOLE, "Be brief.")]
+)
+def test_a_column_that_may_be_the_prompt_is_refused_by_name_if_there_is_none(
+    tmp_path: Path, name: str, form: Any, answers: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(DataError, match=f"row 1: no prompt column, but '{name}'; rename it to prompt if it is"):
+        read(tmp_path, {name: form(text), **answers})
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"id": "a", "prompt_id": "b", "source": "hub", "category": "colours", "chosen_model": "m"},
+        {"score_chosen": 4.5, "score_rejected": "3.0", "tags": ["a", "b"], "meta": {"text": "x"}, "note": " "},
+        {"messages": WHOLE["chosen"]},
+    ],
+)
+def test_columns_that_are_no_prompt_stand_beside_an_implicit_one(tmp_path: Path, columns: dict[str, Any]) -> None:
+    assert parts(read(tmp_path, {**columns, **WHOLE}).pairs[0])[0] == [user("Which colour?")]
+
+
+def test_with_a_prompt_other_columns_may_hold_any_text(tmp_path: Path) -> None:
+    row = {"prompt": "Which colour?", "problem": "x", "messages": [user("x"), assistant("y")], **ANSWERS}
+    assert parts(read(tmp_path, row).pairs[0])[0] == "Which colour?"
+
+
+@pytest.mark.parametrize("prompt", [{"prompt": [user("Which colour?")]}, {"prompt": "Which colour?"}, {}])
+def test_a_system_column_comes_before_messages_of_every_format(tmp_path: Path, prompt: dict[str, Any]) -> None:
+    row = {"system": "Be brief.", **prompt, **(SAID if prompt else WHOLE)}
+    assert parts(read(tmp_path, row).pairs[0])[0] == [{"role": "system", "content": "Be brief."}, user("Which colour?")]
+    transcripts = {"chosen": transcript(["x", "y"]), "rejected": transcript(["x", "z"])}
+    assert parts(read(tmp_path, {"system": "Be brief.", **transcripts}).pairs[0])[0][0]["content"] == "Be brief."
+    single = {"system": "Be brief.", "prompt": [user("x")], "completion": "y", "label": True}
+    assert parts(read(tmp_path, single).pairs[0])[0][0]["content"] == "Be brief."
+
+
+@pytest.mark.parametrize("columns", [{"system": "Be brief."}, {"tools": [{"name": "x"}]}, {"images": ["a.png"]}])
+@pytest.mark.parametrize(
+    "row", [{"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}, {"chosen": "It is 4", "rejected": "It is 5"}]
+)
+def test_a_column_that_would_be_dropped_from_a_plain_prompt_is_refused(
+    tmp_path: Path, columns: dict[str, Any], row: dict[str, Any]
+) -> None:
+    (name,) = columns
+    with pytest.raises(DataError, match=rf"pairs\.jsonl: row 1 has the column '{name}'"):
+        read(tmp_path, {**row, **columns})
+
+
+@pytest.mark.parametrize("form", [json.dumps, repr])
+def test_messages_that_a_csv_file_keeps_as_text_are_messages(tmp_path: Path, form: Any) -> None:
+    row = {
+        "prompt": form([user('2+2, "please"?')]),
+        "chosen": form([assistant("4")]),
+        "rejected": form([assistant("5")]),
+    }
+    path = tmp_path / "pairs.csv"
+    with open(path, "w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(row))
+        writer.writeheader()
+        writer.writerow(row)
+    assert parts(read_all(path).pairs[0]) == ([user('2+2, "please"?')], [assistant("4")], [assistant("5")])
+
+
+@pytest.mark.parametrize("role", ["user", "human", "system", "tool"])
+@pytest.mark.parametrize("repeats", [False, True])
+def test_a_completion_of_another_role_is_left_out_with_the_role(tmp_path: Path, role: str, repeats: bool) -> None:
+    slip = {"role": role, "content": "5"}
+    before = [user("2+2?")] if repeats else []
+    row = {"prompt": [user("2+2?")], "chosen": [*before, assistant("4")], "rejected": [*before, slip]}
+    assert read(tmp_path, GOOD_CHAT, row).left_out == {
+        f"have a completion of the role {role} and no assistant turn": [2]
+    }
+    single = {"prompt": [user("2+2?")], "completion": [slip], "label": True}
+    good = {"prompt": [user("2+2?")], "completion": "4", "label": True}
+    assert read(tmp_path, good, single).left_out == {f"have a completion of the role {role} and no assistant turn": [2]}
+
+
+GOOD_CHAT = {"prompt": [user("2+2?")], "chosen": [assistant("4")], "rejected": [assistant("5")]}
+
+
+def test_a_completion_that_ends_with_a_tool_is_left_out(tmp_path: Path) -> None:
+    ends = [assistant("5"), {"role": "tool", "content": "x"}]
+    found = read(tmp_path, GOOD_CHAT, {**GOOD_CHAT, "rejected": ends}).left_out
+    assert found == {"have a completion that does not end with an assistant turn": [2]}
+
+
+def test_a_completion_may_call_a_tool_and_say_nothing(tmp_path: Path) -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    assert parts(read(tmp_path, {**GOOD_CHAT, "chosen": [called]}).pairs[0])[1] == [called]
+
+
+def test_one_side_may_repeat_the_prompt_and_the_other_not(tmp_path: Path) -> None:
+    row = {**GOOD_CHAT, "rejected": [user("2+2?"), assistant("5")]}
+    assert parts(read(tmp_path, row).pairs[0]) == ([user("2+2?")], [assistant("4")], [assistant("5")])
+
+
+def test_a_pair_is_named_by_the_place_of_its_row_in_its_own_file(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD_CHAT) + "\n")
+    bad = {**GOOD_CHAT, "tools": [{"name": "add"}]}
+    (tmp_path / "b.jsonl").write_text(json.dumps(GOOD_CHAT) + "\n\n" + json.dumps(bad) + "\n")
+    data = PreferenceData(str(tmp_path))
+    with pytest.raises(DataError, match=r"b\.jsonl: row 2 \(line 3\): the chat template of .* does not render tools"):
+        list(data.tokenized(tokenizer, max_prompt_tokens=99, max_completion_tokens=99))
 
 
 # HH-RLHF transcripts
@@ -445,7 +566,7 @@ def test_sharegpt_conversations_may_precede_plain_completions_and_have_a_system_
             r"row 1, column 'conversations': turn 1 is .*bird.*; a turn is .* from one of human",
         ),
         ({"conversations": ASKED, "rejected": said("gpt", "5")}, r"row 1: no column 'chosen'"),
-        ({"conversations": ASKED[:2], "chosen": "4", "rejected": "5"}, r"'prompt' ends with an assistant turn"),
+        ({"conversations": ASKED[:2], "chosen": "4", "rejected": "5"}, r"'conversations' ends with an assistant turn"),
         (
             {"conversations": ASKED, "chosen": {"from": "gpt"}, "rejected": "5"},
             r"'chosen': message 1: 'content' is miss",
@@ -525,7 +646,7 @@ def tokenizer(tiny_model: Path) -> Any:
 
 
 def raw(chosen: str, rejected: str, prompt: Any = "abcdef", row: int = 1) -> RawPair:
-    return RawPair(Prompt("p", prompt), chosen, rejected, row)
+    return RawPair(Prompt("p", prompt), chosen, rejected, row, f"test.jsonl: row {row}")
 
 
 def tokenize(
@@ -577,7 +698,7 @@ def test_a_prompt_too_long_keeps_its_bos_token(tiny_model: Path) -> None:
 
 
 def test_the_absent_side_of_an_unpaired_example_has_no_tokens(tokenizer: Any) -> None:
-    raws = [RawPair(Prompt("p", "x"), "yes", None, 1), RawPair(Prompt("p", "x"), None, "no", 2)]
+    raws = [RawPair(Prompt("p", "x"), "yes", None, 1, ""), RawPair(Prompt("p", "x"), None, "no", 2, "")]
     pairs, account = tokenize(tokenizer, *raws)
     assert [texts(tokenizer, p.chosen.token_ids, p.rejected.token_ids) for p in pairs] == [
         ["yes<|im_end|>", ""],
@@ -613,7 +734,7 @@ def test_the_tightest_limits_leave_a_token_of_everything(tokenizer: Any) -> None
 
 def test_a_pair_that_cannot_be_rendered_is_named_with_its_row(tokenizer: Any) -> None:
     broken = raw("yes", "no", prompt=[user("x"), assistant("y")], row=41)
-    with pytest.raises(DataError, match=re.escape("pairs.jsonl: row 41: the prompt ends with an assistant turn")):
+    with pytest.raises(DataError, match=re.escape("test.jsonl: row 41: the prompt ends with an assistant turn")):
         tokenize(tokenizer, broken)
 
 
@@ -643,6 +764,8 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
                 ids = [[len(word) for word in re.findall(" ?[a-z]+| ?[0-9]+", each)] for each in texts]
                 self.input_ids = ids[0] if isinstance(text, str) else ids
                 return self
+            def decode(self, ids, **settings):
+                return "word" * len(ids)
 
         directory, count = Path(sys.argv[1]), int(sys.argv[2])
         with open(directory / "pairs.json", "w") as file:

@@ -21,13 +21,14 @@ from iterdpo.data.prompts import (
     RoundPrompts,
     check_lengths,
     next_prompts,
+    place_of,
     read_prompts,
     split_prompts,
 )
-from iterdpo.errors import DataError
+from iterdpo.errors import DamagedError, DataError
 from iterdpo.run.rundir import RunDir, digest, read_jsonl
 from iterdpo.seeds import derive_seed
-from iterdpo.types import Prompt
+from iterdpo.types import Chat, Prompt
 from tests.unit.data.test_rows import ROWS, numbered, write_rows
 
 
@@ -106,8 +107,8 @@ def test_an_id_that_occurs_twice_is_refused_with_both_rows(tmp_path: Path) -> No
         ({"prompt": []}, r"row 2, column 'prompt' is empty"),
         ({"prompt": [{"role": "user"}]}, r"row 2, column 'prompt': message 1: 'content' is missing or null"),
         (
-            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
-            r"message 1: 'content' is list .* it must be text",
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 2}]},
+            r"message 1: 'content' has 2 parts; join their texts into one",
         ),
         (
             {"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
@@ -253,10 +254,12 @@ def test_a_round_larger_than_the_file_is_refused_even_with_reuse() -> None:
 
 
 def test_the_longest_prompt_that_does_not_fit_is_named_with_its_tokens() -> None:
-    ids = ["p0", "p1", "p2"]
-    assert check_lengths(zip([5, 10, 10], ids, strict=True), 10) == 10
-    with pytest.raises(DataError, match=r"prompt 'p1' has 12 tokens, but 10 fit \(2 of 3 prompts are too long\)"):
-        check_lengths(zip([11, 12, 10], ids, strict=True), 10)
+    prompts, place = list(prompt_set(3).train), "a.jsonl: row 7"
+    assert check_lengths(zip([5, 10, 10], prompts, strict=True), 10, place_of=str) == 10
+    with pytest.raises(
+        DataError, match=r"a.jsonl: row 7: prompt 'p1' has 12 tokens, but 10 fit \(2 of 3 prompts are too long\)"
+    ):
+        check_lengths(zip([11, 12, 10], prompts, strict=True), 10, place_of=lambda prompt: place)
 
 
 # On disk
@@ -313,7 +316,7 @@ def test_large_files_that_have_not_changed_are_not_read_again(tmp_path: Path, mo
     config = PromptsConfig(path=path, per_round=10, heldout=20)
     first, files = split_prompts(config, 0, cache=cache), kept_files(cache)
     with monkeypatch.context() as patched:
-        patched.setattr(module, "load_rows", lambda *_: pytest.fail("it was read again"))
+        patched.setattr(module, "located_rows", lambda *_: pytest.fail("it was read again"))
         again = split_prompts(config, 0, cache=cache)
     plain = split_prompts(config, 0)
     for each in (again, plain):
@@ -554,3 +557,103 @@ def test_a_file_without_any_of_the_heldout_prompts_is_refused(run: Run) -> None:
     run.write(range(100, 130))
     with pytest.raises(DataError, match="none of the 4 prompts that this run holds out is in it"):
         run.open()
+
+
+# Chats
+
+USER = {"role": "user", "content": "Rain in Oslo?"}
+TOOL = {"type": "function", "function": {"name": "rain_in", "parameters": {"type": "object", "a": None}}}
+CHAT = Chat(
+    [USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "z", "arguments": {"b": 1, "a": 2}}]}, USER],
+    {"tools": [TOOL], "enable_thinking": False},
+)
+
+
+def test_a_chat_keeps_its_settings_and_the_order_of_its_keys_on_disk(tmp_path: Path) -> None:
+    prompts = [Prompt("1", CHAT, {"b": 1, "a": 2}), Prompt("2", list(CHAT)), Prompt("3", [USER])]
+    PromptFile.of(prompts).write(tmp_path / "prompts.jsonl")
+    for found in (PromptFile.of(prompts), PromptFile.open(tmp_path / "prompts.jsonl")):
+        first, second, third = [prompt.content for prompt in found]
+        assert isinstance(first, Chat)
+        assert json.dumps([first, first.settings]) == json.dumps([CHAT, CHAT.settings])
+        assert json.dumps(second) == json.dumps(CHAT)
+        assert third == [USER]
+
+
+def test_prompts_that_differ_in_their_tools_alone_are_two(tmp_path: Path) -> None:
+    path = write_rows(
+        tmp_path / "a.jsonl", [{"prompt": [USER], "tools": [TOOL]}, {"prompt": [USER]}, {"prompt": [USER]}]
+    )
+    prompts, rows = read_prompts(path)
+    assert (len(prompts), rows) == (2, 3)
+    first, second = prompts
+    assert isinstance(first.content, Chat)
+    assert first.content.settings == {"tools": [TOOL]}
+    assert not isinstance(second.content, Chat)
+
+
+def test_messages_are_the_prompt_if_there_is_no_column_of_that_name(tmp_path: Path) -> None:
+    (prompt,) = read_prompts(write_rows(tmp_path / "a.jsonl", [{"messages": [USER], "system": "Be brief."}]))[0]
+    assert prompt.content == [{"role": "system", "content": "Be brief."}, USER]
+
+
+@pytest.mark.parametrize("column", ["system", "tools", "chat_template_kwargs", "image"])
+def test_a_column_that_would_be_dropped_from_a_prompt_of_text_is_refused(tmp_path: Path, column: str) -> None:
+    values = {"system": "Be brief.", "tools": [TOOL], "chat_template_kwargs": {"a": 1}, "image": "a.png"}
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "x"}, {"prompt": "y", column: values[column]}])
+    with pytest.raises(DataError, match=rf"a\.jsonl: row 2 has the column '{column}'"):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize("id_column", [None, "id"])
+def test_the_place_of_a_prompt_is_found_again(tmp_path: Path, id_column: str | None) -> None:
+    rows = [{"prompt": [{"role": "user", "content": f"question {i}"}], "id": f"q{i}"} for i in range(5)]
+    config = PromptsConfig(
+        path=write_rows(tmp_path / "a.jsonl", rows[:3]),
+        heldout_path=write_rows(tmp_path / "b.csv", [{"prompt": "x", "id": "q7"}, {"prompt": "y", "id": "q8"}]),
+        id_column=id_column,
+    )
+    for path, number, place in ((config.path, 1, "a.jsonl: row 2"), (config.heldout_path, 1, "b.csv: row 2 (line 3)")):
+        prompt = list(read_prompts(str(path), id_column=id_column)[0])[number]
+        assert place_of(prompt, config) == f"{tmp_path}/{place}"
+    assert place_of(Prompt("gone", "z"), config) == f"{config.path}: prompt 'gone'"
+
+
+# Token ids
+
+
+def render(prompts: list[Prompt]) -> list[list[int]]:
+    return [list(str(prompt.content).encode()) for prompt in prompts]
+
+
+def never(prompts: list[Prompt]) -> list[list[int]]:
+    raise AssertionError("rendered again")
+
+
+def test_token_ids_are_those_that_were_rendered_first(run: Run) -> None:
+    prompts = run.open()
+    for round in (0, 1):
+        prompts.pin(round)
+        first = list(prompts.pinned_ids(round, render, stamp="a"))
+        assert first == render(list(prompts.of(1) if round else prompts.heldout))
+        assert list(run.open().pinned_ids(round, never, stamp="a")) == first
+    assert {p.name for p in (run.root / "run").rglob("*.parquet")} == {"heldout.ids.parquet", "prompts.ids.parquet"}
+
+
+@pytest.mark.parametrize("what", ["stamp", "prompts"])
+def test_token_ids_of_something_else_are_rendered_again(run: Run, what: str) -> None:
+    prompts = run.open()
+    list(prompts.pinned_ids(1, render, stamp="a"))
+    if what == "prompts":
+        prompts = run.open(seed=1)
+    found = list(prompts.pinned_ids(1, render, stamp="b" if what == "stamp" else "a"))
+    assert found == render(list(prompts.of(1)))
+
+
+def test_token_ids_that_are_damaged_are_named(run: Run) -> None:
+    prompts = run.open()
+    list(prompts.pinned_ids(1, render, stamp="a"))
+    file = run.root / "run" / "round-001" / "prompts.ids.parquet"
+    file.write_bytes(b"PAR1")
+    with pytest.raises(DamagedError, match=r"prompts\.ids\.parquet: damaged: .* the prompts are rendered again"):
+        list(prompts.pinned_ids(1, render, stamp="a"))

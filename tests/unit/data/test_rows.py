@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from iterdpo.data.rows import load_rows
+from iterdpo.data.rows import load_rows, located_rows
 from iterdpo.errors import DataError
 
 ROWS = [{"prompt": "2+2?", "gold": "4"}, {"prompt": "3+3?", "gold": "6"}]
@@ -165,3 +165,46 @@ def test_the_good_items_of_a_broken_list_come_before_the_error(tmp_path: Path) -
     assert [next(rows), next(rows)] == [{"n": 1}, {"n": 2}]
     with pytest.raises(DataError, match=r"a\.json:3: not valid JSON: Expecting value at column 7"):
         next(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "places"),
+    [
+        ("a.jsonl", b'{"n": 1}\n{"n": 2}\n', ["row 1", "row 2"]),
+        ("a.jsonl", b'{"n": 1}\n\n\n{"n": 2}\n', ["row 1", "row 2 (line 4)"]),
+        ("a.json", b'[{"n": 1},\n{"n": 2}]', ["row 1", "row 2"]),
+        ("a.csv", b'n\n1\n"2\n3"\n4\n', ["row 1 (line 2)", "row 2 (line 4)", "row 3 (line 5)"]),
+    ],
+)
+def test_rows_have_their_place(tmp_path: Path, name: str, content: bytes, places: list[str]) -> None:
+    (tmp_path / name).write_bytes(content)
+    found = [where for where, _ in located_rows(str(tmp_path / name), "train")]
+    assert found == [f"{tmp_path / name}: {place}" for place in places]
+
+
+def test_rows_of_a_directory_have_the_place_in_their_own_file(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"{name}.parquet", numbered(2))
+    found = [where for where, _ in located_rows(str(tmp_path), "train", limit=3)]
+    assert found == [f"{tmp_path}/{name}.parquet: row {row}" for name, row in (("a", 1), ("a", 2), ("b", 1))]
+
+
+def test_nulls_that_arrow_fills_in_are_left_out_of_messages_and_tools(tmp_path: Path) -> None:
+    def call(name: str, **arguments: str) -> dict[str, Any]:
+        called = [{"function": {"name": name, "arguments": arguments}}]
+        return {"role": "assistant", "content": None, "tool_calls": called}
+
+    user = {"role": "user", "content": "x", "tool_calls": None}
+    rows = [
+        {"prompt": [user, call("rain_in", city="Oslo"), user], "tools": [{"name": "rain_in"}], "gold": {"a": 1}},
+        {
+            "prompt": [user, call("sun_at", hour="9"), user],
+            "tools": [{"name": "sun_at", "strict": True}],
+            "gold": {"b": 2},
+        },
+    ]
+    first, second = load_rows(write_rows(tmp_path / "a.parquet", rows), "train")
+    assert first["prompt"] == rows[0]["prompt"]
+    assert second["prompt"] == rows[1]["prompt"]
+    assert (first["tools"], second["tools"]) == (rows[0]["tools"], rows[1]["tools"])
+    assert first["gold"] == {"a": 1, "b": None}  # a judge reads it as it is in the file

@@ -83,6 +83,7 @@ FINISHED = {  # each kind of file of a finished run; the steps without which a s
     f"round-000/evaluation/judgments/train_judge/{JUDGED}": ("round-001/evaluation",),
     "round-000/round.json": (),
     "round-001/prompts.jsonl": (),
+    "round-001/prompts.ids.parquet": ("round-001/completions",),
     "round-001/round.json": (),
     "round-001/completions/MANIFEST.json": (),
     "round-001/completions/README.md": None,
@@ -96,6 +97,7 @@ FINISHED = {  # each kind of file of a finished run; the steps without which a s
     "round-001/policy/train_log.jsonl": ("round-001/round.json",),
     "round-001/evaluation/logps.json": None,
     "heldout.jsonl": (),
+    "heldout.ids.parquet": ("round-001/evaluation",),
     "run.json": (),
 }
 

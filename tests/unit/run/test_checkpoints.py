@@ -100,11 +100,21 @@ def test_a_config_json_of_another_vocabulary(copy: Path) -> None:
 def test_a_tokenizer_of_another_model(copy: Path) -> None:
     path = copy / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
-    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 40000, "content": "<|other|>"})
+    tokenizer["model"]["vocab"]["other"] = 259
     path.write_text(json.dumps(tokenizer))
     message = refusal(copy)
-    assert "the tokenizer has ids up to " in message
+    assert "the tokenizer has ids up to 259" in message
     assert "the model embeds 259 tokens" in message
+
+
+@pytest.mark.parametrize("extra", [["<image_soft_token>"], ["[PAD]", "<image>", "<audio>"]])
+def test_tokens_that_were_added_after_those_of_the_model_are_no_mistake(copy: Path, extra: list[str]) -> None:
+    path = copy / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    for number, content in enumerate(extra):
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 259 + number, "content": content})
+    path.write_text(json.dumps(tokenizer))
+    assert check_checkpoint(copy)["vocab_size"] == 259
 
 
 def test_code_of_its_own_runs_only_where_it_was_allowed(copy: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_second_start_reads_no_row_and_loads_no_tokenizer(step: Offline, monke
         raise AssertionError("called on a second start")
 
     monkeypatch.setattr("iterdpo.stages.runs.load_tokenizer", never)
-    monkeypatch.setattr("iterdpo.data.preferences.load_rows", never)
+    monkeypatch.setattr("iterdpo.data.preferences.located_rows", never)
     assert step.prepare(limit=20) == first
     step.data.rename(step.data.with_name("moved.jsonl"))
     step.data = step.data.with_name("moved.jsonl")

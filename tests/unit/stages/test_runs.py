@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import directory_digest, read_json, write_json
 from iterdpo.stages import runs as module
 from iterdpo.stages.runs import IterativeRun, batches
-from iterdpo.testing import FakeSampler, build_tiny_checkpoint
+from iterdpo.testing import CHATML, FakeSampler, build_tiny_checkpoint
 from iterdpo.types import RoundRecord
 from tests.unit.stages.harness import Lengths, Room
 
@@ -149,3 +150,15 @@ def test_waiting_for_a_person_is_said(room: Room) -> None:
 def test_batches_are_of_one_size_but_the_last() -> None:
     assert list(batches(iter(range(5)), 2)) == [[0, 1], [2, 3], [4]]
     assert list(batches([], 2)) == []
+
+
+def test_a_prompt_that_the_template_refuses_is_named_by_its_file_and_row(room: Room) -> None:
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    model = build_tiny_checkpoint(room.root / "model")
+    (model / "chat_template.jinja").write_text(refuse + CHATML)
+    rows = [{"prompt": [{"role": "user", "content": f"Tale {i}"}]} for i in range(10)]
+    rows[6]["prompt"].insert(0, {"role": "system", "content": "Be brief."})
+    (room.root / "prompts.jsonl").write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    run = room.open(rounds=1, model={"path": str(model)})
+    with pytest.raises(DataError, match=r"prompts\.jsonl: row 7 \(line 8\): the chat template of .*System role not"):
+        run.estimated_max_model_len()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from iterdpo.run.rundir import read_manifest, write_json
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.sample import inputs as sample_inputs
 from iterdpo.stages.sample import parameters_of, sample
+from iterdpo.testing import CHATML, build_tiny_checkpoint
 from tests.unit.stages.harness import PER_ROUND, SHARD_SIZE, K, Lengths, Room
 
 
@@ -189,8 +191,8 @@ def test_no_judge_streams_if_everything_is_sampled(room: Room) -> None:
 
 
 def test_evaluation_may_sample_another_number_at_another_temperature(room: Room) -> None:
-    section = room.open(sampling={"top_k": 7}).config.sampling
-    default, other = parameters_of(section, section.n, section.temperature), parameters_of(section, 1, 0.0)
+    run = room.open(sampling={"top_k": 7})
+    default, other = parameters_of(run, K, 1.0), parameters_of(run, 1, 0.0)
     assert (default.n, default.temperature, default.top_k, default.max_tokens) == (K, 1.0, 7, 16)
     assert (other.n, other.temperature, other.top_k, other.max_tokens) == (1, 0.0, 7, 16)
 
@@ -201,3 +203,48 @@ def test_completions_of_a_run_open_with_load_dataset(room: Room, tmp_path: Path)
     path = sampled(room.open(sampling={"shard_size": 100})).path  # one shard, and one manifest in JSON
     rows = datasets.load_dataset(str(path), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows["completions"][:] == [["ab", "abab"]] * PER_ROUND
+
+
+# Chats
+
+
+def chats(room: Room, template: str, *, kwargs: dict[str, Any] | None = None) -> None:
+    """A policy with this template, and prompts of messages."""
+    model = build_tiny_checkpoint(room.root / "model")
+    (model / "chat_template.jinja").write_text(template)
+    room.sections["model"] = {"path": str(model), "chat_template_kwargs": kwargs or {}}
+    rows = [{"prompt": [{"role": "user", "content": f"Tale {i}"}]} for i in range(40)]
+    (room.root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_template_that_writes_the_time_gives_all_shards_and_starts_the_same_ids(room: Room) -> None:
+    chats(room, "{{ strftime_now('%f') }}" + CHATML)
+    run = room.open()
+    first = [list(run.pinned_ids(round)) for round in (0, 1)]
+    assert first[1] != run.prompt_ids(list(run.prompts.of(1)))  # at another time
+    assert [list(room.open().pinned_ids(round)) for round in (0, 1)] == first
+    assert [g.prompt_ids for g in sampled(room.open())] == first[1]
+
+
+def test_an_end_of_turn_that_the_engine_does_not_know_is_given_to_it_and_part_of_the_key(room: Room) -> None:
+    chats(room, CHATML.replace("<|im_end|>", "<|im_start|>"))
+    run = room.open()
+    assert parameters_of(run, K, 1.0).stop_token_ids == (1,)
+    assert key(run)["sampling"]["stop_token_ids"] == [1]
+
+
+def test_ends_that_generation_config_lists_are_given_to_the_engine_and_no_part_of_the_key(room: Room) -> None:
+    chats(room, CHATML)
+    (room.root / "model" / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    run = room.open()
+    assert parameters_of(run, K, 1.0).stop_token_ids == (0,)
+    assert "stop_token_ids" not in key(run)["sampling"]
+
+
+def test_values_for_the_template_are_part_of_the_key_if_there_are_any(room: Room) -> None:
+    chats(room, CHATML + "{{ mood }}", kwargs={"mood": "calm"})
+    assert key(room.open())["prompts"]["chat_template_kwargs"] == {"mood": "calm"}
+    with_values = list(room.open().pinned_ids(1))
+    room.sections["model"]["chat_template_kwargs"] = {}
+    assert "chat_template_kwargs" not in key(room.open())["prompts"]
+    assert list(room.open().pinned_ids(1)) != with_values
