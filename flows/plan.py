@@ -11,7 +11,7 @@ from iterdpo.config import DPOConfig, OfflineConfig
 from iterdpo.data.preferences import Account, PreferenceData, tokenize_pairs
 from iterdpo.data.rendering import load_tokenizer
 from iterdpo.errors import DamagedError
-from iterdpo.run.checkpoints import EMBEDDINGS, check_checkpoint, resolve_checkpoint
+from iterdpo.run.checkpoints import EMBEDDINGS, check_checkpoint, check_whole_modules, resolve_checkpoint
 from iterdpo.run.rundir import RunDir, read_manifest
 from iterdpo.stages.plan import describe_pending
 from iterdpo.stages.runs import IterativeRun
@@ -46,7 +46,7 @@ def describe_plan(run: IterativeRun) -> str:
         completions=f"{completions:,} a round and {evaluated:,} an evaluation; {in_all:,} in all",
         judge_calls=f"{scored:,} completions to score",
         pairs=f"at most {pairs:,} a round",
-        steps=f"at most {_steps(pairs, config.dpo):,} optimizer steps a round of {config.dpo.pairs_per_step} pairs",
+        steps=f"at most {config.dpo.steps(pairs):,} optimizer steps a round of {config.dpo.pairs_per_step} pairs",
         disk=f"about {_size(rounds * policy)} of policies in {run.dir.root}, and {_size(checkpoint)} more for a checkpoint",
     )
 
@@ -55,6 +55,7 @@ def describe_offline_plan(config: OfflineConfig) -> str:
     """The plan of `iterdpo train --dry-run`. Reads the data, tokenizes the first rows and checks the checkpoint."""
     path = resolve_checkpoint(config.model.path, revision=config.model.revision)
     check_checkpoint(path, trust_remote_code=config.model.trust_remote_code)
+    check_whole_modules(path, config.dpo.adapter)
     data = PreferenceData(config.data.path, config.data.split, config.data.format, config.data.limit)
     model, limits = config.model, config.data.model_dump(include={"max_prompt_tokens", "max_completion_tokens"})
     tokenizer = load_tokenizer(
@@ -69,7 +70,7 @@ def describe_offline_plan(config: OfflineConfig) -> str:
         model=path,
         data=data.account.summary(),
         pairs=f"{pairs:,} to train on, {config.data.heldout:,} held out",
-        steps=f"{_steps(pairs, config.dpo):,} optimizer steps of {config.dpo.pairs_per_step} pairs",
+        steps=f"{config.dpo.steps(pairs):,} optimizer steps of {config.dpo.pairs_per_step} pairs",
         disk=f"about {_size(policy)} for the policy in {config.run_dir}, and {_size(checkpoint)} more for a checkpoint",
     )
 
@@ -110,10 +111,6 @@ def _table(**rows: object) -> str:
     return "\n".join(f"{name.replace('_', ' '):<12} {text}" for name, text in rows.items())
 
 
-def _steps(pairs: int, dpo: DPOConfig) -> int:
-    return dpo.epochs * math.ceil(pairs / dpo.pairs_per_step)
-
-
 def _sizes(model: Path, dpo: DPOConfig) -> tuple[int, int]:
     """Bytes of a round's policy as it is saved, and of the trainer's checkpoint besides, from `model`'s headers."""
     from safetensors import safe_open
@@ -126,7 +123,9 @@ def _sizes(model: Path, dpo: DPOConfig) -> tuple[int, int]:
     if dpo.adapter is not None:
         frozen, targets = saved, dpo.adapter.target_modules  # the trainer's checkpoint has the frozen weights too
         adapted = (sum(shape) for name, shape in shapes.items() if len(shape) == 2 and _adapted(name, targets))
-        saved = dpo.adapter.r * sum(adapted)
+        whole = dpo.adapter.modules_to_save or []
+        copies = [math.prod(shape) for name, shape in shapes.items() if whole and _adapted(name, whole)]
+        saved = dpo.adapter.r * sum(adapted) + sum(copies)
     policy = saved * (2 if dpo.save_dtype == "bfloat16" else 4)
     return policy, 2 * policy + frozen * (2 if dpo.precision == "bf16" else 4)
 

@@ -9,8 +9,9 @@ Configuration objects stop at the constructors of the stages; the functions belo
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
@@ -18,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from iterdpo import from_trl
 from iterdpo.errors import ConfigError
 
 
@@ -56,6 +58,11 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+
+def _unset(value: Any) -> bool:
+    """Whether an optional key is left out of a step's inputs, as in runs that know nothing of it."""
+    return value is None
 
 
 class ModelConfig(Section):
@@ -160,6 +167,11 @@ class AdapterConfig(Section):
     """The update is scaled by alpha / r."""
     target_modules: str | list[str] = "all-linear"
     """Names of the modules to adapt. `all-linear` is all linear modules except the output head."""
+    modules_to_save: list[str] | None = Field(None, min_length=1, exclude_if=_unset)
+    """Names of modules to train whole beside the adapter, and to save in it: `[lm_head]`, or `[embed_tokens]`."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1, exclude_if=lambda share: share == 0)
+    """Probability with which an input of the adapter is dropped in a training step. Elsewhere dropout is off, as in the
+    log-probabilities of the reference, so that rewards no longer start at 0."""
     quantize: Literal["none", "nf4"] = "none"
     """`nf4`: the frozen weights in 4 bits (QLoRA, arXiv:2305.14314). Needs a GPU and bitsandbytes."""
 
@@ -198,7 +210,9 @@ class SentinelsConfig(Section):
 class _Loss(Section):
     uses_reference: ClassVar[bool] = True
     compares_completions: ClassVar[bool] = True
-    """Whether a pair's loss depends on both of its completions together."""
+    """Whether a pair's loss depends on both of its completions together, and on no other pair."""
+    takes_unpaired: ClassVar[bool] = False
+    """Whether an example may have one completion only, desirable or not."""
 
 
 class SmoothedLoss(_Loss):
@@ -214,13 +228,32 @@ class ExoPairLoss(_Loss):
 
 
 class PlainLoss(_Loss):
-    type: Literal["ipo", "hinge", "nca_pair", "apo_zero", "apo_down", "sppo_hard"]
+    type: Literal["ipo", "hinge", "nca_pair", "apo_zero", "apo_down", "sppo_hard", "bco_pair"]
 
 
 class DPOPLoss(_Loss):
     type: Literal["dpop"]
     penalty_weight: float = Field(50.0, ge=0)
     """The paper's lambda: weight of the penalty for a chosen completion that becomes less likely."""
+
+
+class DiscoPOPLoss(_Loss):
+    type: Literal["discopop"]
+    tau: float = Field(0.05, gt=0)
+    """Temperature of the blend of the logistic and the exponential loss; 0.05 in the paper."""
+
+
+class AOTLoss(_Loss):
+    compares_completions: ClassVar[bool] = False
+    type: Literal["aot", "aot_unpaired"]
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """As in conservative DPO: weight of the opposite margin."""
+
+
+class BCOLoss(_Loss):
+    compares_completions: ClassVar[bool] = False
+    takes_unpaired: ClassVar[bool] = True
+    type: Literal["bco"]
 
 
 class SimPOLoss(_Loss):
@@ -243,6 +276,7 @@ class SFTLoss(_Loss):
 
 class KTOLoss(_Loss):
     compares_completions: ClassVar[bool] = False
+    takes_unpaired: ClassVar[bool] = True
     type: Literal["kto"]
     desirable_weight: float = Field(1.0, ge=0)
     """Weight of desirable (chosen) completions."""
@@ -250,7 +284,19 @@ class KTOLoss(_Loss):
     """Weight of undesirable (rejected) completions."""
 
 
-Loss = SmoothedLoss | ExoPairLoss | PlainLoss | DPOPLoss | SimPOLoss | ORPOLoss | SFTLoss | KTOLoss
+Loss = (
+    SmoothedLoss
+    | ExoPairLoss
+    | PlainLoss
+    | DPOPLoss
+    | DiscoPOPLoss
+    | AOTLoss
+    | BCOLoss
+    | SimPOLoss
+    | ORPOLoss
+    | SFTLoss
+    | KTOLoss
+)
 LOSSES: dict[str, type[_Loss]] = {
     name: kind for kind in get_args(Loss) for name in get_args(kind.model_fields["type"].annotation)
 }
@@ -264,10 +310,13 @@ def _loss_with_type(value: Any) -> Any:
     return {"type": "sigmoid", **value} if isinstance(value, dict) else value
 
 
+_WARMUP_RATIO = 0.1
+
+
 class DPOConfig(Section):
     loss: Annotated[Loss, Field(discriminator="type"), BeforeValidator(_loss_with_type)] = SmoothedLoss(type="sigmoid")
     """The objective, with its additional keys. [losses.md](losses.md) has the equations. `sigmoid` is DPO.
-    `orpo`, `simpo` and `sft` have no reference; `kto` also takes unpaired data; `sft` trains only on the chosen
+    `orpo`, `simpo` and `sft` have no reference; `kto` and `bco` also take unpaired data; `sft` trains only on the chosen
     completion."""
     beta: float = Field(0.1, gt=0)
     """Strength of the pull towards the reference (Eq. 7 of arXiv:2305.18290). Smaller values let the policy move further.
@@ -276,6 +325,9 @@ class DPOConfig(Section):
     """Weight of the chosen completion's mean token loss, added to the objective (iterative RPO, arXiv:2404.19733)."""
     wpo: bool = False
     """Weight each pair by its probability under the policy (WPO, arXiv:2406.11827)."""
+    ld_alpha: float | None = Field(None, ge=0, le=1, exclude_if=_unset)
+    """Weight of a completion's tokens beyond the length of the other completion of its pair (LD-DPO, arXiv:2409.06411):
+    less reward for length. 0 leaves them out, 1 changes nothing."""
     reference: Literal["previous", "initial", "ema", "periodic", "none"] = "previous"
     """The policy that the objective pulls towards: see [the reference](training.md#the-reference). `none` is a constant
     (reference-free DPO), and is always used for orpo, simpo and sft."""
@@ -293,8 +345,10 @@ class DPOConfig(Section):
     for an adapter."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
     """Decay after the warm-up, over the round's steps."""
-    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    warmup_ratio: float = Field(_WARMUP_RATIO, ge=0, lt=1)
     """Share of the round's steps in which the learning rate rises from 0."""
+    warmup_steps: int | None = Field(None, ge=0, exclude_if=_unset)
+    """Number of those steps, in place of `warmup_ratio`. A round with fewer steps ends below the peak."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay; biases and norms are exempt."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -306,6 +360,8 @@ class DPOConfig(Section):
     twice its size."""
     epochs: int = Field(1, ge=1)
     """Passes over the round's pairs. More than one overfits fresh pairs quickly."""
+    max_steps: int | None = Field(None, ge=1, exclude_if=_unset)
+    """Optimizer steps in a round, in place of `epochs`: less than one pass over the pairs, or as many as it takes."""
     pairs_per_step: int = Field(8, ge=1)
     """Pairs in one optimizer step, over all processes and micro-batches: the effective batch size."""
     tokens_per_micro_batch: int = Field(4096, ge=1)
@@ -340,6 +396,22 @@ class DPOConfig(Section):
     def _the_objective_is_defined(self) -> DPOConfig:
         if self.wpo and not self.loss.compares_completions:
             raise ValueError(f"wpo: weights pairs, but {self.loss.type} compares none; set wpo to false")
+        if self.ld_alpha is not None and not (self.loss.compares_completions and self.loss.uses_reference):
+            raise ValueError(
+                f"ld_alpha: weights tokens by the length of a pair's other completion, which {self.loss.type} does not "
+                "compare under a reference; set ld_alpha to null"
+            )
+        if self.ld_alpha is not None and self.sampler_logps_tolerance is not None:
+            raise ValueError(
+                "sampler_logps_tolerance: the sampler's log-probabilities are of whole completions, and ld_alpha weights "
+                "their tokens; set one of the two to null"
+            )
+        if self.max_steps is not None and self.epochs != 1:
+            raise ValueError(f"max_steps: takes the place of epochs, which is {self.epochs}; set one of the two")
+        if self.warmup_steps is not None and self.warmup_ratio not in (0.0, _WARMUP_RATIO):
+            raise ValueError(
+                f"warmup_steps: takes the place of warmup_ratio, which is {self.warmup_ratio}; set one of the two"
+            )
         if self.reference == "ema" and self.adapter is not None:
             raise ValueError("reference: ema averages whole checkpoints, not adapters; set it to previous")
         if self.sampler_logps_tolerance is not None and self.reference != "previous":
@@ -350,6 +422,15 @@ class DPOConfig(Section):
     def uses_reference(self) -> bool:
         """Whether the objective compares the policy with a reference."""
         return self.loss.uses_reference and self.reference != "none"
+
+    def steps(self, pairs: int) -> int:
+        """Optimizer steps of a round of `pairs`."""
+        return self.max_steps or self.epochs * math.ceil(pairs / self.pairs_per_step)
+
+    def pairs_seen(self, pairs: int) -> int:
+        """How many pairs the steps of a round of `pairs` train on, each counted once a pass."""
+        passes, rest = divmod(self.steps(pairs), math.ceil(pairs / self.pairs_per_step))
+        return passes * pairs + min(rest * self.pairs_per_step, pairs)
 
 
 class EvaluationConfig(Section):
@@ -412,6 +493,15 @@ class Config(Section):
         heldout = self.evaluation.judge
         if heldout is not None and (heldout.use, heldout.args) == (self.judge.use, self.judge.args):
             raise ValueError("evaluation.judge is the training judge; a held-out judge must not be used for training")
+        return self
+
+    @model_validator(mode="after")
+    def _the_engine_applies_the_adapter(self) -> Config:
+        if self.sampling.engine.lora == "vllm" and self.dpo.adapter is not None and self.dpo.adapter.modules_to_save:
+            raise ValueError(
+                "sampling.engine.lora = 'vllm': vLLM applies no adapter with dpo.adapter.modules_to_save; set it to auto, "
+                "which merges it"
+            )
         return self
 
 
@@ -562,23 +652,46 @@ def explain(schema: type[BaseModel], error: Any) -> str:
                     f"unknown key {where!r}: it belongs to {', '.join(owners)}, but {union}.type is {loc[-2]!r}; remove "
                     f"it, or set {union}={loc[-2]} to start from its defaults"
                 )
-            known = list(section.model_fields)
-            nested = {f"loss.{name}" for keys in LOSSES.values() for name in keys.model_fields if "loss" in known}
-            hint = _nearest(key, [*known, *sorted(nested)]) or f"known keys: {', '.join(sorted(known))}"
+            known = sorted(section.model_fields)
+            hint = _elsewhere(schema, where) or _nearest(key, known) or f"known keys: {', '.join(known)}"
             return f"unknown key {where!r}; {hint}"
         case "missing":
             return f"missing key {where!r}"
         case "union_tag_invalid":
             tag = error["ctx"]["tag"]
-            return f"{where} = {tag!r}: " + (_nearest(tag, LOSSES) or f"input should be one of {', '.join(LOSSES)}")
+            near = f"did you mean {from_trl.LOSSES[tag]!r}?" if tag in from_trl.LOSSES else _nearest(tag, LOSSES)
+            return f"{where} = {tag!r}: " + (near or f"input should be one of {', '.join(LOSSES)}")
         case "value_error":
             return f"{where}: {error['ctx']['error']}".removeprefix(": ")
         case _:
             return f"{where} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
+def dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key that a configuration may have, the sections too: `"dpo"`, `"dpo.beta"`, `"dpo.loss.gamma"`."""
+    for name, field in schema.model_fields.items():
+        yield prefix + name
+        kinds = get_args(field.annotation) or (field.annotation,)
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from dotted_keys(kind, f"{prefix}{name}.")
+
+
+def _elsewhere(schema: type[BaseModel], where: str) -> str | None:
+    """Where the configuration has the key that `where` ends with: in another section, or under another name than TRL's."""
+    section, _, key = where.rpartition(".")
+    known = set(dotted_keys(schema))
+    places = sorted(name for name in known if name.rpartition(".")[2] == key)
+    if section and (below := [name for name in places if name.startswith(f"{section}.")]):
+        return f"did you mean {below[0].removeprefix(f'{section}.')!r}?"
+    if 1 <= len(places) <= 2:
+        return f"did you mean {' or '.join(map(repr, places))}?"
+    return from_trl.hint(key, known) if "dpo" in schema.model_fields else None
+
+
 def _nearest(word: str, known: Iterable[str]) -> str | None:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    """The known word that differs from `word` by a slip of the finger; further off, a hint would mislead."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.65 if len(word) <= 4 else 0.75)
     return f"did you mean {near[0]!r}?" if near else None
 
 

@@ -121,6 +121,7 @@ def page_template(package: str, name: str) -> jinja2.Template:
 def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
     """The settings that decide a run, as (what, value), in the order of the loop. Those not set are left out."""
     offline, heldout = "data" in config, (config.get("evaluation") or {}).get("judge")
+    passes = "{dpo[max_steps]} steps a round" if (config.get("dpo") or {}).get("max_steps") else "epochs: {dpo[epochs]}"
     patterns = {
         "Initial policy": "{model[path]}",
         "Preference data": "{data[path]}",
@@ -132,7 +133,7 @@ def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
         "Held-out judge": "{evaluation[judge][use]}" if heldout or offline else "none",
         "Pairs": "{pairing[strategy]}, margin over {pairing[min_margin]}",
         "DPO": "beta {dpo[beta]}" if offline else "beta {dpo[beta]}, reference: the {dpo[reference]} policy",
-        "Optimizer": "AdamW, learning rate {dpo[learning_rate]}, {dpo[pairs_per_step]} pairs per step, epochs: {dpo[epochs]}",
+        "Optimizer": "AdamW, learning rate {dpo[learning_rate]}, {dpo[pairs_per_step]} pairs per step, " + passes,
         "Gate": "promotes if {gate[metric]} is at least {gate[minimum]}, otherwise: {gate[otherwise]}",
         "Seed": "{seed}",
     }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from iterdpo.config import AdapterConfig
 from iterdpo.errors import ConfigError
 
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
@@ -34,6 +36,30 @@ def resolve_checkpoint(path: str, *, revision: str | None = None) -> Path:
         reason = str(error).strip().splitlines()[0][:200]
         problem = f"no such directory here, and not to be had from the hub ({reason})"
         raise ConfigError(f"model.path {path!r}: {problem}; check the spelling and the network") from None
+
+
+def check_whole_modules(directory: Path, adapter: AdapterConfig | None) -> None:
+    """Check that the model has the modules that `dpo.adapter.modules_to_save` names. Reads headers only.
+
+    Raises:
+        ConfigError: it has no such module; names those outside its layers.
+    """
+    from safetensors import safe_open
+
+    if adapter is None or adapter.modules_to_save is None:
+        return
+    modules: set[str] = set()
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as weights:
+            modules |= {name.rpartition(".")[0] for name in weights.keys()}  # noqa: SIM118  # not a mapping
+    modules.add("lm_head")  # not in the files if it is tied to the embeddings
+    for name in adapter.modules_to_save:
+        if not any(f".{module}".endswith(f".{name}") for module in modules):
+            outside = sorted(module for module in modules if not re.search(r"\.\d+\.", module))
+            raise ConfigError(
+                f"dpo.adapter.modules_to_save: the model in {directory} has no module {name!r}; it has "
+                f"{', '.join(outside)}, and its layers' modules"
+            )
 
 
 def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -37,9 +37,9 @@ def train_round(config: OfflineConfig, *, progress: Progress, redo: bool = False
         run.dir.refresh()
         prepared = prepare_pairs(config, run)
         progress.say(f"  {'pairs':<9} {describe_counts(prepared.counts)}")
-        if prepared.counts["kind"] == "unpaired" and config.dpo.loss.type != "kto":
+        if prepared.counts["kind"] == "unpaired" and not config.dpo.loss.takes_unpaired:
             problem = f"unpaired data, but dpo.loss = {config.dpo.loss.type!r} compares pairs"
-            raise ConfigError(f"{config.data.path}: {problem}; set dpo.loss=kto")
+            raise ConfigError(f"{config.data.path}: {problem}; set dpo.loss=kto or dpo.loss=bco")
         run.dir.write_config(config.model_dump())
         before = read_manifest(run.dir.round_dir(1) / "policy")
         pairs = Pairs.of(run.dir.round_dir(1) / "pairs", prepared)

@@ -17,7 +17,7 @@ from iterdpo.errors import ConfigError, DamagedError, DataError
 from iterdpo.judging.judge import NamedJudge, RunJudge, Waiting
 from iterdpo.judging.shards import StreamingJudge
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
-from iterdpo.run.checkpoints import check_checkpoint, context_length, resolve_checkpoint
+from iterdpo.run.checkpoints import check_checkpoint, check_whole_modules, context_length, resolve_checkpoint
 from iterdpo.run.devices import reserved_gpus
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import RunDir, check_step, digest, directory_digest, read_manifest, read_object, write_json
@@ -46,6 +46,7 @@ class OfflineRun:
         check_training(config.dpo)
         self.model_path = resolve_checkpoint(config.model.path, revision=config.model.revision)
         self.model_config = check_checkpoint(self.model_path, trust_remote_code=config.model.trust_remote_code)
+        check_whole_modules(self.model_path, config.dpo.adapter)
 
     @cached_property
     def initial(self) -> PolicyCheckpoint:
@@ -223,7 +224,7 @@ class IterativeRun(OfflineRun):
             engine=self.config.sampling.engine,
             log=self.dir.log_path("sampler"),
             trust_remote_code=self.config.model.trust_remote_code,
-            adapter_rank=adapter.r if adapter is not None else None,
+            adapter_rank=adapter.r if adapter is not None and not adapter.modules_to_save else None,  # else merged
             reserved=self.reserved,
             say=self.progress.say,
         )

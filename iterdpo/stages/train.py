@@ -81,6 +81,10 @@ def _train(run: OfflineRun, step: Step, pairs: Pairs, policy: PolicyCheckpoint, 
             adapter=dpo.adapter is not None and dpo.adapter.quantize,  # its base is kept in fewer bits
             sampler_logps_tolerance=dpo.sampler_logps_tolerance,
             mismatched=seed if dpo.loss.type == "kto" else None,
+            ld_alpha=dpo.ld_alpha,
+            first=(dpo.steps(pairs.kept), dpo.pairs_per_step, seed)
+            if dpo.pairs_seen(pairs.kept) < pairs.kept
+            else None,
         ),
         dpo=dpo,
         seed=seed,
@@ -89,7 +93,7 @@ def _train(run: OfflineRun, step: Step, pairs: Pairs, policy: PolicyCheckpoint, 
         tracker_dir=run.dir.root / "trackers" / place.name,
         optimizer=carried if dpo.optimizer_state == "carry" and carried.exists() else None,
     )
-    total = pairs.kept * dpo.epochs
+    total = dpo.pairs_seen(pairs.kept)
     log = directory / TRAIN_LOG
     rows, earlier = itertools.count(), log.read_text().count("\n") if log.exists() else 0
     with run.progress.stage("train", total, "pairs") as stage:

@@ -81,8 +81,8 @@ def save_policy(accelerator: Accelerator, policy: Any, optimizer: Any, spec: Tra
             write_json(output / "config.json", {**config, "dtype": spec.dpo.save_dtype})
         if (adapter := output / ADAPTER_CONFIG).exists():  # PEFT writes a set, in another order each time
             config = read_json(adapter)
-            targets = config["target_modules"]
-            write_json(adapter, config | {"target_modules": targets if isinstance(targets, str) else sorted(targets)})
+            sets = {name: config[name] for name in ("target_modules", "modules_to_save", "exclude_modules")}
+            write_json(adapter, config | {k: sorted(names) for k, names in sets.items() if isinstance(names, list)})
         for pattern in CARRIED_FILES:
             for file in spec.policy.glob(pattern):
                 shutil.copy(file, output / file.name)

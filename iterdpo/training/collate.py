@@ -188,8 +188,10 @@ class RoundPairs:
     def __init__(self, training: TokenPairs, held_out: TokenPairs | None, dpo: DPOConfig, *, seed: int) -> None:
         self.training, self.held_out, self.chosen_only = training, held_out, dpo.loss.type == "sft"
         size = dpo.pairs_per_step
-        self.steps = plan_steps(training.groups, epochs=dpo.epochs, pairs_per_step=size, seed=seed)
-        self.one_epoch = self.steps[: len(self.steps) // dpo.epochs]
+        self.steps_per_epoch = -(-len(training) // size)
+        epochs = dpo.epochs if dpo.max_steps is None else -(-dpo.max_steps // self.steps_per_epoch)
+        self.steps = plan_steps(training.groups, epochs=epochs, pairs_per_step=size, seed=seed)[: dpo.max_steps]
+        self.one_epoch = self.steps[: self.steps_per_epoch]  # or less, with every pair that is trained on
         rest = np.arange(len(training), len(self))
         self.held_out_steps = [rest[i : i + size] for i in range(0, len(rest), size)]
         groups = [training.groups]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import Field
 
 from iterdpo.config import DPOConfig, Section
 from iterdpo.errors import ChildFailed, ConfigError
@@ -39,6 +40,11 @@ class ReferenceInputs(Section):
     sampler_logps_tolerance: float | None
     mismatched: int | None
     """The round's seed, which decides KTO's mismatched completions. None for another loss."""
+    ld_alpha: float | None = Field(None, exclude_if=lambda alpha: alpha is None)
+    """`dpo.ld_alpha`: weighted tokens have other sums."""
+    first: tuple[int, int, int] | None = Field(None, exclude_if=lambda first: first is None)
+    """`dpo.max_steps`, `dpo.pairs_per_step` and the round's seed, if fewer pairs than all are trained on: the others have
+    no log-probabilities."""
 
 
 class TrainSpec(Section):

@@ -27,10 +27,11 @@ log = logging.getLogger(__name__)
 
 
 class CompletionLogps(NamedTuple):
-    """Sums over each completion's tokens, in nats."""
+    """Sums over each completion's tokens, in nats, and the tokens' own."""
 
     logps: Tensor  # [branches], with gradient
     alignment: Tensor | None  # [branches], of log pi(y_t) - log sum_v pi(v)^2, without gradient; WPO weighs by it
+    token_logps: Tensor  # [M], of the branches' tokens, one branch after the other
 
 
 class Scorer(torch.nn.Module):
@@ -91,7 +92,7 @@ class Scorer(torch.nn.Module):
             token_logps, log_square = _chunked_logps(self.causal, picked, batch.targets, aligned)
         zeros = torch.zeros(batch.branches, device=token_logps.device)
         alignment = zeros.index_add(0, batch.branch, token_logps.detach() - log_square) if aligned else None
-        return CompletionLogps(zeros.index_add(0, batch.branch, token_logps), alignment)
+        return CompletionLogps(zeros.index_add(0, batch.branch, token_logps), alignment, token_logps)
 
 
 def _cast_once(model: Any) -> None:
@@ -221,15 +222,18 @@ def select_logp_path(
 ) -> LogpPath:
     """The first of the `allowed` paths, or else `plain`, that gives the model's own log-probabilities of `trees`.
 
-    Logs why each faster path was rejected. The trial uses truncated trees and runs without autocast.
+    Logs why each faster path was rejected. The trial uses truncated trees. It runs without autocast, unless a frozen
+    model is in bfloat16.
     """
     trees = [Tree(tree.prompt[-64:], [branch[:32] for branch in tree.branches]) for tree in trees]
-    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.03  # nats a token
+    first = next(model.parameters())
+    tolerance = 1e-4 if first.dtype == torch.float32 else 0.03  # nats a token
+    autocast = torch.autocast(first.device.type, torch.bfloat16, enabled=first.dtype != torch.float32)
     scorer = Scorer(model)
     training = model.training
     model.eval()
     selected: LogpPath = "plain"
-    with torch.no_grad():
+    with torch.no_grad(), autocast:
         expected = scorer(scorer.collate(trees)).logps
         tokens = torch.tensor([len(branch) for tree in trees for branch in tree.branches], device=expected.device)
         for path in allowed:

@@ -3,7 +3,8 @@
 By hand because TRL's are methods of its trainers, bound to their batches; each is held against TRL's by a test.
 
     preference_loss(loss, logps, beta=...)    any loss of `iterdpo.config.Loss` on pairs; each has its function below
-    kto_loss(...), kl_estimate(...)           single completions, each desirable or undesirable
+    kto_loss(...), bco_loss(...)              single completions, each desirable or undesirable
+    kl_estimate, RewardShift, aot_matches     what a loss needs of all pairs of a step; the loop computes it first
     nll_term(...)                             added to any loss with a coefficient: iterative RPO
     wpo_weights(...)                          multiplied with any loss of pairs: WPO
 
@@ -50,17 +51,21 @@ class PreferenceLoss(NamedTuple):
     rejected_rewards: Tensor  # [B], detached
 
 
-def preference_loss(loss: Loss, logps: PairLogps, *, beta: float, kl: Tensor | None = None) -> PreferenceLoss:
-    """`dpo.loss` on B pairs. `kl` is KTO's estimate, see `kl_estimate`; the other losses do not use it."""
+def preference_loss(loss: Loss, logps: PairLogps, *, beta: float, of_step: Tensor | None = None) -> PreferenceLoss:
+    """`dpo.loss` on B pairs, which may be some of a step's.
+
+    `of_step` is what a loss needs of the whole step: KTO's `kl_estimate` [], BCO's `RewardShift.value` [], AOT's
+    `aot_matches` [B, 2]. The other losses do not use it.
+    """
     keys = loss.model_dump(exclude={"type"})
     match loss.type:
         case "sigmoid":
             return dpo_loss(*logps[:4], beta=beta, **keys)
         case "sft":
             return sft_loss(logps)
-        case "kto":
-            assert kl is not None
-            return kto_pair_loss(logps, kl, beta=beta, **keys)
+        case "kto" | "bco" | "aot" | "aot_unpaired":
+            assert of_step is not None
+            return WITH_THE_STEP[loss.type](logps, of_step, beta=beta, **keys)
         case _:
             return OTHERS[loss.type](logps, beta=beta, **keys)
 
@@ -84,8 +89,7 @@ def dpo_loss(
     """
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
-    h = chosen_rewards - rejected_rewards
-    losses = -F.logsigmoid(h) * (1 - label_smoothing) - F.logsigmoid(-h) * label_smoothing
+    losses = _smoothed(chosen_rewards - rejected_rewards, label_smoothing)
     return _detached(losses, chosen_rewards, rejected_rewards)
 
 
@@ -185,6 +189,91 @@ def nca_pair_loss(logps: PairLogps, *, beta: float) -> PreferenceLoss:
     chosen, rejected = _rewards(logps, beta)
     losses = -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
     return _detached(losses, chosen, rejected)
+
+
+def bco_pair_loss(logps: PairLogps, *, beta: float) -> PreferenceLoss:
+    """BCO (arXiv:2404.04656) without its reward shift: a binary classifier, whose logit is the reward.
+
+        L = -log sigmoid(r(y_w)) - log sigmoid(-r(y_l)), summed
+
+    It is an upper bound of DPO's loss. `bco_loss` has the shift.
+    """
+    chosen, rejected = _rewards(logps, beta)
+    return _detached(-F.logsigmoid(chosen) - F.logsigmoid(-rejected), chosen, rejected)
+
+
+def discopop_loss(logps: PairLogps, *, beta: float, tau: float = 0.05) -> PreferenceLoss:
+    """DiscoPOP, Eq. 5 of arXiv:2406.08414: the log-ratio modulated loss, which a language model proposed.
+
+        L = -(1 - m) log sigmoid(h) + m exp(-h),    m = sigmoid(h / tau),    h = r(y_w) - r(y_l), summed
+
+    The logistic loss if the pair is in the wrong order, an exponential one if not; the paper has tau = 0.05. It is not
+    convex: with that tau it has a maximum above h = 0, where training begins, and falls to both sides.
+    """
+    chosen, rejected = _rewards(logps, beta)
+    h = chosen - rejected
+    logistic = torch.sigmoid(-h / tau) * -F.logsigmoid(h)
+    exponential = torch.exp(F.logsigmoid(h / tau) - h)  # in one exponent: exp(-h) alone overflows for h = -100
+    return _detached(logistic + exponential, chosen, rejected)
+
+
+def aot_loss(
+    logps: PairLogps,
+    matches: Tensor,  # [B], of `aot_matches`
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> PreferenceLoss:
+    """AOT on pairs, of arXiv:2406.05882: the policy's margins as a distribution are to be above the reference's.
+
+        L = -(1 - eps) log sigmoid(h) - eps log sigmoid(-h),    h = beta * (u_(k) - v_(k)), summed
+        u = log pi(y_w|x) - log pi(y_l|x),    v = log ref(y_w|x) - log ref(y_l|x)
+
+    u_(k) is the k-th smallest u of a step, and v_(k) the k-th smallest v. A pair's loss is that of its own u; the v
+    is mostly another pair's, `matches`. A step of one pair is `dpo_loss`. The logistic loss is one of the paper's
+    choices. TRL sorts within a micro-batch of one process; here a step is sorted, however it is cut.
+    """
+    chosen, rejected = _rewards(logps, beta)
+    h = beta * (logps.chosen - logps.rejected - matches)
+    return _detached(_smoothed(h, label_smoothing), chosen, rejected)
+
+
+def aot_unpaired_loss(
+    logps: PairLogps,
+    matches: Tensor,  # [B, 2], of `aot_matches`
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> PreferenceLoss:
+    """AOT on chosen and rejected completions as two sets, of arXiv:2406.05882; otherwise as `aot_loss`.
+
+        L = -(1 - eps) log sigmoid(h) - eps log sigmoid(-h),    h = r_w(k) - r_l(k), summed
+
+    r_w(k) is the k-th smallest r(y_w) of a step, and r_l(k) the k-th smallest r(y_l). A pair's loss is that of its own
+    y_w. Its y_l is in the loss of another pair, whose gradient for y_l is added here, to a term that is 0.
+    """
+    chosen, rejected = _rewards(logps, beta)
+    own = _smoothed(chosen - beta * matches[:, 0], label_smoothing)
+    others = _smoothed(beta * matches[:, 1] - rejected, label_smoothing)
+    return _detached(own + (others - others.detach()), chosen, rejected)
+
+
+def aot_matches(logps: PairLogps, *, paired: bool) -> Tensor:
+    """What AOT compares each of a step's B pairs with, detached, in nats.
+
+    Paired, [B]: the v with the rank of the pair's u (see `aot_loss`). Unpaired, [B, 2]: of the log ratios
+    log pi(y|x) - log ref(y|x), the rejected one with the rank of the pair's chosen one, and the other way round.
+    """
+    if paired:
+        return _ranked_like(logps.chosen - logps.rejected, logps.reference_chosen - logps.reference_rejected).detach()
+    chosen, rejected = logps.chosen - logps.reference_chosen, logps.rejected - logps.reference_rejected
+    return torch.stack((_ranked_like(chosen, rejected), _ranked_like(rejected, chosen)), dim=1).detach()
+
+
+def _ranked_like(values: Tensor, others: Tensor) -> Tensor:
+    """For each of `values` [B], the one of `others` [B] with the same rank."""
+    ranks = values.argsort(stable=True).argsort()
+    return others.sort().values[ranks]
 
 
 def apo_zero_loss(logps: PairLogps, *, beta: float) -> PreferenceLoss:
@@ -293,10 +382,55 @@ def kto_pair_loss(logps: PairLogps, kl: Tensor, *, beta: float, **weights: float
     rejected, rejected_rewards = kto_loss(
         logps.rejected, logps.reference_rejected, ~desirable, kl, beta=beta, **weights
     )
-    both = torch.stack((chosen, rejected))  # [2, B]
-    present = torch.stack((logps.chosen_tokens > 0, logps.rejected_tokens > 0))
-    losses = torch.where(present, both, torch.zeros_like(both)).sum(dim=0) / present.sum(dim=0)
-    return PreferenceLoss(losses, chosen_rewards, rejected_rewards)
+    losses, present = _of_both(chosen, rejected, logps)
+    return PreferenceLoss(losses / present, chosen_rewards, rejected_rewards)
+
+
+def bco_loss(logps: PairLogps, shift: Tensor, *, beta: float) -> PreferenceLoss:
+    """BCO (arXiv:2404.04656) on pairs or single completions: a binary classifier, whose logit is the shifted reward.
+
+        L = -log sigmoid(r(y_w) - delta) - log sigmoid(-(r(y_l) - delta)), summed
+
+    The loss of a single completion is the term that it has. `shift` is delta [], see `RewardShift`; at delta = 0 this is
+    `bco_pair_loss`. The density ratio that the paper weights undesirable completions by is left out. TRL 1.16 has the
+    loss without the shift only.
+    """
+    chosen, rejected = _rewards(logps, beta)
+    losses, _ = _of_both(-F.logsigmoid(chosen - shift), -F.logsigmoid(shift - rejected), logps)
+    return _detached(losses, chosen, rejected)
+
+
+class RewardShift:
+    """BCO's delta (arXiv:2404.04656): half the sum of the mean rewards of chosen and of rejected completions.
+
+        delta = (E r(y_w) + E r(y_l)) / 2
+
+    The means run over all steps of the round up to the present one, each completion as it was rewarded in its step. They
+    are in the checkpoints of a round. If a round has completions of one kind only, delta is that kind's mean.
+    """
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64)
+        self.counts = torch.zeros(2, dtype=torch.float64)
+
+    def update(self, rewards: Tensor) -> None:
+        """Add a step's rewards [n, 2], chosen and rejected; those that are not finite are left out."""
+        rewards = rewards.detach().double().cpu()
+        finite = rewards.isfinite()
+        self.sums += rewards.where(finite, 0.0).sum(dim=0)
+        self.counts += finite.sum(dim=0)
+
+    @property
+    def value(self) -> Tensor:
+        """Delta, []; 0 before the first step."""
+        seen = self.counts > 0
+        return (self.sums[seen] / self.counts[seen]).mean() if seen.any() else self.sums.sum()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"sums": self.sums, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.sums, self.counts = state["sums"].double(), state["counts"].double()
 
 
 def kl_estimate(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
@@ -326,6 +460,18 @@ def wpo_weights(chosen_alignment: Tensor, rejected_alignment: Tensor) -> Tensor:
     cap it at 1.
     """
     return torch.exp(chosen_alignment + rejected_alignment).detach()
+
+
+def _smoothed(h: Tensor, label_smoothing: float) -> Tensor:
+    """The logistic loss of margins, of which a share is assumed to be the wrong way round."""
+    return -F.logsigmoid(h) * (1 - label_smoothing) - F.logsigmoid(-h) * label_smoothing
+
+
+def _of_both(chosen: Tensor, rejected: Tensor, logps: PairLogps) -> tuple[Tensor, Tensor]:
+    """Sums [B] of the losses of chosen and rejected, over those that a pair has, and their numbers [B]."""
+    both = torch.stack((chosen, rejected))  # [2, B]
+    present = torch.stack((logps.chosen_tokens > 0, logps.rejected_tokens > 0))
+    return torch.where(present, both, torch.zeros_like(both)).sum(dim=0), present.sum(dim=0)
 
 
 def _rewards(logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
@@ -364,7 +510,17 @@ OTHERS: dict[str, Callable[..., PreferenceLoss]] = {
     "apo_zero": apo_zero_loss,
     "apo_down": apo_down_loss,
     "sppo_hard": sppo_hard_loss,
+    "bco_pair": bco_pair_loss,
+    "discopop": discopop_loss,
     "orpo": orpo_loss,
     "simpo": simpo_loss,
 }
 """The losses that take `PairLogps` and beta, with what the configuration has for them."""
+
+WITH_THE_STEP: dict[str, Callable[..., PreferenceLoss]] = {
+    "kto": kto_pair_loss,
+    "bco": bco_loss,
+    "aot": aot_loss,
+    "aot_unpaired": aot_unpaired_loss,
+}
+"""The losses that also take what `preference_loss` calls `of_step`."""

@@ -26,20 +26,24 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     quantize: str = "none",
     trainable: bool = False,
+    lora_dropout: float = 0.0,
 ) -> Any:
     """A checkpoint, or an adapter with its base, without dropout: preferences are learnt, and compared, without noise.
 
-    `dtype` is that of a checkpoint's weights; an adapter's own are float32. `trainable`: training continues an adapter.
+    `dtype` is that of a checkpoint's weights; an adapter's own are float32. `trainable`: training continues an adapter,
+    with `lora_dropout`, whatever it was trained with before.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # the progress line is ours
     if (base := adapter_base(path)) is not None:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
         model = load_policy(base, trust_remote_code=trust_remote_code, dtype=dtype, quantize=quantize)
-        return PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+        adapter = PeftConfig.from_pretrained(str(path))
+        adapter.lora_dropout = lora_dropout
+        return _whole_in_float32(PeftModel.from_pretrained(model, str(path), is_trainable=trainable, config=adapter))
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     for section in (config, config.get_text_config()):
         for name in DROPOUTS:
@@ -69,14 +73,57 @@ def adapter_base(path: str | Path) -> str | None:
     return read_json(config)["base_model_name_or_path"] if config.exists() else None
 
 
-def with_new_adapter(model: Any, *, r: int, alpha: int, target_modules: str | list[str], quantize: str) -> Any:
-    """`model` with a LoRA adapter that changes nothing yet (its second matrix is zero); the rest is frozen."""
+def with_new_adapter(
+    model: Any,
+    *,
+    r: int,
+    alpha: int,
+    target_modules: str | list[str],
+    quantize: str,
+    modules_to_save: list[str] | None = None,
+    lora_dropout: float = 0.0,
+) -> Any:
+    """`model` with a LoRA adapter that changes nothing yet (its second matrix is zero); the rest is frozen.
+
+    `modules_to_save` are trained whole, as copies. If the model ties its output head to its embeddings, either name
+    stands for both, and the copies stay tied.
+    """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if quantize != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    adapter = LoraConfig(r=r, lora_alpha=alpha, target_modules=target_modules, lora_dropout=0.0, task_type="CAUSAL_LM")
-    return get_peft_model(model, adapter)
+    whole: dict[str, Any] = {}
+    if modules_to_save:
+        modules = dict(model.named_modules())
+        # In full: PEFT takes "norm" for every module whose name ends in these letters.
+        names = [name for name in modules if any(f".{name}".endswith(f".{end}") for end in modules_to_save)]
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        tied = model.config.get_text_config().tie_word_embeddings and any(modules[name] in ends for name in names)
+        whole = {"modules_to_save": names, "exclude_modules": names, "ensure_weight_tying": tied}
+    adapter = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        target_modules=target_modules,
+        lora_dropout=lora_dropout,
+        task_type="CAUSAL_LM",
+        **whole,
+    )
+    return _whole_in_float32(get_peft_model(model, adapter))
+
+
+def whole_modules(model: Any) -> set[str]:
+    """Names of the modules that are trained whole beside an adapter: `{"model.embed_tokens", "lm_head"}`."""
+    from peft.utils import ModulesToSaveWrapper
+
+    wrapped = model.get_base_model().named_modules()
+    return {name for name, module in wrapped if isinstance(module, ModulesToSaveWrapper)}
+
+
+def _whole_in_float32(model: Any) -> Any:
+    """The copies that are trained whole in float32, as an adapter's matrices: bfloat16 would lose small updates."""
+    for name in whole_modules(model):
+        model.get_base_model().get_submodule(name).modules_to_save.float()
+    return model
 
 
 def average_checkpoints(first: Path, second: Path, *, decay: float, output: Path) -> None:

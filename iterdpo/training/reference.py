@@ -46,13 +46,10 @@ def computed_logps(compute: Compute, model: Any, pairs: RoundPairs, steps: Seque
     """[N, 3] as `model` has them; 0 for pairs that are in none of the steps."""
     logps = torch.zeros(len(pairs), 3, device=compute.accelerator.device)
     for numbers in steps:
-        trees, index = pairs.trees(numbers)
-        for batch, branches in compute.branch_logps(model, trees):
-            slots = index.in_batch(trees, batch)
-            logps[numbers[slots.local_pairs], :2] = torch.stack(slots.gather(branches, absent=0.0), dim=1)
+        logps[numbers, :2] = compute.pair_logps(model, pairs, numbers, absent=0.0)
         if pairs.partners is not None:
             for batch, branches in compute.branch_logps(model, pairs.mismatched_trees(numbers)):
-                logps[numbers[batch], 2] = branches
+                logps[numbers[batch], 2] = branches.logps
     return compute.accelerator.reduce(logps, "sum")  # each pair was computed by one process
 
 

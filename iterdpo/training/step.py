@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,10 +20,18 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from iterdpo.config import DPOConfig
-from iterdpo.training.collate import PairIndex, RoundPairs, Tree, micro_batches
+from iterdpo.training.collate import PairIndex, PairSlots, RoundPairs, Tree, micro_batches
 from iterdpo.training.flops import forward_flops, matmul_peak, synchronize
 from iterdpo.training.logps import CompletionLogps, LogpPath
-from iterdpo.training.losses import PairLogps, kl_estimate, nll_term, preference_loss, wpo_weights
+from iterdpo.training.losses import (
+    PairLogps,
+    RewardShift,
+    aot_matches,
+    kl_estimate,
+    nll_term,
+    preference_loss,
+    wpo_weights,
+)
 from iterdpo.training.sentinels import Alarm, Sentinels
 
 STATISTICS = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "logps/chosen_change")
@@ -38,6 +46,9 @@ class Trainer:
         self.compute, self.accelerator, self.dpo = compute, compute.accelerator, compute.dpo
         self.pairs, self.policy, self.optimizer, self.reference_logps = pairs, policy, optimizer, reference_logps
         self.sentinels = Sentinels(self.dpo.sentinels)
+        self.shift = RewardShift()
+        if self.dpo.loss.type == "bco":
+            self.accelerator.register_for_checkpointing(self.shift)
 
     def step(self, number: int) -> tuple[dict[str, Any], list[Alarm]]:
         """Train on the pairs of one step, counted from 0. Returns its line of the training log, and its alarms.
@@ -48,8 +59,9 @@ class Trainer:
         started = time.perf_counter()
         dpo, pairs, steps = self.dpo, self.pairs.steps[number], len(self.pairs.steps)
         trees, index = self.pairs.trees(pairs)
-        kl = self.kl(pairs)
-        factor = learning_rate_factor(number, steps, warmup_ratio=dpo.warmup_ratio, schedule=dpo.lr_scheduler)
+        of_step = self.of_step(pairs)
+        warmup = dpo.warmup_steps if dpo.warmup_steps is not None else math.ceil(dpo.warmup_ratio * steps)
+        factor = learning_rate_factor(number, steps, warmup=warmup, schedule=dpo.lr_scheduler)
         for group in self.optimizer.param_groups:
             group["lr"] = dpo.learning_rate * factor
         batches = self.compute.micro_batches(trees)
@@ -59,12 +71,14 @@ class Trainer:
                 # Processes average their gradients, and a step is the mean over all of its pairs. A process with
                 # nothing to add takes part with weight zero.
                 weight = self.accelerator.num_processes / len(pairs) if batch else 0.0
-                losses, rows, batch_flops = self.losses(pairs, trees, index, batch or [0], kl)
+                losses, rows, batch_flops = self.losses(pairs, trees, index, batch or [0], of_step)
                 self.accelerator.backward(losses.sum() * weight)
             statistics.append(rows if batch else rows[:0])
             flops += batch_flops if batch else 0.0
         grad_norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), dpo.max_grad_norm))
-        metrics = summarize(self.compute.gather(torch.cat(statistics))) | ({} if kl is None else {"kl": float(kl)})
+        metrics = summarize(self.compute.gather(torch.cat(statistics)))
+        if of_step is not None and of_step.ndim == 0:
+            metrics[{"kto": "kl", "bco": "reward_shift"}[dpo.loss.type]] = float(of_step)
         finite = math.isfinite(grad_norm) and math.isfinite(metrics["loss"])
         figures = f"step {number + 1}: loss {metrics['loss']}, gradient norm {grad_norm}"
         if finite:
@@ -77,7 +91,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         row: dict[str, Any] = {
             "step": number + 1,
-            "epoch": round((number + 1) * dpo.epochs / steps, 4),
+            "epoch": round((number + 1) / self.pairs.steps_per_epoch, 4),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm,
             **metrics,
@@ -91,7 +105,7 @@ class Trainer:
         return row, [Alarm("non_finite", "skip", figures)]
 
     def losses(
-        self, pairs: np.ndarray, trees: Sequence[Tree], index: PairIndex, batch: Sequence[int], kl: Tensor | None
+        self, pairs: np.ndarray, trees: Sequence[Tree], index: PairIndex, batch: Sequence[int], of_step: Tensor | None
     ) -> tuple[Tensor, Tensor, float]:
         """Losses [b] of the pairs of some trees, their statistics [b, S] in the order of `STATISTICS`, and the FLOPs."""
         dpo, scorer = self.dpo, self.accelerator.unwrap_model(self.policy)
@@ -100,15 +114,17 @@ class Trainer:
             branches: CompletionLogps = self.policy(collated, aligned=dpo.wpo)
         lengths = torch.bincount(collated.branch, minlength=collated.branches)
         slots = index.in_batch(trees, batch)
-        chosen, rejected = slots.gather(branches.logps, absent=math.nan)
+        chosen, rejected = pair_logps(branches, lengths, slots, ld_alpha=dpo.ld_alpha, absent=math.nan).unbind(dim=1)
         chosen_tokens, rejected_tokens = slots.gather(lengths, absent=0)
         reference = self.reference_logps[torch.from_numpy(pairs)[slots.local_pairs].to(chosen.device)]
         logps = PairLogps(chosen, rejected, reference[:, 0], reference[:, 1], chosen_tokens, rejected_tokens)
-        losses, chosen_rewards, rejected_rewards = preference_loss(dpo.loss, logps, beta=dpo.beta, kl=kl)
+        if of_step is not None and of_step.ndim:
+            of_step = of_step[slots.local_pairs.to(of_step.device)]
+        losses, chosen_rewards, rejected_rewards = preference_loss(dpo.loss, logps, beta=dpo.beta, of_step=of_step)
         if branches.alignment is not None:
             losses = losses * wpo_weights(*slots.gather(branches.alignment / lengths, absent=math.nan))
         if dpo.nll_coefficient:
-            nll = nll_term(chosen, chosen_tokens)
+            nll = nll_term(slots.gather(branches.logps, absent=math.nan)[0], chosen_tokens)
             losses = losses + dpo.nll_coefficient * torch.where(chosen_tokens > 0, nll, torch.zeros_like(nll))
         none = torch.full_like(chosen, math.nan)
         if dpo.loss.type == "sft":
@@ -119,13 +135,36 @@ class Trainer:
         passes = 2 if dpo.adapter is not None else 3  # the weights' own gradient is a third of the work
         return losses, statistics, passes * forward_flops(scorer.causal, collated)
 
-    def kl(self, pairs: np.ndarray) -> Tensor | None:
-        """KTO's estimate over a step's pairs, from mismatched prompts and completions; None for another loss."""
-        if self.pairs.partners is None:
-            return None
+    def of_step(self, pairs: np.ndarray, *, training: bool = True) -> Tensor | None:
+        """What `preference_loss` needs of all pairs of a step, from one more forward pass; None if it needs nothing.
+
+        In `training`, the rewards enter BCO's shift.
+        """
+        match self.dpo.loss.type:
+            case "kto":
+                return self.kl(pairs)
+            case "bco":
+                if training:
+                    logps = self.step_logps(pairs)
+                    chosen, rejected = logps.chosen - logps.reference_chosen, logps.rejected - logps.reference_rejected
+                    self.shift.update(self.dpo.beta * torch.stack((chosen, rejected), dim=1))
+                return self.shift.value
+            case "aot" | "aot_unpaired" as name:
+                return aot_matches(self.step_logps(pairs), paired=name == "aot")
+        return None
+
+    def step_logps(self, pairs: np.ndarray) -> PairLogps:
+        """Of a step's pairs, without gradient, on every process. NaN for a completion that a pair does not have."""
+        local = self.compute.pair_logps(self.policy, self.pairs, pairs, absent=math.nan)
+        chosen, rejected = self.accelerator.reduce(local, "sum").unbind(dim=1)
+        reference = self.reference_logps[torch.from_numpy(pairs).to(chosen.device)]
+        return PairLogps(chosen, rejected, reference[:, 0], reference[:, 1], *torch.zeros(2, len(pairs)))
+
+    def kl(self, pairs: np.ndarray) -> Tensor:
+        """KTO's estimate over a step's pairs, from mismatched prompts and completions."""
         logps = torch.zeros(len(pairs), device=self.accelerator.device)
         for batch, branches in self.compute.branch_logps(self.policy, self.pairs.mismatched_trees(pairs)):
-            logps[batch] = branches
+            logps[batch] = branches.logps
         logps = self.accelerator.reduce(logps, "sum")
         return kl_estimate(logps, self.reference_logps[torch.from_numpy(pairs).to(logps.device), 2])
 
@@ -134,10 +173,10 @@ class Trainer:
         rows = []
         for pairs in self.pairs.held_out_steps:
             trees, index = self.pairs.trees(pairs)
-            kl = self.kl(pairs)
+            of_step = self.of_step(pairs, training=False)
             for batch in self.compute.micro_batches(trees):
-                with torch.no_grad():
-                    _, statistics, _ = self.losses(pairs, trees, index, batch or [0], kl)
+                with torch.no_grad(), without_dropout(self.policy):
+                    _, statistics, _ = self.losses(pairs, trees, index, batch or [0], of_step)
                 rows.append(statistics if batch else statistics[:0])
         metrics = summarize(self.compute.gather(torch.cat(rows)))
         return {f"eval_{name}": value for name, value in metrics.items()}
@@ -174,14 +213,29 @@ class Compute:
         accelerator, budget = self.accelerator, self.dpo.tokens_per_micro_batch
         return micro_batches(sizes, budget=budget, rank=accelerator.process_index, world=accelerator.num_processes)
 
-    def branch_logps(self, model: Any, trees: Sequence[Tree]) -> Iterator[tuple[list[int], Tensor]]:
-        """This process's batches of trees, and the log-probabilities [branches] of each, without gradient."""
+    def branch_logps(self, model: Any, trees: Sequence[Tree]) -> Iterator[tuple[list[int], CompletionLogps]]:
+        """This process's batches of trees, and the log-probabilities of each, without gradient and without dropout."""
         for batch in self.micro_batches(trees):
             collated = self.accelerator.unwrap_model(model).collate([trees[number] for number in batch or [0]])
-            with torch.no_grad(), self.autocast():
-                branches = model(collated).logps  # processes meet at each batch
+            with torch.no_grad(), self.autocast(), without_dropout(model):
+                branches: CompletionLogps = model(collated)  # processes meet at each batch
             if batch:
-                yield batch, branches.float()
+                yield batch, branches
+
+    def pair_logps(self, model: Any, pairs: RoundPairs, numbers: np.ndarray, *, absent: float) -> Tensor:
+        """[n, 2], in nats, of the chosen and the rejected completions of some pairs, without gradient.
+
+        0 for the pairs that another process computes.
+        """
+        found = torch.zeros(len(numbers), 2, device=self.accelerator.device)
+        trees, index = pairs.trees(numbers)
+        for batch, branches in self.branch_logps(model, trees):
+            slots = index.in_batch(trees, batch)
+            lengths = torch.tensor([len(branch) for number in batch for branch in trees[number].branches])
+            found[slots.local_pairs] = pair_logps(
+                branches, lengths.to(found.device), slots, ld_alpha=self.dpo.ld_alpha, absent=absent
+            )
+        return found
 
     def gather(self, rows: Tensor) -> Tensor:
         """Rows of all processes, which may have different numbers of them."""
@@ -190,6 +244,41 @@ class Compute:
         marked = torch.cat((torch.ones_like(rows[:, :1]), rows), dim=1)
         gathered = self.accelerator.gather(self.accelerator.pad_across_processes(marked, dim=0))
         return gathered[gathered[:, 0] == 1, 1:]
+
+
+@contextmanager
+def without_dropout(model: Any) -> Iterator[None]:
+    """Only an adapter has dropout, and only in the forward pass of a training step."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def pair_logps(
+    branches: CompletionLogps, lengths: Tensor, slots: PairSlots, *, ld_alpha: float | None, absent: float
+) -> Tensor:
+    """Log-probabilities [b, 2] of the chosen and the rejected completions of a batch's pairs, in nats.
+
+        log pi(y|x) = sum_{t <= l} log pi(y_t) + alpha sum_{t > l} log pi(y_t),    l = min(|y_w|, |y_l|)
+
+    With alpha = 1 or None this is the sum over all tokens. LD-DPO (arXiv:2409.06411) takes a smaller alpha, for the
+    policy and for the reference: the tokens that make a completion longer than the other one count for less. `lengths`
+    [branches] are numbers of tokens.
+    """
+    sums = torch.stack(slots.gather(branches.logps, absent=absent), dim=1)
+    if ld_alpha is None:
+        return sums
+    ends = lengths.cumsum(dim=0)
+    starts = torch.stack(slots.gather(ends - lengths, absent=0), dim=1)
+    common = torch.stack(slots.gather(lengths, absent=0), dim=1).amin(dim=1, keepdim=True).expand_as(starts).flatten()
+    owner = torch.arange(len(common), device=common.device).repeat_interleave(common)
+    before = common.cumsum(dim=0) - common
+    token = starts.flatten()[owner] + torch.arange(len(owner), device=owner.device) - before[owner]
+    heads = sums.new_zeros(len(common)).index_add(0, owner, branches.token_logps[token]).view_as(sums)
+    return ld_alpha * sums + (1 - ld_alpha) * heads
 
 
 def summarize(rows: Tensor) -> dict[str, float]:
@@ -214,13 +303,11 @@ def summarize(rows: Tensor) -> dict[str, float]:
     return metrics
 
 
-def learning_rate_factor(step: int, steps: int, *, warmup_ratio: float, schedule: str) -> float:
+def learning_rate_factor(step: int, steps: int, *, warmup: int, schedule: str) -> float:
     """The share of the peak learning rate at `step` of `steps`, counted from 0. No step is wasted at zero.
 
-    Linear warm-up over ceil(warmup_ratio * steps) steps that ends at the peak, then a decay that would reach 0 one
-    step after the last.
+    Linear warm-up over `warmup` steps that ends at the peak, then a decay that would reach 0 one step after the last.
     """
-    warmup = math.ceil(warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)

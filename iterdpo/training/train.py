@@ -32,7 +32,7 @@ from iterdpo.training.checkpoint import drop_frozen, resume, save_checkpoint, sa
 from iterdpo.training.collate import RoundPairs
 from iterdpo.training.launch import TRAIN_LOG, TrainSpec
 from iterdpo.training.logps import LogpPath, Scorer, select_logp_path
-from iterdpo.training.models import ADAPTER_CONFIG, adapter_base, load_policy, with_new_adapter
+from iterdpo.training.models import ADAPTER_CONFIG, adapter_base, load_policy, whole_modules, with_new_adapter
 from iterdpo.training.reference import reference_logps
 from iterdpo.training.step import Compute, Trainer
 
@@ -150,11 +150,14 @@ def _policy_to_train(spec: TrainSpec) -> Any:
         dtype=torch.bfloat16 if adapter is not None and dpo.precision == "bf16" else torch.float32,
         quantize=adapter.quantize if adapter is not None else "none",
         trainable=True,
+        lora_dropout=adapter.lora_dropout if adapter is not None else 0.0,
     )
     if adapter_base(spec.policy) is not None:
         _check_adapter(adapter, spec.policy)
     elif adapter is not None:
         model = with_new_adapter(model, **adapter.model_dump())
+    if adapter is not None:
+        _check_whole_modules(adapter.modules_to_save or [], model)
     if dpo.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if adapter is not None:
@@ -180,6 +183,18 @@ def _check_adapter(configured: AdapterConfig | None, path: Path) -> None:
         raise RuntimeError(
             f"the policy {path} is an adapter of r {trained['r']} and alpha {trained['lora_alpha']}, but dpo.adapter is "
             f"{wanted}; set dpo.adapter to the values that it was trained with"
+        )
+
+
+def _check_whole_modules(configured: list[str], model: Any) -> None:
+    """Raises a RuntimeError unless the modules that are trained whole are the configured ones."""
+    trained = whole_modules(model)
+    unknown = [name for name in configured if not any(f".{module}".endswith(f".{name}") for module in trained)]
+    if unknown or (trained and not configured):
+        raise RuntimeError(
+            f"dpo.adapter.modules_to_save is {configured}, but the policy's adapter has "
+            f"{', '.join(sorted(trained)) or 'none'} besides its matrices; set it to names of modules of the model, and "
+            "in a run that goes on to the names that the adapter was trained with"
         )
 
 

@@ -57,7 +57,8 @@ def test_a_round_on_hh_rlhf_reports_what_it_left_out_and_why(
         train_offline(load_offline_config(path, overrides=["dpo.beta=0.5"]))
 
 
-def test_two_processes_train_the_policy_of_one(workspace: Workspace, tiny_model: Path) -> None:
+@pytest.mark.parametrize("loss", ["sigmoid", "aot_unpaired"])  # of the second, each process needs the other's pairs
+def test_two_processes_train_the_policy_of_one(workspace: Workspace, tiny_model: Path, loss: str) -> None:
     """On CPUs by torchrun and gloo; 21 pairs, so that the shares of the last step differ."""
     import torch
     from safetensors.torch import load_file
@@ -73,6 +74,7 @@ def test_two_processes_train_the_policy_of_one(workspace: Workspace, tiny_model:
             f"dpo.processes={processes}",
         ]
         settings = [
+            f"dpo.loss={loss}",
             "dpo.pairs_per_step=4",
             "dpo.tokens_per_micro_batch=64",
             "dpo.learning_rate=1e-3",

@@ -157,7 +157,7 @@ def test_a_key_is_added_to_the_loss_that_an_earlier_file_names() -> None:
         ("dpo.beta=much", "dpo.beta = 'much': input should be a valid number"),
         ("dpo.loss.label_smoothing=0.5", "dpo.loss.label_smoothing = 0.5: input should be less than 0.5"),
         ("dpo.loss=sigmod", "dpo.loss = 'sigmod': did you mean 'sigmoid'?"),
-        ("dpo.loss=dpo", "dpo.loss = 'dpo': did you mean 'dpop'?"),
+        ("dpo.loss=dpo", "dpo.loss = 'dpo': did you mean 'sigmoid'?"),
         (
             "dpo.loss=zzz",
             "dpo.loss = 'zzz': input should be one of sigmoid, sigmoid_norm, robust, exo_pair, ipo, hinge",
@@ -169,6 +169,22 @@ def test_a_key_is_added_to_the_loss_that_an_earlier_file_names() -> None:
             "dpo.loss.label_smoothing = 0: input should be greater than 0",
         ),
         ("dpo.label_smoothing=0.1", "unknown key 'dpo.label_smoothing'; did you mean 'loss.label_smoothing'?"),
+        ("dpo={loss: aot, wpo: true}", "dpo: wpo: weights pairs, but aot compares none; set wpo to false"),
+        ("dpo={loss: bco, ld_alpha: 0.5}", "dpo: ld_alpha: weights tokens by the length of a pair's other completion"),
+        (
+            "dpo={loss: simpo, ld_alpha: 0.5}",
+            "dpo: ld_alpha: weights tokens by the length of a pair's other completion, which simpo does not ",
+        ),
+        ("dpo.ld_alpha=1.5", "dpo.ld_alpha = 1.5: input should be less than or equal to 1"),
+        ("dpo={ld_alpha: 0.5, sampler_logps_tolerance: 0.1}", "dpo: sampler_logps_tolerance: the sampler's log-prob"),
+        ("dpo={max_steps: 5, epochs: 2}", "dpo: max_steps: takes the place of epochs, which is 2; set one of the two"),
+        (
+            "dpo={warmup_steps: 5, warmup_ratio: 0.2}",
+            "dpo: warmup_steps: takes the place of warmup_ratio, which is 0.2",
+        ),
+        ("dpo.max_steps=-1", "dpo.max_steps = -1: input should be greater than or equal to 1"),
+        ("dpo.adapter.lora_dropout=1", "dpo.adapter.lora_dropout = 1: input should be less than 1"),
+        ("dpo.adapter.modules_to_save=[]", "dpo.adapter.modules_to_save = []: list should have at least 1 item"),
         ("dpo={loss: kto, wpo: true}", "dpo: wpo: weights pairs, but kto compares none; set wpo to false"),
         (
             "dpo.reference=first",
@@ -194,8 +210,8 @@ def test_a_wrong_value_is_refused_with_its_file_its_key_and_what_would_do(overri
 @pytest.mark.parametrize("name", [name for name, keys in LOSSES.items() if "label_smoothing" not in keys.model_fields])
 def test_a_key_of_another_loss_is_refused_with_the_losses_that_have_it(name: str) -> None:
     message = (
-        "unknown key 'dpo.loss.label_smoothing': it belongs to sigmoid, sigmoid_norm, robust, exo_pair, but "
-        f"dpo.loss.type is {name!r}; remove it, or set dpo.loss={name} to start from its defaults"
+        "unknown key 'dpo.loss.label_smoothing': it belongs to sigmoid, sigmoid_norm, robust, exo_pair, aot, "
+        f"aot_unpaired, but dpo.loss.type is {name!r}; remove it, or set dpo.loss={name} to start from its defaults"
     )
     assert message in refusal(f"dpo.loss={name}", "dpo.loss.label_smoothing=0.1")
 
@@ -346,3 +362,19 @@ def test_a_typo_or_a_question_does_not_wait_for_heavy_imports(code: str, unwante
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}; print('loaded:', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(done.stdout.partition("loaded:")[2].split()) & unwanted == set()
+
+
+def test_a_new_key_that_is_not_set_is_in_no_dump_and_every_value_comes_back() -> None:
+    plain = load_config("run.yaml").model_dump(mode="json")["dpo"]
+    assert not {"warmup_steps", "max_steps", "ld_alpha"} & plain.keys()
+    dpo = "dpo={warmup_steps: 0, max_steps: 1, ld_alpha: 0, adapter: {lora_dropout: 0.1, modules_to_save: [lm_head]}}"
+    config = load_config("run.yaml", overrides=[dpo])
+    assert parse_config(Config, config.model_dump(mode="json")) == config
+    assert (config.dpo.steps(100), config.dpo.pairs_seen(100), config.dpo.pairs_seen(5)) == (1, 8, 5)
+
+
+def test_vllm_is_not_asked_for_an_adapter_that_it_does_not_apply() -> None:
+    settings = ("dpo.adapter.modules_to_save=[lm_head]", "sampling.engine.lora=vllm")
+    assert "sampling.engine.lora = 'vllm': vLLM applies no adapter with dpo.adapter.modules_to_save" in refusal(
+        *settings
+    )

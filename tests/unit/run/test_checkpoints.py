@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from iterdpo.config import AdapterConfig
 from iterdpo.errors import ConfigError
-from iterdpo.run.checkpoints import check_checkpoint, context_length, resolve_checkpoint
+from iterdpo.run.checkpoints import check_checkpoint, check_whole_modules, context_length, resolve_checkpoint
 
 
 @pytest.fixture
@@ -143,3 +144,15 @@ def test_the_context_length_is_what_the_configuration_says_if_it_says(
     config: dict[str, Any], tokens: int | None
 ) -> None:
     assert context_length(config) == tokens
+
+
+def test_modules_to_save_that_the_model_does_not_have_are_refused_with_those_that_it_has(tiny_model: Path) -> None:
+    for names in (["lm_head"], ["embed_tokens"], ["model.norm"], ["o_proj"]):
+        check_whole_modules(tiny_model, AdapterConfig(modules_to_save=names))
+    check_whole_modules(tiny_model, AdapterConfig())
+    check_whole_modules(tiny_model, None)
+    for name in ("wte", "score", "ens", "lm_heads"):
+        with pytest.raises(
+            ConfigError, match=rf"has no module '{name}'; it has lm_head, model\.embed_tokens, model\.norm"
+        ):
+            check_whole_modules(tiny_model, AdapterConfig(modules_to_save=["lm_head", name]))

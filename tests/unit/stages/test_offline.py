@@ -267,8 +267,9 @@ def test_a_round_trains_on_the_pairs_and_promotes_what_it_trained_once(step: Off
 def test_unpaired_data_need_a_loss_that_does_not_compare(step: Offline, trained: list[TrainSpec]) -> None:
     step.write([{"prompt": f"Tale {i}", "completion": " of sea", "label": i % 2 == 0} for i in range(8)])
     with pytest.raises(
-        ConfigError, match=r"unpaired data, but dpo\.loss = 'sigmoid' compares pairs; set dpo\.loss=kto"
+        ConfigError,
+        match=r"unpaired data, but dpo\.loss = 'sigmoid' compares pairs; set dpo\.loss=kto or dpo\.loss=bco",
     ):
         train_round(step.config(), progress=Progress())
     assert trained == []
-    assert train_round(step.config(loss="kto"), progress=Progress())
+    assert train_round(step.config(loss="bco"), progress=Progress())

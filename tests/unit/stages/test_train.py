@@ -59,6 +59,10 @@ def test_the_key_has_the_policies_the_pairs_the_rounds_seed_and_the_section(room
         {"dpo": {"pairs_per_step": 4}},
         {"dpo": {"precision": "bf16"}},
         {"dpo": {"adapter": {"r": 4}}},
+        {"dpo": {"warmup_steps": 3}},
+        {"dpo": {"warmup_steps": 0}},
+        {"dpo": {"max_steps": 3}},
+        {"dpo": {"ld_alpha": 0.0}},
         {"seed": 1},
     ],
 )
@@ -78,6 +82,28 @@ def test_the_key_is_the_same_if_only_speed_memory_or_what_is_watched_differ(
     room: Room, changes: dict[str, Any]
 ) -> None:
     assert key(room.open(**changes)) == key(room.open())
+
+
+def test_optional_settings_are_in_the_key_only_if_they_are_set(room: Room) -> None:
+    optional = {"warmup_steps", "max_steps", "ld_alpha"}
+    assert not optional & key(room.open())["dpo"].keys()
+    settings = {"warmup_steps": 0, "max_steps": 2, "ld_alpha": 0.0}
+    assert optional <= key(room.open(dpo=settings))["dpo"].keys()
+    assert key(room.open(dpo={"adapter": {}}))["dpo"]["adapter"].keys() == {"r", "alpha", "target_modules", "quantize"}
+
+
+@pytest.mark.parametrize(
+    ("dpo", "first"),  # 24 pairs, 8 a step
+    [({}, None), ({"max_steps": 3}, None), ({"max_steps": 5}, None), ({"max_steps": 2}, (2, 8))],
+)
+def test_the_key_of_the_reference_names_the_steps_if_they_do_not_see_every_pair(
+    room: Room, told: list[TrainSpec], dpo: dict[str, Any], first: tuple[int, int] | None
+) -> None:
+    train(room.open(dpo={"pairs_per_step": 8, "ld_alpha": 0.5, **dpo}), 2, PAIRS, POLICY, REFERENCE)
+    (spec,) = told
+    assert spec.reference_inputs.first == (None if first is None else (*first, spec.seed))
+    assert ("first" in spec.reference_inputs.model_dump()) == (first is not None)
+    assert spec.reference_inputs.ld_alpha == 0.5
 
 
 def test_a_policy_that_is_trained_is_not_trained_again(room: Room) -> None:

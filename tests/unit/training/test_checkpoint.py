@@ -23,7 +23,16 @@ from tests.unit.training.rounds import (
 pytestmark = pytest.mark.usefixtures("the_peak_is_known")
 
 
-@pytest.mark.parametrize("settings", [{}, {"adapter": {}, "optimizer_state": "carry"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"adapter": {}, "optimizer_state": "carry"},
+        {"loss": "bco", "learning_rate": 1e-2},
+        {"loss": "aot"},
+        {"adapter": {"lora_dropout": 0.3, "modules_to_save": ["lm_head"]}},
+    ],
+)
 def test_training_that_stops_at_a_checkpoint_and_goes_on_ends_bit_identical(
     tmp_path: Path, tiny_model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
@@ -40,12 +49,13 @@ def test_training_that_stops_at_a_checkpoint_and_goes_on_ends_bit_identical(
         run(tmp_path / "b", tiny_model, pairs, **settings)
     monkeypatch.setattr(Trainer, "step", step)
     kept = load_file(tmp_path / "b" / "policy.partial" / "checkpoint-000004" / "model.safetensors")
-    assert all("lora" in name for name in kept) == bool(settings)  # the model under an adapter is not kept with it
+    adapter = "adapter" in settings  # the model under it is not kept with it
+    assert all("lora" in name or "modules_to_save" in name for name in kept) == adapter
     log = tmp_path / "b" / "policy.partial" / "train_log.jsonl"
     log.write_text(log.read_text() + '{"step": 5, "loss"')  # and a line that was cut short
     resumed = run(tmp_path / "b", tiny_model, pairs, **settings)
 
-    name = "adapter_model.safetensors" if settings else "model.safetensors"
+    name = "adapter_model.safetensors" if adapter else "model.safetensors"
     assert (resumed / name).read_bytes() == (expected / name).read_bytes()
     timeless = [{k: v for k, v in row.items() if "per_second" not in k and k != "mfu"} for row in read_jsonl(log)]
     assert timeless == [

@@ -13,6 +13,9 @@ from iterdpo.config import LOSSES
 from iterdpo.training.losses import (
     PairLogps,
     PreferenceLoss,
+    RewardShift,
+    aot_matches,
+    bco_loss,
     dpo_loss,
     exo_pair_loss,
     kl_estimate,
@@ -180,9 +183,18 @@ def pairs(*rows: tuple[float, float, float, float, int, int], dtype: torch.dtype
     return PairLogps(*logps, *(torch.tensor(column) for column in columns[4:]))
 
 
+SHIFT = 0.25
+
+
 def loss_of(name: str, logps: PairLogps, *, beta: float = 0.5, **keys: float) -> PreferenceLoss:
+    """The loss of pairs that are a whole step."""
     loss: Any = LOSSES[name](type=name, **SMOOTHING.get(name, {}) | keys)
-    return preference_loss(loss, logps, beta=beta)
+    of_step = {
+        "aot": aot_matches(logps, paired=True),
+        "aot_unpaired": aot_matches(logps, paired=False),
+        "bco": torch.tensor(SHIFT, dtype=torch.float64),
+    }
+    return preference_loss(loss, logps, beta=beta, of_step=of_step.get(name))
 
 
 SUMMED, AVERAGED, NO_REFERENCE, NONE = (2.0, -0.5), (0.5, -0.25), (-1.0, -1.5), (0.0, 0.0)  # rewards of PAIR
@@ -221,6 +233,21 @@ SUMMED, AVERAGED, NO_REFERENCE, NONE = (2.0, -0.5), (0.5, -0.25), (-1.0, -1.5), 
             3 + 0.5 * math.log(1 + odds(-2) / odds(-3)),
             NO_REFERENCE,
         ),
+        ("bco_pair", {}, nll(2) + nll(0.5), nll(-0.5) + nll(-2), SUMMED),
+        # rewards less SHIFT: 1.75 and -0.75
+        ("bco", {}, nll(1.75) + nll(0.75), nll(-0.75) + nll(-1.75), SUMMED),
+        # the weight of the exponential: sigmoid(2.5 / 0.5), and sigmoid(-5) when swapped
+        (
+            "discopop",
+            {"tau": 0.5},
+            sigmoid(-5) * nll(2.5) + sigmoid(5) * math.exp(-2.5),
+            sigmoid(5) * nll(-2.5) + sigmoid(-5) * math.exp(2.5),
+            SUMMED,
+        ),
+        # differences of log pi -2 and 2, of log ref -7 and 7: sorted, 0.5 * (-2 + 7) and 0.5 * (2 - 7)
+        ("aot", {}, nll(2.5), nll(-2.5), SUMMED),
+        # log ratios 4 and -1 chosen, -1 and 4 rejected: sorted, both differ by 0
+        ("aot_unpaired", {}, nll(0), nll(0), SUMMED),
         ("simpo", {"gamma": 0.2}, nll(0.5 * (-2 + 3) - 0.2), nll(-0.5 - 0.2), NO_REFERENCE),
         ("sft", {}, 2.0, 3.0, NONE),
     ],
@@ -245,7 +272,7 @@ VARIED = [
 ]
 
 
-@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("name", [name for name in PAIRED if name != "aot_unpaired"])  # has another pair's gradient
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_the_gradient_of_every_loss_agrees_with_finite_differences(name: str, beta: float) -> None:
     logps = pairs(*VARIED)
@@ -469,12 +496,96 @@ def test_a_pairs_kto_loss_is_the_mean_over_the_completions_that_it_has() -> None
     assert out.chosen_rewards.tolist()[:2] == [2.0, 2.0]
 
 
-def test_the_losses_with_label_smoothing_are_these_four() -> None:
+# Three pairs whose sums over a step cross. log pi: chosen - rejected is 1, -2, 4; log ref: 3, 0, -1.
+# Log ratios: chosen 3, -1, 0; rejected 5, 1, -5.
+CROSSING = [
+    (-9.0, -10.0, -12.0, -15.0, 3, 3),
+    (-7.0, -5.0, -6.0, -6.0, 4, 4),
+    (-8.0, -12.0, -8.0, -7.0, 5, 5),
+]
+
+
+def test_aot_compares_margins_with_those_of_the_reference_by_rank() -> None:
+    # -2, 1, 4 against -1, 0, 3: by pairs 1 - 0, -2 + 1, 4 - 3, each times 0.5
+    assert aot_matches(pairs(*CROSSING), paired=True).tolist() == [0.0, -1.0, 3.0]
+    losses = loss_of("aot", pairs(*CROSSING)).losses
+    assert losses.tolist() == pytest.approx([nll(0.5), nll(-0.5), nll(0.5)], rel=1e-12)
+    smoothed = loss_of("aot", pairs(*CROSSING), label_smoothing=0.2).losses
+    assert smoothed[0].item() == pytest.approx(0.8 * nll(0.5) + 0.2 * nll(-0.5), rel=1e-12)
+
+
+def test_unpaired_aot_compares_chosen_with_rejected_rewards_by_rank() -> None:
+    # chosen -1, 0, 3 against rejected -5, 1, 5: by pairs 3 - 5, -1 + 5, 0 - 1, each times 0.5
+    logps = pairs(*CROSSING)
+    assert aot_matches(logps, paired=False).tolist() == [[5.0, 3.0], [-5.0, 0.0], [1.0, -1.0]]
+    losses = loss_of("aot_unpaired", logps).losses
+    assert losses.tolist() == pytest.approx([nll(-1), nll(2), nll(-0.5)], rel=1e-12)
+    chosen, rejected = torch.autograd.grad(losses.sum(), logps[:2])
+    # dL/dh = -sigmoid(-h); h of a rejected completion is that of the chosen one with its rank
+    assert chosen.tolist() == pytest.approx([-0.5 * sigmoid(1), -0.5 * sigmoid(-2), -0.5 * sigmoid(0.5)], rel=1e-12)
+    assert rejected.tolist() == pytest.approx([0.5 * sigmoid(1), 0.5 * sigmoid(0.5), 0.5 * sigmoid(-2)], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_aot_does_not_depend_on_the_order_of_a_steps_pairs_or_on_how_it_is_cut(name: str) -> None:
+    loss: Any = LOSSES[name](type=name)
+    matches = aot_matches(pairs(*CROSSING), paired=name == "aot")
+    whole = preference_loss(loss, pairs(*CROSSING), beta=0.5, of_step=matches).losses
+    parts = [preference_loss(loss, pairs(row), beta=0.5, of_step=matches[i : i + 1]) for i, row in enumerate(CROSSING)]
+    torch.testing.assert_close(torch.cat([part.losses for part in parts]), whole, rtol=0, atol=1e-15)
+    torch.testing.assert_close(loss_of(name, pairs(*CROSSING[::-1])).losses, whole.flip(0), rtol=0, atol=1e-15)
+
+
+def test_aot_on_a_single_pair_is_dpo() -> None:
+    for row in VARIED:
+        expected = dpo_loss(*pairs(row)[:4], beta=0.5).losses
+        torch.testing.assert_close(loss_of("aot", pairs(row)).losses, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(loss_of("aot_unpaired", pairs(row)).losses, expected, rtol=0, atol=1e-12)
+
+
+def test_discopop_is_flat_between_its_logistic_and_its_exponential_side() -> None:
+    # At h = 0 both have weight 1/2. With t = 1 / tau: L' = t / 4 (1 - log 2) - 3/4
+    margin = torch.tensor([0.0], dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(1, dtype=torch.float64)
+    one = torch.ones(1)
+    losses = loss_of("discopop", PairLogps(margin, zero, zero, zero, one, one), beta=1.0, tau=0.05).losses
+    assert losses.item() == pytest.approx((math.log(2) + 1) / 2, rel=1e-12)
+    slope = torch.autograd.grad(losses, margin)[0].item()
+    assert slope == pytest.approx(5 * (1 - math.log(2)) - 0.75, rel=1e-12)
+
+
+def test_bco_without_a_shift_is_bco_on_pairs_and_each_completion_has_its_own_term() -> None:
+    nan = math.nan
+    logps = pairs(PAIR, (*PAIR[:1], nan, *PAIR[2:4], 4, 0), (nan, *PAIR[1:4], 0, 2))
+    out = bco_loss(logps, torch.tensor(0.0), beta=0.5)
+    assert out.losses.tolist() == pytest.approx([nll(2) + nll(0.5), nll(2), nll(0.5)], rel=1e-12)
+    chosen, rejected = torch.autograd.grad(out.losses.sum(), logps[:2])
+    assert chosen.tolist()[:2] == pytest.approx([-0.5 * sigmoid(-2)] * 2, rel=1e-12)
+    assert rejected.tolist()[::2] == pytest.approx([0.5 * sigmoid(-0.5)] * 2, rel=1e-12)
+
+
+def test_the_reward_shift_is_the_middle_of_the_running_means_of_both_kinds() -> None:
+    nan, shift = math.nan, RewardShift()
+    assert shift.value.item() == 0.0
+    shift.update(torch.tensor([[1.0, nan], [3.0, nan], [math.inf, -math.inf]]))
+    assert shift.value.item() == 2.0  # of one kind only: its mean
+    shift.update(torch.tensor([[nan, -2.0]], requires_grad=True))
+    assert (shift.value.item(), shift.value.requires_grad) == (0.0, False)  # (2 - 2) / 2
+    shift.update(torch.tensor([[5.0, 4.0]]))
+    assert shift.value.item() == 2.0  # (9 / 3 + 2 / 2) / 2
+    again = RewardShift()
+    again.load_state_dict(shift.state_dict())
+    assert again.value.item() == 2.0
+
+
+def test_the_losses_with_label_smoothing_are_these_six() -> None:
     assert {name for name, keys in LOSSES.items() if "label_smoothing" in keys.model_fields} == {
         "sigmoid",
         "sigmoid_norm",
         "robust",
         "exo_pair",
+        "aot",
+        "aot_unpaired",
     }
 
 

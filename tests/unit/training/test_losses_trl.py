@@ -17,6 +17,7 @@ from iterdpo.testing import build_tiny_checkpoint
 from iterdpo.training.losses import (
     PairLogps,
     PreferenceLoss,
+    aot_matches,
     exo_pair_loss,
     kl_estimate,
     kto_loss,
@@ -27,8 +28,9 @@ from iterdpo.training.losses import (
 
 BETA = 0.3
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-# `DPOTrainer` has no dpop, orpo and simpo; its sft has a test of its own.
-IN_DPO_TRAINER = [name for name in LOSSES if name not in {"dpop", "kto", "orpo", "simpo", "sft"}]
+# `DPOTrainer` has no dpop, orpo, simpo and bco with a shift; its sft has a test of its own.
+IN_DPO_TRAINER = [name for name in LOSSES if name not in {"dpop", "kto", "bco", "orpo", "simpo", "sft"}]
+SORTING = ["aot", "aot_unpaired"]  # a pair's loss is not its own
 
 PROMPTS = [[5, 17, 99], [42, 7], [200, 201, 202, 203]]
 # The middle pair goes on as its prompt ends. The model likes that: embeddings are tied.
@@ -114,15 +116,58 @@ def our_loss(world: World, name: str, **keys: float) -> PreferenceLoss:
     if not loss.uses_reference:
         zeros = torch.zeros_like(logps.chosen)
         logps = logps._replace(reference_chosen=zeros, reference_rejected=zeros)
-    return preference_loss(loss, logps, beta=BETA)
+    of_step = aot_matches(logps, paired=name == "aot") if name in SORTING else None
+    return preference_loss(loss, logps, beta=BETA, of_step=of_step)
 
 
 @pytest.mark.parametrize("row", [*range(len(PROMPTS))])
-@pytest.mark.parametrize("name", IN_DPO_TRAINER)
+@pytest.mark.parametrize("name", [name for name in IN_DPO_TRAINER if name not in SORTING])
 def test_a_loss_is_trls_of_that_name_on_every_pair(world: World, name: str, row: int) -> None:
     eps = 0.15 if name in {"robust", "exo_pair"} else 0.0
     theirs = trl_loss(world, name, rows=slice(row, row + 1), eps=eps)
     torch.testing.assert_close(our_loss(world, name, label_smoothing=eps).losses[row], theirs, **CLOSE)
+
+
+@pytest.mark.parametrize("name", SORTING)
+@pytest.mark.parametrize("eps", [0.0, 0.2])
+def test_aot_of_a_step_is_trls_aot_of_a_batch_and_so_is_its_gradient(world: World, name: str, eps: float) -> None:
+    theirs = trl_loss(world, name, eps=eps)
+    torch.testing.assert_close(our_loss(world, name, label_smoothing=eps).losses.mean(), theirs, **CLOSE)
+    logps = world.logps
+    policy = [side.clone().requires_grad_() for side in logps[:2]]
+    one, other = (
+        [policy[0] - policy[1], logps.reference_chosen - logps.reference_rejected]
+        if name == "aot"
+        else [policy[0] - logps.reference_chosen, policy[1] - logps.reference_rejected]
+    )
+    h = BETA * (one.sort().values - other.sort().values)
+    whole = (-(1 - eps) * torch.nn.functional.logsigmoid(h) - eps * torch.nn.functional.logsigmoid(-h)).mean()
+    torch.testing.assert_close(whole.detach(), theirs, **CLOSE)
+    expected = torch.autograd.grad(whole, policy)
+    moved = world._replace(logps=logps._replace(chosen=policy[0], rejected=policy[1]))
+    found = torch.autograd.grad(our_loss(moved, name, label_smoothing=eps).losses.mean(), policy)
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", ["sigmoid", "ipo"])
+def test_ld_dpo_is_trls_with_the_same_alpha(world: World, name: str, alpha: float) -> None:
+    logps = world.logps
+    with torch.no_grad():
+        both = [
+            [token_logps(world.model, *row)[0] for row in zip(PROMPTS, side, strict=True)]
+            for side in (CHOSEN, REJECTED)
+        ]
+    weighted = [[], []]
+    for pair in zip(*both, strict=True):
+        common = min(map(len, pair))
+        for side, tokens in zip(weighted, pair, strict=True):
+            side.append(tokens[:common].sum() + alpha * tokens[common:].sum())
+    world.trainer.ld_alpha = alpha
+    theirs = trl_loss(world, name)
+    world.trainer.ld_alpha = None
+    ours = world._replace(logps=logps._replace(chosen=torch.stack(weighted[0]), rejected=torch.stack(weighted[1])))
+    torch.testing.assert_close(our_loss(ours, name).losses.mean(), theirs, **CLOSE)
 
 
 def test_the_mean_over_pairs_is_trls_batch_loss(world: World) -> None:

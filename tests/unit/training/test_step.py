@@ -44,6 +44,11 @@ AT_THE_REFERENCE: list[tuple[dict[str, Any], float, float]] = [  # the loss, bet
     ({"type": "apo_zero"}, 0.1, 1.0),
     ({"type": "apo_down"}, 0.1, 1.0),
     ({"type": "sppo_hard"}, 0.1, 50.0),  # 2 (0.5 / 0.1)^2
+    ({"type": "bco_pair"}, 0.1, 2 * LOG_2),
+    ({"type": "bco"}, 0.1, 2 * LOG_2),  # the rewards are 0, and so is their shift
+    ({"type": "aot"}, 0.1, LOG_2),  # the margins are the reference's, in every order
+    ({"type": "aot_unpaired", "label_smoothing": 0.2}, 0.1, LOG_2),
+    ({"type": "discopop"}, 0.1, (LOG_2 + 1) / 2),
     ({"type": "kto"}, 0.1, 0.5),
     ({"type": "kto", "desirable_weight": 1.5, "undesirable_weight": 0.5}, 0.1, 0.5),  # (1.5 / 2 + 0.5 / 2) / 2
     ({"type": "kto", "desirable_weight": 3.0}, 0.1, 1.0),  # (3 / 2 + 1 / 2) / 2
@@ -109,6 +114,58 @@ def test_wpo_weighs_each_pair_by_how_likely_the_policy_is_to_sample_it(
     assert max(weighed) > 2 * min(weighed)
 
 
+@pytest.mark.parametrize(("name", "alpha"), [("sigmoid", 0.0), ("sigmoid", 0.3), ("sigmoid_norm", 0.3)])
+def test_ld_alpha_weighs_the_tokens_beyond_the_shorter_completion_under_both_models(
+    tmp_path: Path, sharp: Path, tiny_model: Path, grouped: Path, name: str, alpha: float
+) -> None:
+    expected = []
+    for pair, *models in zip(token_pairs(grouped), terms(sharp, grouped), terms(tiny_model, grouped), strict=True):
+        common, rewards = min(len(pair.chosen), len(pair.rejected)), []
+        for number, ids in enumerate((pair.chosen, pair.rejected)):
+            policy, reference = (
+                [float(p[t].log()) for t, p in zip(ids, sides[number], strict=True)] for sides in models
+            )
+            ratios = [p - q for p, q in zip(policy, reference, strict=True)]
+            per = len(ids) if name == "sigmoid_norm" else 1
+            rewards.append(0.1 * (sum(ratios[:common]) + alpha * sum(ratios[common:])) / per)
+        expected.append(-log_sigmoid(rewards[0] - rewards[1]))
+    settings = {"loss": name, "ld_alpha": alpha, "pairs_per_step": 8}
+    row = log_of(run(tmp_path, sharp, grouped, against=tiny_model, **settings))[0]
+    assert row["loss"] == pytest.approx(mean(expected), rel=1e-5)
+
+
+def test_ld_alpha_1_is_dpo_and_the_nll_term_has_all_tokens_whatever_it_is(
+    tmp_path: Path, sharp: Path, grouped: Path
+) -> None:
+    plain = run(tmp_path / "a", sharp, grouped, epochs=2)
+    whole = run(tmp_path / "b", sharp, grouped, epochs=2, ld_alpha=1.0)
+    assert losses(whole) == losses(plain)
+    row = log_of(run(tmp_path / "c", sharp, grouped, ld_alpha=0.0, nll_coefficient=0.25, pairs_per_step=8))[0]
+    nll = mean([-p[0] / p[2] for p in summed(sharp, grouped)])
+    assert row["loss"] == pytest.approx(LOG_2 + 0.25 * nll, rel=1e-5)
+
+
+def test_bcos_shift_is_the_running_mean_of_the_rewards_with_those_of_the_step(
+    tmp_path: Path, tiny_model: Path, grouped: Path
+) -> None:
+    log = log_of(run(tmp_path, tiny_model, grouped, loss="bco", epochs=3, learning_rate=1e-2))
+    means = [(row["rewards/chosen"] + row["rewards/rejected"]) / 2 for row in log]  # four pairs in each step
+    assert [row["reward_shift"] for row in log] == pytest.approx(
+        [mean(means[: n + 1]) for n in range(len(log))], abs=1e-6
+    )
+    assert log[-1]["reward_shift"] != 0.0
+
+
+def test_bco_takes_unpaired_examples(tmp_path: Path, tiny_model: Path, rows: list[PreferencePair]) -> None:
+    singles = [PreferencePair(r.prompt, r.prompt_ids, r.chosen, ABSENT) for r in rows]
+    singles += [PreferencePair(r.prompt, r.prompt_ids, ABSENT, r.rejected) for r in rows[:4]]
+    write_tables(tmp_path / "unpaired.parquet", [pairs_table(singles, "unpaired")])
+    log = log_of(run(tmp_path, tiny_model, tmp_path / "unpaired.parquet", loss="bco", epochs=3, pairs_per_step=12))
+    assert log[0]["loss"] == pytest.approx(LOG_2, rel=1e-6)
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert all(math.isfinite(row["grad_norm"]) for row in log)
+
+
 def test_kto_takes_unpaired_examples_and_sees_in_a_pair_two_of_them(
     tmp_path: Path, tiny_model: Path, rows: list[PreferencePair], grouped: Path
 ) -> None:
@@ -137,7 +194,17 @@ def test_unpaired_examples_of_one_kind_only_train_with_kto(
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"loss": "kto"}, {"wpo": True, "nll_coefficient": 0.5}, {"adapter": {}, "learning_rate": 1e-2}]
+    "settings",
+    [
+        {},
+        {"loss": "kto"},
+        {"loss": "bco"},
+        {"loss": "aot"},
+        {"loss": "aot_unpaired"},
+        {"ld_alpha": 0.3},
+        {"wpo": True, "nll_coefficient": 0.5},
+        {"adapter": {}, "learning_rate": 1e-2},
+    ],
 )
 def test_one_pair_at_a_time_or_all_at_once_is_the_same_training(
     tmp_path: Path, tiny_model: Path, grouped: Path, settings: dict[str, Any]
@@ -150,7 +217,21 @@ def test_one_pair_at_a_time_or_all_at_once_is_the_same_training(
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 5e-3)])
-@pytest.mark.parametrize("settings", [{}, {"loss": "kto"}, {"adapter": {}}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"loss": "kto"},
+        {"loss": "bco"},
+        {"loss": "bco_pair"},
+        {"loss": "aot"},
+        {"loss": "aot_unpaired"},
+        {"loss": "discopop"},
+        {"ld_alpha": 0.3},
+        {"adapter": {}},
+        {"adapter": {"modules_to_save": ["lm_head"]}},
+    ],
+)
 def test_sharing_prompts_does_not_change_the_losses(
     tmp_path: Path, tiny_model: Path, grouped: Path, settings: dict[str, Any], precision: str, tolerance: float
 ) -> None:
@@ -204,7 +285,7 @@ def test_the_steps_after_one_that_was_skipped_go_on(
     assert all(math.isfinite(value) for row in log for value in row.values() if isinstance(value, float))
 
 
-@pytest.mark.parametrize(("loss", "expected"), [("sigmoid", LOG_2), ("kto", 0.5)])
+@pytest.mark.parametrize(("loss", "expected"), [("sigmoid", LOG_2), ("kto", 0.5), ("aot_unpaired", LOG_2)])
 def test_held_out_pairs_are_evaluated_with_the_trained_policy(
     tmp_path: Path, tiny_model: Path, pairs: Path, grouped: Path, loss: str, expected: float
 ) -> None:
@@ -232,9 +313,19 @@ def test_metrics_are_means_over_the_pairs_that_have_them() -> None:
     }
 
 
+def test_the_round_warms_up_over_a_number_of_steps(tmp_path: Path, tiny_model: Path, pairs: Path) -> None:
+    settings = {"lr_scheduler": "constant", "learning_rate": 1e-3}
+    log = log_of(run(tmp_path / "a", tiny_model, pairs, warmup_steps=4, **settings))
+    assert [row["learning_rate"] for row in log] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+    log = log_of(run(tmp_path / "b", tiny_model, pairs, warmup_steps=0, **settings))
+    assert [row["learning_rate"] for row in log] == [1e-3] * 6
+    log = log_of(run(tmp_path / "c", tiny_model, pairs, warmup_steps=12, **settings))
+    assert log[-1]["learning_rate"] == pytest.approx(5e-4)
+
+
 def test_the_learning_rate_warms_up_to_its_peak_and_is_never_zero() -> None:
     def factors(schedule: str) -> list[float]:
-        return [learning_rate_factor(s, 10, warmup_ratio=0.2, schedule=schedule) for s in range(10)]
+        return [learning_rate_factor(s, 10, warmup=2, schedule=schedule) for s in range(10)]
 
     assert factors("constant") == [0.5, *[1.0] * 9]
     assert factors("linear") == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
