@@ -122,12 +122,22 @@ def _sizes(model: Path, dpo: DPOConfig) -> tuple[int, int]:
     saved, frozen = sum(map(math.prod, shapes.values())), 0
     if dpo.adapter is not None:
         frozen, targets = saved, dpo.adapter.target_modules  # the trainer's checkpoint has the frozen weights too
-        adapted = (sum(shape) for name, shape in shapes.items() if len(shape) == 2 and _adapted(name, targets))
-        whole = dpo.adapter.modules_to_save or []
-        copies = [math.prod(shape) for name, shape in shapes.items() if whole and _adapted(name, whole)]
-        saved = dpo.adapter.r * sum(adapted) + sum(copies)
+        whole = _whole(shapes, dpo.adapter.modules_to_save or [])
+        matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name not in whole}
+        adapted = (sum(shape) for name, shape in matrices.items() if _adapted(name, targets))
+        saved = dpo.adapter.r * sum(adapted) + sum(whole.values())
     policy = saved * (2 if dpo.save_dtype == "bfloat16" else 4)
     return policy, 2 * policy + frozen * (2 if dpo.precision == "bf16" else 4)
+
+
+def _whole(shapes: dict[str, list[int]], modules: list[str]) -> dict[str, int]:
+    """Numbers of weights that are trained whole beside an adapter. A head that is tied to the embeddings is saved too."""
+    found = {name: math.prod(shape) for name, shape in shapes.items() if modules and _adapted(name, modules)}
+    embeddings = {name: math.prod(shape) for name, shape in shapes.items() if name.endswith(EMBEDDINGS)}
+    untied = any(name.endswith("lm_head.weight") for name in shapes)
+    if not untied and ("lm_head" in modules or embeddings.keys() & found.keys()):
+        found |= embeddings | {"lm_head.weight": sum(embeddings.values())}
+    return found
 
 
 def _size(size: float) -> str:

@@ -52,6 +52,19 @@ def test_an_adapter_is_announced_as_large_as_peft_makes_it(
     assert announced(model, tmp_path, adapter={"r": 256, "target_modules": targets}) == pytest.approx(trained, abs=0.06)
 
 
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["o_proj", "norm"]])
+def test_modules_that_are_trained_whole_are_announced_with_the_adapter(
+    model: Path, tmp_path: Path, names: list[str]
+) -> None:
+    from iterdpo.training.models import load_policy, with_new_adapter
+
+    base = load_policy(model)
+    adapted = with_new_adapter(base, r=64, alpha=8, target_modules="all-linear", quantize="none", modules_to_save=names)
+    adapted.save_pretrained(tmp_path / "adapter")
+    saved = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size / MIB
+    assert announced(model, tmp_path, adapter={"r": 64, "modules_to_save": names}) == pytest.approx(saved, abs=0.06)
+
+
 def test_the_policies_of_all_rounds_are_announced_in_the_unit_that_shows_them(model: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Tale {i}"}) + "\n" for i in range(101)))
     (tmp_path / "judge.py").write_text("def score(completion):\n    return len(completion)\n")
