@@ -356,20 +356,30 @@ def _special_ids(tokenizer: Any) -> frozenset[int]:
 
 @lru_cache(maxsize=4)
 def _template_ends(tokenizer: Any) -> frozenset[int]:
-    """The token with which the chat template closes an assistant's turn, if it is one."""
+    """The token with which the chat template, or each of several, closes an assistant's turn, if it is one."""
+    templates = tokenizer.chat_template or {}
+    sources = templates.values() if isinstance(templates, dict) else [templates]
+    return frozenset(end for source in sources if (end := _closing_token(tokenizer, source)) is not None)
+
+
+def _closing_token(tokenizer: Any, template: str) -> int | None:
     answer = "Qxzv7"
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
-    try:
-        text = str(tokenizer.apply_chat_template(chat, tokenize=False)) if tokenizer.chat_template else ""
-    except Exception:  # what a template refuses is said when it renders the data
-        return frozenset()
-    _, found, tail = text.rpartition(answer)
-    for token in _encode(tokenizer, tail) if found else []:
+    tail = ""
+    for opening in ([], [{"role": "system", "content": "Be brief."}]):  # a few want a system message
+        try:
+            text = str(tokenizer.apply_chat_template([*opening, *chat], chat_template=template, tokenize=False))
+        except Exception:  # what a template refuses is said when it renders the data
+            continue
+        _, found, tail = text.rpartition(answer)
+        tail = tail if found else ""
+        break
+    for token in _encode(tokenizer, tail) if tail else []:
         if token in tokenizer.added_tokens_decoder:
-            return frozenset({token})
+            return int(token)
         if _decode(tokenizer, [token]).strip():
             break
-    return frozenset()
+    return None
 
 
 @lru_cache(maxsize=4)

@@ -239,6 +239,16 @@ def test_a_turn_ends_at_eos_and_at_the_token_that_the_template_writes_after_it(t
     assert not set(ids[:-1]) & turn_ends(tokenizer)
 
 
+NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHATML
+
+
+@pytest.mark.parametrize("template", [NEEDS_SYSTEM, {"tool_use": CHATML}, {"default": CHATML, "rag": "{{ x.y }}"}])
+def test_the_end_of_a_turn_is_found_in_templates_that_refuse_most_chats(template: Any) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    assert {*tokens(tokenizer, sorted(turn_ends(tokenizer)))} == {"</s>", "<|im_end|>"}
+
+
 @pytest.mark.parametrize(("listed", "ids"), [(0, {0}), ([0, 1], {0, 1}), (None, set()), ("x", set())])
 def test_a_turn_also_ends_at_the_tokens_of_generation_config(tmp_path: Path, listed: Any, ids: set[int]) -> None:
     model = build_tiny_checkpoint(tmp_path / "model")
