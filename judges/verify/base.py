@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 from iterdpo.errors import JudgeError
 from iterdpo.judging.judge import JudgeBase
@@ -23,6 +23,12 @@ class Verifier(JudgeBase):
     name = "verifier"
     column: str | None = "gold"
     concurrency: int = 1
+    REVISION: ClassVar[int] = 1  # raised if the same arguments give other scores than before
+
+    @classmethod
+    def key(cls, **args: Any) -> Any:
+        settings = super().key(**args)
+        return settings if cls.REVISION == 1 else [cls.REVISION, settings]
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         work = [(c.text, group) for group in groups for c in group.completions]

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-import ast
-import itertools
-import secrets
+import functools
+import hashlib
+import json
+import re
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import JudgeError
+from iterdpo.types import CompletionGroup
 from judges.base import Abstention
 from judges.verify.base import Score, Verifier, check_positive, fenced_blocks
-from judges.verify.sandbox import REPORT, TIMED_OUT, SandboxError, require_sandbox, run_python
+from judges.verify.sandbox import (
+    PEER_READING,
+    PEER_WRITING,
+    REPORT,
+    TIMED_OUT,
+    SandboxError,
+    require_sandbox,
+    run_pair,
+    run_python,
+)
+from judges.verify.suites import BadTests, Suite, entry_point, read_suite
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -21,31 +36,36 @@ class CodeTests(Verifier):
     The program is the completion's last fenced block of Python, else its last fenced block without a language, else
     the whole completion. It runs in `judges.verify.sandbox`, with the standard library alone. The prompt's column has
 
-    - a text of Python: each `assert` at its top level is a test, with the statements before it; without any, all of it
-      is one test;
+    - a text of Python: each `assert` at its top level is a test, with the statements before it; so is each function
+      `test_*` (with pytest's `raises`, `approx`, `fixture` and `parametrize`), each test of a `TestCase`, and
+      HumanEval's `check(candidate)`. Without any, all of it is one test;
     - or a list of such texts, each of them a test;
     - or a list of `{"input": stdin, "output": stdout}`: the program runs once for each, and must exit with status 0
-      and print that, white space at the ends of lines aside.
+      and print that, white space at the ends of lines aside;
+    - or APPS's object with `inputs` and `outputs`, and perhaps `fn_name`, as it is or as JSON text.
 
-    In the first two the tests run in the program's own process and namespace, after it, with `__name__` set to
-    `"solution"`; a run that does not end by itself, and well, within the limits passes none. Each passed test is
-    reported under a random mark over a descriptor, so that neither printing nor exiting early looks like success. A
-    program that is written to search its own process for those marks could still report them, and one that compares
-    equal to everything passes any assertion: only tests of stdin and stdout cannot be reached from within.
+    In the first two the tests run in a sandbox of their own, which never holds the program. They call it in its
+    sandbox and get plain data back (see `judges.verify.tester`). A run of the program that does not end by itself, and
+    well, within the limits passes none.
 
-    A completion abstains only if the sandbox itself fails, or if the tests are not valid Python.
+    A test that an empty program passes is no test, and does not count. A completion abstains if there are no others, if
+    the tests are not valid Python or need what the sandbox lacks, and if the sandbox itself fails.
     """
 
     name = "code_tests"
     SPEED_ONLY = frozenset({"concurrency", "allow_unsandboxed"})
+    REVISION = 2
     column: str = "tests"
     """The prompt's column with the tests."""
+    entry_point: str = "entry_point"
+    """The prompt's column with the name of the function that `check(candidate)` tests. If there is none, it is the last
+    function that the prompt defines, else the last of the program."""
     language: str = "python"
     """`python`, the only one."""
     timeout: float = 10.0
     """Seconds for a run. After a run that timed out, the tests that remain count as failed."""
     memory_mb: int = 512
-    """Memory of each process."""
+    """Memory of a run, all of its processes and files together."""
     partial: bool = True
     """Give a share of the tests, instead of 1 or 0."""
     concurrency: int = 4
@@ -60,64 +80,115 @@ class CodeTests(Verifier):
         check_positive("code_tests", **self._limits, concurrency=self.concurrency)
         if not self.allow_unsandboxed:
             require_sandbox()
+        self._real: dict[str, Future[set[int] | str]] = {}
+        self._lock = threading.Lock()
         self._limits["allow_unsandboxed"] = self.allow_unsandboxed
 
-    def score(self, completion: str, gold: Any) -> Score:
+    def _score(self, completion: str, group: CompletionGroup) -> Score:
+        column = str(self.column)
+        gold = group.prompt.columns.get(column)
+        if gold is None or gold == [] or gold == "":
+            return super()._score(completion, group)
         program = program_of(completion)
-        tests: list[Any]
+        entry = group.prompt.columns.get(self.entry_point)
+        prompt = "\n".join(str(message["content"]) for message in group.prompt.messages)
         try:
-            match gold:
-                case str():
-                    tests = _split_tests(gold)
-                    passed = self._assertions(program, tests)
-                case [*tests] if all(isinstance(test, str) for test in tests):
-                    for test in tests:
-                        ast.parse(test)
-                    passed = self._assertions(program, tests)
-                case [*tests] if all(isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests):
-                    passed = self._runs(program, tests)
-                case _:
-                    kinds = "a text of tests, nor a list of texts, nor a list of objects with `input` and `output`"
-                    return Abstention(f"the column {self.column!r} is neither {kinds}")
-        except (SyntaxError, ValueError):
-            return Abstention(f"the tests of column {self.column!r} are not valid Python")
+            suite = read_suite(gold, column)
+            if suite.wants_entry:
+                suite = read_suite(gold, column, entry_point(program, prompt, entry and str(entry)))
+            if suite.runs:
+                passed, count = self._runs(program, suite.runs)
+            else:
+                passed, count = self._tests(program, suite)
+        except BadTests as error:
+            return Abstention(str(error))
         except SandboxError as error:
             return Abstention(f"the sandbox failed: {error}")
-        return passed / len(tests) if self.partial else float(passed == len(tests))
+        return passed / count if self.partial else float(passed == count)
 
-    def _assertions(self, program: str, tests: list[str]) -> int:
-        marks = [secrets.token_hex(16) for _ in tests]
-        checked = f"{HARNESS}\ncheck({program!r}, {tests!r}, {marks!r}, {REPORT})\n"
-        outcome = run_python(checked, max_output=max(1 << 16, 40 * len(tests)), **self._limits)
-        return len(set(marks) & set(outcome.report.split())) if outcome.ok else 0
+    def _tests(self, program: str, suite: Suite) -> tuple[int, int]:
+        """How many tests the program passes, of those that an empty program does not."""
+        real = self._real_tests(suite)
+        outcome = run_pair(
+            _child("callee", program, PEER_READING, PEER_WRITING),
+            _child("tester", suite.tests, suite.names, PEER_READING, PEER_WRITING, REPORT),
+            max_report=max(1 << 16, 40 * len(suite.tests)),
+            **self._limits,
+        )
+        return len(_passed(outcome.report) & real) if outcome.ok else 0, len(real)
 
-    def _runs(self, program: str, tests: list[dict[str, Any]]) -> int:
+    def _real_tests(self, suite: Suite) -> set[int]:
+        """The numbers of the tests that an empty program fails, found by running them without a program, once.
+
+        Raises:
+            BadTests: there are none, or they need what the sandbox lacks.
+        """
+        key = hashlib.sha256(json.dumps([suite.tests, suite.names]).encode()).hexdigest()
+        with self._lock:
+            first = key not in self._real
+            future = self._real.setdefault(key, Future())
+        if first:
+            try:
+                future.set_result(self._run_without_program(suite))
+            except BaseException as error:
+                with self._lock:
+                    del self._real[key]
+                future.set_exception(error)
+        real = future.result()
+        if isinstance(real, str):
+            raise BadTests(real)
+        return real
+
+    def _run_without_program(self, suite: Suite) -> set[int] | str:
+        tester = _child("tester", suite.tests, suite.names, None, None, REPORT)
+        outcome = run_python(tester, max_output=max(1 << 16, 200 * len(suite.tests)), **self._limits)
+        if unsupported := re.search("^unsupported (.*)", outcome.report, re.MULTILINE):
+            return f"the tests of column {self.column!r} need what the sandbox lacks: {unsupported[1]}"
+        if not outcome.ok:
+            return f"the tests of column {self.column!r} do not end without a program: {outcome.reason}"
+        real = set(range(len(suite.tests))) - _passed(outcome.report)
+        return real or f"the tests of column {self.column!r} test nothing: an empty program passes them"
+
+    def _runs(self, program: str, runs: list[tuple[str, str]]) -> tuple[int, int]:
+        real = [(given, wanted) for given, wanted in runs if wanted.strip()]  # an empty program prints nothing
+        if not real:
+            raise BadTests(f"the tests of column {self.column!r} test nothing: no output is expected")
         passed = 0
-        for test in tests:
-            given, wanted = str(test["input"]), str(test["output"])
+        for given, wanted in real:
             outcome = run_python(program, stdin=given, max_output=max(1 << 16, 8 * len(wanted)), **self._limits)
             passed += outcome.ok and _lines(outcome.stdout) == _lines(wanted)
             if outcome.reason == TIMED_OUT:
                 break
-        return passed
+        return passed, len(real)
 
 
-HARNESS = """
-def check(program, tests, marks, report):
-    import os, sys, traceback, types
-    # Taken before the program can replace them.
-    run, write, show, failure = exec, os.write, traceback.print_exc, BaseException
-    todo = [(compile(test, "tests", "exec"), mark.encode()) for test, mark in zip(tests, marks)]
-    module = sys.modules["solution"] = types.ModuleType("solution")
-    run(compile(program, "solution.py", "exec"), module.__dict__)
-    for test, mark in todo:
-        try:
-            run(test, module.__dict__)
-        except failure:
-            show()
-        else:
-            write(report, mark + b" ")
+def _passed(report: str) -> set[int]:
+    return {int(number) for number in re.findall(r"^passed (\d+)$", report, re.MULTILINE)}
+
+
+def _child(name: str, *arguments: Any) -> str:
+    """A program for the sandbox: `main` of the module `judges.verify.<name>`, which is not to be imported there."""
+    return f"{BOOTSTRAP}\nstart({_sources()!r}, {name!r}, {arguments!r})\n"
+
+
+BOOTSTRAP = """
+def start(sources, name, arguments):
+    import sys, types
+    for package in ("judges", "judges.verify"):
+        sys.modules[package] = types.ModuleType(package)
+    for module, source in sources.items():
+        made = sys.modules[f"judges.verify.{module}"] = types.ModuleType(f"judges.verify.{module}")
+        setattr(sys.modules["judges.verify"], module, made)
+        if module in ("wire", name) or name == "tester" and module == "pytest_subset":
+            exec(compile(source, f"{module}.py", "exec"), made.__dict__)
+    sys.modules[f"judges.verify.{name}"].main(*arguments)
 """
+
+
+@functools.cache
+def _sources() -> dict[str, str]:
+    names = ("wire", "pytest_subset", "callee", "tester")
+    return {name: Path(__file__).with_name(f"{name}.py").read_text() for name in names}
 
 
 def program_of(completion: str) -> str:
@@ -127,14 +198,6 @@ def program_of(completion: str) -> str:
         if found := [text for language, text in blocks if language in languages]:
             return found[-1]
     return completion
-
-
-def _split_tests(text: str) -> list[str]:
-    """Each top-level `assert` with the statements since the one before; what follows the last goes with it."""
-    body = ast.parse(text).body
-    ends = [i for i, node in enumerate(body) if isinstance(node, ast.Assert)][:-1]
-    parts = [body[start:end] for start, end in itertools.pairwise([0, *(i + 1 for i in ends), len(body)])]
-    return ["\n".join(map(ast.unparse, part)) for part in parts]
 
 
 def _lines(text: str) -> list[str]:

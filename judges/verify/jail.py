@@ -2,16 +2,21 @@
 
     run_python --(stdin: the request, then a lifeline)--> launcher --> init, PID 1 of its namespaces --> program
 
-`namespaces`: the program has its own processes, network, and file system. It sees the Python installation,
+`bubblewrap`: the program has its own processes, network, and file system. It sees the Python installation,
 /usr and /lib, read-only, and a folder in memory; there is no other process, no interface, and no other file. When the
 program ends, or the lifeline does, init is killed, and the kernel kills whatever is left below it.
+
+`namespaces`: the same without bubblewrap, by this file alone.
 
 `landlock`: for containers that forbid namespaces. Landlock gives the program the same files, and a system call filter
 denies it sockets, processes, and signals to others, so that it stays one process, which is killed.
 
 `none`: resource limits alone.
 
-Run as `python -s -P -S jail.py STATUS REPORT`, two descriptors; imports only what starts fast.
+The launcher looks at the memory, the files and the processes of the whole sandbox, and kills it if it has too many.
+docs/sandbox.md has the threat model.
+
+Run as `python -s -P -S jail.py STATUS REPORT [READING WRITING]`, descriptors; imports only what starts fast.
 
 Written by hand, at the kernel's interface, because the Landlock and seccomp packages on PyPI are unmaintained, and the
 launcher must not need any package that the confined interpreter does not see.
@@ -21,11 +26,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import marshal
 import os
 import resource
 import select
 import signal
+import stat
 import sys
 from types import ModuleType
 from typing import Any, NoReturn
@@ -33,7 +40,9 @@ from typing import Any, NoReturn
 REPORT = 3  # the program's descriptor for `Outcome.report`
 READABLE = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-FILE_BYTES = 64 << 20  # the largest file; in `namespaces`, all files together
+FILE_BYTES = 64 << 20  # the largest file; with namespaces, all files together
+FILES = 10_000
+LOOK_SECONDS = 0.05  # between looks at the memory, files and processes of the whole sandbox
 
 # <linux/sched.h>, <linux/mount.h>, <linux/prctl.h>, <linux/capability.h>
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x4000000, 0x8000000, 0x10000000
@@ -45,54 +54,177 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SE
 CAPABILITY_VERSION_3, SECCOMP_MODE_FILTER, EPERM, ENOSYS = 0x20080522, 2, 1, 38
 
 libc = ctypes.CDLL(None, use_errno=True)
+PROC = os.open("/proc", os.O_RDONLY)  # before there is a new root, which has none
 
 
 def main() -> None:
-    status, report = map(int, sys.argv[1:])
-    with open(0, "rb", closefd=False) as stdin:
-        request: dict[str, Any] = marshal.load(stdin)  # both ends are the same interpreter
+    inside = sys.argv[1] == "inside"  # of bubblewrap
+    status, *ends = map(int, sys.argv[2:] if inside else sys.argv[1:])
+    with open(ends.pop(0) if inside else 0, "rb", closefd=False) as file:
+        request: dict[str, Any] = marshal.load(file)  # both ends are the same interpreter
     try:
-        _enter(request, status, report)
+        if inside:
+            _become_init(request, status)
+        else:
+            _enter(request, status, ends)
+        _confine(request, status, ends)
     except Exception as error:
         _say(status, f"problem {error}")
         os._exit(1)
     _run(request["code"])
 
 
-def _enter(request: dict[str, Any], status: int, report: int) -> None:
+def _enter(request: dict[str, Any], status: int, ends: list[int]) -> None:
     """Returns in the confined program's process alone; the launcher and init watch, and end in here."""
-    own = request["mode"] == "namespaces"
+    mode = request["mode"]
+    request["user"] = os.getpid()  # before there is a PID namespace
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # if memory runs out, this goes first
-    if own:
+    if mode == "namespaces":
         _unshare()
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     if child := os.fork():
-        code = _watch(child)
-        if not own:
+        code = _watch(child, request, status)
+        if mode in ("landlock", "none"):
             _kill_children()
             os.spawnv(os.P_WAIT, "/bin/rm", ["rm", "-rf", "--", request["scratch"]])  # of any depth
             _say(status, f"exit {code}")
+        elif mode == "bubblewrap" and code:
+            _say(status, f"problem bwrap: exit status {code}")  # nothing, if the program has started
         os._exit(0)
-    if own:
+    if mode == "bubblewrap":
+        _exec_bubblewrap(request, status, ends)
+    if mode == "namespaces":
         _build_root(request["readable"])
-        _become_nobody()
-        libc.prctl(PR_SET_DUMPABLE, 0)  # init is the program's user, and none of its business
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # PID 1 ignores what it does not handle
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
-        if program := os.fork():
-            _reap(program, status)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    _confine(request, status, report)
+        _become_init(request, status)
 
 
-def _watch(child: int) -> int:
-    """Wait for `child`, or for the end of the lifeline, which ends it. Its exit status, negative for a signal."""
+def _become_init(request: dict[str, Any], status: int) -> None:
+    """Become a user without rights, as PID 1; returns in the program's process alone."""
+    _become_nobody(request["user"])
+    libc.prctl(PR_SET_DUMPABLE, 0)  # init is the program's user, and none of its business
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # PID 1 ignores what it does not handle
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
+    if program := os.fork():
+        _reap(program, status)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _exec_bubblewrap(request: dict[str, Any], status: int, ends: list[int]) -> NoReturn:
+    """Become bubblewrap, which makes the same namespaces and root, and runs this file in them as PID 1."""
+    message = os.memfd_create("request", 0)
+    with open(message, "wb", closefd=False) as file:
+        marshal.dump(request, file)
+    os.lseek(message, 0, os.SEEK_SET)
+    for end in (status, message, *ends):
+        os.set_inheritable(end, True)
+    unshare = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    # As root, it stays root until `_become_nobody`: a user namespace of root's would have no limit on processes.
+    who = (
+        ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        if os.geteuid() == 0
+        else ["--unshare-user", "--uid", "1000", "--gid", "1000"]
+    )
+    root: list[str] = []
+    for path in (*READABLE, *DEVICES, *request["readable"]):  # bubblewrap copies modes, and others cannot enter /root
+        names = path.split("/")[1:-1]
+        for depth in range(len(names)):
+            root += ["--perms", "0755", "--dir", "/" + "/".join(names[: depth + 1])]
+    for path in (*READABLE, *request["readable"]):
+        if os.path.islink(path):
+            root += ["--symlink", os.readlink(path), path]
+        elif os.path.exists(path):
+            root += ["--ro-bind", path, path]
+    for path in DEVICES:
+        root += ["--dev-bind-try", path, path]
+    root += ["--symlink", "/scratch", "/dev/shm", "--ro-bind", os.path.abspath(__file__), "/jail.py"]
+    root += ["--perms", "0777", "--size", str(FILE_BYTES), "--tmpfs", "/scratch", "--remount-ro", "/"]
+    inner = [sys.executable, "-s", "-P", "-S", "-X", "utf8", "/jail.py", "inside", *map(str, (status, message, *ends))]
+    command = [
+        request["bubblewrap"],
+        "--die-with-parent",
+        "--as-pid-1",
+        *unshare,
+        *who,
+        *root,
+        "--chdir",
+        "/",
+        "--",
+        *inner,
+    ]
+    os.execve(command[0], command, {"PYTHONHASHSEED": "0"})
+
+
+def _watch(child: int, request: dict[str, Any], status: int) -> int:
+    """Wait for `child`. The end of the lifeline ends it, and so does use of more than the whole sandbox may have.
+
+    Returns:
+        its exit status, negative for a signal.
+    """
     ended = os.pidfd_open(child)
-    ready, _, _ = select.select([0, ended], [], [])
+    while not (ready := select.select([0, ended], [], [], LOOK_SECONDS)[0]):
+        if excess := _excess(child, request):
+            _say(status, f"limit {excess}")
+            break
     if ended not in ready:
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _excess(child: int, request: dict[str, Any]) -> str | None:
+    """Which limit `child`, the processes below it, and their files exceed together, if they do."""
+    tree, used = [child], 0
+    for pid in tree:  # which grows meanwhile
+        with contextlib.suppress(OSError):  # it has ended
+            used += int(_proc(f"{pid}/statm").split()[1]) * resource.getpagesize()
+            for task in os.listdir(folder := os.open(f"{pid}/task", os.O_RDONLY, dir_fd=PROC)):
+                tree += map(int, _proc(f"{pid}/task/{task}/children").split())
+            os.close(folder)
+    if len(tree) > request["processes"] + 3:  # bubblewrap, and init
+        return f"more than {request['processes']} processes"
+    if request["scratch"]:
+        files, count = _size_of(request["scratch"], child)
+    else:
+        files = count = 0
+        with contextlib.suppress(OSError):
+            folder = os.open(f"{tree[-1]}/root/scratch", os.O_RDONLY, dir_fd=PROC)
+            scratch = os.fstatvfs(folder)
+            os.close(folder)
+            files, count = (scratch.f_blocks - scratch.f_bfree) * scratch.f_frsize, scratch.f_files - scratch.f_ffree
+    if count > FILES:
+        return f"more than {FILES} files"
+    if used + files > request["memory"]:
+        return f"more than {request['memory'] >> 20} MB of memory and files"
+    return None
+
+
+def _proc(path: str) -> str:
+    with open(os.open(path, os.O_RDONLY, dir_fd=PROC)) as file:
+        return file.read()
+
+
+def _size_of(scratch: str, pid: int) -> tuple[int, int]:
+    """The bytes and the number of the files in a folder, and of those that `pid` has open and has removed."""
+    size = count = 0
+    unseen: list[OSError] = []
+    try:
+        for folder, folders, names in os.walk(scratch, onerror=unseen.append):
+            for name in (*folders, *names):
+                with contextlib.suppress(FileNotFoundError):
+                    size += os.lstat(os.path.join(folder, name)).st_blocks * 512
+                count += 1
+            if count > FILES:
+                break
+    except (OSError, RecursionError):  # too deep
+        count = FILES + 1
+    if any(not isinstance(error, FileNotFoundError) for error in unseen):  # closed to this process
+        count = FILES + 1
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                found = os.stat(f"/proc/{pid}/fd/{name}")
+                size += found.st_blocks * 512 if stat.S_ISREG(found.st_mode) and not found.st_nlink else 0
+    return size, count
 
 
 def _reap(program: int, status: int) -> NoReturn:
@@ -144,7 +276,7 @@ def _build_root(readable: list[str]) -> None:
     # Recursively, and whatever flags of the originals are locked: that is beyond mount(2).
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
     _syscall("mount_setattr", AT_FDCWD, b"/", AT_RECURSIVE, attributes, ctypes.sizeof(attributes))
-    _mount("tmpfs", "/scratch", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=777,size={FILE_BYTES},nr_inodes=10000")
+    _mount("tmpfs", "/scratch", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=777,size={FILE_BYTES},nr_inodes={FILES}")
 
 
 def _show(path: str) -> None:
@@ -163,21 +295,24 @@ def _show(path: str) -> None:
     _mount(old, path, None, MS_BIND | MS_REC)
 
 
-def _become_nobody() -> None:
+def _become_nobody(number: int) -> None:
     """As root, become a user that no one else is: the limit on processes does not bind root, and counts by user."""
     if os.geteuid() != 0:
         return
     os.setgroups([])
-    for user in (0x7000_0000 | _OUTER_PID, 60_000 + _OUTER_PID % 5_000):  # containers may map the low ones alone
+    for user in (0x7000_0000 | number, 60_000 + number % 5_000):  # containers may map the low ones alone
         if libc.setresgid(user, user, user) == 0 and libc.setresuid(user, user, user) == 0:
             return
     raise OSError("root cannot change to another user here")
 
 
-def _confine(request: dict[str, Any], status: int, report: int) -> None:
-    """The program's own process: limits, an environment, its descriptors, and no way back."""
+def _confine(request: dict[str, Any], status: int, ends: list[int]) -> None:
+    """The program's own process: limits, an environment, its descriptors, and no way back.
+
+    `ends` become the descriptors from REPORT on.
+    """
     os.setsid()
-    scratch = "/scratch" if request["mode"] == "namespaces" else request["scratch"]
+    scratch = request["scratch"] or "/scratch"
     os.chdir(scratch)
     os.environ.clear()
     os.environ.update({"HOME": scratch, "TMPDIR": scratch, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"})
@@ -187,9 +322,9 @@ def _confine(request: dict[str, Any], status: int, report: int) -> None:
         file.write(request["stdin"])
     os.lseek(stdin, 0, os.SEEK_SET)
     os.dup2(stdin, 0)
-    if status == REPORT:
-        status = os.dup(status)
-    os.dup2(report, REPORT)
+    status, *ends = (fcntl.fcntl(end, fcntl.F_DUPFD, 64) for end in (status, *ends))  # out of the way
+    for number, end in enumerate(ends):
+        os.dup2(end, REPORT + number)
     limits = {
         resource.RLIMIT_AS: request["memory"],
         resource.RLIMIT_CPU: int(request["timeout"]) + 2,
@@ -197,7 +332,7 @@ def _confine(request: dict[str, Any], status: int, report: int) -> None:
         resource.RLIMIT_NOFILE: 128,
         resource.RLIMIT_CORE: 0,
     }
-    if request["mode"] == "namespaces":  # elsewhere it would count the user's other processes
+    if request["scratch"] is None:  # elsewhere it would count the user's other processes
         limits[resource.RLIMIT_NPROC] = request["processes"] + 1  # init counts
     for limit, value in limits.items():
         hard = resource.getrlimit(limit)[1]
@@ -210,7 +345,7 @@ def _confine(request: dict[str, Any], status: int, report: int) -> None:
             _landlock((*READABLE, *request["readable"]), scratch)
         _filter_calls(alone=request["mode"] == "landlock")
     _say(status, "started")
-    os.closerange(REPORT + 1, 1 << 20)
+    os.closerange(REPORT + len(ends), 1 << 20)
 
 
 def _landlock(readable: tuple[str, ...], scratch: str) -> None:
@@ -235,14 +370,15 @@ def _landlock(readable: tuple[str, ...], scratch: str) -> None:
 
 
 Call = tuple[int | None, int | None]  # its numbers on x86_64 and on aarch64; None if it does not exist
-KERNEL: dict[str, Call] = {  # ways to more of the kernel than a program needs
+KERNEL: dict[str, Call] = {  # ways to more of the kernel than a program needs, and to memory that no process shows
     "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
     "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
     "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442), "ptrace": (101, 117),
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "bpf": (321, 280), "keyctl": (250, 219),
     "add_key": (248, 217), "request_key": (249, 218), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
-    "open_by_handle_at": (304, 265), "pidfd_send_signal": (424, 424),
+    "open_by_handle_at": (304, 265), "pidfd_send_signal": (424, 424), "memfd_create": (319, 279),
+    "memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
 }  # fmt: skip
 ALONE: dict[str, Call] = {  # ways to other processes, to a network, and to what Landlock leaves open: owners, modes, times of files
     "socket": (41, 198), "fork": (57, None), "vfork": (58, None), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138),
@@ -250,8 +386,8 @@ ALONE: dict[str, Call] = {  # ways to other processes, to a network, and to what
     "fchmodat2": (452, 452), "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
     "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14),
     "lremovexattr": (198, 15), "fremovexattr": (199, 16), "utime": (132, None), "utimes": (235, None),
-    "futimesat": (261, None), "utimensat": (280, 88), "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190),
-    "mq_open": (240, 180), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
+    "futimesat": (261, None), "utimensat": (280, 88),
+    "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
     "sched_setparam": (142, 118), "sched_setattr": (314, 274), "setpriority": (141, 140), "ioprio_set": (251, 30),
     "process_madvise": (440, 440),
 }  # fmt: skip
@@ -344,8 +480,6 @@ def _call(name: str, result: int) -> int:
         raise OSError(f"{name}: {os.strerror(ctypes.get_errno())}")
     return result
 
-
-_OUTER_PID = os.getpid()  # before there is a PID namespace, where it would always be 1
 
 if __name__ == "__main__":
     main()

@@ -5,20 +5,22 @@ printed and how it ended. On Linux each program is limited in:
 
 - files: it sees the Python installation, /usr and /lib, read-only, and a scratch folder (its working directory, HOME
   and TMPDIR) that is deleted afterwards. There is no other file: no home directory, no /tmp, no /proc.
-- network: none, not even loopback.
+- network: none; with bubblewrap, a loopback that it shares with nothing.
 - processes: it neither sees nor can signal any but its own. When it ends, or its time does, or this process does,
   everything that it started is killed.
 - environment: empty. No descriptor but stdin, stdout, stderr, and REPORT is open.
-- limits: wall time, CPU time, memory of each process, number of processes, size of files, and what it may print.
+- limits: wall time, CPU time, memory of all of its processes and files together, number of processes and of files, and
+  what it may print.
 
-Namespaces do this, made with user namespaces if this process is not root. If a container forbids them, Landlock (Linux
-6.2) and a system call filter do: then a program cannot start processes, nor change modes of files, its files are limited
-in size one by one only, and it may know that other processes exist. If neither works, `run_python` refuses, unless
-`allow_unsandboxed`.
+Bubblewrap does this if it is installed and works. Otherwise `judges.verify.jail` makes the namespaces itself. If a
+container forbids them, Landlock (Linux 6.2) and a system call filter are used: then a program cannot start processes,
+nor change modes of files, and it may know that other processes exist. If nothing works, `run_python` refuses, unless
+`allow_unsandboxed`. docs/sandbox.md has the threat model.
 
 The kernel enforces this, not a virtual machine: a program that exploits a bug of the kernel gets through.
 
-Written by hand because bubblewrap is not installed everywhere and needs namespaces, which many containers forbid.
+The jail is written by hand because bubblewrap is not installed everywhere and needs namespaces, which many containers
+forbid.
 """
 
 from __future__ import annotations
@@ -34,16 +36,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from iterdpo.errors import JudgeError
 
-Mode = Literal["namespaces", "landlock", "none"]
+Mode = Literal["bubblewrap", "namespaces", "landlock", "none"]
+MODES: tuple[Mode, ...] = ("bubblewrap", "namespaces", "landlock")  # the strongest first
 
 REPORT = 3
 """The descriptor that a program's test harness may write `Outcome.report` to."""
+
+PEER_READING, PEER_WRITING = 4, 5
+"""The descriptors by which the two programs of `run_pair` reach each other."""
 
 TIMED_OUT = "timed out"
 START_SECONDS = 60.0  # for the launcher, on a machine with much else to do; the program's own time starts after it
@@ -85,7 +92,7 @@ def run_python(
         code: the program.
         stdin: what it reads from its standard input.
         timeout: seconds of wall time, from the moment it starts.
-        memory_mb: address space of each of its processes, and so of its threads' stacks too.
+        memory_mb: memory of all of its processes and files together, and address space of each process.
         max_output: bytes of stdout, of stderr and of the report each; it is killed if it writes more.
         max_processes: processes and threads at once, its own included.
         allow_unsandboxed: run it even if there is no sandbox, as a child process of this user with limits alone.
@@ -98,6 +105,41 @@ def run_python(
     if mode is None and not allow_unsandboxed:
         require_sandbox()
     return _run(code, mode or "none", stdin, timeout, memory_mb, max_output, max_processes)
+
+
+def run_pair(
+    program: str,
+    tests: str,
+    *,
+    timeout: float = 10.0,
+    memory_mb: int = 512,
+    max_output: int = 64 * 1024,
+    max_report: int = 64 * 1024,
+    max_processes: int = 16,
+    allow_unsandboxed: bool = False,
+) -> Outcome:
+    """Run two programs at once, each in a sandbox of its own, with nothing in common but a pair of pipes.
+
+    The outcome is that of `tests`, with its report, and is ok only if both ended well. `tests` has the limits of
+    `run_python`; its report may have `max_report` bytes.
+
+    Raises:
+        as `run_python` does.
+    """
+    mode = sandbox_mode()[0]
+    if mode is None and not allow_unsandboxed:
+        require_sandbox()
+    to_program, from_program = os.pipe(), os.pipe()
+    ends = (to_program[0], from_program[1]), (from_program[0], to_program[1])
+
+    def run(code: str, own: tuple[int, int], output: int) -> Outcome:
+        return _run(code, mode or "none", "", timeout, memory_mb, output, max_processes, peer=own)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run, program, ends[0], max_output)
+        outcome = run(tests, ends[1], max_report)
+        other = running.result()
+    return outcome if other.ok else replace(outcome, ok=False, exit=other.exit, reason=other.reason)
 
 
 def require_sandbox() -> None:
@@ -126,10 +168,9 @@ def sandbox_mode() -> tuple[Mode | None, list[str]]:
     if sys.platform != "linux":
         return None, ["the sandbox needs Linux"]
     problems: list[str] = []
-    modes: tuple[Mode, ...] = ("namespaces", "landlock")
-    for mode in modes:
+    for mode in MODES:
         try:
-            outcome = _run("print(6 * 7)", mode, "", START_SECONDS, 512, 1024, 16)
+            outcome = _run("import json; print(6 * 7)", mode, "", START_SECONDS, 512, 1024, 16)
             if outcome.stdout == "42\n":
                 return mode, problems
             problems.append(f"{mode}: {outcome.reason}: {outcome.stderr[-300:]}")
@@ -139,8 +180,19 @@ def sandbox_mode() -> tuple[Mode | None, list[str]]:
 
 
 def _run(
-    code: str, mode: Mode, stdin: str, timeout: float, memory_mb: int, max_output: int, max_processes: int
+    code: str,
+    mode: Mode,
+    stdin: str,
+    timeout: float,
+    memory_mb: int,
+    max_output: int,
+    max_processes: int,
+    *,
+    peer: tuple[()] | tuple[int, int] = (),
 ) -> Outcome:
+    """Closes its copies of the descriptors `peer`, which the program has as PEER_READING and PEER_WRITING."""
+    if mode == "bubblewrap" and not shutil.which("bwrap"):
+        raise SandboxError("bwrap is not installed")
     installation = (sys.base_prefix, sys.base_exec_prefix, str(Path(os.__file__).parent))
     request: dict[str, Any] = {
         "code": code,
@@ -150,7 +202,8 @@ def _run(
         "memory": memory_mb << 20,
         "processes": max_processes,
         "readable": sorted({os.path.realpath(path) for path in installation}, key=len),
-        "scratch": None if mode == "namespaces" else tempfile.mkdtemp(prefix="iterdpo-sandbox-"),
+        "scratch": None if mode in ("bubblewrap", "namespaces") else tempfile.mkdtemp(prefix="iterdpo-sandbox-"),
+        "bubblewrap": shutil.which("bwrap"),
     }
     # The real interpreter, not a virtual environment's link to it, which the program could not see. Its hashes are
     # seeded so that a program has the same sets, and a completion the same score, each time.
@@ -161,19 +214,19 @@ def _run(
             opened.callback(os.close, descriptor)
         try:
             launcher = subprocess.Popen(
-                [*interpreter, str(Path(__file__).with_name("jail.py")), str(status_end), str(report_end)],
+                [*interpreter, str(Path(__file__).with_name("jail.py")), *map(str, (status_end, report_end, *peer))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=(status_end, report_end),
+                pass_fds=(status_end, report_end, *peer),
                 env={"PYTHONHASHSEED": "0"},
                 cwd="/",
                 start_new_session=True,
                 bufsize=0,
             )
         finally:
-            os.close(status_end)
-            os.close(report_end)
+            for descriptor in (status_end, report_end, *peer):
+                os.close(descriptor)
         pipes = (launcher.stdin, launcher.stdout, launcher.stderr)
         lifeline, out, err = (opened.enter_context(pipe) for pipe in pipes if pipe)
         try:
@@ -243,8 +296,10 @@ def _outcome(streams: dict[str, bytearray], reason: str | None, max_output: int)
         raise SandboxError(reason or f"the launcher ended immediately: {stderr[-300:].strip() or 'it printed nothing'}")
     if reason:
         return Outcome(False, -9, stdout, stderr, report, reason)
-    if not rest:
+    if not rest or rest[0].startswith("problem "):
         raise SandboxError("the sandbox was killed from outside")
+    if rest[0].startswith("limit "):
+        return Outcome(False, -9, stdout, stderr, report, rest[0].removeprefix("limit "))
     code = int(rest[0].removeprefix("exit "))
     reason = None if code == 0 else f"exit status {code}" if code > 0 else f"signal {-code}"
     return Outcome(code == 0, code, stdout, stderr, report, reason)

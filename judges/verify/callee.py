@@ -1,0 +1,235 @@
+"""The process of the program, in a sandbox: it runs the program, then answers the calls of its tests.
+
+It holds no test. It is told the arguments of a call and sends back the result, so that whatever the program changes in
+this process, it can change its answers alone.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import inspect
+import io
+import operator
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from types import ModuleType
+from typing import Any
+
+from judges.verify.wire import Peer
+
+
+def serve(program: str, reading: int, writing: int) -> None:
+    """Run `program` as the module `solution`, say so, and answer until the tests are done."""
+    callee = Callee(reading, writing)
+    module = sys.modules["solution"] = ModuleType("solution")
+    callee.module = module
+    exec(compile(program, "solution.py", "exec", dont_inherit=True), module.__dict__)
+    builtins.input = lambda prompt="": callee.peer.ask("input", prompt)
+    callee.peer.send(["ready"])
+    while (message := callee.peer.receive()) is not None:
+        callee.peer.answer(message)
+
+
+class Callee:
+    def __init__(self, reading: int, writing: int) -> None:
+        self.module: ModuleType
+        self.objects: list[Any] = []
+        self.numbers: dict[int, int] = {}
+        self.handles: dict[int, Handle] = {}
+        self.peer = Peer(
+            reading,
+            writing,
+            handle=self.handle,
+            export=self.export,
+            resolve=self.resolve,
+            error_to_json=self.error_to_json,
+            error_from_json=error_from_json,
+        )
+
+    def number(self, value: Any) -> int:
+        """What stands for `value` with the tests; it is kept, so that the number stays its own."""
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.objects)
+            self.objects.append(value)
+        return self.numbers[id(value)]
+
+    def export(self, value: Any) -> list[Any]:
+        if type(value) is Handle:
+            return ["handle", object.__getattribute__(value, "_number")]
+        if type(value) is Made:
+            value = value.value
+        if isinstance(value, type) and issubclass(value, BaseException):
+            return ["exception", self.lineage(value)]
+        if inspect.iscoroutine(value):
+            return ["coroutine", self.number(value)]
+        is_class = isinstance(value, type)
+        lineage = [self.number(kind) for kind in (value if is_class else type(value)).__mro__[:-1]]
+        return ["object", self.number(value), lineage, is_class]
+
+    def resolve(self, value: list[Any]) -> Any:
+        match value:
+            case ["object", int(number)]:
+                return self.objects[number]
+            case ["name", str(module), str(name)]:
+                return getattr(importlib.import_module(module), name)
+            case ["handle", int(number)]:
+                if number not in self.handles:
+                    self.handles[number] = Handle(self.peer, number)
+                return self.handles[number]
+        raise ValueError("a value that is none of the protocol's")
+
+    def lineage(self, kind: type) -> list[list[Any]]:
+        kinds = [base for base in kind.__mro__ if issubclass(base, BaseException)]
+        return [[str(base.__module__), str(base.__qualname__), self.number(base)] for base in kinds]
+
+    def error_to_json(self, error: BaseException) -> list[Any]:
+        def plain(value: Any) -> Any:
+            try:
+                return self.peer.encode(value)
+            except Exception:
+                return repr(value)
+
+        attributes = {str(name): plain(value) for name, value in vars(error).items() if not name.startswith("_")}
+        try:
+            text = str(error)
+        except Exception:
+            text = ""
+        return [self.lineage(type(error)), [plain(argument) for argument in error.args], text, attributes]
+
+    def handle(self, verb: str, *values: Any) -> Any:
+        match verb, values:
+            case "global", [name]:
+                return getattr(self.module, name)
+            case "has", [name]:
+                return hasattr(self.module, name)
+            case "getattr", [value, name]:
+                return getattr(value, name)
+            case "setattr", [value, name, item]:
+                setattr(value, name, item)
+                return None
+            case "delattr", [value, name]:
+                delattr(value, name)
+                return None
+            case "await", [value]:
+                import asyncio
+
+                return asyncio.run(value)
+            case "next", [value]:
+                try:
+                    return True, next(value)
+                except StopIteration:
+                    return False, None
+            case "call", [function, arguments, named, capture]:
+                return self.call(function, arguments, named, capture=capture)
+            case "operator", [name, *operands]:
+                function = OPERATORS.get(name) or getattr(operator, name)
+                return function(*operands)
+        raise ValueError(f"no verb {verb!r}")
+
+    def call(self, function: Any, arguments: tuple[Any, ...], named: dict[str, Any], *, capture: bool) -> Any:
+        """The result; the arguments afterwards, if the result is None; and the output, if it is captured."""
+        output = io.StringIO()
+        if capture:
+            with redirect_stdout(output):
+                result = function(*arguments, **named)
+        else:
+            result = function(*arguments, **named)
+        made = isinstance(function, type) and function.__module__ == "solution"
+        if made and not isinstance(result, BaseException):
+            result = Made(result)
+        return result, ((arguments, named) if result is None else None), output.getvalue()
+
+
+class Made:
+    """An instance that a call of its class made: it crosses as itself, even if its class is derived from list."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "len": len, "iter": iter, "str": str, "repr": repr, "hash": hash, "bool": bool, "int": int, "float": float,
+    "complex": complex, "round": round, "abs": abs, "reversed": reversed, "format": format, "divmod": divmod,
+    "enter": lambda value: value.__enter__(),
+    "exit": lambda value, kind, text: value.__exit__(kind, kind(text) if kind else None, None),
+}  # fmt: skip
+
+
+class Handle:
+    """An object of the tests, which they passed to the program: it can be called, and has what they let it have."""
+
+    def __init__(self, peer: Peer, number: int) -> None:
+        object.__setattr__(self, "_peer", peer)
+        object.__setattr__(self, "_number", number)
+
+    def _ask(self, verb: str, *values: Any) -> Any:
+        peer: Peer = object.__getattribute__(self, "_peer")
+        return peer.ask(verb, self, *values)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._ask("call", arguments, named)
+
+    def __iter__(self) -> Any:
+        return self._ask("iter")
+
+    def __next__(self) -> Any:
+        going, value = self._ask("next")
+        if not going:
+            raise StopIteration
+        return value
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._ask("getattr", name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._ask("setattr", name, value)
+
+    def __len__(self) -> int:
+        length: int = self._ask("operator", "len")
+        return length
+
+    def __bool__(self) -> bool:
+        return bool(self._ask("operator", "bool"))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._ask("operator", "getitem", key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._ask("operator", "setitem", key, value)
+
+    def __str__(self) -> str:
+        return str(self._ask("operator", "str"))
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._ask("operator", "eq", other))
+
+    def __lt__(self, other: Any) -> bool:
+        return bool(self._ask("operator", "lt", other))
+
+    def __gt__(self, other: Any) -> bool:
+        return bool(self._ask("operator", "gt", other))
+
+    def __hash__(self) -> int:
+        number: int = object.__getattribute__(self, "_number")
+        return number
+
+
+def error_from_json(error: list[Any]) -> BaseException:
+    name, arguments = error
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        return kind(*arguments)
+    return RuntimeError(*arguments)
+
+
+def main(program: str, reading: int, writing: int) -> None:
+    try:
+        serve(program, reading, writing)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)

@@ -1,0 +1,207 @@
+"""Reads a column of tests into steps that `judges.verify.tester` runs. Pure; the tests are parsed, never run, here.
+
+Each way to write tests is called as it is meant: `assert`s at the top level, functions `test_*`, classes of tests,
+HumanEval's `check(candidate)`, the block under `if __name__ == "__main__"`, and APPS's object of inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import itertools
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+BUILTINS = frozenset(dir(builtins))
+COMPARATORS = re.compile(r"allclose|array_equal|assert\w*|np|numpy|pd|pandas|scipy|torch|sympy")
+"""Names that a program may not define for its tests: they compare a result with what is expected."""
+LIBRARY = {
+    "isclose": "math", "sqrt": "math", "pi": "math", "inf": "math", "nan": "math", "approx": "pytest", "raises": "pytest",
+    "Counter": "collections", "OrderedDict": "collections", "defaultdict": "collections", "deque": "collections",
+    "namedtuple": "collections", "Decimal": "decimal", "Fraction": "fractions", "date": "datetime",
+    "timedelta": "datetime", "deepcopy": "copy", "Path": "pathlib", "TestCase": "unittest", "patch": "unittest.mock",
+    "Mock": "unittest.mock", "MagicMock": "unittest.mock", "StringIO": "io", "BytesIO": "io",
+}  # fmt: skip
+"""Names of the standard library, with their modules, that tests use without an import because programs have one."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The tests of one prompt.
+
+    `Suite(tests=[[["code", "assert add(1, 2) == 3"]]], names={"add": ""})`: one test of one step, which takes the name
+    `add` from the program; a name with a module is that module's. `runs` has pairs of stdin and stdout instead, for a program that reads and prints.
+    """
+
+    tests: list[list[list[Any]]] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+    runs: list[tuple[str, str]] = field(default_factory=list)
+    wants_entry: bool = False
+
+
+class BadTests(ValueError):
+    """Why a column of tests cannot be run."""
+
+
+def read_suite(gold: Any, column: str, entry: str | None = None) -> Suite:
+    """The suite of a column's value.
+
+    Args:
+        gold: a text of Python, a list of such texts, a list of objects with `input` and `output`, or APPS's object with
+            `inputs` and `outputs`, as it is or as JSON text.
+        column: its name, for messages.
+        entry: the name of the function to test, which `check(candidate)` is given.
+
+    Raises:
+        BadTests: it is none of these, or not valid Python.
+    """
+    if isinstance(gold, str) and gold.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError, RecursionError):  # Python may begin so, too
+            gold = json.loads(gold)
+    match gold:
+        case str():
+            return _of_text(gold, column, entry)
+        case {"inputs": [*inputs], "outputs": [*outputs]} if len(inputs) == len(outputs):
+            return _of_apps(gold, inputs, outputs)
+        case [*tests] if all(isinstance(test, str) for test in tests):
+            return _of_texts(tests, column, entry)
+        case [*tests] if all(isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests):
+            return Suite(runs=[(str(test["input"]), str(test["output"])) for test in tests])
+    kinds = "a text of tests, a list of texts, a list of objects with `input` and `output`, nor an object with `inputs` and `outputs`"
+    raise BadTests(f"the column {column!r} is neither {kinds}")
+
+
+def _of_text(text: str, column: str, entry: str | None) -> Suite:
+    """Each part of the text is a test of its own."""
+    body = _parsed(text, column)
+    steps = _steps(body, entry)
+    return Suite([[step] for step in steps], _names(body, entry), wants_entry=_wants_entry(steps))
+
+
+def _of_texts(texts: list[str], column: str, entry: str | None) -> Suite:
+    """Each text is a test, of all of its parts."""
+    bodies = [_parsed(text, column) for text in texts]
+    tests = [_steps(body, entry) for body in bodies]
+    whole = [statement for body in bodies for statement in body]
+    return Suite(tests, _names(whole, entry), wants_entry=any(map(_wants_entry, tests)))
+
+
+def _of_apps(gold: dict[str, Any], inputs: list[Any], outputs: list[Any]) -> Suite:
+    if name := gold.get("fn_name"):
+        pairs = zip(inputs, outputs, strict=True)
+        return Suite([[["call", str(name), list(given), wanted]] for given, wanted in pairs])
+    joined = [
+        ["\n".join(map(str, part)) if isinstance(part, list) else str(part) for part in side]
+        for side in (inputs, outputs)
+    ]
+    return Suite(runs=list(zip(*joined, strict=True)))
+
+
+def _parsed(text: str, column: str) -> list[ast.stmt]:
+    try:
+        return _without_guards(ast.parse(text).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise BadTests(f"the tests of column {column!r} are not valid Python") from None
+
+
+def _without_guards(body: list[ast.stmt]) -> list[ast.stmt]:
+    """The statements, those under a main guard too, without the calls that would start a test runner."""
+    flat: list[ast.stmt] = []
+    for statement in body:
+        match statement:
+            case ast.If(test=test) if "__name__" in ast.unparse(test):
+                flat += _without_guards(statement.body)
+            case ast.Expr(value=ast.Call()) if _starts_a_runner(statement.value):
+                pass
+            case _:
+                flat.append(statement)
+    return flat
+
+
+def _starts_a_runner(call: ast.expr) -> bool:
+    text = ast.unparse(call)
+    return re.match(r"(?:(?:sys\.)?exit\()?(?:unittest|pytest)\.main\(", text) is not None
+
+
+def _steps(body: list[ast.stmt], entry: str | None) -> list[list[Any]]:
+    """The statements, cut after each `assert`, then what they define and do not call."""
+    ends = [number for number, node in enumerate(body) if isinstance(node, ast.Assert)][:-1]
+    cuts = itertools.pairwise([0, *(number + 1 for number in ends), len(body)])
+    parts = [body[start:end] for start, end in cuts]
+    steps: list[list[Any]] = [["code", "\n".join(map(ast.unparse, part))] for part in parts if part]
+    used = {name for node in body if not isinstance(node, _Defines) for name in _loads(node)}
+    for node in body:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() if node.name not in used:
+                arguments = [argument.arg for argument in node.args.args]
+                if node.name.startswith("test"):
+                    steps.append(["function", node.name])
+                elif (node.name == "check" and len(arguments) == 1) or arguments == ["candidate"]:
+                    steps.append(["check", node.name, entry])
+            case ast.ClassDef():
+                case = any(ast.unparse(base).endswith("TestCase") for base in node.bases)
+                methods = [
+                    inner.name for inner in node.body if isinstance(inner, _Functions) and inner.name.startswith("test")
+                ]
+                units: list[str | None] = [*methods] or [None]
+                if case or (methods and node.name.startswith("Test")):
+                    steps += [["method", node.name, method] for method in units]
+    return steps
+
+
+_Functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+_Defines = (*_Functions, ast.ClassDef)
+
+
+def _wants_entry(steps: list[list[Any]]) -> bool:
+    return any(step[0] == "check" for step in steps)
+
+
+def _loads(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+
+
+def _names(body: list[ast.stmt], entry: str | None) -> dict[str, str]:
+    """The names that the tests use and do not bind.
+
+    A name of a builtin or of `LIBRARY` is the program's if it is the entry point, or the only name that the tests call.
+    """
+    nodes = [node for statement in body for node in ast.walk(statement)]
+    bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    bound |= {node.name for node in nodes if isinstance(node, _Defines)}
+    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    bound |= {node.name for node in nodes if isinstance(node, ast.ExceptHandler) and node.name}
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    bound |= {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
+    loads = set().union(*(_loads(statement) for statement in body)) - bound
+    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)} & loads
+    modules = {name: name for name in loads - called if name in sys.stdlib_module_names or name == "pytest"}
+    known = BUILTINS | LIBRARY.keys()
+    own = {name for name in loads - known - modules.keys() if not COMPARATORS.fullmatch(name)}
+    asks = any(isinstance(node, ast.ImportFrom) and node.module == "solution" for node in imports)
+    if entry in loads & known:
+        own.add(str(entry))
+    elif not own and not asks and len(called & known) == 1:
+        own |= called & known
+    library = {name: LIBRARY[name] for name in loads & LIBRARY.keys() - own}
+    return {**dict.fromkeys(sorted(own), ""), **modules, **library}
+
+
+def entry_point(program: str, prompt: str, given: str | None) -> str | None:
+    """The function that `check(candidate)` is about: as the prompt's column has it; else the last one that the prompt
+    defines, as HumanEval's prompts do; else the last one at the program's top level.
+    """
+    if given:
+        return given
+    if named := re.findall(r"^\s*def\s+(\w+)", prompt, re.MULTILINE):
+        return str(named[-1])
+    try:
+        body = ast.parse(program).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    functions = [node.name for node in body if isinstance(node, _Functions) and not node.name.startswith("_")]
+    return functions[-1] if functions else None

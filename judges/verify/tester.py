@@ -1,0 +1,472 @@
+"""The process of the tests, in a sandbox: it runs them, and calls the program, which is in another sandbox.
+
+The tests' names for the program's objects are `Ref`s. Plain data comes back by value. An object comes back as a `Ref`,
+whose methods and operators are calls too, except those that hand the program a value of the tests and take its word for
+the answer (`==`, `in`, `<`, `-`, `.startswith(...)`): these are asked of objects alone that the tests themselves made by
+a class of the program, as in `Vector(1, 2)`, and `==` of two such objects. Otherwise an answer could equal everything.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Callable, ItemsView, KeysView, ValuesView
+from types import BuiltinFunctionType, ModuleType
+from typing import Any
+
+from judges.verify import pytest_subset
+from judges.verify.wire import Peer
+
+Step = list[Any]
+VERDICTS = {  # methods that are told what is expected
+    "count", "index", "find", "rfind", "rindex", "startswith", "endswith", "issubset", "issuperset", "isdisjoint",
+    "difference", "symmetric_difference", "intersection", "equals", "__contains__", "__eq__", "__ne__", "__lt__",
+    "__le__", "__gt__", "__ge__", "__sub__", "__rsub__", "__truediv__", "__floordiv__", "__mod__", "__xor__", "__and__",
+}  # fmt: skip
+FILES = {"read", "readline", "readlines", "write", "writelines", "getvalue", "seek", "tell", "flush", "close"}
+
+
+class Tester:
+    """The tests' end of the wire."""
+
+    def __init__(self, reading: int, writing: int) -> None:
+        self.peer = Peer(
+            reading,
+            writing,
+            handle=self.handle,
+            export=self.export,
+            resolve=self.resolve,
+            error_to_json=lambda error: [
+                type(error).__name__,
+                [] if isinstance(error, AssertionError) else [str(error)],
+            ],
+            error_from_json=self.error_from_json,
+        )
+        self.lock = threading.RLock()
+        self.refs: dict[int, Ref] = {}
+        self.made_by: set[int] = set()  # the classes whose names the tests use
+        self.passed_on: list[Any] = []
+        self.places: dict[int, int] = {}  # in it, by id
+        self.exceptions: dict[int, type[BaseException]] = {}
+
+    def ask(self, verb: str, *values: Any) -> Any:
+        with self.lock:
+            return self.peer.ask(verb, *values)
+
+    def named(self, name: str) -> Any:
+        """What the program calls `name`. Raises AttributeError if it has none."""
+        value = self.ask("global", name)
+        if type(value) is Ref and value._ref_is_class and name[:1].isupper():
+            self.made_by.add(value._ref_number)
+        return value
+
+    def own(self, *values: Any) -> bool:
+        """Whether all are objects of classes whose names the tests use."""
+        return all(type(value) is Ref and not self.made_by.isdisjoint(value._ref_lineage) for value in values)
+
+    def export(self, value: Any) -> list[Any]:
+        if type(value) is Ref:
+            return ["object", value._ref_number]
+        if isinstance(value, type) and value in self.exceptions.values():
+            return ["object", next(number for number, kind in self.exceptions.items() if kind is value)]
+        module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+        if (
+            isinstance(value, type | BuiltinFunctionType)
+            and module in ("builtins", "_operator", "math")
+            and name.isidentifier()
+        ):
+            return ["name", module, name]
+        if isinstance(value, KeysView | ValuesView | ItemsView):
+            return ["list", [self.peer.encode(item) for item in value]]
+        if id(value) not in self.places:
+            self.places[id(value)] = len(self.passed_on)
+            self.passed_on.append(value)
+        return ["handle", self.places[id(value)]]
+
+    def resolve(self, value: list[Any]) -> Any:
+        match value:
+            case ["object", int(number), list(lineage), bool(is_class)]:
+                if number not in self.refs:
+                    self.refs[number] = Ref(self, number, frozenset(lineage), is_class, made=False)
+                return self.refs[number]
+            case ["exception", list(lineage)]:
+                return self.exception(lineage)
+            case ["handle", int(number)] if 0 <= number < len(self.passed_on):
+                return self.passed_on[number]
+            case ["coroutine", int(number)]:
+                coroutine = Ref(self, number, frozenset(), False, made=False)
+
+                async def run() -> Any:
+                    return self.ask("await", coroutine)
+
+                return run()
+        raise ValueError("a value that is none of the protocol's")
+
+    def exception(self, lineage: list[Any]) -> type[BaseException]:
+        """The class of an exception of the program: the tests' own class of that name, or a new one."""
+        (module, name, number), *bases = lineage
+        if number in self.exceptions:
+            return self.exceptions[number]
+        if module == "builtins":
+            found = getattr(builtins, name, None)
+        elif module.partition(".")[0] in sys.stdlib_module_names - {"unittest"}:
+            found = getattr(sys.modules.get(module), name, None)
+        else:
+            base = self.exception(bases) if bases else Exception
+            found = type(str(name), (base if issubclass(base, Exception) else Exception,), {})
+        allowed = isinstance(found, type) and issubclass(found, (Exception, SystemExit))
+        # One that ends a loop, or this process's patience, would end the test well.
+        if not allowed or issubclass(found, (StopIteration, StopAsyncIteration)):  # type: ignore[arg-type]
+            found = self.exception(bases) if module != "builtins" and bases else RuntimeError
+        assert isinstance(found, type)
+        self.exceptions[number] = found
+        return found
+
+    def error_from_json(self, error: list[Any]) -> BaseException:
+        lineage, arguments, text, attributes = error
+        kind = self.exception(lineage)
+        values = [self.peer.decode(argument) for argument in arguments]
+        made = _raised(kind, values)
+        if _text(made) != text:
+            made = _raised(type(kind.__name__, (kind,), {"__str__": lambda self: str(text)}), values)
+        for name, value in attributes.items():
+            if name.isidentifier() and not name.startswith("_") and not hasattr(made, name):
+                setattr(made, name, self.peer.decode(value))
+        return made
+
+    def handle(self, verb: str, *values: Any) -> Any:
+        """What the program asks of an object that the tests passed to it."""
+        if verb == "input":
+            return input(*values)
+        target, *rest = values
+        mine = getattr(type(target), "__module__", "") == "tests" and not isinstance(target, type)
+        match verb, rest:
+            case "call", [arguments, named] if callable(target):
+                return target(*arguments, **named)
+            case "iter", []:
+                return iter(target)
+            case "next", []:
+                for item in target:
+                    return True, item
+                return False, None
+            case "getattr", [name] if not name.startswith("_") and (mine or name in FILES):
+                return getattr(target, name)
+            case "setattr", [name, value] if not name.startswith("_") and mine and not hasattr(type(target), name):
+                setattr(target, name, value)
+                return None
+            case "operator", ["len"] if mine:
+                return len(target)
+            case "operator", ["bool"]:
+                return bool(target)
+            case "operator", ["str"]:
+                return str(target)
+            case "operator", ["eq", other]:
+                return target is other or bool(mine and target == other)
+            case "operator", ["lt", other] if mine:
+                return target < other
+            case "operator", ["gt", other] if mine:
+                return target > other
+            case "operator", ["getitem", key] if mine:
+                return target[key]
+            case "operator", ["setitem", key, value] if mine:
+                target[key] = value
+                return None
+        raise AttributeError(f"{verb} is not possible here")
+
+
+class Ref:
+    """An object of the program: `Ref(tester, 4, {4, 5}, is_class=True)`, the class with number 4, derived from 5.
+
+    `made`: the tests made it, by a call of its class.
+    """
+
+    __slots__ = ("_ref_is_class", "_ref_lineage", "_ref_made", "_ref_number", "_ref_tester")
+
+    def __init__(self, tester: Tester, number: int, lineage: frozenset[int], is_class: bool, *, made: bool) -> None:
+        for name, value in zip(Ref.__slots__, (is_class, lineage, made, number, tester), strict=True):
+            object.__setattr__(self, name, value)
+
+    _ref_is_class: bool
+    _ref_lineage: frozenset[int]
+    _ref_made: bool
+    _ref_number: int
+    _ref_tester: Tester
+
+    def _ref_ask(self, name: str, *operands: Any) -> Any:
+        return self._ref_tester.ask("operator", name, self, *operands)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        tester = self._ref_tester
+        capture = sys.stdout is not sys.__stdout__
+        result, changed, output = tester.ask("call", self, arguments, named, capture)
+        if output:
+            sys.stdout.write(output)
+        if result is None and changed is not None:
+            refresh(arguments, changed[0])
+            refresh(named, changed[1])
+        if self._ref_is_class and self._ref_number in tester.made_by and type(result) is Ref:
+            result = Ref(tester, result._ref_number, result._ref_lineage, False, made=True)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        if name in VERDICTS and not self._ref_made and self._ref_number not in self._ref_tester.made_by:
+            raise AttributeError(f"{name!r} is not asked of an object that the program made")
+        return self._ref_tester.ask("getattr", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._ref_tester.ask("setattr", self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._ref_tester.ask("delattr", self, name)
+
+    def __iter__(self) -> Any:
+        return self._ref_ask("iter")
+
+    def __next__(self) -> Any:
+        going, value = self._ref_tester.ask("next", self)
+        if going is not True:
+            raise StopIteration
+        return value
+
+    def __contains__(self, item: Any) -> bool:
+        if self._ref_made:
+            return self._ref_ask("contains", item) is True
+        return any(item is one or item == one for one in self)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not Ref:
+            return False  # not NotImplemented, which counts as true if a test calls this by name
+        if self._ref_number == other._ref_number:
+            return True
+        return self._ref_tester.own(self, other) and self._ref_ask("eq", other) is True
+
+    def __ne__(self, other: object) -> bool:
+        if type(other) is not Ref:
+            return True
+        if not self._ref_tester.own(self, other):
+            return not self == other
+        return self._ref_number != other._ref_number and self._ref_ask("ne", other) is True
+
+    def __hash__(self) -> int:
+        return self._ref_ask("hash") if self._ref_tester.own(self) else hash(self._ref_number)
+
+    def __enter__(self) -> Any:
+        value = self._ref_ask("enter")
+        same = type(value) is Ref and value._ref_number == self._ref_number
+        return self if same else value
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+        return bool(self._ref_ask("exit", kind, str(error)) if kind else self._ref_ask("exit", None, ""))
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return type(instance) is Ref and not instance._ref_is_class and self._ref_number in instance._ref_lineage
+
+    def __subclasscheck__(self, kind: Any) -> bool:
+        return type(kind) is Ref and kind._ref_is_class and self._ref_number in kind._ref_lineage
+
+    def __format__(self, layout: str) -> str:
+        return str(self._ref_ask("format", layout))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("an object of the program cannot be copied")
+
+
+def _raised(kind: type[BaseException], values: list[Any]) -> BaseException:
+    try:
+        return kind(*values)
+    except Exception:  # one whose constructor wants more than it keeps
+        return kind.__new__(kind, *values)
+
+
+def _text(error: BaseException) -> str | None:
+    try:
+        return str(error)
+    except Exception:
+        return None
+
+
+def _unary(name: str) -> Callable[..., Any]:
+    return lambda self, *rest: self._ref_ask(name, *rest)
+
+
+def _binary(name: str, *, swapped: bool = False) -> Callable[[Ref, Any], Any]:
+    def method(self: Ref, other: Any) -> Any:
+        if not self._ref_made and not self._ref_tester.own(self, other):
+            raise TypeError(f"{name!r} is not asked of an object that the program made")
+        return self._ref_tester.ask("operator", name, *((other, self) if swapped else (self, other)))
+
+    return method
+
+
+for _name in ("len", "str", "repr", "bool", "int", "float", "complex", "round", "abs", "reversed"):
+    setattr(Ref, f"__{_name}__", _unary(_name))
+for _name in ("neg", "pos", "invert", "index", "getitem", "setitem", "delitem"):
+    setattr(Ref, f"__{_name}__", _unary(_name))
+for _name in ("lt", "le", "gt", "ge"):
+    setattr(Ref, f"__{_name}__", _binary(_name))
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+    "divmod",
+):
+    _function = f"{_name}_" if _name in ("and", "or") else _name
+    setattr(Ref, f"__{_name}__", _binary(_function))
+    setattr(Ref, f"__r{_name}__", _binary(_function, swapped=True))
+    if _name != "divmod":
+        setattr(Ref, f"__i{_name}__", _binary(f"i{_name}"))
+
+
+def refresh(old: Any, new: Any) -> None:
+    """Give the tests' own containers within `old` the content that the program's copies have."""
+    if type(old) is not type(new):
+        return
+    if isinstance(old, list | tuple) and len(old) == len(new):
+        for index, (before, after) in enumerate(zip(old, new, strict=True)):
+            if isinstance(before, list | dict | set | bytearray) and type(before) is type(after):
+                refresh(before, after)
+            elif isinstance(old, list):
+                old[index] = after
+    elif isinstance(old, list | bytearray):
+        old[:] = new
+    elif isinstance(old, dict):
+        for key in [key for key in old if key not in new]:
+            del old[key]
+        for key, after in new.items():
+            if key in old and isinstance(old[key], list | dict | set | bytearray) and type(old[key]) is type(after):
+                refresh(old[key], after)
+            else:
+                old[key] = after
+    elif isinstance(old, set):
+        old.clear()
+        old.update(new)
+
+
+class Run:
+    """Runs the steps of tests in one namespace.
+
+    Args:
+        tester: the wire; None if there is no program.
+        names: the names that the tests use and do not bind, with the module of each; "" is the program.
+    """
+
+    def __init__(self, tester: Tester | None, names: dict[str, str]) -> None:
+        self.tester = tester
+        module = sys.modules["tests"] = ModuleType("tests")
+        sys.modules["solution"] = Solution(tester)
+        sys.modules["pytest"] = pytest_subset
+        self.namespace = module.__dict__
+        for name, source in names.items():
+            if source:
+                found = importlib.import_module(source)
+                self.namespace[name] = found if source == name else getattr(found, name)
+            elif tester and tester.ask("has", name) is True:
+                self.namespace[name] = tester.named(name)
+
+    def step(self, step: Step) -> None:
+        match step:
+            case ["code", source]:
+                exec(compile(source, "tests", "exec", dont_inherit=True), self.namespace)
+            case ["function", name]:
+                pytest_subset.call(self.namespace[name], self.namespace)
+            case ["check", name, entry]:
+                self.namespace[name](self.candidate(entry))
+            case ["method", owner, method]:
+                self.method(self.namespace[owner], method)
+            case ["call", name, arguments, expected]:
+                self.compare(self.candidate(name), arguments, expected)
+
+    def candidate(self, entry: str | None) -> Any:
+        def missing(*arguments: Any, **named: Any) -> Any:
+            raise NameError(f"the program has no {entry!r}")
+
+        if self.tester is None or entry is None:
+            return missing
+        if self.tester.ask("has", entry) is not True and self.tester.ask("has", "Solution") is True:
+            return getattr(self.tester.named("Solution")(), entry)  # as LeetCode's programs have it
+        return self.tester.named(entry)
+
+    def method(self, owner: Any, method: str | None) -> None:
+        """One test of a class of tests, or all of them."""
+        import unittest
+
+        if not issubclass(owner, unittest.TestCase):
+            pytest_subset.call_method(owner, str(method), self.namespace)
+            return
+        suite = (
+            unittest.TestSuite([owner(method)]) if method else unittest.defaultTestLoader.loadTestsFromTestCase(owner)
+        )
+        result = unittest.TestResult()
+        suite.run(result)
+        for _, trace in (*result.errors, *result.failures):
+            name = trace.strip().splitlines()[-1]
+            if name.startswith("ModuleNotFoundError"):
+                raise pytest_subset.Unsupported(name.partition(": ")[2])
+        if not result.wasSuccessful() or not result.testsRun or result.skipped or result.unexpectedSuccesses:
+            raise AssertionError("a test failed")
+
+    def compare(self, candidate: Any, arguments: list[Any], expected: Any) -> None:
+        """As APPS has it: the expected result may stand in a list, and tuples are lists."""
+        result = plain_lists(candidate(*arguments))
+        wanted = plain_lists(expected)
+        if result != wanted and [result] != wanted:
+            raise AssertionError("another result")
+
+
+class Solution(ModuleType):
+    """The module `solution`, for tests that import the program."""
+
+    def __init__(self, tester: Tester | None) -> None:
+        super().__init__("solution")
+        self.__dict__["__all__"] = []
+        self.__dict__["_tester"] = tester
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or self._tester is None:
+            raise AttributeError(name)
+        return self._tester.named(name)
+
+
+def plain_lists(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [plain_lists(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain_lists(item) for key, item in value.items()}
+    return value
+
+
+def main(tests: list[list[Step]], names: dict[str, str], reading: int | None, writing: int | None, report: int) -> None:
+    """Write the number of each test that passes to the descriptor `report`."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    tester = None
+    if reading is not None and writing is not None:
+        tester = Tester(reading, writing)
+        if tester.peer.receive() != ["ready"]:
+            return
+    run = Run(tester, names)
+    for number, steps in enumerate(tests):
+        try:
+            for step in steps:
+                run.step(step)
+        except (ModuleNotFoundError, pytest_subset.Unsupported) as error:
+            if tester is None:  # with a program, the same
+                os.write(report, f"unsupported {str(error)!a}\n".encode())
+        except BaseException:
+            continue
+        else:
+            os.write(report, f"passed {number}\n".encode())

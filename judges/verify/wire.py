@@ -1,0 +1,184 @@
+"""Plain data as JSON between two processes that call each other: the tests' and the program's.
+
+A value crosses by value if it is plain: None, bool, int, float, complex, str, bytes, containers of plain data, and the
+types of `LIBRARY`. An instance of a class derived from one of these crosses as the base type's value: whatever methods
+the class overrides stay behind. Anything else crosses as a number that stands for it (`Peer.export`).
+
+Decoding makes these types alone, whatever the other process sends. Both processes run this file; it imports only what
+starts fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+LIBRARY: dict[str, Callable[[Any], tuple[Any, ...]]] = {  # by name, the arguments that make an equal value
+    "decimal.Decimal": lambda value: (str(value),),
+    "fractions.Fraction": lambda value: (value.numerator, value.denominator),
+    "datetime.timedelta": lambda value: (value.days, value.seconds, value.microseconds),
+    "datetime.datetime": lambda value: (value.isoformat(),),
+    "datetime.date": lambda value: (value.isoformat(),),
+    "datetime.time": lambda value: (value.isoformat(),),
+    "collections.deque": lambda value: (list(value), value.maxlen),
+    "collections.Counter": lambda value: (dict(value),),
+    "collections.OrderedDict": lambda value: (list(value.items()),),
+    "uuid.UUID": lambda value: (str(value),),
+    "pathlib.PosixPath": lambda value: (str(value),),
+}
+CONTAINERS: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+TYPES = {
+    kind.__name__: kind for kind in (int, float, complex, bool, str, bytes, *CONTAINERS.values(), dict, type(None))
+}
+SMALL = 1 << 53
+
+
+class Peer:
+    """One end of a pair of pipes. Both ends may ask; an answer is waited for, and questions meanwhile are answered.
+
+    Args:
+        reading, writing: descriptors.
+        handle: the answer to a question of the other end, called with its verb and values.
+        export: what stands for a value that is not plain, as JSON.
+        resolve: the value that such JSON stands for.
+        raised: turns an exception into JSON, or a JSON of the other end into an exception to raise.
+    """
+
+    def __init__(
+        self,
+        reading: int,
+        writing: int,
+        *,
+        handle: Callable[..., Any],
+        export: Callable[[Any], list[Any]],
+        resolve: Callable[[list[Any]], Any],
+        error_to_json: Callable[[BaseException], list[Any]],
+        error_from_json: Callable[[list[Any]], BaseException],
+    ) -> None:
+        self.reading, self.writing = reading, writing
+        self.handle, self.export, self.resolve = handle, export, resolve
+        self.error_to_json, self.error_from_json = error_to_json, error_from_json
+
+    def ask(self, verb: str, *values: Any) -> Any:
+        """The other end's answer; raises the exception that it met."""
+        self.send(["ask", verb, [self.encode(value) for value in values]])
+        while True:
+            message = self.receive()
+            if message is None:
+                raise EOFError("the program has ended")
+            match message:
+                case ["ask", str(), list()]:
+                    self.answer(message)
+                case ["is", value]:
+                    return self.decode(value)
+                case ["raised", list(error)]:
+                    raise self.error_from_json(error) from None
+                case _:
+                    raise ValueError("a message that is none of the protocol's")
+
+    def answer(self, message: list[Any]) -> None:
+        try:
+            result = self.handle(message[1], *map(self.decode, message[2]))
+            reply = ["is", self.encode(result)]
+        except BaseException as error:
+            reply = ["raised", self.error_to_json(error)]
+        self.send(reply)
+
+    def send(self, message: list[Any]) -> None:
+        data = json.dumps(message).encode()
+        rest = memoryview(len(data).to_bytes(8, "little") + data)
+        while rest:
+            rest = rest[os.write(self.writing, rest) :]
+
+    def receive(self) -> Any:
+        """The next message, or None after the last."""
+        if (head := self._read(8)) is None:
+            return None
+        data = self._read(int.from_bytes(head, "little"))
+        return None if data is None else json.loads(data)
+
+    def _read(self, count: int) -> bytes | None:
+        parts = []
+        while count:
+            data = os.read(self.reading, min(count, 1 << 20))
+            if not data:
+                return None
+            parts.append(data)
+            count -= len(data)
+        return b"".join(parts)
+
+    def encode(self, value: Any) -> Any:
+        kind = type(value)
+        if value is None or kind is bool or kind is str:
+            return value
+        if isinstance(value, type) and TYPES.get(value.__name__) is value:
+            return ["type", value.__name__]
+        if (name := f"{kind.__module__}.{kind.__qualname__}") in LIBRARY:
+            return ["library", name, self.encode(LIBRARY[name](value))]
+        match value:  # by the base type's own methods
+            case int():
+                number = int.__index__(value)
+                return number if -SMALL < number < SMALL else ["int", hex(number)]
+            case float():
+                return float.__float__(value)
+            case complex():
+                return ["complex", complex.__repr__(value)]
+            case str():
+                return str.__str__(value)
+            case bytes() | bytearray():
+                return [("bytearray" if isinstance(value, bytearray) else "bytes"), bytes(value).decode("latin-1")]
+            case dict():
+                return ["dict", [[self.encode(key), self.encode(item)] for key, item in dict.items(value)]]
+            case range() | slice():
+                return [kind.__name__, [self.encode(part) for part in (value.start, value.stop, value.step)]]
+            case tuple() if isinstance(fields := getattr(kind, "_fields", None), tuple):
+                items = [self.encode(item) for item in tuple.__iter__(value)]
+                return ["namedtuple", kind.__name__, [str(field) for field in fields], items]
+        for tag, base in CONTAINERS.items():
+            if isinstance(value, base):
+                return [tag, [self.encode(item) for item in base.__iter__(value)]]  # type: ignore[attr-defined]
+        return self.export(value)
+
+    def decode(self, value: Any) -> Any:
+        match value:
+            case None | bool() | int() | float() | str():
+                return value
+            case ["int", str(digits)]:
+                return int(digits, 16)
+            case ["complex", str(text)]:
+                return complex(text)
+            case ["bytes", str(text)]:
+                return text.encode("latin-1")
+            case ["bytearray", str(text)]:
+                return bytearray(text.encode("latin-1"))
+            case ["dict", list(items)]:
+                return {self.decode(key): self.decode(item) for key, item in items}
+            case ["range" | "slice" as tag, [start, stop, step]]:
+                return {"range": range, "slice": slice}[tag](*map(self.decode, (start, stop, step)))
+            case ["type", str(name)]:
+                return TYPES[name]
+            case ["namedtuple", str(name), list(fields), list(items)]:
+                return _named_tuple(name, tuple(fields))(*map(self.decode, items))
+            case ["library", str(name), ["tuple", list(arguments)]] if name in LIBRARY:
+                module, _, attribute = name.partition(".")
+                made = getattr(importlib.import_module(module), attribute)
+                return getattr(made, "fromisoformat", made)(*map(self.decode, arguments))
+            case [str(tag), list(items)] if tag in CONTAINERS:
+                return CONTAINERS[tag](map(self.decode, items))
+            case list():
+                return self.resolve(value)
+        raise ValueError("a value that is none of the protocol's")
+
+
+_NAMED_TUPLES: dict[tuple[str, tuple[str, ...]], type] = {}
+
+
+def _named_tuple(name: str, fields: tuple[str, ...]) -> type:
+    import collections
+
+    if (name, fields) not in _NAMED_TUPLES:
+        _NAMED_TUPLES[name, fields] = collections.namedtuple(name, fields)
+    return _NAMED_TUPLES[name, fields]
