@@ -1,9 +1,8 @@
-"""Whether a completion is a text, matches a pattern or a schema, or ends in a number, and what counts as a number."""
+"""Whether a completion is a text, matches a pattern or a schema, or ends in a number."""
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from iterdpo.errors import JudgeError
 from judges.base import Abstention
 from judges.verify.base import Score, Verifier, fenced_blocks, texts_of
+from judges.verify.numbers import Number, Unreadable, gold_number, last_number
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -148,14 +148,17 @@ def _schema_problem(schema: Any) -> str | None:
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class NumericMatch(Verifier):
-    """1 if the completion's last number is the gold number, or one of them if the column has a list.
+    r"""1 if the completion's last number is the gold number, or one of them if the column has a list.
 
-    After `####`, as GSM8K writes it, the first number counts instead. Thousands separators, fractions, percent signs,
-    powers of ten, currencies and units are understood (see `last_number`). If one side alone has a percent sign,
-    50% is both 50 and 0.5. A completion without a number scores 0; a gold text without one abstains.
+    After `####`, as GSM8K writes it, the first number counts instead. Thousands separators, fractions, mixed numbers,
+    ratios, roots, pi, powers, percent signs, currencies and units are understood, in LaTeX too (see `last_number`). If
+    one side alone has a percent sign, 50% is both 50 and 0.5. A completion without a number scores 0. Abstentions: a
+    gold text without a number or with several, and a number on either side that is part of something else, such as
+    `\log 5`.
     """
 
     name = "numeric_match"
+    REVISION = 2
     column: str = "gold"
     """The prompt's column with the gold number, or a text that ends in it."""
     tolerance: float = 1e-6
@@ -169,62 +172,25 @@ class NumericMatch(Verifier):
                 raise JudgeError(f"judge 'numeric_match': {key} is {value}; it must be 0 or more")
 
     def score(self, completion: str, gold: Any) -> Score:
-        wanted = [last_number(text) for text in texts_of(gold)]
+        try:
+            wanted = [gold_number(text) for text in texts_of(gold)]
+        except Unreadable as error:
+            return Abstention(f"the column {self.column!r}: {error}")
         if None in wanted:
             return Abstention(f"no number in the column {self.column!r}")
-        found = last_number(completion)
+        try:
+            found = last_number(completion)
+        except Unreadable as error:
+            return Abstention(f"the completion: {error}")
         return float(found is not None and any(self._same(found, number) for number in wanted if number))
 
-    def _same(self, found: tuple[Fraction, bool], gold: tuple[Fraction, bool]) -> bool:
-        (value, percent), (target, gold_percent) = found, gold
-        values = [value, value / 100] if percent and not gold_percent else [value]
-        targets = [target, target / 100] if gold_percent and not percent else [target]
+    def _same(self, found: Number, gold: Number) -> bool:
+        if len(found.parts) != len(gold.parts):
+            return False
+        if len(gold.parts) > 1:  # a ratio or a time: as it is written
+            return found.parts == gold.parts
+        (value,), (target,) = found.parts, gold.parts
+        values = [value, value / 100] if found.percent and not gold.percent else [value]
+        targets = [target, target / 100] if gold.percent and not found.percent else [target]
         absolute, relative = Fraction(self.tolerance), Fraction(self.relative)
         return any(abs(v - t) <= max(absolute, relative * abs(t)) for v in values for t in targets)
-
-
-NUMBER = re.compile(
-    r"""
-    (?<![A-Za-z_0-9.^]) (?<!\^\{)                        # not part of a name (x2, km2), a number or an exponent
-    (?P<sign>(?<![0-9)\]])[-+])? [$€£¥]? (?P<sign2>-)?
-    (?P<number>
-        [0-9]{1,3}(?:[,\u00a0\u202f][0-9]{3})+(?:\.[0-9]+)?(?![0-9])   # 1,234,567.8
-      | [0-9]+(?:\.[0-9]+)? | \.[0-9]+
-    )
-    (?: [eE](?P<exponent>[-+]?[0-9]{1,3}(?![0-9A-Za-z]))
-      | \s?(?:[x×*·]|\\times|\\cdot)\s?10\s?\^\s?\{?(?P<power>[-+]?[0-9]{1,3})\}?
-      | \^\{?(?P<ten>[-+]?[0-9]{1,3})\}?
-      | \s?/\s?(?P<below>[0-9]{1,30})(?![0-9.]*/)
-      | \x20(?P<over>[0-9]{1,9})/(?P<under>[0-9]{1,9})      # 1 1/2
-    )?
-    \s?\\?(?P<percent>%)?
-    """,
-    re.VERBOSE,
-)
-
-
-def last_number(text: str) -> tuple[Fraction, bool] | None:
-    """The last number of a text, or the first after its last `####`, exactly, and whether a percent sign follows it.
-
-    `"so 1,234.5 km."` is 1234.5, `"-3/4"` is -0.75, `"1 1/2"` is 1.5, `"2.5e-3"` and `"2.5 × 10^-3"` are 0.0025,
-    `"−$5"` (a Unicode minus) is -5. A hyphen after a digit or before a space is no sign:
-    `"10-5"` and `"10 - 5"` end in 5. A digit that is part of a name or an exponent is no number: `"5 m^2"` is 5.
-    """
-    text = text.translate({0x2212: "-", 0x2013: "-", 0xFF0D: "-"})
-    _, marked, rest = text.rpartition("####")  # without a mark, the rest is all of it
-    if not (matches := list(NUMBER.finditer(rest))):
-        return None
-    part = matches[0 if marked else -1].groupdict()
-    if len(part["number"]) > 400:
-        return None
-    value = Fraction(re.sub("[,\u00a0\u202f]", "", part["number"]))
-    if power := part["exponent"] or part["power"]:
-        value *= Fraction(10) ** int(power)
-    elif part["ten"] and value == 10:
-        value = Fraction(10) ** int(part["ten"])
-    elif part["below"] and int(part["below"]):
-        value /= int(part["below"])
-    elif part["under"] and int(part["under"]):
-        value += Fraction(int(part["over"]), int(part["under"]))
-    negative = "-" in (part["sign"], part["sign2"])
-    return (-value if negative else value), bool(part["percent"])

@@ -20,6 +20,7 @@ from iterdpo.errors import ChildFailed, JudgeError
 from iterdpo.run.worker import Done, JsonLinesWorker, serve
 from judges.base import Abstention
 from judges.verify.base import Score, Verifier, check_positive, texts_of
+from judges.verify.latex import Expression, boxes, expression, gold_expression, in_base, is_name, same_text, sides
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,13 @@ class Compared:
 class Math(Verifier):
     """1 if the completion's expression equals the gold one, by math-verify: LaTeX, boxed or not, plain expressions.
 
-    A completion without an expression scores 0. Abstentions: a gold text that does not parse, and a comparison that
-    takes too long. Comparisons run in child processes, which are killed at the timeout.
+    A completion without an expression, or with an empty box, scores 0. A gold expression is used whole: its words,
+    matrices, units and bases count. Abstentions: a gold text that does not parse, units or a base on one side that the
+    other lacks or contradicts, and a comparison that takes too long. Comparisons run in child processes, which are killed at the timeout.
     """
 
     name = "math"
+    REVISION = 2
     SPEED_ONLY = frozenset({"concurrency"})
     column: str = "gold"
     """The prompt's column with the gold expression, or a list of them."""
@@ -113,33 +116,132 @@ def compare_in_time(request: Compare) -> Compared:
 
 def compare(golds: list[str], completion: str) -> Compared:
     """1 if the completion's expression equals one of the gold ones, else 0."""
-    from math_verify import parse, verify
-
-    parsed = [p for p in (_parse_gold(gold) for gold in golds) if p]
-    if not parsed:
+    wanted = [found for gold in golds if (found := gold_expression(gold)) and usable(found)]
+    if not wanted:
         return Compared(reason="the gold expression cannot be parsed")
-    candidate: list[Any] = []
-    with contextlib.suppress(Exception):  # what parses it is a grammar's runtime, and sympy, on any text at all
-        candidate = parse(completion, parsing_timeout=None)
-    for gold in parsed if candidate else []:
-        with contextlib.suppress(Exception):
-            if verify(gold, candidate, timeout_seconds=None):
+    boxed = boxes(completion)
+    if boxed and not re.search(r"\w", boxed[-1]):
+        return Compared(0.0)  # an empty box; math-verify would look elsewhere
+    answer = expression(boxed[-1]) if boxed else None
+    unclear = ""
+    for gold in wanted:
+        try:
+            if equal(gold, answer, completion):
                 return Compared(1.0)
-    return Compared(0.0)
+        except Unclear as error:
+            unclear = str(error)
+    return Compared(reason=unclear) if unclear else Compared(0.0)
 
 
-def _parse_gold(gold: str) -> list[Any]:
-    """A gold expression, whose LaTeX may lack dollars around it. Prose gives an empty list."""
-    from math_verify import parse
+class Unclear(ValueError):
+    """Why a gold expression and an answer cannot be compared."""
 
-    marked = any(mark in gold for mark in ("$", "\\boxed", "\\(", "\\["))
-    prose = re.search("[A-Za-z]{2}", re.sub(r"\\[A-Za-z]+", "", gold))
-    for text in [gold] if marked or prose else [f"${gold}$", gold]:
-        with contextlib.suppress(Exception):
-            # The other modes return the text itself if nothing in it parses.
-            parsed: list[Any] = parse(text, parsing_timeout=None, fallback_mode="no_fallback")
-            if parsed:
-                return parsed
+
+def usable(gold: Expression) -> bool:
+    return gold.words or in_base(gold.latex) is not None or bool(parsed(gold.latex))
+
+
+def equal(gold: Expression, answer: Expression | None, completion: str) -> bool:
+    """Whether `answer`, from a box, or else what math-verify finds in the completion, equals a gold expression.
+
+    Raises:
+        Unclear: no comparison is possible.
+    """
+    if answer is None:
+        if gold.words or in_base(gold.latex):
+            raise Unclear("the gold expression cannot be parsed")
+        with contextlib.suppress(Exception):  # what parses it is a grammar's runtime, and sympy, on any text at all
+            from math_verify import parse
+
+            return same(parsed(gold.latex), parse(completion, parsing_timeout=None))
+        return False
+    if same_text(gold.latex, answer.latex):
+        return units_agree(gold, answer)
+    if gold.words:
+        raise Unclear("the gold expression cannot be parsed")
+    if in_base(gold.latex) or in_base(answer.latex):
+        return same_in_base(gold.latex, answer.latex)
+    return bool(answer_equals(gold.latex, answer.latex)) and units_agree(gold, answer)
+
+
+def units_agree(gold: Expression, answer: Expression) -> bool:
+    if gold.unit and answer.unit and gold.unit != answer.unit:
+        raise Unclear(f"the units {gold.unit!r} and {answer.unit!r} differ")
+    return True
+
+
+def same_in_base(gold: str, answer: str) -> bool:
+    """Numbers with a base: `1011_2` equals itself alone; without a base on one side, the digits must differ to tell."""
+    one, other = in_base(gold), in_base(answer)
+    digits = [found[0] if found else re.sub(r"\s", "", text).upper() for found, text in ((one, gold), (other, answer))]
+    if one and other:
+        return one == other
+    if digits[0] == digits[1]:
+        raise Unclear("the base is given on one side alone")
+    return False
+
+
+def answer_equals(gold: str, answer: str) -> bool:
+    """Whether two expressions are equal. The name on the left of an equation does not count if one side has none."""
+    gold_sides, answer_sides = sides(gold), sides(answer)
+    if len(gold_sides) == len(answer_sides) == 1 or "," in gold + answer:
+        return same(parsed(gold), parsed(answer))
+    if len(gold_sides) == 2 and len(answer_sides) == 2 and not (is_name(gold_sides[0]) and is_name(answer_sides[0])):
+        return same_equation(gold_sides, answer_sides)
+    if len(gold_sides) == 2 and len(answer_sides) == 2 and not same_text(gold_sides[0], answer_sides[0]):
+        return False  # x = 5 and y = 5
+    for named, bare in ((gold_sides, answer_sides), (answer_sides, gold_sides)):
+        if len(named) == 2 and len(bare) == 1 and not is_name(named[0]):
+            # 2 + 3 = 5 is 5; 4 = 5 is nothing, and neither is x + y = 5.
+            return same(parsed(named[0]), parsed(named[1])) and same(parsed(named[1]), parsed(bare[0]))
+    chain = answer_sides[1:] if is_name(answer_sides[0]) and len(answer_sides) > 1 else answer_sides
+    return all(same(parsed(gold_sides[-1]), parsed(part)) for part in chain)
+
+
+def same_equation(one: list[str], other: list[str]) -> bool:
+    """Whether two equations have the same solutions, as far as they differ by a factor that is a number."""
+    import sympy
+
+    differences = []
+    for sides_ in (one, other):
+        left, right = (parsed(side) for side in sides_)
+        if not left or not right:
+            raise Unclear("an equation cannot be parsed")
+        differences.append(left[0] - right[0])
+    if any(difference == 0 for difference in differences):
+        return False
+    ratio = sympy.simplify(differences[0] / differences[1])
+    return bool(ratio.is_number and ratio != 0)
+
+
+def same(gold: list[Any], answer: list[Any]) -> bool:
+    from math_verify import verify
+
+    if not gold or not answer:
+        return False
+    with contextlib.suppress(Exception):
+        return bool(verify(gold, answer, timeout_seconds=None))
+    return False
+
+
+def parsed(latex: str) -> list[Any]:
+    """An expression as math-verify has it, all of `latex`; nothing if it does not parse."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+
+    if re.search(r"[0-9]\s+[0-9]", latex):
+        return []  # it would be their sum, as of a mixed number
+    whole = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last", equations=False
+    )
+    with contextlib.suppress(Exception):
+        found: list[Any] = parse(
+            f"\\boxed{{{latex}}}",
+            [LatexExtractionConfig(normalization_config=whole)],
+            parsing_timeout=None,
+            fallback_mode="no_fallback",
+        )
+        return found
     return []
 
 

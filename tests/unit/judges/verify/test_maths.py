@@ -62,6 +62,48 @@ class TestMath:
             assert scores(judge, r"$\boxed{1+x^2}$", r"$\boxed{x^2}$", gold=gold) == [1, 0], gold
         assert scores(judge, r"$\boxed{(1, \pi)}$", r"$\boxed{(\pi, 1)}$", gold=r"(1, \pi)") == [1, 0]
 
+    def test_a_gold_expression_is_used_whole(self, judge: Math) -> None:
+        vector, matrix = r"\begin{pmatrix} 1 \\ 0 \\ 5 \end{pmatrix}", r"\begin{pmatrix} 2 & 0 \\ 0 & 6 \end{pmatrix}"
+        for gold, right, wrong in (
+            (
+                vector,
+                [vector, vector.replace("pmatrix", "bmatrix")],
+                ["5", "1", r"\begin{pmatrix} 1 \\ 0 \\ 4 \end{pmatrix}"],
+            ),
+            (matrix, [matrix], ["6", "2"]),
+            (
+                r"5\sqrt{2} \text{ cm}",
+                [r"5\sqrt{2}", r"5\sqrt{2}\text{ cm}", r"\sqrt{50}"],
+                ["5", "2", r"5\sqrt{3}\text{ cm}"],
+            ),
+            (r"10\text{ or }12", ["10, 12", r"12 \text{ or } 10", "10 or 12"], ["10", "12", "10, 13"]),
+            ("xy+1", ["1+xy"], ["1", "x+1"]),
+            (r"\frac{ab}{c}", [r"\frac{ab}{c}", r"\frac{ba}{c}"], [r"\frac{a}{c}", "1"]),
+            ("2ab", ["2ab", "2ba"], ["2", "2a"]),
+            (r"\$5.50", ["5.50", r"\$5.5", "5.5"], ["5", "50"]),
+            (r"$\$1{,}000$", ["1000", "1,000"], ["1", "0"]),
+            (r"\text{Tuesday}", [r"\text{Tuesday}", "Tuesday"], []),
+            (r"90^\circ", ["90", r"90^\circ"], ["9"]),
+            ("x=5", ["5", "x=5", "x = 5"], ["y=5", "x=4", "4=5", "0=0"]),
+            ("5", ["5", "x=5", "2+3=5"], ["4=5", "x+y=5", "5=5=4"]),
+            ("x+y=3", ["x+y=3", "2x+2y=6", "y=3-x"], ["x+y=4", "3", "0=0"]),
+            ("1011_2", ["1011_2", "1011_{2}"], ["1011_3", "11_2", "11"]),
+        ):
+            wrapped = [rf"So it is $\boxed{{{answer}}}$." for answer in (*right, *wrong)]
+            assert scores(judge, *wrapped, gold=gold) == [1] * len(right) + [0] * len(wrong), gold
+
+    def test_an_empty_box_scores_0_whatever_the_text_says(self, judge: Math) -> None:
+        assert scores(judge, r"2 + 2 = 4. $\boxed{}$", r"4 $\boxed{ }$", gold="4") == [0, 0]
+
+    def test_what_cannot_be_compared_abstains(self, judge: Math) -> None:
+        assert reason(judge, r"$\boxed{1011}$", gold="1011_2") == "the base is given on one side alone"
+        assert "the units" in reason(judge, r"$\boxed{5\text{ km}}$", gold=r"5\text{ cm}")
+        assert reason(judge, r"$\boxed{3}$", gold="either 3 or maybe 4") == "the gold expression cannot be parsed"
+        assert (
+            reason(judge, r"$\boxed{3}$", gold="It is $3$, or rather $4$, who knows.")
+            == "the gold expression cannot be parsed"
+        )
+
     def test_a_missing_package_is_named_before_the_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(JudgeError, match="pip install 'math-verify'"):
