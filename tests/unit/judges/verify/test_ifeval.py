@@ -9,7 +9,15 @@ import pytest
 from iterdpo.errors import JudgeError
 from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.testing import make_group
-from judges.verify.ifeval import CHECKS, Instructions, check_instruction, count_sentences, follows, loose_variants
+from judges.verify.ifeval import (
+    CHECKS,
+    Instructions,
+    check_instruction,
+    count_sentences,
+    follows,
+    loose_variants,
+    may_be_in,
+)
 
 ENGLISH = "the weather was fine and we went down to the river to swim"
 AT_LEAST, LESS_THAN = "at least", "less than"
@@ -127,6 +135,54 @@ def test_sentences_end_where_one_reads_them_to_end() -> None:
     ]
     assert [count_sentences(t) for t in texts] == [0, 1, 3, 2, 2, 2, 2]
     assert count_sentences("Mr. Fox met J. R. Hare, e.g. at noon. The end.") == 2
+
+
+def test_a_title_a_greeting_or_a_stanza_is_no_sentence() -> None:
+    for text, wanted in (
+        ("<<On Trees>>\n\nOaks grow slowly. Birches do not.", 2),
+        ("# On Trees\n\nOaks grow slowly. Birches do not.", 2),
+        ("**Chorus:**\n\nThe leaves come down,\n\nthe town is brown", 1),
+        ("One. Two.\n\nThree.", 3),
+        ("dear neighbours,\n\ni write to you. i am well.\n\nyours,\n\nann", 3),
+    ):
+        assert count_sentences(text) == wanted, text
+
+
+def test_a_language_is_told_by_its_script_first() -> None:
+    pytest.importorskip("py3langid")
+    for text, language in (
+        ("это большой дом у реки, где мы жили", "ru"),
+        ("このりんごは赤いです", "ja"),
+        ("今天天气很好", "zh"),
+        ("ನಮಸ್ಕಾರ", "kn"),
+        ("안녕하세요", "ko"),
+        ("สวัสดีครับ", "th"),
+        ("ok", "en"),
+        ("42!", "de"),
+        ("ok", "de"),
+        ("Habari ya asubuhi, ninafurahi sana kukuona leo", "sw"),
+    ):
+        assert may_be_in(text, language), text
+    for text, language in (
+        ("ok", "ru"),
+        ("今天天气很好", "ja"),
+        ("नमस्ते", "en"),
+        (ENGLISH, "de"),
+        ("hello there my friends of old", "hi"),
+    ):
+        assert not may_be_in(text, language), text  # fmt: skip
+
+
+def test_words_in_capitals_highlights_and_postscripts_are_counted_as_a_reader_does() -> None:
+    capital = {"capital_frequency": 2, "capital_relation": AT_LEAST}
+    for text in ("NASA's and ESA's", "I'm in the U.S.", "STATE-OF-THE-ART and A/B"):
+        assert follows(text, "change_case:capital_word_frequency", capital), text
+    for text in ("DON'T", "the U.S.", "R2D2"):
+        assert not follows(text, "change_case:capital_word_frequency", capital), text
+    assert not follows("* **Bold**: a\n* b", "detectable_format:number_highlighted_sections", {"num_highlights": 2})
+    assert not follows("Bye\nP.S I lied", "detectable_content:postscript", {"postscript_marker": "P.S."})
+    first = {"num_paragraphs": 1, "nth_paragraph": 1, "first_word": "it"}
+    assert follows("It's so.", "length_constraints:nth_paragraph_first_word", first)
 
 
 class TestLoose:
