@@ -31,7 +31,7 @@ from judges.base import Abstention, check_choice, is_number, judgment_from_outco
 from judges.llm.client import CallFailed, Client, refused
 from judges.llm.parsing.ranking import parse_ranking
 from judges.llm.parsing.score import expected_score, parse_scores
-from judges.llm.parsing.text import Unclear
+from judges.llm.parsing.text import Unclear, read_with
 from judges.llm.parsing.verdict import ReplyVerdict, parse_verdict, verdict_probability
 from judges.llm.reply import Reply
 from judges.llm.server import Server, ServerSettings
@@ -45,6 +45,9 @@ REVISION = 3
 """Number of the prompts' and parsers' revision, part of every version: raise it if scores could change."""
 REASONING_TOKENS = 512
 CUT = "cut off at max_tokens"
+NOT_ASKED = Unclear("not asked")
+NO_MATCH = Unclear("no match of `pattern`")
+TWO_MATCHES = Unclear("several matches of `pattern`")
 FIRST_TOKEN: dict[str, Any] = {"logprobs": True, "top_logprobs": 20, "max_tokens": 1}
 """Request fields for reading probabilities. 20 candidates are the most that OpenAI's API gives."""
 
@@ -55,6 +58,7 @@ T = TypeVar("T")
 class _LLMJudge(JudgeBase):
     """What the three have in common: the endpoint, the prompt, and how a reply is held to its form."""
 
+    statement: ClassVar[str]
     kind: ClassVar[Kind]
     ahead = True
     model: str
@@ -74,6 +78,9 @@ class _LLMJudge(JudgeBase):
     """Longest reply. Default: what the form needs, and 512 if the judge may reason."""
     seed: int = 0
     """Seed of the judge's own sampling, and of everything that it draws."""
+    pattern: str | None = None
+    """A regular expression, in the syntax of the package `regex`, for replies in a form of your own. The group of its last
+    match is read as if it stood after `Verdict: ` (`Score: `, `Ranking: `); a group named A, B or tie is that verdict."""
 
     def __post_init__(self) -> None:
         self.name = f"{self.kind}:{Path(self.model).name}"
@@ -87,6 +94,21 @@ class _LLMJudge(JudgeBase):
         self.template = load_template(self.prompt, self.kind)
         self._texts: Sequence[str | None] = ()  # what further files say that decides the scores
         self._held: Constrain | None = None if self.constrain == "auto" else self.constrain
+        if self.pattern is not None:
+            self._check_pattern(self.pattern)
+
+    def _check_pattern(self, pattern: str) -> None:
+        import regex
+
+        try:
+            groups = regex.compile(pattern).groups
+        except regex.error as error:
+            raise JudgeError(f"judge {self.kind!r}: the pattern {pattern!r} is not valid: {error}") from None
+        if not groups:
+            raise JudgeError(f"judge {self.kind!r}: the pattern {pattern!r} has no group; put ( ) around what to read")
+        if self.constrain in ("structured_outputs", "json_schema"):
+            raise JudgeError(f"judge {self.kind!r}: `pattern` reads free replies; remove it, or `constrain`")
+        self._held = "none"
 
     @classmethod
     def key(cls, **args: Any) -> Any:
@@ -157,21 +179,50 @@ class _LLMJudge(JudgeBase):
             self.server.release()
 
     async def _ask(self, read: Callable[[Reply], T | Unclear], values: Mapping[str, Any], **body: Any) -> T | Unclear:
-        """`read` of the reply, or why there is none. A reply that `read` finds unclear is not kept in the cache."""
+        """`read` of the reply, or why there is none.
+
+        A reply that `read` finds unclear is not kept in the cache, and is asked for once more: with another seed, and at
+        0.5 in place of temperature 0, which would give the same reply. Probabilities do not depend on either.
+        """
         # Another checkpoint may have come to lie at the same path; the version knows its content.
         salt = f"{self.version if self.server else ''} {self.repeat or ''}".strip()
-        body = {"temperature": self.temperature, "seed": self.seed, **body}
+        draws = [(self.temperature, self.seed), (self.temperature or 0.5, self.seed + 1)]
+        result: T | Unclear = NOT_ASKED
         async with self._outstanding:
             messages = self.template.render(**values)
+            for temperature, seed in draws[:1] if "logprobs" in body else draws:
+                fields = {"temperature": temperature, "seed": seed, **body}
+                try:
+                    reply = await self.client.chat(
+                        messages, salt=salt, keep=lambda reply: not isinstance(read(reply), Unclear), **fields
+                    )
+                except CallFailed as failure:
+                    return Unclear(failure) if result is NOT_ASKED else result
+                if self.trace is not None:
+                    self.trace.append({"messages": messages, "reply": reply.text, "body": fields})
+                if not isinstance(result := read(reply), Unclear):
+                    break
+        return result
+
+    def _whole(self, parse: Callable[[str], T | Unclear]) -> Callable[[Reply], T | Unclear]:
+        """Reads a whole reply, or what `pattern` finds in it. Of one that was cut off nothing: "1" may have been to be 10."""
+
+        def own(text: str) -> T | Unclear:
+            import regex
+
             try:
-                reply = await self.client.chat(
-                    messages, salt=salt, keep=lambda reply: not isinstance(read(reply), Unclear), **body
-                )
-            except CallFailed as failure:
-                return Unclear(failure)
-        if self.trace is not None:
-            self.trace.append({"messages": messages, "reply": reply.text, "body": body})
-        return read(reply)
+                *_, last = regex.finditer(str(self.pattern), text, timeout=1)
+            except (ValueError, TimeoutError):
+                return NO_MATCH
+            said = last.lastgroup if last.lastgroup in ("A", "B", "tie") else last[last.lastindex or 1]
+            return parse(f"{self.statement}: {said}")
+
+        def read(reply: Reply) -> T | Unclear:
+            if reply.finish_reason == "length":
+                return Unclear(CUT)
+            return parse(reply.text) if self.pattern is None else read_with(reply.text, own, contradiction=TWO_MATCHES)
+
+        return read
 
     def _limits(self, *, choices: Sequence[str] | None, schema: dict[str, Any], longest: int = 16) -> dict[str, Any]:
         """What holds the reply to its form: to one of `choices`, or to a JSON `schema`; and how long it may be."""
@@ -197,6 +248,7 @@ class PairwiseJudge(_LLMJudge):
     """Compares two completions at a time, each two in both orders; a verdict that changes with the order is a tie."""
 
     kind = "pairwise"
+    statement = "Verdict"
     comparative = True
     EXPECTED_ABSTENTIONS = (LOST_COIN_FLIP, UNCOMPARED)
     prompt: str = "helpfulness"
@@ -224,6 +276,8 @@ class PairwiseJudge(_LLMJudge):
         shows_principle = "principle" in self.template.needs
         if self.constitution is not None and not shows_principle:
             raise JudgeError("judge 'pairwise': this prompt has no {{ principle }}, so `constitution` would do nothing")
+        if self.pattern is not None and self.soft:
+            raise JudgeError("judge 'pairwise': `soft` reads one token, not a reply; remove it, or `pattern`")
         self.principles = principles(self.constitution) if shows_principle else []
         self._texts = self.principles
         self.labels = ["A", "B", "tie"] if self.ties and not self.soft else ["A", "B"]
@@ -263,7 +317,7 @@ class PairwiseJudge(_LLMJudge):
             winner: Any = "tie" if likely == 0.5 else "first" if likely > 0.5 else "second"
             return Comparison(first, second, winner, None, likely)
         form = self._limits(choices=self.labels, schema=_object({"verdict": {"enum": self.labels}}))
-        verdict: ReplyVerdict | Unclear = await self._ask(_whole(self._read), values, **form)
+        verdict: ReplyVerdict | Unclear = await self._ask(self._whole(self._read), values, **form)
         if isinstance(verdict, Unclear):
             return Comparison(first, second, None, str(verdict))
         return Comparison(first, second, verdict)
@@ -278,6 +332,7 @@ class RubricJudge(_LLMJudge):
     """Scores each completion alone, on a scale, by one criterion or several."""
 
     kind = "rubric"
+    statement = "Score"
     prompt: str = "rubric"
     rubric: str | None = None
     """The meaning of the points: a text, or a file with it. Your own prompt may also use `columns`."""
@@ -302,6 +357,10 @@ class RubricJudge(_LLMJudge):
         self.weights = dict(weights)
         if self.expected and (len(self.weights) > 1 or self.low < 0 or self.high > 9):
             raise JudgeError("judge 'rubric': `expected` reads one token: one criterion, and a scale within 0 to 9")
+        if self.pattern is not None and (self.expected or len(self.weights) > 1):
+            raise JudgeError(
+                "judge 'rubric': `pattern` reads one score from a reply: no `expected`, no several `criteria`"
+            )
         if self.rubric is not None and "\n" not in self.rubric and self.rubric.endswith((".txt", ".md")):
             remedy = "give the rubric's text, or an existing file"
             self.rubric = read_text(Path(self.rubric).expanduser(), remedy)
@@ -327,7 +386,7 @@ class RubricJudge(_LLMJudge):
         schema = _object(dict.fromkeys(self.weights, number))
         form = self._limits(choices=points if single else None, schema=schema, longest=32 * len(self.weights))
         parse = functools.partial(parse_scores, criteria=list(self.weights), low=self.low, high=self.high)
-        said = await self._ask(_whole(parse), values, **form)
+        said = await self._ask(self._whole(parse), values, **form)
         if isinstance(said, Unclear):
             return Abstention(said), None
         total = sum(self.weights.values())
@@ -344,6 +403,7 @@ class ListwiseJudge(_LLMJudge):
     """
 
     kind = "listwise"
+    statement = "Ranking"
     comparative = True
     prompt: str = "listwise"
     orders: int = 2
@@ -375,17 +435,12 @@ class ListwiseJudge(_LLMJudge):
         if self._held == "structured_outputs" and choices is None:
             number = "|".join(map(str, range(count, 0, -1)))
             form |= {"structured_outputs": {"regex": f"({number})( > ({number})){{{count - 1}}}"}}
-        ranking = await self._ask(_whole(lambda text: parse_ranking(text, count)), values, **form)
+        ranking = await self._ask(self._whole(lambda text: parse_ranking(text, count)), values, **form)
         if isinstance(ranking, Unclear):
             return [Comparison(i, j, None, str(ranking)) for i, j in itertools.combinations(shown, 2)]
         best_first = [shown[position] for position in ranking]
         pairs = itertools.combinations(shown, 2)
         return [Comparison(i, j, "first" if best_first.index(i) < best_first.index(j) else "second") for i, j in pairs]
-
-
-def _whole(parse: Callable[[str], T | Unclear]) -> Callable[[Reply], T | Unclear]:
-    """Of a reply that was cut off nothing is read: "1" may have been to be 10."""
-    return lambda reply: Unclear(CUT) if reply.finish_reason == "length" else parse(reply.text)
 
 
 def _first_token(parse: Callable[[Mapping[str, float]], float | Unclear]) -> Callable[[Reply], float | Unclear]:

@@ -241,15 +241,62 @@ def test_the_same_question_is_never_paid_twice(endpoint: Any) -> None:
     assert server.requests == 2
 
 
-def test_a_reply_that_could_not_be_read_is_asked_for_again_and_one_that_could_is_not(endpoint: Any) -> None:
+def test_a_reply_that_could_not_be_read_is_asked_for_once_more_and_one_that_could_is_not(endpoint: Any) -> None:
     replies = iter(["Verdict: A", "I would rather not say.", "Verdict: B"])
-    server = endpoint(lambda body: next(replies))
+    bodies: list[dict[str, Any]] = []
+
+    def reply(body: dict[str, Any]) -> str:
+        bodies.append(body)
+        return next(replies)
+
+    server = endpoint(reply)
     group = make_group("?", ["GOOD", "BAD"])
     judge = make("pairwise", server, endpoint={"base_url": server.base_url, "concurrency": 1})
-    assert checked_judgments(judge, [group])[0].abstentions == ["no verdict"] * 2
     assert checked_judgments(judge, [group])[0].scores == [1.0, 0.0]
-    assert checked_judgments(judge, [group])[0].scores == [1.0, 0.0]
-    assert server.requests == 3
+    assert (server.requests, judge.usage()["calls"]) == (3, 3)
+    assert [(body["temperature"], body["seed"]) for body in bodies] == [(0.0, 0), (0.0, 0), (0.5, 1)]
+
+
+def test_a_reply_that_cannot_be_read_twice_is_an_abstention_and_is_not_kept(endpoint: Any) -> None:
+    server = endpoint(lambda body: "I would rather not say.")
+    judge = make("rubric", server)
+    for requests in (2, 4):
+        assert checked_judgments(judge, [make_group("?", ["x"])])[0].abstentions == ["no score"]
+        assert server.requests == requests
+
+
+def test_probabilities_are_not_asked_for_again(endpoint: Any) -> None:
+    server = endpoint(lambda body: "A")
+    [judgment] = checked_judgments(make("pairwise", server, soft=True), [make_group("?", ["x", "y"])])
+    assert judgment.scores == [None, None]
+    assert server.requests == 2
+
+
+def test_few_bad_replies_cost_few_completions(endpoint: Any) -> None:
+    count = itertools.count()
+    server = endpoint(lambda body: "Hm." if next(count) % 33 == 5 else better("GOOD", "BAD")(body))  # 3 %
+    groups = [make_group(f"Tale {n}.", ["GOOD", f"BAD {n}", f"BAD {n} too"]) for n in range(20)]
+    judged = checked_judgments(make("pairwise", server), groups)
+    assert all(None not in judgment.scores for judgment in judged)
+
+
+@pytest.mark.parametrize(
+    ("use", "pattern", "reply", "scores"),
+    [
+        ("pairwise", r"Choice=(\w+)", "<think>Choice=B</think>Choice=B? No. Choice=A!", [0.5, 0.5]),
+        ("pairwise", r"(?P<A>Left)|(?P<B>Right) it is", "Right it is not. Left", [0.5, 0.5]),
+        ("pairwise", r"Choice=(\w+)", "Verdict: A", [None, None]),
+        ("rubric", r"gets (\d+) of 10", "It gets 4 of 10, no: it gets 6 of 10", [6.0, 6.0]),
+        ("rubric", r"gets (\d+)", "It gets 11", [None, None]),
+        ("listwise", r"Best first: ([\d, ]+)", "Best first: 2, 1 - that is it", [0.5, 0.5]),
+    ],
+)
+def test_a_pattern_of_ones_own_reads_its_last_match(
+    endpoint: Any, use: str, pattern: str, reply: str, scores: list[float | None]
+) -> None:
+    judge = make(use, endpoint(lambda body: reply), pattern=pattern)
+    [judgment] = checked_judgments(judge, [make_group("?", ["x", "y"])])
+    assert judgment.scores == scores
 
 
 def test_judgments_come_in_order_while_others_are_under_way(endpoint: Any) -> None:
@@ -313,6 +360,11 @@ ENDPOINT = {"base_url": "http://localhost:1/v1"}
         ("rubric", {"model": "m", "endpoint": ENDPOINT, "rubric": "nowhere.txt"}, "nowhere.txt"),
         ("listwise", {"model": "m", "endpoint": ENDPOINT, "orders": 3}, "orders is 3"),
         ("listwise", {"model": "m", "serve": {"port": 1}}, "serve.port"),
+        ("pairwise", {"model": "m", "endpoint": ENDPOINT, "pattern": "("}, "is not valid"),
+        ("pairwise", {"model": "m", "endpoint": ENDPOINT, "pattern": "A|B"}, "has no group"),
+        ("pairwise", {"model": "m", "endpoint": ENDPOINT, "pattern": "(A|B)", "soft": True}, "`soft`"),
+        ("rubric", {"model": "m", "endpoint": ENDPOINT, "pattern": "(.)", "constrain": "json_schema"}, "`constrain`"),
+        ("rubric", {"model": "m", "endpoint": ENDPOINT, "pattern": "(.)", "criteria": {"a": 1, "b": 1}}, "`criteria`"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(use: str, args: dict[str, Any], message: str) -> None:
