@@ -19,7 +19,7 @@ class Unsupported(BaseException):
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
+    if name.startswith("_"):
         raise AttributeError(name)
     raise Unsupported(f"pytest.{name}")
 

@@ -1,0 +1,44 @@
+"""Columns of tests as steps and names."""
+
+from __future__ import annotations
+
+import pytest
+
+from judges.verify.suites import BadTests, entry_point, read_suite
+
+
+def test_each_assertion_is_a_test_with_the_statements_before_it() -> None:
+    suite = read_suite("n = 1\nassert f(n) == 1\nassert f(2) == 2\nf(3)", "t")
+    assert suite.tests == [[["code", "n = 1\nassert f(n) == 1"]], [["code", "assert f(2) == 2\nf(3)"]]]
+    assert suite.names == {"f": ""}
+
+
+def test_functions_and_classes_that_the_text_does_not_call_are_steps() -> None:
+    text = "def test_a(): assert f() == 1\ndef helper(): pass\nclass TestB:\n    def test_c(self): pass\n    def other(self): pass"
+    assert [step[0][0] for step in read_suite(text, "t").tests] == ["code", "function", "method"]
+    assert len(read_suite(text + "\ntest_a()", "t").tests) == 2
+
+
+def test_names_are_the_programs_unless_the_library_or_the_tests_have_them() -> None:
+    assert read_suite("assert math.isclose(mean([1]), 1)", "t").names == {"mean": "", "math": "math"}
+    assert read_suite("assert abs(isclose(f(x), 1))", "t").names == {"f": "", "x": "", "isclose": "math"}
+    assert read_suite("import numpy as np\ndef g(a): return a\nassert np.all(f(g(1)))", "t").names == {"f": ""}
+    assert read_suite("assert np.allclose(f(1), assert_near)", "t").names == {"f": ""}
+    assert read_suite("assert sum(1, 2) == 3", "t").names == {"sum": ""}
+    assert read_suite("assert sum(sorted(1, 2)) == 3", "t").names == {}
+
+
+def test_what_is_no_tests_is_refused_by_name() -> None:
+    for gold in ("assert (", "x" * 3 + " =", "(" * 5000):
+        with pytest.raises(BadTests, match="column 't' are not valid Python"):
+            read_suite(gold, "t")
+    for other in (3, [1], [{"input": "1"}], {"inputs": [1], "outputs": []}):
+        with pytest.raises(BadTests, match="column 't' is neither"):
+            read_suite(other, "t")
+
+
+def test_the_entry_point_is_given_or_the_prompts_or_the_last_function() -> None:
+    program = "def a(): pass\ndef b(): pass\ndef _c(): pass"
+    assert entry_point(program, "", "x") == "x"
+    assert entry_point(program, "def q(n):\n    '''Doc.'''", None) == "q"
+    assert (entry_point(program, "", None), entry_point("def (", "", None)) == ("b", None)
