@@ -9,10 +9,11 @@ from __future__ import annotations
 import base64
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.server import prefect_api  # before Prefect: it turns the analytics off
+from flows.server import is_lost, prefect_api  # before Prefect: it turns the analytics off
 
 from prefect import Flow, flow, get_run_logger, task  # isort: skip
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -56,7 +57,13 @@ def run_under_prefect(run: IterativeRun) -> None:
 
     with prefect_api(run.dir.log_path("prefect")) as api:
         run.progress.say(f"  Prefect: {api.page}")
-        iterative_dpo(run.config.model_dump())
+        try:
+            iterative_dpo(run.config.model_dump())
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            if first_pending(run) is not None:  # it was lost before the loop began
+                _go_on(run)
 
 
 def add_rounds_flow(config: Config) -> Flow[..., str]:
@@ -101,7 +108,8 @@ def add_rounds_flow(config: Config) -> Flow[..., str]:
 def iterate(run: IterativeRun) -> list[RoundRecord]:
     """The loop, inside a flow run."""
     do = prefect_stages()
-    run.waiting = functools.partial(waiting, say=run.progress.say)
+    run.waiting, alone = functools.partial(waiting, say=run.progress.say), run.waiting
+    lost = False
 
     @flow(name="round", flow_run_name=f"{run.dir.root.name} round {{round}}", validate_parameters=False)
     def one_round(round: int) -> None:
@@ -109,17 +117,37 @@ def iterate(run: IterativeRun) -> list[RoundRecord]:
 
     def subflow(round: int) -> RoundRecord:
         if run.dir.record(round) is None or first_pending_of(run, round) is not None:
-            one_round(round)
+            with_prefect(lambda: one_round(round), lambda: run_round(run, round))
         record = run.dir.record(round)
         assert record is not None
         return record
 
+    def with_prefect(act: Callable[[], object], instead: Callable[[], object]) -> None:
+        nonlocal lost
+        try:
+            if not lost:
+                act()
+                return
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            lost, run.waiting = True, alone
+            run.progress.say(f"  {'Prefect':<9} its server no longer answers; the run goes on without it")
+        instead()
+
     records = []
     for record in run_loop(run, subflow):
         run.progress.say(describe(record.metrics))
-        report(run.dir.root)
+        with_prefect(lambda: report(run.dir.root), lambda: write_report(run.dir.root))
         records.append(record)
     return records
+
+
+def _go_on(run: IterativeRun) -> None:
+    run.progress.say(f"  {'Prefect':<9} its server no longer answers; the run goes on without it")
+    for record in run_loop(run, lambda round: run_round(run, round)):
+        run.progress.say(describe(record.metrics))
+        write_report(run.dir.root)
 
 
 def prefect_stages() -> Stages:

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from iterdpo import from_trl
 from iterdpo.errors import ConfigError
+from iterdpo.secrets import secret_in
 
 
 def _local(path: str) -> str:
@@ -557,6 +558,11 @@ def load_offline_config(*paths: str | Path, overrides: list[str] | None = None) 
 
 def parse_config(schema: type[AnyConfig], values: dict[str, Any], *, source: str = "the configuration") -> AnyConfig:
     """`values` as a checked configuration, or a ConfigError that names `source`, the key and the remedy."""
+    if (key := secret_in(values)) is not None:
+        raise ConfigError(
+            f"{source}: {key} looks like a secret, and the configuration is kept in run.json and shown in the report; "
+            "put it into an environment variable, and name that (such as api_key_env)"
+        )
     try:
         return schema.model_validate(values)
     except ValidationError as error:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
 import difflib
-import gzip
-import json
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from iterdpo.data.files import FORMATS, Numbered, file_rows, format_of, without_fill, without_nan
 from iterdpo.errors import DataError
 from iterdpo.run.rundir import canonical, digest
 from iterdpo.run.sums import sha256_file
 
 LARGE = 8 << 20  # bytes of files; smaller ones are read within a second or two
-FORMATS = ("json", "jsonl", "csv", "parquet")
 SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 NOT_DATA = {"MANIFEST.json", "STEP.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
@@ -43,7 +38,7 @@ def located_rows(path: str, split: str, *, limit: int | None = None) -> Iterator
     """
     files = _local_files(path, split)
     rows = (
-        _located(path, ((None, without_fill(row)) for row in _hub_dataset(path, split)))
+        _located(path, ((None, without_fill(without_nan(row))) for row in _hub_dataset(path, split)))
         if files is None
         else _of_files(files)
     )
@@ -95,7 +90,7 @@ def json_value(value: Any) -> Any:
     """`value` if JSON can hold it, else its text."""
     try:
         canonical(value).encode()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return str(value).encode(errors="replace").decode()
     return value
 
@@ -136,7 +131,7 @@ def _hub_dataset(path: str, split: str) -> Any:
 
 
 def _data_files(directory: Path, split: str) -> list[Path]:
-    files = sorted(f for f in directory.iterdir() if _format(f) in FORMATS and f.is_file())
+    files = sorted(f for f in directory.iterdir() if format_of(f) in FORMATS and f.is_file())
     files = [f for f in files if not f.name.startswith((".", "_")) and f.name not in NOT_DATA]
     if not files:
         problem = "no .json, .jsonl, .csv or .parquet file in it"
@@ -149,126 +144,10 @@ def _data_files(directory: Path, split: str) -> list[Path]:
     return named or files
 
 
-def _format(file: Path) -> str:
-    return file.name.lower().removesuffix(".gz").rpartition(".")[2]
-
-
-Numbered = tuple[int | None, dict[str, Any]]
-"""A row and the number of the line it is on, or ends on; None if the file has no lines, or they say nothing."""
-
-
 def _of_files(files: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    return chain.from_iterable(_located(str(file), _file_rows(file)) for file in files)
+    return chain.from_iterable(_located(str(file), file_rows(file)) for file in files)
 
 
 def _located(source: str, rows: Iterable[Numbered]) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, (line, row) in enumerate(rows, 1):
         yield f"{source}: row {number}" + ("" if line in (None, number) else f" (line {line})"), row
-
-
-def _file_rows(file: Path) -> Iterator[Numbered]:
-    kind = _format(file)
-    if kind not in FORMATS:
-        raise DataError(f"{file}: unknown kind of file; give .json, .jsonl, .csv (also .gz) or .parquet")
-    if kind == "parquet":
-        yield from ((None, row) for row in _parquet_rows(file))
-        return
-    opener: Any = gzip.open if file.name.lower().endswith(".gz") else open
-    try:
-        with opener(file, "rt", encoding="utf-8-sig", newline="") as handle:
-            yield from _csv_rows(handle, file) if kind == "csv" else _json_rows(handle, file)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from error
-
-
-def _json_rows(handle: TextIO, file: Path) -> Iterator[Numbered]:
-    """One object a line, or one list of objects, whatever the file's suffix: both are found as .json."""
-    while (head := handle.read(1)).isspace():
-        pass
-    handle.seek(0)
-    line = 0
-    try:
-        if head == "[":
-            for number, row in enumerate(_json_items(handle), 1):
-                yield None, _object(row, f"{file}: item {number}")
-            return
-        for line, text in enumerate(handle, 1):
-            if text.strip():
-                yield line, _object(json.loads(text), f"{file}:{line}")
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{file}:{line or error.lineno}: not valid JSON: {error.msg} at column {error.colno}; write one object per "
-            "line, or one list of objects"
-        ) from None
-
-
-def _json_items(handle: TextIO) -> Iterator[Any]:
-    """The items of a JSON list, one by one, so that a large file is never in memory.
-
-    ijson names no line, and refuses NaN and integers of more than 64 bits. If it gives up, the standard library reads
-    the whole file and continues, or raises a JSONDecodeError. Of half a surrogate pair ijson makes a question mark.
-    """
-    import ijson  # type: ignore[import-untyped]
-
-    handle.buffer.seek(len(codecs.BOM_UTF8) if handle.buffer.read(3) == codecs.BOM_UTF8 else 0)
-    number = 0
-    try:
-        items = ijson.items(handle.buffer, "item", use_float=True)
-        for number, item in enumerate(items, 1):  # noqa: B007  # used below
-            yield item
-    except ijson.JSONError:
-        handle.seek(0)
-        yield from islice(json.load(handle), number, None)
-
-
-def without_fill(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of Arrow's without what it fills in: in messages and tools, each object gets the keys of all others, as nulls."""
-    for name, value in row.items():
-        if name in ("tools", "chat_template_kwargs"):
-            row[name] = _without_nulls(value)
-        elif isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
-            row[name] = [
-                {k: _without_nulls(v) for k, v in message.items()} if isinstance(message, dict) else message
-                for message in value
-            ]
-    return row
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f'{where}: {shown(value)}; a row is an object, such as {{"prompt": "2+2?"}}')
-    return value
-
-
-def _csv_rows(handle: TextIO, file: Path) -> Iterator[Numbered]:
-    csv.field_size_limit(sys.maxsize)  # a long prompt is no error
-    reader = csv.DictReader(handle, strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise DataError(
-                    f"{file}:{reader.line_num}: the number of fields differs from the header's "
-                    f"{len(reader.fieldnames or ())}; quote texts that hold commas or line breaks"
-                )
-            yield reader.line_num, row
-    except csv.Error as error:
-        # the line after the last good row
-        raise DataError(f"{file}:{reader.line_num + 1}: not valid CSV: {error}") from None
-
-
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file, buffer_size=1 << 20) as table:  # or else a row group is read whole
-            for batch in table.iter_batches(batch_size=1024):
-                yield from map(without_fill, batch.to_pylist())
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file}: cannot be read as Parquet ({error})") from error

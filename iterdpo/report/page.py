@@ -19,7 +19,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from iterdpo.escape import visible
+from iterdpo.escape import revealed
 from iterdpo.report.format import Column, count, duration, number, percent
 from iterdpo.report.headline import headline, value
 from iterdpo.report.plots import as_svg, figures
@@ -105,11 +105,11 @@ def refresh_report(run_dir: Path) -> None:
 
 
 def page_template(package: str, name: str) -> jinja2.Template:
-    """A template of `package`. Whatever it prints is escaped and made visible; `clip` is its filter."""
+    """A template of `package`. Whatever it prints is escaped and revealed; `clip` is its filter."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(package, "."),
         autoescape=True,
-        finalize=lambda shown: visible(shown) if type(shown) is str else shown,  # Markup is ours already
+        finalize=lambda shown: revealed(shown) if type(shown) is str else shown,  # Markup is ours already
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

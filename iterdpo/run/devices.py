@@ -1,4 +1,4 @@
-"""The GPUs of this machine, visible and reserved among runs, and its ports for servers. Standard library only.
+"""The GPUs of this machine, visible and reserved among a user's runs, and its ports for servers.
 
 A reservation is an flock for each GPU. The sampler and the trainer of a run share it and take turns on the GPU. Each
 guard of `iterdpo.run.supervise` inherits it, so that a GPU stays reserved until the last process that may use it ends.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from iterdpo.run import disk
+from iterdpo.run.folder import own_folder
 
 
 def visible_gpus() -> list[str]:
@@ -26,7 +28,7 @@ def visible_gpus() -> list[str]:
 
 @contextmanager
 def reserved_gpus(count: int, *, say: Callable[[str], None]) -> Iterator[list[int]]:
-    """The first `count` visible GPUs, or as many as there are, reserved among iterdpo runs while the context is open.
+    """The first `count` visible GPUs, or as many as there are, reserved among the user's iterdpo runs while the context is open.
 
     Yields the descriptors that `supervise.start(reserved=...)` takes. They are taken in order, so that no two runs wait
     for each other; `say` gets a line if a GPU has to be waited for.
@@ -35,14 +37,11 @@ def reserved_gpus(count: int, *, say: Callable[[str], None]) -> Iterator[list[in
     with ExitStack() as opened:
         for device in sorted(set(visible_gpus()[:count])):
             name = "".join(c if c.isalnum() else "-" for c in device)
-            path = Path(tempfile.gettempdir()) / f"iterdpo-gpu-{name}.lock"
-            try:
-                descriptor = os.open(path, os.O_RDONLY)  # enough for a lock, and the file may be another user's
-            except FileNotFoundError:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+            path = own_folder() / f"gpu-{name}.lock"
+            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o600)
             opened.callback(os.close, descriptor)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                disk.lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, str(path))
             except BlockingIOError:
                 say(f"waiting for GPU {device}, which another run is using")
                 fcntl.flock(descriptor, fcntl.LOCK_EX)

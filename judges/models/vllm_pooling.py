@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iterdpo.run.folder import own_folder
 from iterdpo.run.worker import Done, JsonLinesWorker, serve
 
 
@@ -42,7 +43,7 @@ class Pooler:
     """
 
     def __init__(self, start: Start) -> None:
-        descriptor, log = tempfile.mkstemp(prefix="iterdpo-pooling-", suffix=".log")
+        descriptor, log = tempfile.mkstemp(prefix="pooling-", suffix=".log", dir=own_folder())
         os.close(descriptor)
         env = {
             "VLLM_CPU_KVCACHE_SPACE": "1",  # a pooling request leaves the cache when it is answered

@@ -7,6 +7,7 @@ open in the same browser can read or judge.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import secrets
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import h11
 import jinja2
 import uvicorn
 from starlette.applications import Starlette
@@ -25,12 +27,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from iterdpo.escape import revealed
 from iterdpo.run.rundir import digest
 from judges.person.store import Reviews, Task
 
 LIMIT = 64 * 1024  # bytes of a request
+CONNECTIONS = 64  # a browser opens six
+SECONDS = 10.0  # that a request may take to arrive
 NOTE_LIMIT = 2_000  # characters
 CHOICES = ("left", "right", "tie", "skip")
 TEMPLATES = jinja2.Environment(
@@ -67,6 +72,8 @@ class Desk:
             self._shown.pop(tab, None)
             if task is not None:
                 self._shown[tab] = (task.id, time.monotonic())
+                while len(self._shown) > CONNECTIONS:
+                    del self._shown[next(iter(self._shown))]  # the tab that asked longest ago
         total = sum(self.who in (None, t.who) for batch in batches for t in batch.tasks())
         return {"task": None if task is None else shown(task), "done": total - len(waiting), "total": total}
 
@@ -108,7 +115,8 @@ def review_server(desk: Desk, *, port: int = 0, title: str = "") -> Iterator[str
     app = _app(desk, token=token, title=title)
     # The path has the token, so that nothing is logged.
     quiet: dict[str, Any] = {"log_level": "critical", "access_log": False, "server_header": False}
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", **quiet))
+    limits: dict[str, Any] = {"http": _Limited, "ws": "none", "h11_max_incomplete_event_size": LIMIT}
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", **quiet, **limits))
     with socket.create_server(("127.0.0.1", port)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -119,12 +127,43 @@ def review_server(desk: Desk, *, port: int = 0, title: str = "") -> Iterator[str
             thread.join()
 
 
+class _Limited(H11Protocol):
+    """HTTP for a limited number of connections. One whose request is not whole in time is closed."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._late: asyncio.TimerHandle | None = None
+        if len(self.connections) > CONNECTIONS:
+            transport.abort()
+        else:
+            self._late = self.loop.call_later(SECONDS, self._end_if_late)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._late is None:
+            self._late = self.loop.call_later(SECONDS, self._end_if_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._late is not None:
+            self._late.cancel()
+
+    def _end_if_late(self) -> None:
+        self._late = None
+        nothing = self.cycle is None
+        if self.conn.their_state is h11.SEND_BODY or (
+            self.conn.their_state is h11.IDLE and (nothing or self.conn.trailing_data[0])
+        ):
+            self.transport.abort()
+
+
 def _app(desk: Desk, *, token: str, title: str) -> Starlette:
     async def act(action: str, request: Request) -> Response:
         try:
             length = int(request.headers.get("content-length", ""))
             body: Any = json.loads(await request.body()) if 0 <= length <= LIMIT else None
             tab, task, choice, note = (str(body.get(name, "")) for name in ("tab", "task", "choice", "note"))
+            tab = tab[:64]
         except (ValueError, AttributeError):
             return _refusal(400)
         actions = {

@@ -19,6 +19,7 @@ import pytest
 
 from iterdpo.run import devices, supervise
 from iterdpo.run.devices import answers, free_port
+from iterdpo.run.folder import own_folder
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -51,7 +52,7 @@ def test_the_gpus_that_are_visible_are_those_that_were_chosen(
 def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the lock files are, away from those of runs on this machine."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
+    return own_folder()
 
 
 def held(file: Path) -> bool:
@@ -67,7 +68,7 @@ def held(file: Path) -> bool:
 
 def test_the_first_gpus_are_reserved_while_the_context_is_open(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,0,3,1")
-    files = [locks / f"iterdpo-gpu-{number}.lock" for number in (0, 3, 1)]
+    files = [locks / f"gpu-{number}.lock" for number in (0, 3, 1)]
     with devices.reserved_gpus(3, say=print) as descriptors:
         assert len(descriptors) == 2
         assert [held(file) for file in files] == [True, True, False]
@@ -80,7 +81,7 @@ def test_a_reservation_lasts_until_the_last_child_that_has_it_is_gone(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f2e/1")
     with contextlib.ExitStack() as reservation, contextlib.ExitStack() as children:
         descriptors = reservation.enter_context(devices.reserved_gpus(1, say=print))
-        (file,) = locks.glob("iterdpo-gpu-*.lock")
+        (file,) = locks.glob("gpu-*.lock")
         children.enter_context(supervise.start(["sleep", "1000"], log=Path("log"), reserved=descriptors))
         with supervise.start(["sleep", "1000"], log=Path("log"), reserved=descriptors):
             reservation.close()
@@ -97,7 +98,7 @@ import os, signal, sys, tempfile
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from iterdpo.run import devices, supervise
-tempfile.tempdir = {str(locks)!r}
+tempfile.tempdir = {str(locks.parent)!r}
 with devices.reserved_gpus(1, say=print) as gpus:
     supervise.start(["sh", "-c", "echo $$ > pid.txt; exec sleep 1000"], log=Path("log"), reserved=gpus)
     while not Path("pid.txt").exists():
@@ -105,7 +106,7 @@ with devices.reserved_gpus(1, say=print) as gpus:
     os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
-    wait_for(lambda: not held(locks / "iterdpo-gpu-3.lock"), "the release")
+    wait_for(lambda: not held(locks / "gpu-3.lock"), "the release")
 
 
 def test_a_run_that_needs_a_gpu_in_use_says_so_and_waits_until_it_is_free(
@@ -127,7 +128,7 @@ def test_a_run_that_needs_a_gpu_in_use_says_so_and_waits_until_it_is_free(
         assert not reserved.wait(0.1)
     assert reserved.wait(20)
     assert said == ["waiting for GPU 3, which another run is using"]  # 4 was free
-    assert held(locks / "iterdpo-gpu-3.lock")
+    assert held(locks / "gpu-3.lock")
     done.set()
     thread.join(20)
 

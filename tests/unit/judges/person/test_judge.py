@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -22,6 +24,7 @@ from iterdpo.testing import make_group
 from iterdpo.types import CompletionGroup, Judgment
 from judges import load_judge
 from judges.load import expected_abstentions
+from judges.person import page
 from judges.person.judge import Person, Waiting, plan
 from judges.person.page import Desk, review_server
 from judges.person.store import Reviews, Task
@@ -311,3 +314,77 @@ def test_requests_without_the_token_from_other_hosts_or_pages_are_refused(tmp_pa
             assert "unsafe" not in policy
             assert reply.headers["X-Frame-Options"] == "DENY"
             assert reply.headers["Cache-Control"] == "no-store"
+
+
+# Limits of the page
+
+
+@pytest.fixture
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+    monkeypatch.setattr(page, "SECONDS", 0.3)
+    monkeypatch.setattr(page, "CONNECTIONS", 4)
+    (tmp_path / "review").mkdir()
+    with review_server(Desk(tmp_path)) as url:
+        yield "127.0.0.1", int(url.split(":")[2].partition("/")[0])
+
+
+def is_closed(connection: socket.socket) -> bool:
+    connection.settimeout(20)
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ",
+        b"POST / HTTP/1.1\r\nHost: 127.0.0.1:1\r\nContent-Length: 9\r\n\r\n{",
+    ],
+)
+def test_a_request_that_is_not_whole_in_time_ends_its_connection(address: tuple[str, int], sent: bytes) -> None:
+    with socket.create_connection(address) as connection:
+        connection.sendall(sent)
+        received = b""
+        connection.settimeout(20)
+        with contextlib.suppress(ConnectionResetError):
+            while some := connection.recv(4096):
+                received += some
+        assert not received or received.startswith(b"HTTP/1.1 4")
+
+
+def test_more_connections_than_the_page_takes_are_closed_at_once(
+    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "SECONDS", 60.0)
+    with contextlib.ExitStack() as stack:
+        first = [stack.enter_context(socket.create_connection(address)) for _ in range(4)]
+        for connection in first:  # each is taken before the next comes
+            connection.sendall(b"GET /x HTTP/1.1\r\nHost: 127.0.0.1:1\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 4")
+        assert is_closed(stack.enter_context(socket.create_connection(address)))
+        first[0].sendall(b"GET /x HTTP/1.1\r\nHost: 127.0.0.1:1\r\n\r\n")
+        assert first[0].recv(4096).startswith(b"HTTP/1.1 4")
+
+
+def test_headers_longer_than_a_request_may_be_are_refused(address: tuple[str, int]) -> None:
+    with socket.create_connection(address) as connection:
+        with contextlib.suppress(OSError):
+            connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * 4 * page.LIMIT)
+        connection.settimeout(20)
+        try:
+            answer = connection.recv(4096)
+        except ConnectionResetError:
+            answer = b""
+        assert not answer or answer.startswith(b"HTTP/1.1 4")
+
+
+def test_tabs_that_ask_are_forgotten_the_oldest_first(tmp_path: Path) -> None:
+    reviews = Reviews(tmp_path)
+    reviews.ask([Task("1", "ann", "Which?", "A", left="a", right="b")])
+    desk = Desk(tmp_path)
+    for number in range(page.CONNECTIONS + 10):
+        desk.next(f"tab {number}")
+    assert list(desk._shown) == [f"tab {number}" for number in range(10, page.CONNECTIONS + 10)]

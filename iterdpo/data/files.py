@@ -1,0 +1,331 @@
+"""The rows of a data file, one at a time and in bounded memory, whatever is in the file.
+
+A row may have 64 MiB of text and 100 levels of nesting, and a compressed file may unpack to 500 times its size. What
+is damaged, or beyond these limits, is a `DataError` with the file's name and, if there are lines, the line's number.
+NaN is null.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from iterdpo.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMATS = ("json", "jsonl", "csv", "parquet")
+MOST = 64 << 20  # characters of a row
+DEEPEST = 100  # levels of nesting
+CHUNK = 1 << 20
+RATIO = 500  # text that people write compresses to a tenth
+SMALL = 1 << 30  # bytes up to which any ratio will do
+
+_decoder = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))
+_white = re.compile(r"[ \t\r\n]*")
+
+
+Numbered = tuple[int | None, dict[str, Any]]
+"""A row and the number of the line it is on, or ends on; None if the file has no lines, or they say nothing."""
+
+
+def format_of(file: Path) -> str:
+    return file.name.lower().removesuffix(".gz").rpartition(".")[2]
+
+
+def file_rows(file: Path) -> Iterator[Numbered]:
+    """The rows of a file of one of `FORMATS`.
+
+    Raises:
+        DataError: see the module's docstring.
+    """
+    kind = format_of(file)
+    if kind not in FORMATS:
+        raise DataError(f"{file}: unknown kind of file; give .json, .jsonl, .csv (also .gz) or .parquet")
+    if kind == "parquet":
+        yield from ((None, without_fill(row)) for row in _parquet_rows(file))
+        return
+    packed = file.name.lower().endswith(".gz")
+    opener: Any = gzip.open if packed else open
+    try:
+        with opener(file, "rt", encoding="utf-8-sig", newline="") as handle:
+            text = _Text(handle, file, file.stat().st_size * RATIO if packed else None)
+            yield from _csv_rows(text) if kind == "csv" else _json_rows(text)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise DataError(f"{file}: cannot be read ({error}); restore it from a copy") from error
+
+
+class _Text:
+    """A text file, a line or a chunk at a time."""
+
+    def __init__(self, handle: TextIO, file: Path, most: int | None) -> None:
+        self.handle, self.file, self.line = handle, file, 0
+        self._most, self._read = most, 0  # characters of all
+
+    def __iter__(self) -> Iterator[str]:
+        """Lines. `line` is the number of the last."""
+        while line := self.count(self.handle.readline(MOST + 1)):
+            self.line += 1
+            if len(line) > MOST:
+                raise DataError(f"{self.file}:{self.line}: {TOO_LONG}")
+            yield line
+
+    def count(self, text: str) -> str:
+        self._read += len(text)
+        if self._most is not None and self._read > max(self._most, SMALL):
+            raise DataError(
+                f"{self.file}: unpacks to more than {RATIO} times its size, which no text does; unpack it yourself if "
+                "it is right"
+            )
+        return text
+
+
+TOO_LONG = f"a row of more than {MOST >> 20} Mi characters; remove it"
+
+
+def _json_rows(text: _Text) -> Iterator[Numbered]:
+    """One object a line, or one list of objects, whatever the file's suffix: both are found as .json."""
+    while (head := text.count(text.handle.read(1))).isspace():
+        pass
+    text.handle.seek(0)
+    if head == "[":
+        for number, (row, where) in enumerate(_json_items(text), 1):
+            yield None, _object(row, f"{text.file}: item {number}", where)
+        return
+    for line in text:
+        if line.strip():
+            where = f"{text.file}:{text.line}"
+            try:
+                row, end = _decoder.raw_decode(line, _end_of_white(line, 0))
+                if _end_of_white(line, end) != len(line):
+                    raise json.JSONDecodeError("Extra data", line, end)
+            except (ValueError, RecursionError) as error:
+                raise _invalid(where, error) from None
+            yield text.line, _object(row, where, line)
+
+
+def _json_items(text: _Text) -> Iterator[tuple[Any, str]]:
+    """The items of a JSON list, each with its text, one by one, so that a large file is never in memory.
+
+    By hand, since a streaming parser refuses NaN and long integers, and has no lines; and the standard library reads
+    the whole file.
+
+    Raises:
+        DataError: with the line in the file.
+    """
+    buffer, at, ended = "", 0, False
+    lines, behind = 1, 0  # the line that the buffer begins in, and the characters of it before the buffer
+
+    def more() -> None:
+        nonlocal buffer, at, lines, behind, ended
+        if len(buffer) - at > MOST:
+            raise DataError(f"{text.file}:{lines + buffer.count(chr(10), 0, at)}: {TOO_LONG}")
+        lines += buffer.count("\n", 0, at)
+        newline = buffer.rfind("\n", 0, at)
+        behind = at - newline - 1 + (behind if newline < 0 else 0)
+        chunk = text.count(text.handle.read(max(CHUNK, len(buffer) - at)))
+        buffer, at, ended = buffer[at:] + chunk, 0, not chunk
+
+    def invalid(message: str, position: int) -> DataError:
+        line = lines + buffer.count("\n", 0, position)
+        newline = buffer.rfind("\n", 0, position)
+        column = position - newline + (behind if newline < 0 else 0)
+        return _invalid(f"{text.file}:{line}", f"{message} at column {column}")
+
+    def mark() -> str:
+        """The next character that is no white space; empty at the file's end."""
+        nonlocal at
+        while (at := _end_of_white(buffer, at)) == len(buffer) and not ended:
+            more()
+        return buffer[at : at + 1]
+
+    assert mark() == "["
+    at += 1
+    if mark() == "]":
+        at += 1
+    else:
+        while True:
+            mark()
+            while True:
+                try:
+                    value, end = _decoder.raw_decode(buffer, at)
+                    if end < len(buffer) or ended:
+                        break
+                except json.JSONDecodeError as error:
+                    amid = error.pos < len(buffer) - 16 and not error.msg.startswith("Unterminated string")
+                    if ended or amid:
+                        raise invalid(error.msg, error.pos) from None
+                except (ValueError, RecursionError) as error:
+                    raise _invalid(f"{text.file}:{lines + buffer.count(chr(10), 0, at)}", error) from None
+                more()
+            yield value, buffer[at:end]
+            at = end
+            if (found := mark()) not in (",", "]"):
+                raise invalid("Expecting ',' delimiter", at)
+            at += 1
+            if found == "]":
+                break
+    if mark():
+        raise invalid("Extra data", at)
+
+
+def _end_of_white(text: str, at: int) -> int:
+    found = _white.match(text, at)
+    assert found is not None  # it matches nothing, too
+    return found.end()
+
+
+def _invalid(where: str, reason: str | Exception) -> DataError:
+    match reason:
+        case RecursionError():
+            return DataError(f"{where}: {TOO_DEEP}")
+        case json.JSONDecodeError():
+            reason = f"{reason.msg} at column {reason.colno}"
+        case ValueError():  # an integer with more digits than Python reads
+            reason = "a number of thousands of digits"
+    return DataError(f"{where}: not valid JSON: {reason}; write one object per line, or one list of objects")
+
+
+TOO_DEEP = f"nested more than {DEEPEST} levels deep; remove it"
+
+
+def _object(value: Any, where: str, text: str) -> dict[str, Any]:
+    if text.count("[") + text.count("{") > DEEPEST and _is_deep(value):
+        raise DataError(f"{where}: {TOO_DEEP}")
+    if not isinstance(value, dict):
+        shown = "missing or null" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
+        raise DataError(f'{where}: {shown}; a row is an object, such as {{"prompt": "2+2?"}}')
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict | list):
+                inner.extend(item.values() if isinstance(item, dict) else item)
+        if not inner:
+            return False
+        level = inner
+    return any(isinstance(item, dict | list) for item in level)
+
+
+def _csv_rows(text: _Text) -> Iterator[Numbered]:
+    csv.field_size_limit(MOST)
+    reader = csv.DictReader(iter(text), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{text.file}:{reader.line_num}: the number of fields differs from the header's "
+                    f"{len(reader.fieldnames or ())}; quote texts that hold commas or line breaks"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        # the line after the last good row
+        raise DataError(f"{text.file}:{reader.line_num + 1}: not valid CSV: {error}") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # without a buffer a row group is read whole
+        table = pq.ParquetFile(
+            file, buffer_size=CHUNK, thrift_string_size_limit=MOST, thrift_container_size_limit=CHUNK
+        )
+        names = table.schema_arrow.names
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read as Parquet ({error})") from error
+    number = 1
+    with table:
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"{file}: has the column {repeated[0]!r} more than once; rename one")
+        floats = any("float" in str(kind) or "double" in str(kind) for kind in table.schema_arrow.types)
+        for group in range(table.num_row_groups):
+            size = _rows_at_once(table.metadata.row_group(group))
+            try:
+                for batch in table.iter_batches(batch_size=size, row_groups=[group]):
+                    for row in _values(batch, file, number):
+                        yield without_nan(row) if floats else row
+                    number += len(batch)
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(f"{file}: row {number} or one after it cannot be read as Parquet ({error})") from error
+
+
+def _rows_at_once(group: Any) -> int:
+    """How many rows of a Parquet row group are read at once: of long ones few, and of those that may all have one
+    long value of the column's dictionary.
+    """
+    columns = [group.column(number) for number in range(group.num_columns)]
+    largest = group.total_byte_size // max(1, group.num_rows)
+    for column in columns:
+        if column.has_dictionary_page and column.dictionary_page_offset is not None:
+            ratio = column.total_uncompressed_size / max(1, column.total_compressed_size)
+            dictionary = int(ratio * (column.data_page_offset - column.dictionary_page_offset))
+            if dictionary > CHUNK * 5 // 4:  # writers stop at about a MiB
+                largest = max(largest, dictionary)
+    return int(max(1, min(1024, MOST // max(1, largest))))
+
+
+def _values(batch: pa.RecordBatch, file: Path, first: int) -> list[dict[str, Any]]:
+    """The rows of a batch, the first of which is the row `first` of the file.
+
+    Raises:
+        DataError: a value that Python does not have, by its column and row, such as a date in the year 300000.
+    """
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        return rows
+    except Exception:
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            for row, value in enumerate(column, first):
+                try:
+                    value.as_py()
+                except Exception as error:  # every type has errors of its own
+                    reason = f"{type(error).__name__}: {str(error)[:200]}"
+                    raise DataError(
+                        f"{file}: row {row}, column {name!r}: a value of the type {column.type} that cannot be read "
+                        f"({reason}); remove the column, or write it as text"
+                    ) from None
+        raise
+
+
+def without_fill(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of Arrow's without what it fills in: in messages and tools, each object gets the keys of all others, as nulls."""
+    for name, value in row.items():
+        if name in ("tools", "chat_template_kwargs"):
+            row[name] = _without_nulls(value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
+            row[name] = [
+                {k: _without_nulls(v) for k, v in message.items()} if isinstance(message, dict) else message
+                for message in value
+            ]
+    return row
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def without_nan(value: Any) -> Any:
+    """`value` with None for each NaN in it."""
+    match value:
+        case float():
+            return None if value != value else value
+        case dict():
+            return {key: without_nan(item) for key, item in value.items()}
+        case list():
+            return [without_nan(item) for item in value]
+    return value
