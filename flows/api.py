@@ -10,12 +10,13 @@ from typing import Any
 
 from flows.loop import run_loop, run_round
 from iterdpo.config import Config, JudgeConfig, OfflineConfig, parse_config
-from iterdpo.errors import JudgeError, UserError
+from iterdpo.errors import ConfigError, JudgeError, UserError
 from iterdpo.judging.judge import NamedJudge
 from iterdpo.report.page import refresh_report, write_report
 from iterdpo.run.progress import Progress
 from iterdpo.run.read import Run, read_run
 from iterdpo.run.rundir import RunDir, digest, read_manifest
+from iterdpo.run.supervise import withhold
 from iterdpo.sampling import Sampler
 from iterdpo.stages.judge import retry_judgments as judge_again
 from iterdpo.stages.offline import train_round
@@ -23,7 +24,15 @@ from iterdpo.stages.plan import first_pending
 from iterdpo.stages.runs import IterativeRun
 from judges import load_judge
 from judges.adapter import adapt
-from judges.load import check_columns, check_judge, expected_abstentions, judge_version
+from judges.load import (
+    check_columns,
+    check_judge,
+    compares,
+    expected_abstentions,
+    judge_version,
+    key_variables,
+    probe_judge,
+)
 
 AnyJudge = Callable[..., Any] | object
 """What `judges/adapter.py` turns into a judge: a function, a class or an object."""
@@ -55,7 +64,31 @@ def open_run(
         if section is not None and given is None:
             columns = evaluated if section is config.evaluation.judge else evaluated & trained
             check_columns(section.use, columns, section.args)
+            score = f"score/{'train' if section is config.judge else 'heldout'}_judge"
+            if config.gate.metric.startswith(score) and compares(section.use, section.args):
+                raise ConfigError(
+                    f"gate.metric = {config.gate.metric!r}: {section.use} compares completions, and gives none a score of its "
+                    "own, so no round would be promoted; choose win_rate/vs_previous or win_rate/vs_initial"
+                )
     return run
+
+
+def check_surroundings(run: IterativeRun, *, prefect: bool) -> None:
+    """Try once, before anything heavy begins, what a run needs from outside its configuration.
+
+    The user's code is imported, an endpoint is asked a question, as is the Prefect server that is configured, and the
+    free disk is held against the estimate.
+
+    Raises:
+        UserError: the first of these that fails.
+    """
+    run.check_space()
+    if prefect:
+        from flows.server import check_api
+
+        check_api()
+    for judge in run.judges:
+        judge.named.probe()
 
 
 def run_rounds(
@@ -102,6 +135,7 @@ def continue_run(run: IterativeRun, *, prefect: bool = True, wait: bool = False)
                 run.dir.write_config(run.config.model_dump())
             return False
         max_tokens = run.max_model_len  # a prompt that is too long is found here
+        check_surroundings(run, prefect=prefect)
         run.dir.write_config(run.config.model_dump())
         rounds = f"{run.config.rounds} round{'s'[: run.config.rounds > 1]}"
         run.progress.say(f"run {run.dir.root}: from {pending} on, {rounds}, context {max_tokens:,} tokens")
@@ -181,6 +215,8 @@ def _named(role: str, section: JudgeConfig | None, own: AnyJudge | None) -> Name
         return NamedJudge(role, name, version, lambda: adapt(own, name=name, version=version, args={}), **limits)
     assert section is not None
     check_judge(section.use, section.args)
+    withhold(*key_variables(section.args))
+    limits["probe"] = lambda: probe_judge(section.use, section.args)
     version = judge_version(section.use, section.args)
     limits["expected_abstentions"] = expected_abstentions(section.use, section.args)
     return NamedJudge(role, section.use, version, lambda: load_judge(section.use, section.args), **limits)

@@ -228,13 +228,17 @@ def verify(run_dir: RunDirectory, /) -> int:
 
 
 def _run_config(config: Config, options: RunOptions) -> int:
-    from flows.api import continue_run, describe, open_run
+    from flows.api import check_surroundings, continue_run, describe, open_run
     from flows.plan import describe_plan
+    from iterdpo.stages.plan import describe_pending
 
     progress = Progress(sys.stdout)
     run = open_run(config, progress=progress, redo=options.redo)
     if options.dry_run:
-        print(describe_plan(run))
+        plan = describe_plan(run)
+        if describe_pending(run):
+            check_surroundings(run, prefect=not options.no_prefect)
+        print(plan)
         return 0
     worked = continue_run(run, prefect=not options.no_prefect)
     records = run.dir.records()

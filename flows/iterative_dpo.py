@@ -19,7 +19,7 @@ from prefect import Flow, flow, get_run_logger, task  # isort: skip
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.api import describe, open_run
+from flows.api import check_surroundings, describe, open_run
 from flows.loop import PLAIN, Stages, run_loop, run_round
 from flows.review import waiting
 from flows.serving import overridden
@@ -98,6 +98,7 @@ def add_rounds_flow(config: Config) -> Flow[..., str]:
             ):
                 logger.info("round %d to %d, first %s", done + 1, done + rounds, first_pending(run))
                 directory.write_config(settings.model_dump())
+                check_surroundings(run, prefect=False)
                 run.warm_up()
                 records = iterate(run)
         return describe(records[-1].metrics)

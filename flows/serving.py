@@ -7,6 +7,7 @@ whoever reaches the Prefect server, ours or the user's, can start rounds and no 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -56,7 +57,7 @@ def serve(
         UserError: a problem that `open_run` finds in the configuration, before anything is served.
         ChildFailed: the server does not schedule the rounds of the cron string.
     """
-    from flows.api import open_run
+    from flows.api import check_surroundings, open_run
     from flows.iterative_dpo import add_rounds_flow
 
     schedule = None
@@ -68,7 +69,7 @@ def serve(
         except ValueError:
             hint = '"0 2 * * *" is two every night'
             raise ConfigError(f"--cron {cron!r} in {timezone}: not a cron string; {hint}") from None
-    open_run(config)  # what can be wrong is said now, not at two in the night
+    check_surroundings(open_run(config), prefect=True)  # what can be wrong is said now, not at two in the night
     name = name or Path(config.run_dir).name
     log = RunDir(config.run_dir).log_path("prefect")
     with prefect_api(log) as api:
@@ -84,6 +85,7 @@ def serve(
         progress.say(f"  next:    {planned}")
         progress.say(f"  trigger: PREFECT_API_URL={api.url} {sign_in}prefect deployment run add_rounds/{name}")
         progress.say(f"  page:    {api.page}")
+        os.environ["PYTHONSAFEPATH"] = "1"  # a trigger's process imports no modules of the working directory either
         try:
             asyncio.run(_serve(runner, progress, api, deployment if cron else None))
         except KeyboardInterrupt:

@@ -464,11 +464,18 @@ class GateConfig(Section):
     ] = "win_rate/vs_previous"
     """The held-out metric that decides about promotion. `_low`: the lower end of its interval."""
     minimum: float = 0.5
-    """The candidate is promoted if the metric is at least this."""
+    """The candidate is promoted if the metric is at least this. A win rate of 0.5 from ties alone promotes only if this is
+    lower."""
     max_kl: float | None = Field(None, gt=0)
     """Do not promote a candidate whose `kl/to_initial` (nats per completion) is above this."""
     otherwise: Literal["keep", "stop"] = "keep"
     """`keep`: the next round starts again from the last promoted policy, on fresh prompts. `stop`: the run ends."""
+
+    @model_validator(mode="after")
+    def _a_win_rate_is_a_share(self) -> GateConfig:
+        if self.metric.startswith("win_rate/") and not 0 <= self.minimum <= 1:
+            raise ValueError(f"minimum = {self.minimum:g}: a win rate is between 0 and 1; half is 0.5")
+        return self
 
 
 class Config(Section):
@@ -505,6 +512,15 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_gate_has_its_kl(self) -> Config:
+        if self.gate.max_kl is not None and self.evaluation.temperature == 0:
+            raise ValueError(
+                "gate.max_kl: greedy completions (evaluation.temperature = 0) give no estimate of the KL; set another "
+                "temperature, or leave max_kl out"
+            )
+        return self
+
 
 class DataConfig(Section):
     path: LocalPath
@@ -517,6 +533,9 @@ class DataConfig(Section):
     """Read only this many rows, from the start."""
     heldout: int = Field(0, ge=0)
     """Pairs kept out of training. Their loss, accuracy and margin are reported after training."""
+    min_margin: float | None = Field(None, ge=0)
+    """Leave out pairs whose chosen completion is not scored higher than the rejected by at least this, in columns such as
+    `score_chosen` and `score_rejected`. Without it, pairs that their scores contradict are trained on, and counted."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts lose their beginning."""
     max_completion_tokens: int = Field(1024, ge=1)

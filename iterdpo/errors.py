@@ -96,4 +96,4 @@ class JudgingStopped(RunFailed):
 
 
 class ChildFailed(RunFailed):
-    """A worker process ended with an error; the message has the end of its log and the log's path."""
+    """A worker process ended with an error; the message has the reason and the path of its log."""

@@ -234,6 +234,35 @@ def check_signature(
     return kind
 
 
+def check_object(made: Any, args: dict[str, Any], name: str) -> None:
+    """Hold an object that is to be a judge against the table and `args`, without calling it.
+
+    Raises:
+        JudgeError: it is no judge, or does not accept `args`.
+    """
+    if isinstance(made, JudgeBase):
+        return
+    function = made if inspect.isclass(made) else _function_of(made)
+    if not callable(function):
+        raise JudgeError(
+            f"judge {name!r}: a {type(made).__name__} is not a judge; give a function with the parameters {SHAPES}, "
+            "or a class with a method `score`, `compare` or `judge` that has them"
+        )
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # some built-in functions
+        raise JudgeError(
+            f"judge {name!r}: its parameters cannot be read; call it from a function of your own"
+        ) from None
+    check_signature(signature, args, name, constructor=inspect.isclass(made))
+
+
+def _function_of(made: Any) -> Any:
+    """The method of an object that judges, or the object itself."""
+    methods = (getattr(made, method, None) for method in METHODS)
+    return next((m for m in methods if callable(m)), made)
+
+
 def kind_of(parameters: Iterable[str]) -> Kind | None:
     names = set(parameters)
     if "groups" in names:
@@ -246,16 +275,13 @@ def kind_of(parameters: Iterable[str]) -> Kind | None:
 
 
 def _adapted(made: Any, args: dict[str, Any], name: str, *, produced: bool = False) -> JudgeBase:
+    check_object(made, args, name)
     if inspect.isclass(made):
-        check_signature(inspect.signature(made), args, name, constructor=True)
         made, args, produced = made(**args), {}, True
+        check_object(made, args, name)
     if isinstance(made, JudgeBase):
         return made
-    methods = (getattr(made, method, None) for method in METHODS)
-    function = next((m for m in methods if callable(m)), made)
-    if not callable(function):
-        remedy = f"parameters {SHAPES}, or a class with a method `score`, `compare` or `judge` that has them"
-        raise JudgeError(f"judge {name!r}: a {type(made).__name__} is not a judge; give a function with the {remedy}")
+    function = _function_of(made)
     signature = inspect.signature(function)
     kind = check_signature(signature, args, name, constructor=False)
     if kind is not None:

@@ -5,7 +5,7 @@ A judge that comes with iterdpo is a class that derives from `JudgeBase`. An arg
 its own is a judge within a judge.
 
 `check_judge` and `judge_version` read source code without running it, so that a configuration is validated, and the
-key of its results known, without loading a model or importing torch.
+key of its results known, without loading a model or importing torch. `probe_judge` runs it, before a run begins.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from iterdpo.errors import JudgeError
+from iterdpo.escape import printable
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.run.rundir import digest, directory_digest
 from iterdpo.run.sums import sha256_file
-from judges.adapter import METHODS, OPTIONAL_PARAMETERS, adapt, check_signature, kind_of
+from judges.adapter import METHODS, OPTIONAL_PARAMETERS, adapt, check_object, check_signature, kind_of
 from judges.base import nearest
 
 BUILT_IN = {
@@ -72,12 +73,7 @@ def load_judge(use: str, args: dict[str, Any]) -> JudgeBase:
         judge = _built_in(use)(**args)
         judge.version = version
         return judge
-    source = _locate(use)
-    module = _import(source, use)
-    if not hasattr(module, source.name):
-        known = [name for name, value in vars(module).items() if callable(value)]
-        raise JudgeError(f"judge {use!r}: no {source.name!r} there; {nearest(source.name, known, 'it defines')}")
-    return adapt(getattr(module, source.name), name=_label(use), version=version, args=args)
+    return adapt(_imported(use), name=_label(use), version=version, args=args)
 
 
 def check_judge(use: str, args: dict[str, Any]) -> None:
@@ -107,6 +103,48 @@ def check_judge(use: str, args: dict[str, Any]) -> None:
     elif not {"*", "__getattr__"} & defined.keys():
         hint = nearest(source.name, [n for n in defined if not n.startswith("_")], "it defines")
         raise JudgeError(f"judge {use!r}: {source.file} defines no {source.name!r}; {hint}")
+
+
+def probe_judge(use: str, args: dict[str, Any]) -> None:
+    """Find what is wrong outside the configuration: import the user's code, ask an endpoint once. Loads no model.
+
+    Raises:
+        JudgeError: an import that fails, a name that is no judge, an endpoint that does not answer, or refuses the key or
+            the model; a device that is not there.
+    """
+    if use in BUILT_IN:
+        for nested in _nested(args):
+            probe_judge(nested["use"], nested.get("args") or {})
+        _built_in(use).probe(**args)
+        return
+    made = _imported(use)
+    check_object(made, args, _label(use))
+    if inspect.isclass(made) and issubclass(made, JudgeBase):
+        made.probe(**args)
+
+
+def compares(use: str, args: dict[str, Any]) -> bool:
+    """Whether it is known that the judge compares, and so gives a completion no score of its own. Runs no user's code."""
+    if use in BUILT_IN:
+        within = set(_uses(use, args)) <= BUILT_IN.keys()
+        return _built_in(use)(**args).comparative if within else _built_in(use).comparative
+    source = _locate(use)
+    if source.file is None:
+        return False
+    node = dict(_definitions(ast.parse(source.file.read_bytes()).body)).get(source.name)
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
+    return kind_of(p.arg for p in [*node.args.args, *node.args.kwonlyargs]) == "compare"
+
+
+def key_variables(args: Any) -> Iterator[str]:
+    """The names of the environment variables that hold keys of a judge, or of those within it."""
+    if isinstance(args, dict):
+        if isinstance(name := args.get("api_key_env"), str):
+            yield name
+        args = list(args.values())
+    for value in args if isinstance(args, list | tuple) else []:
+        yield from key_variables(value)
 
 
 def expected_abstentions(use: str, args: dict[str, Any]) -> tuple[str, ...]:
@@ -226,6 +264,16 @@ def _find_module(dotted: str) -> ModuleSpec | None:
     return spec
 
 
+def _imported(use: str) -> Any:
+    """What `use` names, imported once in a process, and again if its file has changed."""
+    source = _locate(use)
+    module = _import(source, use)
+    if not hasattr(module, source.name):
+        defined = [name for name, value in vars(module).items() if callable(value)]
+        raise JudgeError(f"judge {use!r}: no {source.name!r} there; {nearest(source.name, defined, 'it defines')}")
+    return getattr(module, source.name)
+
+
 def _import(source: _Source, use: str) -> ModuleType:
     try:
         if source.module is not None:
@@ -234,18 +282,33 @@ def _import(source: _Source, use: str) -> ModuleType:
         file = source.file.absolute()
         if str(file.parent) not in sys.path:
             sys.path.append(str(file.parent))  # last, so that its neighbours can be imported but shadow nothing
-        module_name = f"iterdpo_judge_{digest(str(file))}"
+        module_name = f"iterdpo_judge_{digest([str(file), sha256_file(file)])}"
+        if module_name in sys.modules:  # `probe_judge` has imported it
+            return sys.modules[module_name]
         spec = importlib.util.spec_from_file_location(module_name, file)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module  # dataclasses and pickle look their module up there
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[module_name]
+            raise
         return module
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        said = f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
-        raise JudgeError(f"judge {use!r}: importing it raised {said}") from error
+        remedy = ""
+        if isinstance(error, ModuleNotFoundError):
+            remedy = f"; install {error.name} into this environment" if error.name else ""
+        elif isinstance(error, ImportError) and "relative import" in str(error):
+            remedy = (
+                "; import its neighbours by their names alone (from words import count), since its folder is searched"
+            )
+        raise JudgeError(
+            f"judge {use!r}: importing it raised {type(error).__name__}: {printable(str(error))} ({where.filename}, line "
+            f"{where.lineno}){remedy}"
+        ) from error
 
 
 def _definitions(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:

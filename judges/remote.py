@@ -35,6 +35,7 @@ from judges.llm.transport import (
     REFUSED,
     Failure,
     authorization,
+    brief_pause,
     checked_key_name,
     in_own_loop,
     post,
@@ -45,6 +46,8 @@ from judges.llm.transport import (
 if TYPE_CHECKING:
     import aiohttp
 
+PROBE = 30.0
+"""Seconds in which the server must answer before a run begins."""
 LONGEST_WAIT = 60.0
 """Seconds between two attempts, at most, whatever a server asks for."""
 
@@ -97,6 +100,15 @@ class Remote(JudgeBase):
         self.name = f"remote:{parts.netloc}"
         self._usage: dict[str, float] = {"calls": 0, "retries": 0, "failed": 0}
 
+    @classmethod
+    def probe(cls, *positional: Any, **args: Any) -> None:
+        """Send the server a request without groups.
+
+        Raises:
+            JudgeError: nothing answers such requests at the address, or the key is refused.
+        """
+        asyncio.run(cls(*positional, **args)._probe())
+
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         """One judgment for each group.
 
@@ -116,17 +128,36 @@ class Remote(JudgeBase):
         return dict(self._usage)
 
     async def _ask_each(self, groups: Iterable[CompletionGroup], headers: dict[str, str]) -> AsyncGenerator[Judgment]:
-        import aiohttp
-
-        local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
         rest = iter(groups)
         batches = iter(lambda: list(islice(rest, self.batch_size)), [])
-        async with aiohttp.ClientSession(headers=headers, trust_env=not local) as session:
+        async with self._session(headers) as session:
             jobs = (partial(self._ask, session, batch) for batch in batches)
             async with aclosing(run_each(jobs, concurrency=self.concurrency)) as judged:
                 async for judgments in judged:
                     for judgment in judgments:
                         yield judgment
+
+    def _session(self, headers: dict[str, str]) -> aiohttp.ClientSession:
+        import aiohttp
+
+        local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+        return aiohttp.ClientSession(headers=headers, trust_env=not local)
+
+    async def _probe(self) -> None:
+        headers = {"Content-Type": "application/json", **authorization(self.api_key_env, owner="remote")}
+        async with self._session(headers) as session:
+
+            async def attempt() -> tuple[int, bytes] | Failure:
+                limit = min(self.timeout, PROBE)
+                return await post(session, self.url, b'{"groups": []}', seconds=limit, limit=limit, headers={})
+
+            answer = await with_retries(attempt, brief_pause, 3, 1.0, 1.0)
+        if isinstance(answer, Failure) and not answer.reason.startswith("HTTP "):  # a status is an answer
+            raise JudgeError(
+                f"remote: {self.url}: asked before the run begins: {answer.reason}; start the server, or check url"
+            )
+        if not isinstance(answer, Failure) and answer[0] not in REFUSED and not 200 <= answer[0] < 300:
+            raise JudgeError(_answers(self.url, answer[0]))
 
     async def _ask(self, session: aiohttp.ClientSession, batch: Sequence[CompletionGroup]) -> list[Judgment]:
         payload = json.dumps({"groups": [_request(group) for group in batch]}, default=str).encode()
@@ -145,7 +176,7 @@ class Remote(JudgeBase):
                 return _judgments(batch, reply, self.url)
             if status in REFUSED:
                 return Failure(f"HTTP {status}", retry=False)
-            raise JudgeError(f"remote: {self.url} answers HTTP {status}; check its address, and its key (api_key_env)")
+            raise JudgeError(_answers(self.url, status))
 
         async def pause(seconds: float, failure: Failure) -> None:
             self._usage["retries"] += 1
@@ -156,6 +187,10 @@ class Remote(JudgeBase):
             self._usage["failed"] += 1
             return [judgment_from_outcomes(g, [Abstention(outcome.reason)] * len(g.completions)) for g in batch]
         return outcome
+
+
+def _answers(url: str, status: int) -> str:
+    return f"remote: {url} answers HTTP {status}; check its address, and its key (api_key_env)"
 
 
 def _request(group: CompletionGroup) -> dict[str, Any]:

@@ -13,6 +13,7 @@ batches and forgotten, so that the size of the data does not matter.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import re
@@ -62,6 +63,14 @@ USERS_TURN = "have a turn of the user in the completion"
 NO_ASSISTANT = "have a completion of the role {} and no assistant turn"
 NOT_LAST = "have a completion that does not end with an assistant turn"
 ROLES = {"user", "system", "tool", "developer", "function", "human", "gpt", "model", "bot"}
+NO_MARGIN = "have a smaller margin of scores than data.min_margin"
+
+SCORES = tuple(
+    names
+    for word in ("score", "rating", "reward")
+    for names in ((f"{word}_chosen", f"{word}_rejected"), *((f"chosen{s}{word}", f"rejected{s}{word}") for s in "_-"))
+)
+"""Names of columns with the two scores of a pair, as UltraFeedback and others have them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +103,8 @@ class Account:
     kept: int = 0
     prompts_truncated: int = 0
     completions_truncated: int = 0
+    desirable: int = 0  # unpaired examples that are kept and have the label true
+    contradicting: list[int] = field(default_factory=list)  # rows kept whose rejected completion has the higher score
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)  # {"text": 1}: the first row whose prompt is of that kind
 
@@ -103,6 +114,7 @@ class Account:
 
     def keep(self, pair: RawPair) -> None:
         self.kept += 1
+        self.desirable += pair.rejected is None
         self._note_kind({"messages" if pair.prompt.conversational else "text": pair.row})
 
     def leave_out(self, reason: str, *rows: int, count: int = 1) -> None:
@@ -114,6 +126,8 @@ class Account:
     def add(self, later: Account) -> None:
         """Add the account of the rows after these. A DataError if some prompts are text and others are messages."""
         self.kept += later.kept
+        self.desirable += later.desirable
+        self.contradicting += later.contradicting
         self.prompts_truncated += later.prompts_truncated
         self.completions_truncated += later.completions_truncated
         for reason, entry in later.left_out.items():
@@ -131,7 +145,13 @@ class Account:
         largest_first = sorted(self.left_out.items(), key=lambda item: -item[1]["count"])
         reasons = ", ".join(f"{entry['count']:,} {reason}" for reason, entry in largest_first)
         unit = "pairs" if self.kind == "pairs" else "examples"
-        return f"kept {self.kept:,} of {self.rows:,} {unit}" + (f" ({reasons})" if reasons else "")
+        said = f"kept {self.kept:,} of {self.rows:,} {unit}" + (f" ({reasons})" if reasons else "")
+        if self.contradicting:
+            said += (
+                f"; in {len(self.contradicting):,} of them, such as row {self.contradicting[0]}, the rejected completion has "
+                "the higher score (data.min_margin=0 leaves them out)"
+            )
+        return said
 
 
 class PreferenceData:
@@ -143,9 +163,17 @@ class PreferenceData:
         DataError: a file that cannot be read, or whose first row is plainly of another format than the one given.
     """
 
-    def __init__(self, path: str, split: str = "train", format: Format = "auto", limit: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        split: str = "train",
+        format: Format = "auto",
+        limit: int | None = None,
+        min_margin: float | None = None,
+    ) -> None:
         if format not in get_args(Format):
             raise DataError(f"format {format!r} is not one of {', '.join(get_args(Format))}")
+        self._min_margin = min_margin
         rows = located_rows(path, split, limit=limit)
         where, first = next(rows)
         self.format = _settled(format, first, where)
@@ -159,7 +187,7 @@ class PreferenceData:
             DataError: a column that is missing, a value of the wrong type (with its row), or no pair that can be used.
         """
         for batch in self._batches():
-            yield parse_rows(batch, self.format, self.account)
+            yield parse_rows(batch, self.format, self.account, self._min_margin)
         self._check_some_are_kept()
 
     def tokenized(
@@ -175,7 +203,7 @@ class PreferenceData:
         if processes is None:
             processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES) if len(head) == 3 else 1
         limits = {"max_prompt_tokens": max_prompt_tokens, "max_completion_tokens": max_completion_tokens}
-        work = partial(_tokenized_batch, tokenizer, self.account.source, self.format, limits)
+        work = partial(_tokenized_batch, tokenizer, self.account.source, self.format, self._min_margin, limits)
         for table, account in map_in_order(work, chain(head, batches), processes):
             self.account.add(account)
             if table is not None:
@@ -193,11 +221,19 @@ class PreferenceData:
             raise DataError(f"{account.source}: no pair can be used: {account.summary()}; see data.format{longer}")
 
 
-def parse_rows(batch: Batch, format: Format, account: Account) -> list[RawPair]:
+def parse_rows(batch: Batch, format: Format, account: Account, min_margin: float | None = None) -> list[RawPair]:
     """The pairs of the rows, each recorded in `account`. A row of the wrong shape is a DataError."""
     pairs = []
     for number, where, row in batch:
         found = _parsed(row, format, where)
+        margin = None if isinstance(found, str) else margin_of(row)
+        if min_margin is not None and not isinstance(found, str):
+            if margin is None:
+                raise DataError(
+                    f"{where}: data.min_margin is set, but no two scores; name them score_chosen and score_rejected"
+                )
+            if margin < min_margin or margin == 0:
+                found = NO_MARGIN
         if isinstance(found, str):
             account.leave_out(found, number)
         else:
@@ -206,7 +242,18 @@ def parse_rows(batch: Batch, format: Format, account: Account) -> list[RawPair]:
             prompt = Prompt(f"p-{digest(content_to_json(content))}", content)
             pairs.append(RawPair(prompt, chosen, rejected, number, where))
             account.keep(pairs[-1])
+            if margin is not None and margin < 0:
+                account.contradicting.append(number)
     return pairs
+
+
+def margin_of(row: dict[str, Any]) -> float | None:
+    """The score of the chosen completion minus that of the rejected; None if the row does not have both as numbers."""
+    for names in SCORES:
+        chosen, rejected = (row.get(name, math.nan) for name in names)
+        if all(isinstance(s, int | float) and not isinstance(s, bool) and math.isfinite(s) for s in (chosen, rejected)):
+            return float(chosen) - float(rejected)
+    return None
 
 
 def tokenize_pairs(
@@ -246,10 +293,10 @@ def tokenize_pairs(
 
 
 def _tokenized_batch(
-    tokenizer: Any, source: str, format: Format, limits: dict[str, int], batch: Batch
+    tokenizer: Any, source: str, format: Format, min_margin: float | None, limits: dict[str, int], batch: Batch
 ) -> tuple[pa.Table | None, Account]:
     account = Account(source, "unpaired" if format == "unpaired" else "pairs")
-    pairs = tokenize_pairs(parse_rows(batch, format, account), tokenizer, account, **limits)
+    pairs = tokenize_pairs(parse_rows(batch, format, account, min_margin), tokenizer, account, **limits)
     return (pairs_table(pairs, account.kind) if pairs else None), account
 
 

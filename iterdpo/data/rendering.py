@@ -55,11 +55,14 @@ def load_tokenizer(
     source = local if local.exists() else path
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # a damaged file, a class or a package that is missing, an error in the tokenizer's code
+        reason = printable(str(error).strip().partition("\n")[0])
+        if "custom code" in reason and not trust_remote_code:
+            problem = "its tokenizer needs its own Python code"
+            raise UserError(f"{path}: {problem}; read it, then set model.trust_remote_code=true") from error
         raise UserError(
-            f"{path}: no tokenizer can be loaded from it ({reason}); give a checkpoint directory that has "
-            "tokenizer.json and tokenizer_config.json, or a hub id"
+            f"{path}: no tokenizer can be loaded from it ({type(error).__name__}: {reason}); give a checkpoint directory "
+            "that has tokenizer.json and tokenizer_config.json, or a hub id"
         ) from error
     tokenizer.chat_template_kwargs = dict(chat_template_kwargs or {})
     return tokenizer

@@ -63,6 +63,14 @@ class JudgeBase(ABC):
         """
         cls(**args)
 
+    @classmethod  # noqa: B027  # most need nothing
+    def probe(cls, *_: Any, **args: Any) -> None:
+        """Ask once, before a run begins, for what the judge needs from outside: a server, a key, a device. Loads no model.
+
+        Raises:
+            JudgeError: naming the argument.
+        """
+
     @classmethod
     def key(cls, **args: Any) -> Any:
         """Everything that decides the scores, as a JSON value; paths in it count with the content of their files."""
@@ -219,6 +227,8 @@ class NamedJudge:
     stream: bool | None = None
     expected_abstentions: tuple[str, ...] = ()
     """Reasons of abstentions that no budget counts; see `JudgeBase.EXPECTED_ABSTENTIONS`."""
+    probe: Callable[[], None] = lambda: None
+    """Asks once for what the judge needs from outside; see `JudgeBase.probe`."""
 
 
 class RunJudge:

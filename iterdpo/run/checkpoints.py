@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from iterdpo.config import AdapterConfig
+from iterdpo.config import AdapterConfig, DPOConfig
 from iterdpo.errors import ConfigError
+from iterdpo.escape import printable
+from iterdpo.run.devices import visible_gpus
 
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "embeddings.weight", "word_embeddings.weight")
+HEADS = ("lm_head", "embed_out")
+
+# Matrices that are no linear layer's, beside token embeddings.
+NOT_LINEAR = ("wpe.weight", "embed_positions.weight", *(f"{head}.weight" for head in HEADS))
+
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+DEQUANTIZED = ("fp8", "mxfp4")
+"""Methods whose weights transformers turns into plain ones if it finds no GPU that computes with them."""
 
 
 def resolve_checkpoint(path: str, *, revision: str | None = None) -> Path:
@@ -68,62 +81,277 @@ def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> dic
     Reads headers only. A missing or contradictory part is a ConfigError that names it.
     """
     where = f"model.path {directory}"
-    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-        base = json.loads((directory / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        raise ConfigError(
-            f"{where}: holds only an adapter of {base}; merge the two with peft's merge_and_unload(), or start from "
-            f"{base} with dpo.adapter"
-        )
-    try:
-        config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{where}: has no config.json, so it is not a Hugging Face checkpoint") from None
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{where}/config.json: cannot be read: {error}") from None
+    _refuse_adapter(where, directory)
+    if not (directory / "config.json").exists():
+        raise ConfigError(f"{where}: has no config.json, so it is not a Hugging Face checkpoint")
+    config = _read_object(where, directory / "config.json")
+    if not isinstance(config.get("text_config") or {}, dict):
+        raise ConfigError(f"{where}/config.json: text_config is no object; download it again")
     architectures = config.get("architectures") or []
     if architectures and not any("CausalLM" in name or "LMHead" in name for name in architectures):
-        raise ConfigError(f"{where}: {architectures[0]} is not a causal language model")
+        raise ConfigError(f"{where}: {printable(architectures[0])} is not a causal language model")
     if config.get("auto_map") and not trust_remote_code:
         raise ConfigError(f"{where}: needs its own Python code; read it, then set model.trust_remote_code=true")
-    weights = sorted(directory.glob("*.safetensors"))
-    if not weights:
-        remedy = "convert them with from_pretrained(...).save_pretrained(...)"
-        raise ConfigError(f"{where}: has no .safetensors weights; pickled ones are not loaded: {remedy}")
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        missing = set(json.loads(index.read_text())["weight_map"].values()) - {file.name for file in weights}
-        if missing:
-            raise ConfigError(f"{where}: {sorted(missing)[0]} is missing, which {index.name} lists; download it again")
+    _check_code(where, directory, config)
+    _refuse_quantized(where, directory, config)
+    _check_known(where, config)
     if not (directory / "tokenizer_config.json").exists() and not (directory / "tokenizer.json").exists():
         raise ConfigError(f"{where}: has no tokenizer; save one there with tokenizer.save_pretrained(...)")
-    _check_vocabulary(where, directory, config, weights)
+    for name in ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
+        if (directory / name).exists():
+            _read_object(where, directory / name)
+    shapes = _check_weights(where, directory, config, weight_files(directory))
+    if not config.get("auto_map"):
+        _check_shapes(where, directory, shapes)
     return config
 
 
-def _check_vocabulary(where: str, directory: Path, config: dict[str, Any], weights: list[Path]) -> None:
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights.
+
+    Raises:
+        ConfigError: there are none, or a shard is missing.
+    """
+    where = f"model.path {directory}"
+    found = sorted(directory.glob("*.safetensors"))
+    if not found:
+        remedy = "convert them with from_pretrained(...).save_pretrained(...)"
+        raise ConfigError(f"{where}: has no .safetensors weights; pickled ones are not loaded: {remedy}")
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole in found:
+        return [whole]
+    if not index.exists():
+        raise ConfigError(
+            f"{where}: has {found[0].name}, but neither model.safetensors nor {index.name}, which lists the shards; "
+            "download it again, or save it again with save_pretrained(...)"
+        )
+    listed = _read_object(where, index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ConfigError(f"{where}/{index.name}: has no weight_map; download it again")
+    shards = sorted({str(name) for name in listed.values()})
+    for name in shards:
+        if directory / name not in found:
+            raise ConfigError(f"{where}: {printable(name)} is missing, which {index.name} lists; download it again")
+    return [directory / name for name in shards]
+
+
+def weight_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor, from the files' headers.
+
+    Raises:
+        ConfigError: a file that is not safetensors, or quantized weights.
+    """
     from safetensors import SafetensorError, safe_open
 
-    vocabulary = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-    if vocabulary is None:
-        return
-    for file in weights:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
         try:
             with safe_open(file, framework="numpy") as tensors:
-                names = [name for name in tensors.keys() if name.endswith(EMBEDDINGS)]  # noqa: SIM118  # no mapping
-                embedded = {name: tensors.get_slice(name).get_shape()[0] for name in names}
+                for name in tensors.keys():  # noqa: SIM118  # no mapping
+                    tensor = tensors.get_slice(name)
+                    if name.endswith("weight") and tensor.get_dtype().startswith(("I", "U")):
+                        raise ConfigError(_quantized(f"model.path {file.parent}", f"integers in {file.name}"))
+                    shapes[name] = tuple(tensor.get_shape())
         except (SafetensorError, OSError) as error:
             problem = f"not a safetensors file ({error}); it was cut short, or is a Git LFS pointer"
-            raise ConfigError(f"{where}/{file.name}: {problem}: download it again") from None
-        for name, rows in embedded.items():
-            if rows != vocabulary:
+            raise ConfigError(f"model.path {file}: {problem}: download it again") from None
+    return shapes
+
+
+def check_adapter_targets(
+    directory: Path, targets: str | list[str], whole: Sequence[str] = (), *, tied: bool, merged: bool
+) -> None:
+    """Hold `dpo.adapter.target_modules` against the names of the checkpoint's weights.
+
+    `whole` are the modules that are trained whole, and get no adapter.
+    `tied`: config.json ties the output head to the embeddings. `merged`: adapters will be merged into the weights.
+
+    Raises:
+        ConfigError: a target that no module matches, that is no matrix, or a tied head that would have to be merged.
+    """
+    shapes = weight_shapes(weight_files(directory))
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return
+    modules = {name.rpartition(".")[0] for name in shapes}
+    matrices = {name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)}
+    containers = {module[:end] for module in modules for end, c in enumerate(module) if c == "."}
+    headless = not any(module.endswith(HEADS) for module in modules)
+    if headless:  # it is tied, and not stored
+        matrices |= set(HEADS)
+    key = "dpo.adapter.target_modules"
+    offered = sorted({m.rpartition(".")[2] for m in matrices if adapted(m, "all-linear")})
+    remedy = f"the linear modules are {', '.join(offered)}; all-linear takes all of them"
+    try:
+        for target in [targets] if isinstance(targets, str) else targets:
+            one = target if isinstance(targets, str) else [target]
+            chosen = {module for module in matrices | modules | containers if adapted(module, one)}
+            if not chosen:
+                raise ConfigError(f"{key} = {target!r}: the model has no such module; {remedy}")
+            chosen = {module for module in chosen if not adapted(module, list(whole))}
+            if wrong := sorted(chosen - matrices):
+                raise ConfigError(f"{key} = {target!r}: {wrong[0]} is no matrix, and cannot be adapted; {remedy}")
+            ends = [m for m in sorted(chosen) if m.endswith(HEADS) or f"{m}.weight".endswith(EMBEDDINGS)]
+            if merged and ends and (tied or headless):
                 raise ConfigError(
-                    f"{where}: {file.name} embeds {rows:,} tokens ({name}), but config.json has vocab_size "
+                    f"{key} = {target!r}: {ends[0]} is tied to another matrix of this model, so its adapter cannot be "
+                    "merged into the weights for sampling; leave it out"
+                )
+        if not targets:
+            raise ConfigError(f"{key} is empty: nothing would be trained; {remedy}")
+    except re.error as error:
+        raise ConfigError(f"{key} = {targets!r}: not a regular expression: {error}") from None
+
+
+def adapted(module: str, target_modules: str | list[str]) -> bool:
+    """Whether the module of this name gets an adapter, as PEFT decides it."""
+    if isinstance(target_modules, str):
+        if target_modules.lower() == "all-linear":
+            return not f"{module}.weight".endswith(EMBEDDINGS + NOT_LINEAR)
+        # the names in a file may lack the name of the model within the model with its head
+        return any(re.fullmatch(target_modules, f"{above}{module}") for above in ("", "model.", "transformer."))
+    return any(module == target or module.endswith(f".{target}") for target in target_modules)
+
+
+def training_bytes(directory: Path, dpo: DPOConfig) -> tuple[int, int]:
+    """Bytes of a round's policy, in the precision in which it is saved, and of the trainer's checkpoint besides;
+    from the headers of the initial checkpoint in `directory`.
+    """
+    shapes = weight_shapes(weight_files(directory))
+    saved, frozen = sum(map(math.prod, shapes.values())), 0
+    if dpo.adapter is not None:
+        frozen, targets = saved, dpo.adapter.target_modules  # the trainer's checkpoint has the frozen weights too
+        whole = _whole(shapes, dpo.adapter.modules_to_save or [])
+        matrices = {n.removesuffix(".weight"): s for n, s in shapes.items() if _is_matrix(n, s) and n not in whole}
+        saved = dpo.adapter.r * sum(sum(shape) for module, shape in matrices.items() if adapted(module, targets))
+        saved += sum(whole.values())
+    policy = saved * (2 if dpo.save_dtype == "bfloat16" else 4)
+    return policy, 2 * policy + frozen * (2 if dpo.precision == "bf16" else 4)
+
+
+def _whole(shapes: dict[str, tuple[int, ...]], modules: list[str]) -> dict[str, int]:
+    """Numbers of weights that are trained whole beside an adapter. A head that is tied to the embeddings is saved too."""
+    found = {n: math.prod(s) for n, s in shapes.items() if modules and adapted(n.rpartition(".")[0], modules)}
+    embeddings = {name: math.prod(shape) for name, shape in shapes.items() if name.endswith(EMBEDDINGS)}
+    untied = any(name.endswith("lm_head.weight") for name in shapes)
+    if not untied and ("lm_head" in modules or embeddings.keys() & found.keys()):
+        found |= embeddings | {"lm_head.weight": sum(embeddings.values())}
+    return found
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return name.endswith(".weight") and len(shape) == 2
+
+
+def _refuse_adapter(where: str, directory: Path) -> None:
+    """An adapter is refused, also beside a config.json: transformers would load its base and the adapter over it."""
+    path = directory / "adapter_config.json"
+    if not path.exists():
+        return
+    base = printable(str(_read_object(where, path).get("base_model_name_or_path")))
+    whole = [file.name for file in directory.glob("*.safetensors") if not file.name.startswith("adapter_")]
+    if whole:
+        raise ConfigError(
+            f"{where}: holds weights ({sorted(whole)[0]}) and an adapter of {base} (adapter_config.json), which would "
+            "be loaded in their place; if the weights are merged ones, remove adapter_config.json and the adapter"
+        )
+    raise ConfigError(
+        f"{where}: holds only an adapter of {base}; merge the two with peft's merge_and_unload(), or start from "
+        f"{base} with dpo.adapter"
+    )
+
+
+def _read_object(where: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}/{path.name}: cannot be read: {error}; download it again") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}/{path.name}: holds a {type(found).__name__}, not an object; download it again")
+    return found
+
+
+def _check_code(where: str, directory: Path, config: dict[str, Any]) -> None:
+    """The files with the checkpoint's own code are there."""
+    own = config.get("auto_map") or {}
+    for reference in own.values() if isinstance(own, dict) else []:
+        module, _, _ = str(reference).rpartition(".")
+        if module and "--" not in module and not (directory / f"{module}.py").is_file():
+            raise ConfigError(f"{where}: config.json names {printable(module)}.py, which is missing; download it again")
+
+
+def _refuse_quantized(where: str, directory: Path, config: dict[str, Any]) -> None:
+    sections = [config, config.get("text_config") or {}]
+    own = next((s[key] for s in sections for key in ("quantization_config", "compression_config") if s.get(key)), None)
+    if own is None:
+        beside = [name for name in ("quantize_config.json", "quant_config.json") if (directory / name).exists()]
+        if beside:
+            raise ConfigError(_quantized(where, beside[0]))
+        return
+    settings = own if isinstance(own, dict) else {}
+    bits = "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else "unknown method"
+    method = str(settings.get("quant_method") or settings.get("quant_algo") or bits)
+    if method in DEQUANTIZED and (settings.get("dequantize") or not visible_gpus()):
+        return
+    raise ConfigError(_quantized(where, method))
+
+
+def _quantized(where: str, how: str) -> str:
+    return (
+        f"{where}: its weights are quantized ({printable(how)}), and cannot be trained; give the checkpoint that they "
+        "were made from. To save memory, dpo.adapter={quantize: nf4} keeps frozen weights in 4 bits"
+    )
+
+
+def _check_known(where: str, config: dict[str, Any]) -> None:
+    """Refuse a type of model that transformers does not have, unless its code comes with the checkpoint."""
+    if config.get("auto_map"):
+        return
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ConfigError(
+            f"{where}/config.json: has no model_type; save the checkpoint again with save_pretrained(...)"
+        )
+    from transformers import __version__
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(
+            f"{where}: transformers {__version__} has no causal language model of the type {printable(kind)!r}; install a "
+            "version that has it, or give another checkpoint"
+        )
+
+
+def _check_weights(
+    where: str, directory: Path, config: dict[str, Any], weights: list[Path]
+) -> dict[str, tuple[int, ...]]:
+    text = config.get("text_config") or {}
+    vocabulary, layers = (config.get(key, text.get(key)) for key in ("vocab_size", "num_hidden_layers"))
+    there = -1
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weights:
+        shapes |= (in_file := weight_shapes([file]))
+        for name, shape in in_file.items():
+            if found := LAYER.search(name):
+                there = max(there, int(found[1]))
+            if name.endswith(EMBEDDINGS) and vocabulary is not None and shape[0] != vocabulary:
+                raise ConfigError(
+                    f"{where}: {file.name} embeds {shape[0]:,} tokens ({name}), but config.json has vocab_size "
                     f"{vocabulary:,}; the files come from different models"
                 )
+    if isinstance(layers, int) and 0 <= there < layers - 1:
+        raise ConfigError(
+            f"{where}: has weights of {there + 1} layers, but config.json has num_hidden_layers {layers}: the others would "
+            "be random; download it again"
+        )
+    if vocabulary is None:
+        return shapes
     if (directory / "tokenizer.json").exists():
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        try:
+            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ConfigError(f"{where}/tokenizer.json: cannot be read: {error}; download it again") from None
         known = tokenizer.get_vocab(with_added_tokens=True)
         beyond = sorted(token for token in known.values() if token >= vocabulary)
         # Some checkpoints add tokens after those of the model that it never sees, such as one for an image.
@@ -135,6 +363,28 @@ def _check_vocabulary(where: str, directory: Path, config: dict[str, Any], weigh
             raise ConfigError(
                 f"{where}: the tokenizer has ids up to {highest:,}, but the model embeds {vocabulary:,} tokens "
                 "(config.json, vocab_size); use the tokenizer that the model was trained with"
+            )
+    return shapes
+
+
+def _check_shapes(where: str, directory: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Hold the weights against the model that config.json describes, which is built without memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    except Exception as error:  # whatever a value in config.json leads to
+        reason = printable(" ".join(str(error).split())[:300])
+        raise ConfigError(
+            f"{where}/config.json: transformers makes no model of it: {reason}; download it again"
+        ) from None
+    for name, tensor in model.state_dict().items():
+        if shapes.get(name, shape := tuple(tensor.shape)) != shape:
+            raise ConfigError(
+                f"{where}: {name} has the shape {list(shapes[name])}, but config.json describes {list(shape)}; the files come "
+                "from different models"
             )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from iterdpo.errors import ConfigError
 from iterdpo.run import disk
 from iterdpo.run.folder import own_folder
 
@@ -22,8 +23,31 @@ def visible_gpus() -> list[str]:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [part.strip() for part in chosen.split(",") if part.strip() not in ("", "-1")]
-    count = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return [str(number) for number in range(count)]
+    return [str(number) for number in range(_installed())]
+
+
+def check_devices(wanted: int, key: str) -> None:
+    """Refuse a setting `key` that wants more devices than there are: GPUs, or without one the machine's cores.
+
+    Raises:
+        ConfigError: naming the key, and how many there are.
+    """
+    chosen, installed = visible_gpus(), _installed()
+    missing = [name for name in chosen if name.isdecimal() and int(name) >= installed]
+    if missing and not Path("/dev/dxg").exists():  # WSL's GPUs are found nowhere
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES names GPU {missing[0]}, but this machine has {installed}, numbered from 0; correct or "
+            "unset it"
+        )
+    there, kind = (len(set(chosen)), "GPU") if chosen else (os.cpu_count() or 1, "core")
+    if wanted > there:
+        kinds = f"{there} {kind}{'s' * (there != 1)}"
+        raise ConfigError(f"{key} = {wanted}: more than the {kinds} of this machine; lower it")
+
+
+def _installed() -> int:
+    """NVIDIA GPUs of this machine, visible or not."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or shut, and file systems without locks, as one line with a name and a remedy."""
+"""Disks that are full, too small, read-only or shut, and file systems without locks, as one line with a remedy."""
 
 from __future__ import annotations
 
@@ -82,3 +82,26 @@ def _is_full(root: Path) -> bool:
         return shutil.disk_usage(root).free < LITTLE
     except OSError:
         return False
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Refuse to begin what will write `needed` bytes below `directory`, which need not exist yet, if they do not fit.
+
+    Raises:
+        UserError: the disk has less free space, or nothing can be written there.
+    """
+    there = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        why = f"no permission in {there}" if os.path.isdir(there) else f"{there} is no directory"
+        raise UserError(f"run_dir {directory}: cannot be written ({why}); choose another run_dir")
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(
+            f"run_dir {directory}: the policies and checkpoints to come need about {size(needed)}, but the disk has {size(free)} "
+            "free; free some space, or set dpo.save_dtype=bfloat16, dpo.adapter={} or fewer rounds"
+        )
+
+
+def size(count: float) -> str:
+    """`count` bytes for a reader: `1.5 GiB`, `20.0 MiB`."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"

@@ -5,7 +5,12 @@
     parent --(pipe)--> guard --> command --> whatever it starts
 
 Only the parent holds the pipe's writing end. When the parent ends, by SIGKILL too, the guard reads end-of-file and
-kills everything below it, and itself. Processes that the command leaves running when it ends are killed too. By hand, since no library does this.
+kills everything below it, and itself. Processes that the command leaves running when it ends are killed too. By hand,
+since no library does this.
+
+Every child is kept from what is not its own: the variables of a launcher around this process (a Slurm job, torchrun,
+accelerate), which would make it wait for processes that are not there; the modules of the working directory; and the
+variables that `withhold` names.
 
 Run as `python -m iterdpo.run.supervise FD -- COMMAND ...`; imports only the standard library.
 """
@@ -15,22 +20,44 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
+
+LAUNCHERS = re.compile(
+    r"((LOCAL|GLOBAL|GROUP|ROLE|NODE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|"
+    r"(MASTER|SLURM|SLURMD|SRUN|ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG|TORCHELASTIC|PET|PMI|PMIX|OMPI|MPI|MV2)_\w+|"
+    r"VLLM_(API_KEY|DP_\w+)"
+)
+"""Variables that a launcher sets for its own processes, and those that would do the same to a vLLM server."""
+
+REASON = "iterdpo: failed: "
+"""How a child begins the line of its log that says why it ends; see `Child.reason`."""
+
+RAISED = re.compile(r"(?:^|[\]:)] )((?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Failed|NotFound)(?:: .*)?)$")
+SECOND_HAND = re.compile(r"CalledProcessError|ChildFailedError|See root cause above|SystemExit")
+SIGNALLED = re.compile(r"\b(?:Signals\.|Signal \d+ \()(SIG[A-Z]+)")
+
+_withheld: set[str] = set()
+
+
+def withhold(*names: str) -> None:
+    """Keep these environment variables from every child that is started from now on, such as a judge's key."""
+    _withheld.update(names)
 
 
 class Child:
     """A supervised process. `process.stdin` and `process.stdout` are its pipes if they were asked for."""
 
-    def __init__(self, process: subprocess.Popen[bytes], lifeline: int, log: Path) -> None:
-        self.process, self.log = process, log
+    def __init__(self, process: subprocess.Popen[bytes], lifeline: int, log: Path, begun: int) -> None:
+        self.process, self.log, self._begun = process, log, begun
         self._lifeline: int | None = lifeline
 
     def wait(self, timeout: float | None = None) -> int:
@@ -47,13 +74,31 @@ class Child:
             self._lifeline = None
         self.process.wait()
 
-    def log_tail(self, lines: int = 15) -> str:
-        """The end of its log, for an error message."""
+    def said(self) -> list[str]:
+        """The lines of its log since it was started, the last of many."""
         try:
-            text = self.log.read_text(errors="replace")
+            with open(self.log, "rb") as log:
+                log.seek(max(self._begun, log.seek(0, os.SEEK_END) - (4 << 20)))
+                return log.read().decode(errors="replace").splitlines()
         except OSError:
-            return ""
-        return "\n".join(text.splitlines()[-lines:])
+            return []
+
+    def reason(self, longest: int = 500) -> str:
+        """Why it ended, on one line, from its log and its exit status: `RuntimeError: step 3: the loss is not finite`."""
+        lines, status = [line.strip() for line in self.said() if line.strip()], self.poll()
+        own = [line.removeprefix(REASON) for line in lines if line.startswith(REASON)]
+        raised = [m[1] for line in lines if (m := RAISED.search(line)) and not SECOND_HAND.search(line)]
+        signals = [m[1] for line in lines if (m := SIGNALLED.search(line))]
+        if status is not None and 128 < status < 160:
+            signals.append(signal.Signals(status - 128).name)
+        if own or (raised and not signals):
+            reason = own[0] if own else raised[-1]
+        elif signals:
+            short = ", as Linux does if memory is short" if signals[-1] == "SIGKILL" else ""
+            reason = f"it was ended by {signals[-1]}{short}"
+        else:
+            reason = lines[-1] if lines else f"it ended with status {status} and said nothing"
+        return reason if len(reason) <= longest else reason[: longest - 1] + "…"
 
     def __enter__(self) -> Child:
         return self
@@ -72,22 +117,32 @@ def start(
 ) -> Child:
     """Start `command` under guard. Its stderr (and its stdout, unless `pipes`) is appended to `log`.
 
-    `pipes`: its stdin and stdout are pipes to the caller. `reserved`: descriptors from `devices.reserved_gpus`, held while it lives.
+    `env`: its environment, by default this process's; what `environment` leaves out is left out of either. `pipes`: its
+    stdin and stdout are pipes to the caller. `reserved`: descriptors from `devices.reserved_gpus`, held while it lives.
     """
     read_end, write_end = os.pipe()
     guard = [sys.executable, "-S", "-E", "-P", str(Path(__file__)), str(read_end), "--", *command]
     with open(log, "ab") as handle:
+        begun = handle.tell()
         process = subprocess.Popen(
             guard,
             stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
             stdout=subprocess.PIPE if pipes else handle,
             stderr=handle,
-            env=env,
+            env=environment(os.environ if env is None else env),
             pass_fds=(read_end, *reserved),
             start_new_session=True,
         )
     os.close(read_end)
-    return Child(process, write_end, log)
+    return Child(process, write_end, log, begun)
+
+
+def environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """`variables` as a child gets them: see the module's docstring."""
+    kept = {k: v for k, v in variables.items() if k not in _withheld and not LAUNCHERS.fullmatch(k)}
+    if path := kept.pop("PYTHONPATH", None):  # an empty entry, as a colon too many leaves, is the working directory
+        kept["PYTHONPATH"] = os.pathsep.join(filter(None, path.split(os.pathsep)))
+    return kept | {"PYTHONSAFEPATH": "1"}
 
 
 def end_with(parent: int) -> None:

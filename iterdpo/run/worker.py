@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from iterdpo.errors import ChildFailed
+from iterdpo.escape import printable
 from iterdpo.run import supervise
 
 R = TypeVar("R")
@@ -53,14 +55,13 @@ class JsonLinesWorker:
         reserved: Sequence[int] = (),
     ) -> None:
         self.name = name
-        command = [sys.executable, "-P", "-m", module]  # -P: a judges.py in the working directory is not ours
-        self._child = supervise.start(command, log=log, env=env, pipes=True, reserved=reserved)
+        self._child = supervise.start([sys.executable, "-m", module], log=log, env=env, pipes=True, reserved=reserved)
 
     def call(self, request: Any, read: Callable[..., R]) -> R:
         """The reply to `request`, a dataclass: `read` is called with the reply's fields.
 
         Raises:
-            ChildFailed: the child reported an error or died. It is closed then; the message has the end of its log.
+            ChildFailed: the child reported an error or died. It is closed then; the message says why, and has its log.
         """
         process, kind = self._child.process, type(request).__name__
         assert process.stdin is not None
@@ -71,11 +72,18 @@ class JsonLinesWorker:
             process.stdin.write(json.dumps({"request": kind, "fields": fields}).encode() + b"\n")
             process.stdin.flush()
             line = process.stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {"error": "the process died"}
+        answer: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {"error": None}
         if "error" in answer:
+            said, why = answer["error"], ""
+            if said is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it has closed its pipe; its status comes at once
+                    self._child.wait(5)
+                why = f"the process died: {self._child.reason()}"
+            elif supervise.SECOND_HAND.search(said):
+                why = self._child.reason()
             self.close()
-            tail, log = self._child.log_tail(), self._child.log
-            raise ChildFailed(f"{self.name}, {kind.lower()}: {answer['error']}\n{tail}\nThe whole log: {log}")
+            reason = printable(why or " ".join(said.split()))[:500]
+            raise ChildFailed(f"{self.name}, {kind.lower()}: {reason} (the whole log: {self._child.log})")
         return read(**answer["reply"])
 
     def close(self) -> None:

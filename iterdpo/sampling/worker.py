@@ -154,7 +154,7 @@ def merge_adapter(adapter: str | Path, output: Path, *, dtype: Any, trust_remote
     Added in float32 and rounded once, on the CPU; takes four bytes of memory a weight. A ValueError if it adapts an
     output head, or embeddings, that are tied: two matrices would have to come of one.
     """
-    from iterdpo.training.models import load_policy
+    from iterdpo.training.models import load_policy, make_savable
 
     model = load_policy(adapter, trust_remote_code=trust_remote_code)
     inner = model.get_base_model()
@@ -164,7 +164,9 @@ def merge_adapter(adapter: str | Path, output: Path, *, dtype: Any, trust_remote
             f"{adapter} adapts the tied embeddings or output head of a model, and cannot be merged; leave them "
             "out of dpo.adapter.target_modules"
         )
-    model.merge_and_unload().to(dtype).save_pretrained(output)
+    merged = model.merge_and_unload().to(dtype)
+    make_savable(merged)
+    merged.save_pretrained(output)
 
 
 def adapts_head(adapter: str | Path) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from iterdpo.config import OfflineConfig
 from iterdpo.data.pairs import hold_out, write_card, write_tables
-from iterdpo.data.preferences import PreferenceData
+from iterdpo.data.preferences import Account, PreferenceData
 from iterdpo.data.rows import source_digest
 from iterdpo.errors import ConfigError, DataError
 from iterdpo.gate import Decision
@@ -35,11 +35,10 @@ def train_round(config: OfflineConfig, *, progress: Progress, redo: bool = False
     run = OfflineRun(config, progress=progress, redo=redo)
     with run.dir.lock(), run:
         run.dir.refresh()
+        run.check_space()
         prepared = prepare_pairs(config, run)
         progress.say(f"  {'pairs':<9} {describe_counts(prepared.counts)}")
-        if prepared.counts["kind"] == "unpaired" and not config.dpo.loss.takes_unpaired:
-            problem = f"unpaired data, but dpo.loss = {config.dpo.loss.type!r} compares pairs"
-            raise ConfigError(f"{config.data.path}: {problem}; set dpo.loss=kto or dpo.loss=bco")
+        check_kind(config, prepared.counts["kind"])
         run.dir.write_config(config.model_dump())
         before = read_manifest(run.dir.round_dir(1) / "policy")
         pairs = Pairs.of(run.dir.round_dir(1) / "pairs", prepared)
@@ -58,6 +57,8 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
     """
     data = config.data
     settings = data.model_dump(include=PART_OF_KEY)
+    if data.min_margin is not None:  # left out at its default, so that runs from before it go on
+        settings["min_margin"] = data.min_margin
     content = source_digest(data.path, data.split)
     inputs = {
         "model": run.initial.digest,
@@ -69,7 +70,7 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
     shutil.rmtree(step.partial, ignore_errors=True)
     if (done := step.manifest()) is not None:
         return done
-    preferences = PreferenceData(data.path, data.split, data.format, data.limit)
+    preferences = PreferenceData(data.path, data.split, data.format, data.limit, data.min_margin)
     account = preferences.account
     directory = step.begin()
     unit = "pairs" if account.kind == "pairs" else "examples"
@@ -82,11 +83,7 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
                 yield table
 
         write_tables(directory / ".all.parquet", tables())
-    if account.kept <= data.heldout:
-        raise DataError(
-            f"{data.path}: {account.kept:,} {unit}, but data.heldout keeps {data.heldout:,} of them out of training; "
-            "lower data.heldout"
-        )
+    check_account(config, account)
     kept = hold_out(directory / ".all.parquet", directory, data.heldout, seed=derive_seed(config.seed, "heldout"))
     write_card(directory, account.summary())
     return step.finish(
@@ -101,6 +98,29 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
             "left_out": account.left_out,
         }
     )
+
+
+def check_kind(config: OfflineConfig, kind: str) -> None:
+    """Refuse unpaired data for a loss that compares pairs."""
+    if kind == "unpaired" and not config.dpo.loss.takes_unpaired:
+        problem = f"unpaired data, but dpo.loss = {config.dpo.loss.type!r} compares pairs"
+        raise ConfigError(f"{config.data.path}: {problem}; set dpo.loss=kto or dpo.loss=bco")
+
+
+def check_account(config: OfflineConfig, account: Account) -> None:
+    """Refuse data of which nothing is left to train on, and examples that all have the same label."""
+    unit = "pairs" if account.kind == "pairs" else "examples"
+    if account.kept <= config.data.heldout:
+        raise DataError(
+            f"{config.data.path}: {account.kept:,} {unit}, but data.heldout keeps {config.data.heldout:,} of them out of "
+            "training; lower data.heldout"
+        )
+    if account.kind == "unpaired" and account.desirable in (0, account.kept):
+        label = "true" if account.desirable else "false"
+        raise DataError(
+            f"{config.data.path}: all {account.kept:,} examples have the label {label}; dpo.loss={config.dpo.loss.type} learns from both "
+            "kinds, so add examples with the other label"
+        )
 
 
 def describe_counts(counts: dict[str, Any]) -> str:

@@ -17,8 +17,16 @@ from iterdpo.errors import ConfigError, DamagedError, DataError
 from iterdpo.judging.judge import NamedJudge, RunJudge, Waiting
 from iterdpo.judging.shards import StreamingJudge
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
-from iterdpo.run.checkpoints import check_checkpoint, check_whole_modules, context_length, resolve_checkpoint
-from iterdpo.run.devices import reserved_gpus
+from iterdpo.run.checkpoints import (
+    check_adapter_targets,
+    check_checkpoint,
+    check_whole_modules,
+    context_length,
+    resolve_checkpoint,
+    training_bytes,
+)
+from iterdpo.run.devices import check_devices, reserved_gpus, visible_gpus
+from iterdpo.run.disk import check_space
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import RunDir, check_step, digest, directory_digest, read_manifest, read_object, write_json
 from iterdpo.run.sums import known_sha256
@@ -44,9 +52,14 @@ class OfflineRun:
         self._open = ExitStack()
         self._sums: dict[str, str] = {}  # of the initial policy's files
         check_training(config.dpo)
+        check_devices(config.dpo.processes, "dpo.processes")
         self.model_path = resolve_checkpoint(config.model.path, revision=config.model.revision)
         self.model_config = check_checkpoint(self.model_path, trust_remote_code=config.model.trust_remote_code)
         check_whole_modules(self.model_path, config.dpo.adapter)
+        if (adapter := config.dpo.adapter) is not None:
+            tied, whole = bool(self.model_config.get("tie_word_embeddings")), adapter.modules_to_save or []
+            merged = self._merges_adapters
+            check_adapter_targets(self.model_path, adapter.target_modules, whole, tied=tied, merged=merged)
 
     @cached_property
     def initial(self) -> PolicyCheckpoint:
@@ -119,6 +132,27 @@ class OfflineRun:
     def _devices(self) -> int:
         return self.settings.dpo.processes
 
+    @property
+    def _merges_adapters(self) -> bool:
+        """Whether an adapter will be merged into the weights, to sample from it."""
+        return False
+
+    def check_space(self) -> None:
+        """Refuse to begin if the policies that are not trained yet, and the trainer's checkpoint, do not fit on the disk.
+
+        Raises:
+            UserError: the disk has less free space.
+        """
+        policy, checkpoint = training_bytes(self.model_path, self.settings.dpo)
+        rounds = range(1, self._rounds + 1)
+        missing = sum(not (self.dir.round_dir(t) / "policy").is_dir() for t in rounds)
+        if missing:
+            check_space(self.dir.root, missing * policy + checkpoint)
+
+    @property
+    def _rounds(self) -> int:
+        return 1
+
     def close(self) -> None:
         self._open.close()
 
@@ -150,8 +184,14 @@ class IterativeRun(OfflineRun):
         progress: Progress | None = None,
         redo: bool = False,
     ) -> None:
-        super().__init__(config, progress=progress, redo=redo)
         self.config = config
+        super().__init__(config, progress=progress, redo=redo)
+        check_devices(config.sampling.engine.tensor_parallel_size, "sampling.engine.tensor_parallel_size")
+        if config.gate.metric.startswith("score/heldout_judge") and heldout_judge is None:
+            raise ConfigError(
+                f"gate.metric = {config.gate.metric!r}: no held-out judge is configured, so it would never be measured, and "
+                "no round promoted; set evaluation.judge, or choose another metric"
+            )
         self.waiting: Waiting = self._say_waiting
         """Prefect pauses the flow run meanwhile."""
         judges = [train_judge, *([heldout_judge] if heldout_judge else [])]
@@ -280,6 +320,17 @@ class IterativeRun(OfflineRun):
     @property
     def _devices(self) -> int:
         return max(self.config.sampling.engine.tensor_parallel_size, self.config.dpo.processes)
+
+    @property
+    def _merges_adapters(self) -> bool:
+        lora = self.config.sampling.engine.lora
+        adapter = self.config.dpo.adapter
+        whole = adapter is not None and bool(adapter.modules_to_save)  # vLLM applies no such adapter
+        return lora == "merge" or (lora == "auto" and (whole or not visible_gpus()))
+
+    @property
+    def _rounds(self) -> int:
+        return self.config.rounds
 
     @contextmanager
     def _say_waiting(self, message: str) -> Iterator[Callable[[], None] | None]:

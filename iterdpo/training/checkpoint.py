@@ -15,10 +15,10 @@ from torch import Tensor
 from iterdpo.run.rundir import fsync, read_json, sync_tree, write_json, write_text
 from iterdpo.run.sums import note, sha256_file
 from iterdpo.training.launch import OPTIMIZER_STATE, TRAIN_LOG, TrainSpec
-from iterdpo.training.models import ADAPTER_CONFIG
+from iterdpo.training.models import ADAPTER_CONFIG, make_savable
 
 # Files that a policy takes over from the one it was trained from: the tokenizer's, byte for byte, and its code.
-CARRIED_FILES = (
+CARRIED_FILES: tuple[str, ...] = (
     *("tokenizer*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.model", "chat_template*", "*.py"),
 )
 
@@ -75,6 +75,9 @@ def save_policy(accelerator: Accelerator, policy: Any, optimizer: Any, spec: Tra
             if tensor.is_floating_point():
                 same = (tensor.data_ptr(), tensor.shape)
                 state[name] = cast.setdefault(same, tensor.to(dtype))
+        carried = CARRIED_FILES
+        if spec.dpo.adapter is None and make_savable(model):
+            carried += ("generation_config.json",)
         model.save_pretrained(output, state_dict=state)
         if (output / "config.json").exists():  # names the precision in memory
             config = read_json(output / "config.json")
@@ -83,7 +86,7 @@ def save_policy(accelerator: Accelerator, policy: Any, optimizer: Any, spec: Tra
             config = read_json(adapter)
             sets = {name: config[name] for name in ("target_modules", "modules_to_save", "exclude_modules")}
             write_json(adapter, config | {k: sorted(names) for k, names in sets.items() if isinstance(names, list)})
-        for pattern in CARRIED_FILES:
+        for pattern in carried:
             for file in spec.policy.glob(pattern):
                 shutil.copy(file, output / file.name)
         (output / "README.md").unlink(missing_ok=True)  # PEFT's, with nothing in it

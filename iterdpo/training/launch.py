@@ -1,4 +1,4 @@
-"""Starts a training process (`train.py`) under `accelerate launch`, and follows its log. Does not import torch."""
+"""Starts the processes of a training (`train.py`), and follows their log. Does not import torch."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pydantic import Field
 
 from iterdpo.config import DPOConfig, Section
 from iterdpo.errors import ChildFailed, ConfigError
+from iterdpo.escape import printable
 from iterdpo.run import supervise
 from iterdpo.run.devices import visible_gpus
 from iterdpo.run.rundir import write_json
@@ -109,7 +110,7 @@ def launch_training(
     """Run the round in a child process, and return when its policy is written. The child dies with this process.
 
     `reserved` are descriptors of `devices.reserved_gpus`. `on_step` gets each line of the training log soon after it is
-    written; those of an earlier start come first. Raises ChildFailed with the end of its log.
+    written; those of an earlier start come first. Raises ChildFailed with the reason.
     """
     write_json(spec_path, spec.model_dump(mode="json"))
     steps, seen = spec.output / TRAIN_LOG, 0
@@ -126,27 +127,29 @@ def launch_training(
                     with suppress(ValueError):  # a line that is damaged: training begins with the checkpoint's log
                         on_step(json.loads(line))
         if status != 0:
-            raise ChildFailed(f"training failed (status {status})\n{child.log_tail()}\nThe whole log: {log}")
+            raise ChildFailed(f"training failed: {printable(child.reason())} (the whole log: {log})")
     for left in spec.output.glob("checkpoint-*"):
         shutil.rmtree(left)
 
 
 def command(spec: TrainSpec, spec_path: Path) -> list[str]:
-    """`accelerate launch` of the trainer.
+    """The trainer itself, several of them under torchrun, or `accelerate launch` with the user's file.
 
-    On CPUs alone accelerate starts processes that do not find each other; torchrun is used there.
+    Without such a file, `accelerate launch` takes settings from the one that `accelerate config` wrote for other work.
     """
     processes, module = spec.dpo.processes, ["-m", "iterdpo.training.train", str(spec_path)]
-    if processes > 1 and not visible_gpus() and spec.dpo.accelerate_config is None:
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *module]
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
     if spec.dpo.accelerate_config is not None:
-        return [*launch, "--config_file", spec.dpo.accelerate_config, *module]
-    # The autocast is the trainer's own.
-    launch += [f"--num_processes={processes}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    launch += [f"--num_cpu_threads_per_process={threads(processes)}"]
-    kind = ["--multi_gpu"] if processes > 1 else [] if visible_gpus() else ["--cpu"]
-    return [*launch, *kind, *module]
+        return [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            spec.dpo.accelerate_config,
+            *module,
+        ]
+    if processes > 1:
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *module]
+    return [sys.executable, *module]
 
 
 def environment(*, processes: int) -> dict[str, str]:

@@ -32,6 +32,9 @@ def load_policy(
 
     `dtype` is that of a checkpoint's weights; an adapter's own are float32. `trainable`: training continues an adapter,
     with `lora_dropout`, whatever it was trained with before.
+
+    Raises:
+        ValueError: the checkpoint lacks weights, which would be random.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -58,9 +61,14 @@ def load_policy(
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+    options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=dtype, use_safetensors=True, **options
     )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{path}: has no weights for {', '.join(missing[:3])}, which would be random; download it again"
+        )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -124,6 +132,26 @@ def _whole_in_float32(model: Any) -> Any:
     for name in whole_modules(model):
         model.get_base_model().get_submodule(name).modules_to_save.float()
     return model
+
+
+def make_savable(model: Any) -> bool:
+    """Take from a model's configurations what transformers loads but refuses to save.
+
+    Older checkpoints have generation settings in config.json, or a generation_config.json with a temperature beside
+    `do_sample: false`. Returns whether the second is so: the file then has to be copied, because what would be saved in
+    its place has the end tokens alone.
+    """
+    from transformers import GenerationConfig
+
+    for name in model.config._get_generation_parameters():  # what save_pretrained refuses
+        delattr(model.config, name)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = GenerationConfig(**{n: getattr(model.generation_config, n) for n in names})
+        return True
+    return False
 
 
 def average_checkpoints(first: Path, second: Path, *, decay: float, output: Path) -> None:

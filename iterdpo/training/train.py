@@ -1,4 +1,4 @@
-"""One DPO round: the process that `accelerate launch` starts, with a specification file as its only argument.
+"""One DPO round: the process that `launch.py` starts, with a specification file as its only argument.
 
     reference log-probabilities, once, before the first step      -> <round>/reference/            reference.py
     AdamW on the loss, step by step                               -> train_log.jsonl               step.py
@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor
 from iterdpo.config import AdapterConfig
 from iterdpo.data.pairs import TokenPairs
 from iterdpo.run.rundir import read_json, write_json
+from iterdpo.run.supervise import REASON
 from iterdpo.training.checkpoint import drop_frozen, resume, save_checkpoint, save_policy
 from iterdpo.training.collate import RoundPairs
 from iterdpo.training.launch import TRAIN_LOG, TrainSpec
@@ -41,7 +43,12 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    train(TrainSpec.model_validate(read_json(Path(sys.argv[1]))))
+    try:
+        train(TrainSpec.model_validate(read_json(Path(sys.argv[1]))))
+    except Exception as error:
+        traceback.print_exc()
+        print(f"{REASON}{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def train(spec: TrainSpec) -> None:

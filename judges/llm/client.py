@@ -32,12 +32,14 @@ from iterdpo.escape import printable
 from judges.cache import SQLiteCache
 from judges.llm.reply import Reply, error_of, read_reply, stable_reason, without_key
 from judges.llm.settings import Endpoint
-from judges.llm.transport import REFUSED, Failure, authorization, post, with_retries
+from judges.llm.transport import REFUSED, Failure, authorization, brief_pause, post, with_retries
 
 if TYPE_CHECKING:
     import aiohttp
 
 DOWN = "the endpoint is down"
+PROBE = 30.0
+"""Seconds in which an endpoint must answer before a run begins."""
 
 
 class CallFailed(Exception):
@@ -338,6 +340,27 @@ class Client:
         if self._failed_in_a_row >= self.endpoint.give_up_after:
             self._stop(DOWN)
         raise CallFailed(reason)
+
+
+async def probe(endpoint: Endpoint, model: str) -> None:
+    """Ask `model` one question of a few tokens: is there a server, and does it take key and model?
+
+    Without an answer it is asked again, twice at most. An overloaded server (HTTP 429, 5xx) passes: the judge's own attempts may wait for it.
+
+    Raises:
+        JudgeError: there is no answer, or the key, the address, the model or such a request is refused.
+    """
+    body = {"max_tokens": 16, **endpoint.extra, "model": model, "messages": [{"role": "user", "content": "Say yes."}]}
+    request = {name: value for name, value in body.items() if value is not None}
+    async with Client(endpoint.model_copy(update={"cache": "off"}), model=model) as client:
+        payload, seconds = json.dumps(request).encode(), min(endpoint.timeout, PROBE)
+        outcome = await with_retries(
+            lambda: client._attempt(payload, request, (16, 16), seconds), brief_pause, 3, endpoint.backoff, 1.0
+        )
+    if isinstance(outcome, Reply) or (outcome.retry and outcome.reason.startswith("HTTP ")):
+        return
+    remedy = "start the server, or check base_url" if outcome.retry else "check model and extra"
+    raise JudgeError(f"endpoint {client.base_url}: asked before the run begins: {outcome.reason}; {remedy}")
 
 
 def _proxy(url: str) -> str | None:

@@ -24,11 +24,12 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 from iterdpo.errors import JudgeError
 from iterdpo.judging.comparisons import UNCOMPARED, Aggregate, judgment_from_comparisons, resolve_comparisons
 from iterdpo.judging.judge import JudgeBase, Waiting
+from iterdpo.run.devices import check_devices
 from iterdpo.run.rundir import RunDir
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
 from judges.base import Abstention, check_choice, is_number, judgment_from_outcomes
-from judges.llm.client import CallFailed, Client, refused
+from judges.llm.client import CallFailed, Client, probe, refused
 from judges.llm.parsing.ranking import parse_ranking
 from judges.llm.parsing.score import expected_score, parse_scores
 from judges.llm.parsing.text import Unclear, read_with
@@ -109,6 +110,19 @@ class _LLMJudge(JudgeBase):
         if self.constrain in ("structured_outputs", "json_schema"):
             raise JudgeError(f"judge {self.kind!r}: `pattern` reads free replies; remove it, or `constrain`")
         self._held = "none"
+
+    @classmethod
+    def probe(cls, **args: Any) -> None:
+        """Ask the endpoint once; of a judge that is served here, count the devices.
+
+        Raises:
+            JudgeError: there is no answer, or the key or the model is refused.
+        """
+        judge = cls(**args)
+        if judge.server is None:
+            asyncio.run(probe(judge.client.endpoint, judge.model))
+        else:
+            check_devices(judge.server.settings.tensor_parallel_size, f"judge {cls.kind!r}: serve.tensor_parallel_size")
 
     @classmethod
     def key(cls, **args: Any) -> Any:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from iterdpo.config import Section, explain
 from iterdpo.errors import ChildFailed, JudgeError
+from iterdpo.escape import printable
 from iterdpo.run import supervise
 from iterdpo.run.devices import answers, free_port, visible_gpus
 from iterdpo.run.folder import own_folder
@@ -73,7 +74,7 @@ class Server:
         """Start it, wake it, or find it running. Returns `http://127.0.0.1:PORT/v1`.
 
         Raises:
-            ChildFailed: it ended, or does not answer in time; with the end of its log.
+            ChildFailed: it ended, or does not answer in time; with the reason, and the path of its log.
         """
         if self._child is None or self._child.poll() is not None:
             self._end()
@@ -118,10 +119,11 @@ class Server:
         deadline = time.monotonic() + settings.start_timeout
         while not answers(f"http://127.0.0.1:{self._port}/health"):
             if self._child.poll() is not None or time.monotonic() > deadline:
-                tail, ended = self._child.log_tail(), self._child.poll() is not None
+                why = f"does not answer after {settings.start_timeout:g} s (serve.start_timeout)"
+                if self._child.poll() is not None:
+                    why = f"ended: {printable(self._child.reason())}"
                 self._end()
-                why = "ended" if ended else f"does not answer after {settings.start_timeout:g} s (serve.start_timeout)"
-                raise ChildFailed(f"the judge's server for {self.model} {why}\n{tail}\nThe whole log: {log}")
+                raise ChildFailed(f"the judge's server for {self.model} {why} (the whole log: {log})")
             time.sleep(0.2)
 
     def _post(self, path: str) -> None:

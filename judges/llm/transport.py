@@ -125,6 +125,11 @@ async def with_retries(
     return outcome
 
 
+async def brief_pause(seconds: float, _: Failure) -> None:
+    """The `pause` of `with_retries` before a run begins: one second at most, whatever a server asks for."""
+    await asyncio.sleep(min(seconds, 1.0))
+
+
 async def post(
     session: aiohttp.ClientSession, url: str, data: bytes, *, seconds: float, limit: float, headers: Mapping[str, str]
 ) -> tuple[int, bytes] | Failure:

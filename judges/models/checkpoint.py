@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from iterdpo.errors import JudgeError
 from iterdpo.judging.judge import JudgeBase
+from iterdpo.run.devices import check_devices, visible_gpus
 from iterdpo.run.rundir import read_json
 from judges.base import check_choice, nearest
 
@@ -61,6 +62,23 @@ class ClassifierJudge(JudgeBase):
         judge._check_arguments()
         if config := checkpoint_config(judge.model, judge._what):
             judge._check_config(config)
+
+    @classmethod
+    def probe(cls, *positional: Any, **args: Any) -> None:
+        """Look for the device.
+
+        Raises:
+            JudgeError: there is no such GPU.
+        """
+        judge = cls(*positional, **args)
+        kind, _, number = str(judge.device or "cpu").partition(":")
+        there = len(visible_gpus())
+        if kind == "cuda" and int(number if number.isdecimal() else 0) >= there:
+            raise JudgeError(
+                f"{judge._what}: device is {judge.device!r}, but {there} GPUs are visible; leave `device` out"
+            )
+        engine = getattr(judge, "engine", None) or {}
+        check_devices(engine.get("tensor_parallel_size", 1), f"{judge._what}: engine.tensor_parallel_size")
 
     def close(self) -> None:
         self._model = self._tokenizer = None

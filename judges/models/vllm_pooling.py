@@ -39,7 +39,7 @@ class Pooler:
     """An engine with one checkpoint, in a process that dies with this one.
 
     Raises:
-        ChildFailed: the engine does not start; with the end of its log.
+        ChildFailed: the engine does not start; with the reason, and the path of its log.
     """
 
     def __init__(self, start: Start) -> None:

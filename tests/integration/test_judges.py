@@ -120,15 +120,20 @@ def test_with_the_endpoint_down_the_stage_stops_and_goes_on_when_it_is_back(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with FakeEndpoint(verdict) as server:
+    up = False
+
+    def verdict_if_up(body: dict[str, Any]) -> Any:
+        asked_before_the_run = body["messages"][0]["content"] == "Say yes."
+        return "yes" if asked_before_the_run else verdict(body) if up else {"status": 503}
+
+    with FakeEndpoint(verdict_if_up) as server:
         settings = {"base_url": server.base_url, "attempts": 2, "backoff": 0.01, "give_up_after": 4}
         args = {"model": "judge", "endpoint": settings}
-        server.down = True
         with pytest.raises(
             JudgingStopped, match=r"the judge abstained on \d+ of \d+ completions(?s:.*)the endpoint is down"
         ):
             round_of(workspace, "pairwise", args)
-        server.down = False
+        up = True
         run = round_of(workspace, "pairwise", args)
     judgments = list(read_judgments(run / "round-001" / "judgments"))
     assert judgments

@@ -93,7 +93,7 @@ def test_every_reason_for_leaving_a_row_out_is_in_the_page_about_data() -> None:
     from iterdpo.data import preferences
 
     names = "DIVERGE EMPTY IDENTICAL IDENTICAL_TOKENS NO_PROMPT OTHER_PROMPT NO_TRANSCRIPT NO_LAST_TURN USERS_TURN"
-    names += " NO_ASSISTANT NOT_LAST"
+    names += " NO_ASSISTANT NOT_LAST NO_MARGIN"
     _, _, section = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("\n## Rows that are left out\n")
     reasons = [row.split(" | ")[0].removeprefix("| ") for row in section.splitlines() if row.startswith("| ")]
     known = {getattr(preferences, name).format("...") for name in names.split()}

@@ -61,3 +61,27 @@ def test_any_metric_may_decide() -> None:
 )
 def test_a_metric_that_is_not_a_number_promotes_nothing(metrics: dict[str, Any]) -> None:
     assert decide(metrics, metric=METRIC, minimum=0.5, max_kl=5.0).action == "keep"
+
+
+TIES = {METRIC: 0.5, f"{METRIC}_low": 0.5, f"{METRIC}_high": 0.5}
+
+
+@pytest.mark.parametrize("metric", [METRIC, f"{METRIC}_low"])
+def test_ties_alone_promote_nothing(metric: str) -> None:
+    decision = decide(TIES, metric=metric, minimum=0.5)
+    assert decision.action == "keep"
+    assert decision.reason == f"{metric} is 0.500 from ties alone; the policy before is kept"
+
+
+def test_ties_promote_if_less_than_a_tie_would() -> None:
+    assert decide(TIES, metric=METRIC, minimum=0.45).action == "promote"
+
+
+def test_as_many_wins_as_losses_are_no_ties() -> None:
+    even = {**TIES, f"{METRIC}_low": 0.4, f"{METRIC}_high": 0.6}
+    assert decide(even, metric=METRIC, minimum=0.5).action == "promote"
+
+
+def test_a_score_of_one_half_is_no_tie() -> None:
+    scores = {"score/train_judge": 0.5, "score/train_judge_low": 0.5, "score/train_judge_high": 0.5}
+    assert decide(scores, metric="score/train_judge", minimum=0.5).action == "promote"

@@ -852,3 +852,67 @@ def test_the_processes_end_with_the_one_that_started_them() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)  # its pipes close when all have ended
     assert done.returncode == -9
     assert done.stdout.split()
+
+
+# Scores beside the labels
+
+
+def scored(chosen: Any, rejected: Any, names: tuple[str, str] = ("score_chosen", "score_rejected")) -> dict[str, Any]:
+    return {**GOOD, **dict(zip(names, (chosen, rejected), strict=True))}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("score_chosen", "score_rejected"),
+        ("chosen_score", "rejected_score"),
+        ("chosen-rating", "rejected-rating"),
+        ("chosen_rating", "rejected_rating"),
+        ("reward_chosen", "reward_rejected"),
+    ],
+)
+def test_pairs_that_their_scores_contradict_are_counted_and_kept(tmp_path: Path, names: tuple[str, str]) -> None:
+    data = read(tmp_path, scored(7, 6, names), scored(6.0, 6.5, names), scored(5, 5, names), scored(1, 2, names))
+    assert data.account.contradicting == [2, 4]
+    assert len(data.pairs) == 4
+    assert data.summary() == (
+        "kept 4 of 4 pairs; in 2 of them, such as row 2, the rejected completion has the higher score "
+        "(data.min_margin=0 leaves them out)"
+    )
+
+
+@pytest.mark.parametrize(("least", "kept"), [(0.0, [1, 5]), (0.5, [1, 5]), (1.0, [1]), (2.0, [])])
+def test_a_least_margin_leaves_out_what_is_scored_closer_or_against_its_label(
+    tmp_path: Path, least: float, kept: list[int]
+) -> None:
+    rows = [scored(7, 6), scored(6, 7), scored(5, 5), {**scored(9, 1), "rejected": " 4"}, scored(3.5, 3)]
+    if not kept:
+        with pytest.raises(DataError, match=r"have a smaller margin of scores than data\.min_margin"):
+            read(tmp_path, *rows, min_margin=least)
+        return
+    data = read(tmp_path, *rows, min_margin=least)
+    assert [pair.row for pair in data.pairs] == kept
+    assert data.account.contradicting == []
+    assert data.left_out["have identical completions"] == [4]
+
+
+@pytest.mark.parametrize("values", [(None, None), (None, 1), ("7", "6"), (True, False), (float("nan"), 1), ([1], [2])])
+def test_scores_that_are_no_numbers_are_no_scores(tmp_path: Path, values: tuple[Any, Any]) -> None:
+    assert read(tmp_path, scored(*values)).account.contradicting == []
+    with pytest.raises(DataError, match=r"data\.min_margin is set, but no two scores"):
+        read(tmp_path, scored(*values), min_margin=0.0)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_contradictions_are_counted_alike_whatever_reads_them(tmp_path: Path, tiny_model: Path, processes: int) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(scored(i % 3, 1)) + "\n" for i in range(3500)))
+    data = PreferenceData(str(path))
+    limits = {"max_prompt_tokens": 99, "max_completion_tokens": 99}
+    assert sum(len(t) for t in data.tokenized(load_tokenizer(tiny_model), **limits, processes=processes)) == 3500
+    assert data.account.contradicting == list(range(1, 3501, 3))
+
+
+def test_examples_of_each_label_are_counted(tmp_path: Path) -> None:
+    examples = [{"prompt": "x", "completion": f"y{i}", "label": i == 1} for i in range(4)]
+    assert read(tmp_path, *examples).account.desirable == 1

@@ -6,6 +6,7 @@ Expected ids are spelled out as vocabulary entries: the tiny tokenizer has one p
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -452,3 +453,32 @@ def test_values_of_the_configuration_are_given_to_the_template_and_those_of_a_ro
     tokenizer = load_tokenizer(model, chat_template_kwargs={"mood": "calm"})
     assert tokenizer.decode(prompt_token_ids(tokenizer, USER)).endswith("calm")
     assert tokenizer.decode(prompt_token_ids(tokenizer, Chat(USER, {"mood": "glad"}))).endswith("glad")
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}, "model.trust_remote_code=true"),
+        ({"tokenizer_class": "NoSuchTokenizer"}, None),
+    ],
+)
+def test_a_tokenizer_with_code_of_its_own_is_loaded_only_if_that_is_allowed(
+    tmp_path: Path, tiny_model: Path, settings: dict[str, Any], remedy: str | None
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    if remedy is None:  # transformers reads tokenizer.json then
+        assert load_tokenizer(model)("a").input_ids
+        return
+    with pytest.raises(UserError, match="its tokenizer needs its own Python code") as caught:
+        load_tokenizer(model)
+    assert remedy in str(caught.value)
+
+
+def test_a_tokenizer_that_is_damaged_is_one_line(tmp_path: Path, tiny_model: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "tokenizer.json").write_text('{"model": {"type": "Unknown"}}')
+    with pytest.raises(UserError, match="no tokenizer can be loaded from it") as caught:
+        load_tokenizer(model)
+    assert "\n" not in str(caught.value)

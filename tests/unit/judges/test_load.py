@@ -15,7 +15,7 @@ import pytest
 from iterdpo.errors import JudgeError
 from iterdpo.testing import make_group
 from judges import check_judge, judge_version, load_judge
-from judges.load import check_columns
+from judges.load import check_columns, compares, key_variables, probe_judge
 
 SOURCE = """
 import math
@@ -221,3 +221,77 @@ def test_a_column_is_not_looked_for_in_a_method_that_a_base_class_may_answer_bef
         (tmp_path / "mine.py").write_text(source.format(bases))
         with pytest.raises(JudgeError, match="asks for a column 'gold'") if refused else nullcontext():
             check_columns(f"{tmp_path / 'mine.py'}:Mine", ["topic"], ["gold"])  # args go to the constructor
+
+
+IMPORTS = [
+    ("import no_such_package", r"ModuleNotFoundError: .*line 1\); install no_such_package into this environment"),
+    ("from .words import words", r"ImportError: .*; import its neighbours by their names alone"),
+    ("from math import no_such_name", r"ImportError: cannot import name 'no_such_name'"),
+    ("1 / 0", r"ZeroDivisionError: division by zero \(.*judge\.py, line 1\)"),
+    ("raise SystemExit(2)", r"SystemExit: 2"),
+    ("import argparse; argparse.ArgumentParser().parse_args(['--x'])", r"SystemExit: 2"),
+]
+
+
+@pytest.mark.parametrize(("line", "complaint"), IMPORTS)
+def test_probing_a_judge_imports_it_and_says_what_fails(tmp_path: Path, line: str, complaint: str) -> None:
+    file = tmp_path / "judge.py"
+    file.write_text(f"{line}\ndef score(completion):\n    return 1.0\n")
+    check_judge(f"{file}:score", {})  # reads it only
+    with pytest.raises(JudgeError, match=complaint):
+        probe_judge(f"{file}:score", {})
+    with pytest.raises(JudgeError, match=complaint):
+        probe_judge("clip", {"judge": {"use": f"{file}:score"}, "low": 0})
+
+
+def test_a_judge_is_imported_once_and_again_if_its_file_has_changed(tmp_path: Path) -> None:
+    file, log = tmp_path / "judge.py", tmp_path / "log"
+    source = f"with open({str(log)!r}, 'a') as log: log.write('x')\ndef score(completion): return 1.0\n"
+    file.write_text(source)
+    probe_judge(f"{file}:score", {})
+    load_judge(f"{file}:score", {})
+    assert log.read_text() == "x"
+    file.write_text(source.replace("1.0", "2.0"))
+    assert load_judge(f"{file}:score", {}).judge([make_group("p", ["c"])])[0].scores == [2.0]
+
+
+def test_probing_a_judge_makes_none(tmp_path: Path) -> None:
+    file = tmp_path / "heavy.py"
+    file.write_text("class Heavy:\n    def __init__(self): 1 / 0\n    def score(self, completion): ...\n")
+    probe_judge(f"{file}:Heavy", {})
+    file.write_text("def make(size):\n    1 / 0\n")
+    probe_judge(f"{file}:make", {"size": 3})
+
+
+COMPARING = "def a(prompt, a, b): ...\ndef s(completion): ...\nclass C:\n    def compare(self, a, b): ...\n"
+
+
+@pytest.mark.parametrize(
+    ("use", "args", "known"),
+    [
+        ("{file}:a", {}, True),
+        ("{file}:s", {}, False),
+        ("{file}:C", {}, False),  # not known without making it
+        ("pairwise", {"model": "m", "endpoint": {"base_url": "http://localhost:1/v1"}}, True),
+        ("rubric", {"model": "m", "endpoint": {"base_url": "http://localhost:1/v1"}}, False),
+        ("exact_match", {"column": "gold"}, False),
+        ("z_score", {"judge": {"use": "exact_match", "args": {"column": "gold"}}}, True),
+        ("ensemble", {"judges": [{"use": "exact_match", "args": {"column": "gold"}}], "standardize": "group"}, True),
+        ("ensemble", {"judges": [{"use": "exact_match", "args": {"column": "gold"}}]}, False),
+    ],
+)
+def test_whether_a_judge_gives_scores_only_against_others(
+    tmp_path: Path, use: str, args: dict[str, Any], known: bool
+) -> None:
+    (tmp_path / "judge.py").write_text(COMPARING)
+    assert compares(use.format(file=tmp_path / "judge.py"), args) is known
+
+
+def test_the_variables_with_keys_are_found_at_any_depth() -> None:
+    inner = {"use": "remote", "args": {"url": "http://x/y", "api_key_env": "INNER"}}
+    args = {
+        "judges": [inner, {"use": "pairwise", "args": {"endpoint": {"api_key_env": "OTHER"}}}],
+        "api_key_env": "OUTER",
+    }
+    assert set(key_variables(args)) == {"INNER", "OTHER", "OUTER"}
+    assert list(key_variables({"api_key_env": None, "model": "m"})) == []

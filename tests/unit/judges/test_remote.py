@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from iterdpo.judging.judge import checked_judgments
 from iterdpo.testing import make_group
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
 from judges import check_judge, judge_version, load_judge
+from judges.load import probe_judge
 
 Answer = Callable[[int, dict[str, Any]], tuple[int, bytes]]
 
@@ -276,3 +278,27 @@ def test_the_version_follows_the_revision_and_not_the_speed() -> None:
     version = judge_version("remote", {"url": "http://h/"})
     assert version == judge_version("remote", {"url": "http://h/", "concurrency": 2, "timeout": 5})
     assert version != judge_version("remote", {"url": "http://h/", "revision": 2})
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        ((200, b'{"judgments": []}'), None),
+        ((400, b""), None),  # it may refuse a request without groups
+        ((503, b""), None),
+        ((429, b""), None),
+        ((404, b""), "answers HTTP 404"),
+        ((401, b""), "answers HTTP 401"),
+        ((0, b""), "connection closed; start the server, or check url"),
+    ],
+)
+def test_the_server_is_asked_once_before_a_run(serve: Any, answer: tuple[int, bytes], complaint: str | None) -> None:
+    server = serve(lambda number, body: answer)
+    with pytest.raises(JudgeError, match=complaint) if complaint else nullcontext():
+        probe_judge("remote", {"url": server.url})
+    assert server.requests == [{"groups": []}] * (3 if answer[0] in (0, 429, 503) else 1)
+
+
+def test_a_server_that_is_not_there_is_noticed_before_a_run() -> None:
+    with pytest.raises(JudgeError, match=r"http://127\.0\.0\.1:9/judge: .*connection refused; start the server"):
+        probe_judge("remote", {"url": "http://127.0.0.1:9/judge"})

@@ -11,7 +11,14 @@ import pytest
 
 from iterdpo.config import AdapterConfig
 from iterdpo.errors import ConfigError
-from iterdpo.run.checkpoints import check_checkpoint, check_whole_modules, context_length, resolve_checkpoint
+from iterdpo.run.checkpoints import (
+    check_adapter_targets,
+    check_checkpoint,
+    check_whole_modules,
+    context_length,
+    resolve_checkpoint,
+)
+from iterdpo.testing import build_tiny_checkpoint
 
 
 @pytest.fixture
@@ -121,6 +128,9 @@ def test_tokens_that_were_added_after_those_of_the_model_are_no_mistake(copy: Pa
 def test_code_of_its_own_runs_only_where_it_was_allowed(copy: Path) -> None:
     edit_config(copy, auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
     assert "needs its own Python code; read it, then set model.trust_remote_code=true" in refusal(copy)
+    with pytest.raises(ConfigError, match=r"names modeling_own\.py, which is missing"):
+        check_checkpoint(copy, trust_remote_code=True)
+    (copy / "modeling_own.py").write_text("")
     assert check_checkpoint(copy, trust_remote_code=True)["auto_map"]
 
 
@@ -156,3 +166,95 @@ def test_modules_to_save_that_the_model_does_not_have_are_refused_with_those_tha
             ConfigError, match=rf"has no module '{name}'; it has lm_head, model\.embed_tokens, model\.norm"
         ):
             check_whole_modules(tiny_model, AdapterConfig(modules_to_save=["lm_head", name]))
+
+
+QUANTIZED = [
+    ({"quant_method": "awq", "bits": 4}, "awq"),
+    ({"quant_method": "gptq", "bits": 4}, "gptq"),
+    ({"load_in_8bit": True}, "bitsandbytes"),
+    ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+    ({"quant_algo": "NVFP4"}, "NVFP4"),
+    ({"bits": 2}, "unknown method"),
+]
+
+
+@pytest.mark.parametrize("place", ["quantization_config", "compression_config", "text_config"])
+@pytest.mark.parametrize(("own", "method"), QUANTIZED)
+def test_quantized_weights_are_refused_by_their_method(copy: Path, place: str, own: Any, method: str) -> None:
+    changes = {place: own} if place != "text_config" else {"text_config": {"quantization_config": own}}
+    edit_config(copy, **changes)
+    assert f"its weights are quantized ({method}), and cannot be trained" in refusal(copy)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "own", "trained"), [("", {}, True), ("0", {}, False), ("0", {"dequantize": True}, True)]
+)
+def test_eight_bit_floats_are_taken_if_transformers_makes_plain_weights_of_them(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, gpus: str, own: dict[str, Any], trained: bool
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    edit_config(copy, quantization_config={"quant_method": "fp8", **own})
+    if trained:
+        assert check_checkpoint(copy)
+    else:
+        assert "quantized (fp8)" in refusal(copy)
+
+
+TARGETS: list[tuple[Any, bool, str | None]] = [  # targets, whether they are merged, what is refused
+    ("all-linear", True, None),
+    ("All-Linear", True, None),
+    (["q_proj", "v_proj"], True, None),
+    (["self_attn.q_proj"], True, None),
+    (["model.layers.0.self_attn.q_proj"], True, None),
+    (r".*\.(q|v)_proj", True, None),
+    (r"model\.layers\.1\..*_proj", True, None),
+    (["lm_head"], False, None),
+    (["embed_tokens"], False, None),
+    (["proj"], True, "no such module"),
+    (["Q_proj"], True, "no such module"),
+    (["q_proj", "query_key_value"], True, "no such module"),
+    ("q_proj", True, "no such module"),  # an expression has to match the whole name
+    (["norm"], True, "is no matrix"),
+    (["mlp"], True, "is no matrix"),
+    (".*self_attn.*", True, "is no matrix"),
+    (["lm_head"], True, "is tied to another matrix"),
+    (["embed_tokens"], True, "is tied to another matrix"),
+    ("(", True, "not a regular expression"),
+    ([], True, "nothing would be trained"),
+]
+
+
+@pytest.mark.parametrize(("targets", "merged", "refused"), TARGETS)
+def test_adapter_targets_are_held_against_the_names_of_the_weights(
+    tiny_model: Path, targets: Any, merged: bool, refused: str | None
+) -> None:
+    if refused is None:
+        check_adapter_targets(tiny_model, targets, tied=True, merged=merged)
+        return
+    with pytest.raises(ConfigError, match=refused) as caught:
+        check_adapter_targets(tiny_model, targets, tied=True, merged=merged)
+    assert "dpo.adapter.target_modules" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "targets", [t for t, _, refused in TARGETS if refused in (None, "no such module", "is no matrix")]
+)
+def test_what_is_accepted_is_what_peft_accepts(tiny_model: Path, targets: Any) -> None:
+    from iterdpo.training.models import load_policy, with_new_adapter
+
+    def accepted(act: Any) -> bool:
+        try:
+            act()
+        except ValueError:
+            return False
+        return True
+
+    model = load_policy(tiny_model)
+    by_peft = accepted(lambda: with_new_adapter(model, r=2, alpha=4, target_modules=targets, quantize="none"))
+    by_us = accepted(lambda: check_adapter_targets(tiny_model, targets, tied=True, merged=False))
+    assert by_us == (by_peft and targets != ["q_proj", "query_key_value"])  # PEFT takes the one that there is
+
+
+def test_an_untied_head_may_be_adapted_and_merged(tmp_path: Path) -> None:
+    model = build_tiny_checkpoint(tmp_path / "model", tie_word_embeddings=False)
+    check_adapter_targets(model, ["lm_head"], tied=False, merged=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from iterdpo.errors import ConfigError
 from iterdpo.run import devices, supervise
 from iterdpo.run.devices import answers, free_port
 from iterdpo.run.folder import own_folder
@@ -46,6 +47,30 @@ def test_the_gpus_that_are_visible_are_those_that_were_chosen(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     assert devices.visible_gpus() == seen
+
+
+def test_more_devices_than_there_are_are_refused_by_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_installed", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    devices.check_devices(2, "dpo.processes")
+    with pytest.raises(ConfigError, match=r"dpo\.processes = 3: more than the 2 GPUs of this machine"):
+        devices.check_devices(3, "dpo.processes")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(ConfigError, match="more than the 1 GPU of"):
+        devices.check_devices(2, "dpo.processes")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f2e")  # not known by number
+    devices.check_devices(1, "dpo.processes")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES names GPU 2, but this machine has 2"):
+        devices.check_devices(1, "dpo.processes")
+
+
+def test_without_a_gpu_the_cores_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    devices.check_devices(4, "dpo.processes")
+    with pytest.raises(ConfigError, match=r"dpo\.processes = 5: more than the 4 cores"):
+        devices.check_devices(5, "dpo.processes")
 
 
 @pytest.fixture
@@ -97,6 +122,7 @@ def test_a_reservation_ends_with_a_process_that_is_killed(locks: Path, monkeypat
 import os, signal, sys, tempfile
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
+from iterdpo.errors import ConfigError
 from iterdpo.run import devices, supervise
 tempfile.tempdir = {str(locks.parent)!r}
 with devices.reserved_gpus(1, say=print) as gpus:

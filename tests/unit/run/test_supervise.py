@@ -187,15 +187,15 @@ def test_output_and_errors_are_appended_to_the_log(tmp_path: Path) -> None:
     with start("echo out; echo err >&2") as child:
         child.wait(5)
     assert (tmp_path / "log").read_text() == "before\nout\nerr\n"
-    assert child.log_tail(2) == "out\nerr"
+    assert child.said() == ["out", "err"]  # of this start only
     (tmp_path / "log").unlink()
-    assert child.log_tail() == ""
+    assert child.said() == []
 
 
 def test_a_command_that_does_not_exist_is_in_the_log() -> None:
     with supervise.start(["no-such-command"], log=Path("log")) as child:
         assert child.wait(5) == 1
-    assert "no-such-command" in child.log_tail(1)
+    assert child.reason() == "FileNotFoundError: [Errno 2] No such file or directory: 'no-such-command'"
 
 
 def test_pipes_go_both_ways_and_errors_still_to_the_log() -> None:
@@ -209,7 +209,7 @@ def test_pipes_go_both_ways_and_errors_still_to_the_log() -> None:
         child.process.stdin.close()  # and its end reaches the command
         assert child.wait(5) == 0
         assert child.process.stdout.read() == b""
-    assert child.log_tail() == "starting"
+    assert child.said() == ["starting"]
 
 
 def test_who_reads_from_a_child_that_dies_reads_the_end_of_file() -> None:
@@ -238,13 +238,92 @@ def test_only_the_command_holds_its_ends_of_the_pipes() -> None:
 def test_without_pipes_the_command_has_no_input() -> None:
     with start("read line || echo none") as child:
         assert child.wait(5) == 0
-    assert child.log_tail() == "none"
+    assert child.said() == ["none"]
 
 
 def test_the_environment_is_the_one_given() -> None:
     with start("echo $GREETING", env={**os.environ, "GREETING": "hello"}) as child:
         child.wait(5)
-    assert child.log_tail() == "hello"
+    assert child.said() == ["hello"]
+
+
+SURROUNDING = (
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR"),
+    *("MASTER_PORT", "SLURM_JOB_ID", "SLURM_NTASKS", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION", "PMI_RANK"),
+    *("FSDP_VERSION", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PET_NPROC_PER_NODE", "VLLM_API_KEY"),
+)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_variables_of_a_launcher_around_this_process_reach_no_child(
+    monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    for name in SURROUNDING:
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("RANKING", "kept")
+    with start("env", env=dict(os.environ) if given else None) as child:
+        child.wait(5)
+    names = {line.partition("=")[0] for line in child.said()}
+    assert "RANKING" in names
+    assert not names & set(SURROUNDING)
+
+
+def test_a_withheld_variable_reaches_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "_withheld", set())
+    monkeypatch.setenv("MY_JUDGE_KEY", "sk-secret")
+    supervise.withhold("MY_JUDGE_KEY")
+    with start("env; sh -c env") as child:
+        child.wait(5)
+    assert "sk-secret" not in "".join(child.said())
+
+
+@pytest.mark.parametrize("path", [None, "", ":/nowhere", "/nowhere:"])
+def test_a_module_of_the_working_directory_is_not_imported_by_any_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str | None
+) -> None:
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "__init__.py").write_text("print('mine')\n")
+    monkeypatch.chdir(tmp_path)
+    if path is not None:
+        monkeypatch.setenv("PYTHONPATH", path)
+    module = f"{sys.executable} -c 'import json; print(json.dumps(1))'"
+    with start(
+        f'{module}; {sys.executable} -m json.tool --help | head -1; sh -c "{sys.executable} -m json.tool -h"'
+    ) as c:
+        c.wait(20)
+    assert "1" in c.said()
+    assert "mine" not in c.said()
+
+
+REASONS = [
+    ("echo 'old news' >&2; exit 3", "old news"),
+    ("exit 3", "it ended with status 3 and said nothing"),
+    ("echo 'Traceback:'; echo 'ValueError: no'; echo 'and then'; exit 1", "ValueError: no"),
+    ("echo 'a.b.OutOfMemoryError: CUDA out of memory.'; exit 1", "a.b.OutOfMemoryError: CUDA out of memory."),
+    ("echo '[rank1]: RuntimeError: peer'; exit 1", "RuntimeError: peer"),
+    ("echo '(Core pid=3) ERROR 11-26 [core.py:9] ValueError: why'; exit 1", "ValueError: why"),
+    ("echo AssertionError; exit 1", "AssertionError"),
+    ("echo 'KeyError: 1'; echo 'subprocess.CalledProcessError: Command returned 1'; exit 1", "KeyError: 1"),
+    ("echo 'ValueError: root'; echo 'RuntimeError: failed. See root cause above.'; exit 1", "ValueError: root"),
+    ("echo 'iterdpo: failed: RuntimeError: first'; echo 'OSError: second'; exit 1", "RuntimeError: first"),
+    ("echo 'handled: ValueError: x'; kill -KILL $$", "it was ended by SIGKILL, as Linux does if memory is short"),
+    ("kill -SEGV $$", "it was ended by SIGSEGV"),
+    ("echo 'CalledProcessError: died with <Signals.SIGTERM: 15>.'; exit 1", "it was ended by SIGTERM"),
+]
+
+
+@pytest.mark.parametrize(("script", "reason"), REASONS)
+def test_the_reason_is_one_line_of_this_start(tmp_path: Path, script: str, reason: str) -> None:
+    (tmp_path / "log").write_text("RuntimeError: of an earlier start\niterdpo: failed: of an earlier start\n")
+    with start(script) as child:
+        child.wait(5)
+        assert child.reason() == reason
+
+
+def test_a_reason_is_cut_where_a_screen_would_be_full(tmp_path: Path) -> None:
+    with start("echo ValueError: $(seq 1000); exit 1") as child:
+        child.wait(5)
+    assert len(child.reason()) == 500
 
 
 # GPUs

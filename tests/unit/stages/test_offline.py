@@ -273,3 +273,22 @@ def test_unpaired_data_need_a_loss_that_does_not_compare(step: Offline, trained:
         train_round(step.config(), progress=Progress())
     assert trained == []
     assert train_round(step.config(loss="bco"), progress=Progress())
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_examples_of_one_label_teach_kto_nothing_and_are_refused(
+    step: Offline, trained: list[TrainSpec], label: bool
+) -> None:
+    step.write([{"prompt": f"x{i}", "completion": f"y{i}", "label": label} for i in range(5)])
+    with pytest.raises(DataError, match=f"all 5 examples have the label {str(label).lower()}; .*with the other label"):
+        train_round(step.config(loss="kto"), progress=Progress())
+    assert not trained
+
+
+def test_a_least_margin_is_part_of_the_pairs_key_only_if_it_is_set(step: Offline) -> None:
+    scores = {"score_chosen": 2, "score_rejected": 1}
+    step.write([row | scores for row in PAIRED])
+    assert "min_margin" not in step.prepare().inputs["data"]
+    with pytest.raises(StaleStepError, match=r"data\.min_margin"):
+        step.prepare(min_margin=0.5)
+    assert step.prepare("other", min_margin=0.5).inputs["data"]["min_margin"] == 0.5

@@ -115,7 +115,7 @@ def test_a_step_that_is_under_way_is_pending(room: Room) -> None:
 
 
 def test_after_a_round_that_stopped_the_run_nothing_is_pending(room: Room) -> None:
-    changes: dict[str, Any] = {"gate": {"minimum": 2.0, "otherwise": "stop"}}
+    changes: dict[str, Any] = {"gate": {"minimum": 1.0, "otherwise": "stop"}}
     assert [record.decision for record in finish(room.open(**changes))] == ["promote", "stop"]
     assert pending(room.open(**changes)) is None
 
@@ -125,7 +125,7 @@ CHANGES = [
     ({"version": "2"}, "round-000/evaluation"),
     ({"pairing": {"min_margin": 1.0}}, "round-001/pairs"),
     ({"dpo": {"beta": 0.5}}, "round-001/policy"),
-    ({"gate": {"minimum": 2.0}}, "round-000/round.json"),
+    ({"gate": {"minimum": 1.0}}, "round-000/round.json"),
 ]
 
 

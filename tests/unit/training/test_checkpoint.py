@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,15 @@ def test_save_dtype_is_the_precision_on_disk_and_in_the_configuration(
     assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
     tensors = load_file(output / "model.safetensors").values()
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
+
+
+def test_a_generation_config_that_cannot_be_saved_is_carried_over_as_it_is(
+    tmp_path: Path, tiny_model: Path, grouped: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    file = model / "generation_config.json"
+    kept = {name: value for name, value in json.loads(file.read_text()).items() if name != "_from_model_config"}
+    file.write_text(json.dumps(kept | {"do_sample": False, "temperature": 0.9}))
+    output = run(tmp_path / "run", model, grouped)
+    assert (output / "model.safetensors").exists()
+    assert (output / "generation_config.json").read_bytes() == file.read_bytes()

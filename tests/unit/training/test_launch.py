@@ -64,28 +64,19 @@ def test_a_specification_with_a_key_that_there_is_not_is_refused(tmp_path: Path)
         TrainSpec.model_validate(read_json(tmp_path / "train.json"))
 
 
-@pytest.mark.usefixtures("cpus")
-def test_one_process_on_a_cpu_is_started_by_accelerate() -> None:
-    words = command(spec(), Path("/train.json"))
-    assert words[1:3] == ["-m", "accelerate.commands.launch"]
-    assert "--cpu" in words
-    assert words[-3:] == ["-m", "iterdpo.training.train", "/train.json"]
+@pytest.mark.parametrize("devices", ["gpus", "cpus"])
+def test_one_process_is_the_trainer_itself(request: pytest.FixtureRequest, devices: str) -> None:
+    request.getfixturevalue(devices)
+    assert command(spec(), Path("/train.json"))[1:] == ["-m", "iterdpo.training.train", "/train.json"]
 
 
-@pytest.mark.usefixtures("cpus")
-def test_several_processes_on_a_cpu_are_started_by_torchrun() -> None:
+@pytest.mark.parametrize("devices", ["gpus", "cpus"])
+def test_several_processes_are_started_by_torchrun(request: pytest.FixtureRequest, devices: str) -> None:
+    request.getfixturevalue(devices)
     words = command(spec(processes=2), Path("/train.json"))
     assert words[1:3] == ["-m", "torch.distributed.run"]
     assert "--nproc-per-node=2" in words
-
-
-@pytest.mark.usefixtures("gpus")
-def test_several_processes_on_gpus_are_started_by_accelerate() -> None:
-    words = command(spec(processes=2), Path("/train.json"))
-    assert words[1:3] == ["-m", "accelerate.commands.launch"]
-    assert "--multi_gpu" in words
-    assert "--num_processes=2" in words
-    assert "--cpu" not in words
+    assert words[-3:] == ["-m", "iterdpo.training.train", "/train.json"]
 
 
 @pytest.mark.usefixtures("cpus")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from iterdpo.testing import build_tiny_checkpoint
-from iterdpo.training.models import adapter_base, average_checkpoints, load_policy, with_new_adapter
+from iterdpo.training.models import adapter_base, average_checkpoints, load_policy, make_savable, with_new_adapter
 
 IDS = torch.arange(3, 30).unsqueeze(0)
 
@@ -20,6 +20,17 @@ def test_a_policy_saved_in_bfloat16_is_loaded_in_float32(tiny_model: Path, tmp_p
     load_policy(tiny_model).to(torch.bfloat16).save_pretrained(tmp_path)
     assert {p.dtype for p in load_policy(tmp_path).parameters()} == {torch.float32}
     assert {p.dtype for p in load_policy(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_filled_up_with_random_ones(tmp_path: Path) -> None:
+    model = build_tiny_checkpoint(tmp_path / "model")
+    file = model / "model.safetensors"
+    weights = {name: tensor for name, tensor in load_file(file).items() if not name.endswith("1.mlp.up_proj.weight")}
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"has no weights for model\.layers\.1\.mlp\.up_proj\.weight, which would be random"
+    ):
+        load_policy(model)
 
 
 def noisy(directory: Path, kind: str) -> Path:
@@ -150,3 +161,40 @@ def test_an_average_is_a_checkpoint_with_the_second_ones_files_and_none_of_its_r
     mixed, one, other = (load_policy(path).state_dict() for path in (output, first, second))
     for name, tensor in mixed.items():
         torch.testing.assert_close(tensor, (one[name] + other[name]) / 2, atol=1e-7, rtol=0)
+
+
+OLD = {"do_sample": False, "temperature": 0.9, "top_p": 0.6}
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize(
+    ("in_config", "in_generation"),
+    [(OLD, {}), ({"max_length": 20, "do_sample": True}, {}), ({}, OLD), (OLD, OLD), ({}, {})],
+)
+def test_generation_settings_that_cannot_be_saved_keep_no_policy_from_being_saved(
+    tmp_path: Path, in_config: dict[str, Any], in_generation: dict[str, Any], beside: bool
+) -> None:
+    source = build_tiny_checkpoint(tmp_path / "model")
+    config, generation = source / "config.json", source / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | in_config))
+    ends = {name: json.loads(config.read_text()).get(name) for name in ("eos_token_id", "pad_token_id")}
+    if beside:
+        own = {k: v for k, v in json.loads(generation.read_text()).items() if k != "_from_model_config"}
+        generation.write_text(json.dumps(own | in_generation))
+    else:
+        generation.unlink()
+    model = load_policy(source)
+    make_savable(model)
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_policy(tmp_path / "saved")
+    assert torch.equal(saved(IDS).logits, model(IDS).logits)
+    assert {name: getattr(saved.generation_config, name) for name in ends} == ends
+
+
+def test_what_could_be_saved_is_saved_as_it_was(tiny_model: Path, tmp_path: Path) -> None:
+    model = load_policy(tiny_model)
+    model.save_pretrained(tmp_path / "before")
+    assert make_savable(model) is False
+    model.save_pretrained(tmp_path / "after")
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
