@@ -116,6 +116,7 @@ class TestCodeTests:
         tests = [{"input": "1", "output": "1"}, {"input": "0", "output": "0"}, {"input": "2", "output": "2"}]
         assert self.score("n = int(input())\nwhile n == 0: pass\nprint(n)", tests) == pytest.approx(1 / 3)
 
+    @pytest.mark.slow
     def test_each_way_to_write_tests_is_called_as_it_is_meant(self) -> None:
         unittest = "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(add(1, 2), 3)\n"
         guard = 'if __name__ == "__main__":\n    '
