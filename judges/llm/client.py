@@ -20,7 +20,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -131,22 +131,25 @@ class Client:
         *,
         salt: str = "",
         keep: Callable[[Reply], bool] = lambda reply: True,
+        instead: Mapping[str, Any] | None = None,
         **body: Any,
     ) -> Reply:
         """POST base_url/chat/completions with `messages` and the fields of `body`.
 
         A reply is looked up and kept under a hash of the whole request and `salt`; another salt asks again. Identical
         calls at once are made once. A reply that is empty, or that `keep` does not want, is returned, but not kept, so
-        that it can be asked for again.
+        that it can be asked for again. `instead` has fields that are sent in place of those of `body`; the reply is kept
+        as that to `body`.
 
         Raises:
             CallFailed: no reply, for a reason that an abstention can give.
             JudgeError: a mistake that only the user can fix: in the key, the model, the address, the cache file.
         """
-        fields = {**body, **self.endpoint.extra, "model": self.model, "messages": messages}
-        request = {k: v for k, v in fields.items() if v is not None}
+        fixed = {**self.endpoint.extra, "model": self.model, "messages": messages}
+        asked = {k: v for k, v in {**body, **fixed}.items() if v is not None}
+        request = {k: v for k, v in {**asked, **(instead or {}), **fixed}.items() if v is not None}
         payload = json.dumps(request, sort_keys=True).encode()
-        key = hashlib.sha256(json.dumps(salt).encode() + payload).hexdigest()
+        key = hashlib.sha256(json.dumps(salt).encode() + json.dumps(asked, sort_keys=True).encode()).hexdigest()
         self._totals["calls"] += 1
         try:
             while flight := self._flights.get(key):

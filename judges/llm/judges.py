@@ -200,20 +200,22 @@ class _LLMJudge(JudgeBase):
         """
         # Another checkpoint may have come to lie at the same path; the version knows its content.
         salt = f"{self.version if self.server else ''} {self.repeat or ''}".strip()
-        draws = [(self.temperature, self.seed), (self.temperature or 0.5, self.seed + 1)]
+        fields = {"temperature": self.temperature, "seed": self.seed, **body}
+        again = {"temperature": self.temperature or 0.5, "seed": self.seed + 1, **body}
         result: T | Unclear = NOT_ASKED
         async with self._outstanding:
             messages = self.template.render(**values)
-            for temperature, seed in draws[:1] if "logprobs" in body else draws:
-                fields = {"temperature": temperature, "seed": seed, **body}
+            for instead in [None] if "logprobs" in body else [None, again]:
+
+                def keep(reply: Reply) -> bool:
+                    return not isinstance(read(reply), Unclear)
+
                 try:
-                    reply = await self.client.chat(
-                        messages, salt=salt, keep=lambda reply: not isinstance(read(reply), Unclear), **fields
-                    )
+                    reply = await self.client.chat(messages, salt=salt, keep=keep, instead=instead, **fields)
                 except CallFailed as failure:
                     return Unclear(failure) if result is NOT_ASKED else result
                 if self.trace is not None:
-                    self.trace.append({"messages": messages, "reply": reply.text, "body": fields})
+                    self.trace.append({"messages": messages, "reply": reply.text, "body": instead or fields})
                 if not isinstance(result := read(reply), Unclear):
                     break
         return result

@@ -180,7 +180,8 @@ def test_with_three_in_ten_requests_failing_a_label_is_the_fault_free_one_or_abs
         assert 0.25 < wrong / server.requests < 0.35
         assert max(server.complete_replies.values()) == 1  # what was answered was not asked again
         assert max(last - first for first, last in server.spans.values()) < limits["deadline"] + 3
-        assert server.requests == CALLS + run.usage["retries"]
+        assert run.usage["calls"] > CALLS  # what could not be read was asked once more
+        assert server.requests == run.usage["calls"] + run.usage["retries"]
     assert run.labels < sound.labels
     assert run.best_worst <= sound.labels  # where the best or the worst abstained, of two others
     assert run.reasons <= failed | UNREADABLE
