@@ -49,11 +49,11 @@ def test_other_columns_travel_with_the_prompt(tmp_path: Path) -> None:
     assert [(p.content, p.columns) for p in prompts] == [("2+2?", {"gold": "4"}), ("3+3?", {"gold": "6"})]
 
 
-def test_a_value_that_json_cannot_hold_travels_as_text(tmp_path: Path) -> None:
+def test_a_value_that_json_cannot_hold_travels_as_text_and_nan_is_null(tmp_path: Path) -> None:
     table = pa.table({"prompt": ["x"], "weight": [float("nan")], "at": pa.array([0], pa.timestamp("s")), "n": [7]})
     pq.write_table(table, tmp_path / "a.parquet")
     (prompt,) = load_prompts(str(tmp_path / "a.parquet"))
-    assert prompt.columns == {"weight": "nan", "at": "1970-01-01 00:00:00", "n": 7}
+    assert prompt.columns == {"weight": None, "at": "1970-01-01 00:00:00", "n": 7}
 
 
 def test_messages_lose_the_nulls_that_parquet_fills_in(tmp_path: Path) -> None:
