@@ -12,23 +12,29 @@ Every run is a process of its own. A line of JSON a case:
 - peak_gib: the process's peak resident memory, or the GPU's peak allocation.
 - mfu: the FLOPs that the rows need without padding (`iterdpo.training.flops`), against the best matrix product of the same run.
 
-Ratios are of medians. TRL's `default` is DPOConfig as it comes, its `best` precomputes the reference and keeps its
-activations. Both get the pairs as token ids, bf16 autocast over float32 weights, AdamW, and the same pairs a step.
+- others: the share of the processors that other programs took meanwhile. Above a twentieth, `ours_to` is no conclusion,
+  and the exit status is 1.
+
+Ratios are of medians. On a CPU, all runs are bound to the same `--cores`. TRL's `default` is DPOConfig as it comes, its
+`best` precomputes the reference and keeps its activations. Both get the pairs as token ids, bf16 autocast over float32
+weights, AdamW, and the same pairs a step.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from benchmarks.harness import command_line, fresh, peak_mib
+from benchmarks.harness import command_line, fresh, others, peak_mib
 from iterdpo.testing import build_tiny_checkpoint
 from iterdpo.training.launch import environment
 
@@ -49,6 +55,7 @@ SIZES = {  # hidden size, intermediate size, layers, key-value heads, vocabulary
     "128k": (576, 1536, 8, 3, 128_256),
     "1b": (2048, 8192, 16, 8, 128_256),
 }
+QUIET = 0.05
 COMPARED = ("pairs_per_second", "whole_pairs_per_second", "tokens_per_second", "peak_gib", "mfu")
 Case = Literal[*CASES]
 Side = Literal["ours", "trl_best", "trl_default"]
@@ -75,9 +82,13 @@ def main(
     pairs_per_step: int = 8,
     tokens_per_micro_batch: int | None = None,
     repeats: int = 3,
+    cores: int = 2,
 ) -> None:
     import torch
 
+    busy = []
+    if not torch.cuda.is_available():
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     with tempfile.TemporaryDirectory() as scratch:
         for case in cases or (ON_GPU if torch.cuda.is_available() else ON_CPU):
             checkpoint = model
@@ -86,12 +97,15 @@ def main(
             runs: dict[str, list[dict[str, Any]]] = {
                 side: [] for side in (["ours", *(f"without {part}" for part in ABLATIONS)] if ablate else sides)
             }
-            for _ in range(repeats):
-                for side, done in runs.items():
+            with others() as share:
+                for side, done in list(runs.items()) * repeats:
                     tuned = not side.startswith("trl") and side != "without allocator"
                     job = Job(case, checkpoint, pairs, pairs_per_step, tokens_per_micro_batch, side)
                     done.append(fresh(_work, job, environment=environment(processes=1) if tuned else None))
-            print(json.dumps(_summary(case, runs)), flush=True)
+                busy.append(share())
+            print(json.dumps({**_summary(case, runs), "others": round(busy[-1], 3)}), flush=True)
+    if max(busy) > QUIET:
+        sys.exit(f"other programs took {max(busy):.0%} of the processors: run it again on a quiet machine")
 
 
 def _summary(case: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

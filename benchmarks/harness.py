@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,24 @@ def fresh(work: Callable[..., Any], *arguments: Any, environment: Mapping[str, s
         ProcessPoolExecutor(1, get_context("spawn"), initializer=os.dup2, initargs=(2, 1)) as pool,
     ):
         return pool.submit(work, *arguments).result()
+
+
+@contextmanager
+def others() -> Iterator[Callable[[], float]]:
+    """What other programs, and other machines on the same processors, take of them meanwhile: a share, 0 to 1."""
+
+    def seconds() -> tuple[float, float]:
+        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy - sum(os.times()[:4]), time.perf_counter()
+
+    begun = seconds()
+
+    def share() -> float:
+        taken, now = (b - a for a, b in zip(begun, seconds(), strict=True))
+        return max(0.0, taken / (now * (os.cpu_count() or 1)))
+
+    yield share
 
 
 def peak_mib() -> float:
