@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import DamagedError, RunFailed, RunLockedError, UserError
+from iterdpo.run import disk
 from iterdpo.run.rundir import Manifest, RunDir, canonical, directory_digest, read_jsonl, read_object
 from iterdpo.run.sums import MANIFEST, RECORD, damages, record, recorded
 from iterdpo.types import RoundRecord
@@ -34,7 +35,7 @@ class Verification:
             self.problems.append(str(problem))
 
     def summary(self) -> str:
-        read = f"{self.files:,} files of {self.steps:,} finished steps and of the run, {_size(self.bytes)}"
+        read = f"{self.files:,} files of {self.steps:,} finished steps and of the run, {disk.size(self.bytes)}"
         found = f"{len(self.problems):,} damaged" if self.problems else "all as they were written"
         return "\n".join([*self.notes, f"read {read}: {found}"])
 
@@ -198,15 +199,13 @@ def _sources(
     before = records.get(round - 1)
     start = before.policy_digest if before else None
     match name:
-        case "completions":
+        case "completions" | "ema":
             yield "policy", start
         case "judgments":
             yield "completions", digest_of("completions")
         case "pairs":
             yield "judgments", digest_of("judgments")
             yield "completions", digest_of("completions")
-        case "ema":
-            yield "policy", start
         case "reference":
             yield "pairs", digest_of("pairs")
         case "policy":
@@ -239,7 +238,3 @@ def _try(found: Verification, read: Any) -> None:
         read()
     except DamagedError as error:
         found.add(error)
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

@@ -20,11 +20,10 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from iterdpo.errors import DamagedError
 from iterdpo.run import disk
 from iterdpo.run.artifacts import number_lists
 from iterdpo.run.rundir import sync_tree
-from iterdpo.run.sums import check_files, note, record, sha256_file
+from iterdpo.run.sums import is_whole, note_all, sha256_file
 from iterdpo.types import Completion, Content, PreferencePair, message_text
 
 if TYPE_CHECKING:
@@ -237,26 +236,16 @@ def _copy(path: Path, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f"{path.stem}.lock", "a") as lock:
         disk.lock(lock, fcntl.LOCK_EX, str(cache))
-        if not _whole(copy):
+        if not is_whole(copy):
             for old in cache.glob(f"{path.stem}-*"):  # of another content, or cut short
                 shutil.rmtree(old)
             fresh = Path(tempfile.mkdtemp(prefix=f"{path.stem}-", dir=cache))
             with open(fresh / "tokens.bin", "wb") as tokens, open(fresh / "index.npy", "wb") as index:
                 np.save(index, _flatten(path, tokens))
-            note(fresh, {file.name: sha256_file(file) for file in fresh.iterdir()})
+            note_all(fresh)
             sync_tree(fresh)
             os.replace(fresh, copy)
     return copy
-
-
-def _whole(copy: Path) -> bool:
-    """Whether the copy is there, with the bytes that were written."""
-    try:
-        names = record(copy)
-        check_files([copy / name for name in names])
-    except DamagedError:
-        return False
-    return len(names) > 0
 
 
 def _flatten(path: Path, tokens: IO[bytes]) -> np.ndarray:

@@ -29,7 +29,7 @@ from iterdpo.data.rows import column_value, json_value, located_rows, source_sta
 from iterdpo.errors import DamagedError, DataError
 from iterdpo.run.artifacts import number_lists
 from iterdpo.run.rundir import RunDir, canonical, digest, read_json, sync_tree, write_json, write_with
-from iterdpo.run.sums import CHANGED, check_files, note, record, recorded, sha256_file
+from iterdpo.run.sums import CHANGED, check_files, is_whole, note_all, recorded
 from iterdpo.seeds import derive_seeds
 from iterdpo.types import Content, Prompt, content_from_json, content_to_json
 
@@ -144,16 +144,17 @@ def split_prompts(
     if config.heldout_path is not None:
         pool, _ = read_prompts(config.heldout_path, config.split, config.column, config.id_column, cache)
     heldout = pinned or _first(pool, config.heldout, seed, "heldout")
-    if pinned and not np.isin(pinned.contents, pool.contents).any():
+    if pinned and not _is_in(pinned.contents, pool.contents).any():
         raise DataError(
             f"{config.heldout_path or config.path}: none of the {len(pinned):,} prompts that this run holds out is in it; "
             "choose another run_dir, or name the file that has them in prompts.heldout_path"
         )
 
-    apart = np.isin(prompts.ids, heldout.ids) | np.isin(prompts.contents, heldout.contents)
-    own = np.isin(prompts.ids, heldout.ids).sum() if pool is prompts else 0
+    apart = _is_in(prompts.ids, heldout.ids)
+    own = apart.sum() if pool is prompts else 0
+    apart |= _is_in(prompts.contents, heldout.contents)
     if pool is not prompts:  # all of heldout_path, also what `heldout` leaves unused
-        apart |= np.isin(prompts.ids, pool.ids) | np.isin(prompts.contents, pool.contents)
+        apart |= _is_in(prompts.ids, pool.ids) | _is_in(prompts.contents, pool.contents)
     train = prompts._among(~apart)
     if len(train) < config.per_round:
         raise DataError(
@@ -334,6 +335,13 @@ def read_prompts(
     return PromptFile(lines, np.sort(first).astype(np.int32)), len(lines)
 
 
+def _is_in(values: Array, among: Array) -> Array:
+    """Whether each value is among others, [N] bool; in half of the memory that np.isin takes."""
+    found = np.sort(among)
+    at = np.searchsorted(found, values)
+    return found.take(at, mode="clip") == values if len(found) else np.zeros(len(values), bool)
+
+
 def _occurrences(values: Array, among: Array) -> Array:
     """How often each value is among others, [N] int64."""
     found, counts = np.unique(among, return_counts=True)
@@ -346,8 +354,12 @@ def _first(prompts: PromptFile, number: int, seed: int, purpose: str) -> PromptF
     seeds = prompts.seeds(seed, purpose)
     last = np.sort(seeds)[:number][-1:]  # several may have this seed
     (at,) = np.nonzero(seeds <= last) if len(last) else (np.zeros(0, np.int64),)
-    order = sorted(zip(seeds[at].tolist(), (prompt.id for prompt in prompts._among(at)), at.tolist(), strict=True))
-    return prompts._among(np.array([row for _, _, row in order[:number]], np.int64))
+    at = at[np.argsort(seeds[at], kind="stable")]
+    (equal,) = np.nonzero(np.diff(seeds[at]) == 0)
+    same = np.union1d(equal, equal + 1)  # the few that share a seed: their ids decide
+    ids = [prompt.id for prompt in prompts._among(at[same])]
+    at[same] = [row for _, _, row in sorted(zip(seeds[at[same]], ids, at[same], strict=True))]
+    return prompts._among(at[:number])
 
 
 def place_of(prompt: Prompt, config: PromptsConfig) -> str:
@@ -475,7 +487,7 @@ def _write(prompts: Iterable[Parts], handle: IO[bytes] | None) -> _Lines:
 def _kept(prompts: Iterable[Parts], cache: Path, name: str, stamp: str) -> _Lines:
     """The lines and their index in `cache`, made if there are none for this stamp; those of other stamps go."""
     place = cache / f"{name}-{stamp}"
-    if not _whole(place):
+    if not is_whole(place):
         shutil.rmtree(place, ignore_errors=True)
         cache.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=".", dir=cache))
@@ -484,7 +496,7 @@ def _kept(prompts: Iterable[Parts], cache: Path, name: str, stamp: str) -> _Line
                 index = _write(prompts, handle).index
             np.savez(fresh / INDEX, **{field: getattr(index, field) for field in ARRAYS})
             write_json(fresh / NAMES, index.names)
-            note(fresh, {file.name: sha256_file(file) for file in fresh.iterdir()})
+            note_all(fresh)
             sync_tree(fresh)
             for old in cache.glob(f"{name}-*"):
                 shutil.rmtree(old, ignore_errors=True)
@@ -495,16 +507,6 @@ def _kept(prompts: Iterable[Parts], cache: Path, name: str, stamp: str) -> _Line
     with np.load(place / INDEX) as arrays:
         index = _Index(read_json(place / NAMES), *(arrays[field] for field in ARRAYS))
     return _Lines(open(place / LINES, "rb"), index)  # read for as long as the prompts are
-
-
-def _whole(place: Path) -> bool:
-    """Whether the cache is there, with the bytes that were written."""
-    try:
-        names = record(place)
-        check_files([place / name for name in names])
-    except DamagedError:
-        return False
-    return len(names) > 0
 
 
 def _line_ends(path: Path) -> Array:

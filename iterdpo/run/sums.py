@@ -53,6 +53,21 @@ def note(directory: Path, sums: Mapping[str, str]) -> None:
         os.close(handle)
 
 
+def note_all(directory: Path) -> None:
+    """Record the files that lie directly in `directory`, as they are."""
+    note(directory, {file.name: sha256_file(file) for file in directory.iterdir()})
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether the files that are recorded in `directory` are there, with the bytes that were written."""
+    try:
+        names = record(directory)
+        check_files(directory / name for name in names)
+    except DamagedError:
+        return False
+    return bool(names)
+
+
 def recorded(path: Path) -> frozenset[str] | None:
     """The SHA-256 that the file may have; None if none was recorded.
 
@@ -146,7 +161,7 @@ def _stamp(path: Path) -> Stamp:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # few: that of a step under way changes with each of its files, of which it may have thousands
 def _record(path: Path, stamp: Stamp) -> dict[str, frozenset[str]]:
     found: dict[str, frozenset[str]] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
