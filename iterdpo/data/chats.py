@@ -46,7 +46,7 @@ def content_of(value: Any, where: str) -> Content:
     """
     content: Content = value
     parsed = messages_in(value)
-    if isinstance(parsed, str) and LOOKS_LIKE_MESSAGES.match(parsed) and ROLE.search(parsed):
+    if isinstance(parsed, str) and LOOKS_LIKE_MESSAGES.match(parsed) and ROLE.search(parsed) and not _is_data(parsed):
         raise DataError(
             f"{where} looks like a list of messages that is kept as text, but cannot be read as JSON or Python; write the "
             "messages as JSON"
@@ -67,7 +67,25 @@ def messages_in(value: Any) -> Any:
         return value
     parsed = _parsed(value)
     first = parsed[0] if isinstance(parsed, list) and parsed else parsed
-    return parsed if isinstance(first, dict) and {"role", "from"} & first.keys() else value
+    return parsed if isinstance(first, dict) and _is_message(first) else value
+
+
+def _is_message(value: dict[Any, Any]) -> bool:
+    """Whether an object in a text is a message or a turn, and not such as `{"from": "Oslo", "to": "Bergen"}`."""
+    if "from" in value and "role" not in value:
+        return "value" in value
+    return "role" in value and any(key in value for key in ("content", *WITHOUT_CONTENT))
+
+
+def _is_data(text: str) -> bool:
+    """Whether a text is, or begins with, a JSON object or list that is no message: a model's data, not a chat."""
+    found = _parsed(text)
+    try:
+        found = json.JSONDecoder().raw_decode(text.lstrip())[0] if isinstance(found, str) else found
+    except (ValueError, RecursionError):
+        return False
+    first = found[0] if isinstance(found, list) and found else found
+    return not isinstance(first, dict) or not _is_message(first)
 
 
 def with_companions(content: Content, row: Mapping[str, Any], where: str, *, column: str = "prompt") -> Content:

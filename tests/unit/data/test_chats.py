@@ -42,6 +42,22 @@ def test_other_text_stays_as_it_is(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        '{"from": "Oslo", "to": "Bergen"}',
+        "{'from': 'Oslo', 'to': 'Bergen'}",
+        '[{"from": "Oslo", "to": "Bergen"}]',
+        '{"value": "x", "from": "Oslo", "role": "stop"}',
+        '{"role": "manager", "name": "Ann"}',
+        ' {"role": "admin"} is JSON. Write it as YAML.',
+        '[{"role": "admin"}, {"role": "guest"}]',
+    ],
+)
+def test_data_in_a_text_that_only_share_a_key_with_messages_stay_text(text: str) -> None:
+    assert content_of(text, "x") == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "[{'role': 'user', 'content': 'x'}\n {'role': 'assistant', 'content': 'y'}]",  # as pandas writes an array
         '[{"role": "user", "content": "x"',
         "[{'role': 'user', 'content': array(['x'])}]",
