@@ -12,7 +12,8 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -222,6 +223,7 @@ def _csv_rows(text: _Text) -> Iterator[Numbered]:
     csv.field_size_limit(MOST)
     reader = csv.DictReader(iter(text), strict=True)
     try:
+        _refuse_repeated(text.file, reader.fieldnames or ())
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(
@@ -232,6 +234,12 @@ def _csv_rows(text: _Text) -> Iterator[Numbered]:
     except csv.Error as error:
         # the line after the last good row
         raise DataError(f"{text.file}:{reader.line_num + 1}: not valid CSV: {error}") from None
+
+
+def _refuse_repeated(file: Path, columns: Sequence[str]) -> None:
+    """Of two columns of one name, a row would have the last."""
+    if repeated := sorted(name for name, count in Counter(columns).items() if count > 1):
+        raise DataError(f"{file}: has the column {repeated[0]!r} more than once; rename one")
 
 
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -248,8 +256,7 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{file}: cannot be read as Parquet ({error})") from error
     number = 1
     with table:
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise DataError(f"{file}: has the column {repeated[0]!r} more than once; rename one")
+        _refuse_repeated(file, names)
         floats = any("float" in str(kind) or "double" in str(kind) for kind in table.schema_arrow.types)
         for group in range(table.num_row_groups):
             size = _rows_at_once(table.metadata.row_group(group))

@@ -138,6 +138,9 @@ def test_a_column_that_occurs_twice_is_named(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet: has the column 'prompt' more than once"):
         list(file_rows(tmp_path / "a.parquet"))
+    (tmp_path / "a.csv").write_text("prompt,label,prompt\na,1,b\n")
+    with pytest.raises(DataError, match=r"a\.csv: has the column 'prompt' more than once"):
+        list(file_rows(tmp_path / "a.csv"))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 20])
