@@ -248,12 +248,23 @@ def parse_rows(batch: Batch, format: Format, account: Account, min_margin: float
 
 
 def margin_of(row: dict[str, Any]) -> float | None:
-    """The score of the chosen completion minus that of the rejected; None if the row does not have both as numbers."""
+    """The score of the chosen completion minus that of the rejected; None if the row does not have both as numbers.
+
+    A number may be text, as it is in CSV.
+    """
     for names in SCORES:
-        chosen, rejected = (row.get(name, math.nan) for name in names)
-        if all(isinstance(s, int | float) and not isinstance(s, bool) and math.isfinite(s) for s in (chosen, rejected)):
-            return float(chosen) - float(rejected)
+        chosen, rejected = (_score(row.get(name)) for name in names)
+        if math.isfinite(margin := chosen - rejected):
+            return margin
     return None
+
+
+def _score(value: Any) -> float:
+    """The number in a column of scores; NaN if there is none."""
+    try:
+        return math.nan if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def tokenize_pairs(

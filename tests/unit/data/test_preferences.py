@@ -896,11 +896,23 @@ def test_a_least_margin_leaves_out_what_is_scored_closer_or_against_its_label(
     assert data.left_out["have identical completions"] == [4]
 
 
-@pytest.mark.parametrize("values", [(None, None), (None, 1), ("7", "6"), (True, False), (float("nan"), 1), ([1], [2])])
+@pytest.mark.parametrize(
+    "values", [(None, None), (None, 1), ("7", "high"), (True, False), (float("nan"), 1), ([1], [2])]
+)
 def test_scores_that_are_no_numbers_are_no_scores(tmp_path: Path, values: tuple[Any, Any]) -> None:
     assert read(tmp_path, scored(*values)).account.contradicting == []
     with pytest.raises(DataError, match=r"data\.min_margin is set, but no two scores"):
         read(tmp_path, scored(*values), min_margin=0.0)
+
+
+def test_scores_in_csv_are_numbers(tmp_path: Path) -> None:
+    rows = "Question 1, good, bad,7,6\nQuestion 2, good, bad,1.5,4.5\n"
+    (tmp_path / "a.csv").write_text(f"prompt,chosen,rejected,score_chosen,score_rejected\n{rows}")
+    data = PreferenceData(str(tmp_path / "a.csv"))
+    assert [pair.row for batch in data.parsed() for pair in batch] == [1, 2]
+    assert data.account.contradicting == [2]
+    data = PreferenceData(str(tmp_path / "a.csv"), min_margin=1.0)
+    assert [pair.row for batch in data.parsed() for pair in batch] == [1]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
