@@ -97,7 +97,7 @@ SECTIONS: dict[str, dict[str, Equivalent]] = {
             "data.heldout", "prompts.heldout_path", note="a number of rows of the split, or a file"
         ),
         "dataset_streaming": _no("rows are read once and stored as token ids"),
-        "dataset_num_proc": _no("tokenizing has no processes of its own"),
+        "dataset_num_proc": _no("larger data sets are tokenized by as many processes as there are cores"),
         "max_length": _is(
             "data.max_prompt_tokens", "data.max_completion_tokens", note="two limits; prompts lose their beginning"
         ),
