@@ -364,9 +364,10 @@ def _first(prompts: PromptFile, number: int, seed: int, purpose: str) -> PromptF
 
 def place_of(prompt: Prompt, config: PromptsConfig) -> str:
     """The place of a prompt in the data that it was read from, for messages: `prompts.jsonl: row 10`. Reads the data."""
+    sought = content_to_json(prompt.content)
     for path in filter(None, (config.path, config.heldout_path)):
         for where, (prompt_id, content, _) in _located_parts(path, config.split, config.column, config.id_column):
-            if prompt_id == prompt.id or (prompt_id is None and content == prompt.content):
+            if prompt_id == prompt.id or (prompt_id is None and content_to_json(content) == sought):
                 return where
     return f"{config.path}: prompt {prompt.id!r}"
 

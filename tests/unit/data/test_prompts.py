@@ -619,6 +619,13 @@ def test_the_place_of_a_prompt_is_found_again(tmp_path: Path, id_column: str | N
     assert place_of(Prompt("gone", "z"), config) == f"{config.path}: prompt 'gone'"
 
 
+def test_the_place_of_a_prompt_with_tools_is_not_that_of_the_same_messages(tmp_path: Path) -> None:
+    row = {"prompt": [{"role": "user", "content": "Rain in Oslo?"}]}
+    config = PromptsConfig(path=write_rows(tmp_path / "a.jsonl", [row, {**row, "tools": [TOOL]}]))
+    prompts = list(read_prompts(str(config.path))[0])
+    assert [place_of(prompt, config) for prompt in prompts] == [f"{config.path}: row 1", f"{config.path}: row 2"]
+
+
 # Token ids
 
 
