@@ -57,17 +57,12 @@ def check_whole_modules(directory: Path, adapter: AdapterConfig | None) -> None:
     Raises:
         ConfigError: it has no such module; names those outside its layers.
     """
-    from safetensors import safe_open
-
     if adapter is None or adapter.modules_to_save is None:
         return
-    modules: set[str] = set()
-    for file in directory.glob("*.safetensors"):
-        with safe_open(file, framework="numpy") as weights:
-            modules |= {name.rpartition(".")[0] for name in weights.keys()}  # noqa: SIM118  # not a mapping
+    modules = {name.rpartition(".")[0] for name in weight_shapes(weight_files(directory))}
     modules.add("lm_head")  # not in the files if it is tied to the embeddings
     for name in adapter.modules_to_save:
-        if not any(f".{module}".endswith(f".{name}") for module in modules):
+        if not any(adapted(module, [name]) for module in modules):
             outside = sorted(module for module in modules if not re.search(r"\.\d+\.", module))
             raise ConfigError(
                 f"dpo.adapter.modules_to_save: the model in {directory} has no module {name!r}; it has "
