@@ -112,7 +112,7 @@ class Step:
             left.unlink()
         files: dict[str, dict[str, Any]] = {}
         for file in sorted(p for p in self.partial.rglob("*") if p.is_file() and p.name not in (MANIFEST, NOTE)):
-            entry = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+            entry = {"bytes": file.stat().st_size, "sha256": known_sha256(file)}
             files[file.relative_to(self.partial).as_posix()] = entry
         for name in files.keys() & logs:
             files[name]["log"] = True
@@ -361,7 +361,12 @@ def directory_digest(path: Path) -> str:
     """A hash of the files directly in a checkpoint directory. If a manifest lists their hashes, those are used."""
     if manifest := read_manifest(path):
         return manifest.digest
-    return digest({p.name: known_sha256(p) for p in sorted(path.iterdir()) if p.is_file()})
+    return digest(file_sums(path))
+
+
+def file_sums(directory: Path) -> dict[str, str]:
+    """The SHA-256 of each file directly in `directory`, by name."""
+    return {path.name: known_sha256(path) for path in sorted(directory.iterdir()) if path.is_file()}
 
 
 def write_with(
@@ -380,7 +385,7 @@ def write_with(
         if record is not None:
             note(record, {name or path.relative_to(record).as_posix(): sha256_file(fresh)})
         os.replace(fresh, path)
-    except OSError:  # of a full disk it would take more
+    except BaseException:  # of a full disk it would take more
         with suppress(OSError):
             fresh.unlink()
         raise

@@ -28,8 +28,16 @@ from iterdpo.run.checkpoints import (
 from iterdpo.run.devices import check_devices, reserved_gpus, visible_gpus
 from iterdpo.run.disk import check_space
 from iterdpo.run.progress import Progress
-from iterdpo.run.rundir import RunDir, check_step, digest, directory_digest, read_manifest, read_object, write_json
-from iterdpo.run.sums import known_sha256
+from iterdpo.run.rundir import (
+    RunDir,
+    check_step,
+    digest,
+    directory_digest,
+    file_sums,
+    read_manifest,
+    read_object,
+    write_json,
+)
 from iterdpo.sampling import Sampler, VLLMSampler
 from iterdpo.training.launch import check_training
 from iterdpo.types import Prompt
@@ -65,8 +73,7 @@ class OfflineRun:
     def initial(self) -> PolicyCheckpoint:
         """The policy of round 0. Its digest reads all of it; a note in the run directory saves that on the next start."""
         digest = str(self._noted("digest", lambda: directory_digest(self.model_path)))
-        files = sorted(path for path in self.model_path.iterdir() if path.is_file())
-        self._sums = dict(self._noted("sha256", lambda: {path.name: known_sha256(path) for path in files}))
+        self._sums = dict(self._noted("sha256", lambda: file_sums(self.model_path)))
         return PolicyCheckpoint(self.model_path, digest, 0)
 
     @cached_property
@@ -104,8 +111,8 @@ class OfflineRun:
         for policy in {p.path: p for p in (*policies, self.initial)}.values():
             if (manifest := read_manifest(policy.path)) is not None:
                 check_step(policy.path, manifest)
-            if manifest is None and policy.path == self.initial.path and directory_digest(policy.path) != policy.digest:
-                changed = [name for name, sha256 in self._sums.items() if known_sha256(policy.path / name) != sha256]
+            elif policy.path == self.initial.path and (there := file_sums(policy.path)) != self._sums:
+                changed = sorted({name for name, _ in there.items() ^ self._sums.items()})
                 raise DataError(
                     f"model.path {policy.path}: {', '.join(changed)}: not as when this run began; restore it, or choose "
                     "another run_dir"
@@ -225,7 +232,12 @@ class IterativeRun(OfflineRun):
         return found
 
     def streaming_judge(self, round: int) -> StreamingJudge:
-        """The training judge, to work while the round is sampled."""
+        """The training judge, to work while the round is sampled.
+
+        One that still works, because its round begins again, is waited for: what it makes is used.
+        """
+        for earlier in self._streaming:
+            earlier.join()
         self._streaming.append(StreamingJudge(self.train_judge, self.dir.round_dir(round) / "judgments.streaming"))
         return self._streaming[-1]
 

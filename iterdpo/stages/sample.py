@@ -120,7 +120,8 @@ def sample_shards(
             if shard.exists():
                 groups = read_completion_shard(shard)
             else:
-                run.check(policy)
+                if not begun:
+                    run.check(policy)
                 run.sampler.load(policy.path, policy.digest)
                 if not begun:
                     begun = True

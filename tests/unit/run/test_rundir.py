@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 from iterdpo.errors import DamagedError, RunFailed, RunLockedError, StaleStepError, UserError
-from iterdpo.run import disk, rundir
+from iterdpo.run import disk, rundir, sums
 from iterdpo.run.rundir import (
     Manifest,
     RunDir,
@@ -33,6 +33,7 @@ from iterdpo.run.rundir import (
     write_json,
     write_jsonl,
     write_text,
+    write_with,
 )
 from iterdpo.run.sums import MANIFEST
 from iterdpo.types import RoundRecord
@@ -279,6 +280,18 @@ def test_a_byte_that_changed_in_a_finished_step_is_made_again_with_an_attic(tmp_
     check_step(step.path)
 
 
+def test_what_was_hashed_to_seal_a_step_is_not_read_again_to_check_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    sha256_file = sums.sha256_file
+    monkeypatch.setattr(sums, "sha256_file", lambda path: read.append(path.name) or sha256_file(path))
+    step = Step(tmp_path / "policy", {})
+    (step.begin() / "model.safetensors").write_text("weights")
+    check_step(step.path, step.finish())
+    assert read == ["model.safetensors"]
+
+
 def test_the_inputs_of_a_step_under_way_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     step = Step(tmp_path / "round-001" / "step", INPUTS)
     note = step.begin() / "STEP.json"
@@ -489,12 +502,20 @@ def test_a_write_is_on_disk_with_its_name_when_it_returns(tmp_path: Path, to_dis
     assert (rename, name) == (("rename", tmp_path / "round.json"), ("sync", tmp_path))
 
 
+def refuse(handle: IO[bytes]) -> None:
+    handle.write(b"{")
+    raise ValueError("no template")
+
+
 def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     write_json(path, {"a": 1})
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
+    with pytest.raises(ValueError, match="no template"):
+        write_with(path, refuse)
     assert read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_lines_come_back_whatever_separators_their_texts_hold(tmp_path: Path) -> None:

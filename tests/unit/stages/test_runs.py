@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from iterdpo.run.artifacts import PolicyCheckpoint
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import directory_digest, read_json, write_json
 from iterdpo.stages import runs as module
+from iterdpo.stages.judge import judge as judge_stage
 from iterdpo.stages.runs import IterativeRun, batches
+from iterdpo.stages.sample import sample
 from iterdpo.testing import CHATML, FakeSampler, build_tiny_checkpoint
-from iterdpo.types import RoundRecord
+from iterdpo.types import CompletionGroup, Judgment, RoundRecord
 from tests.unit.stages.harness import Lengths, Room
 
 
@@ -130,6 +134,44 @@ def test_closing_a_run_ends_a_judge_that_streams(room: Room) -> None:
         streaming.start()
     assert streaming.join() is not None
     assert room.judge.asked == []
+
+
+def test_a_round_that_begins_again_judges_no_completion_twice(room: Room) -> None:
+    """As after a Prefect server that was lost in the middle of a round."""
+    judging, go_on = threading.Event(), threading.Event()
+
+    class Slow(Lengths):
+        def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+            judging.set()
+            assert go_on.wait(30)
+            return super().judge(groups)
+
+    judge = room.judge = Slow(needs_device=False)
+    run = room.open(sampling={"shard_size": 2})
+    first = run.streaming_judge(1)
+    sample(run, 1, run.initial, run.prompts.of(1), first)
+    assert judging.wait(30)
+    threading.Timer(0.2, go_on.set).start()
+    again = run.streaming_judge(1)
+    completions = sample(run, 1, run.initial, run.prompts.of(1), again)
+    judge_stage(run, 1, completions, run.train_judge, again)
+    first.join()
+    asked = [group.prompt.id for groups in judge.asked for group in groups]
+    assert sorted(asked) == sorted(prompt.id for prompt in run.prompts.of(1))
+
+
+def test_what_changed_in_the_initial_policy_since_the_run_began_is_named(room: Room, tmp_path: Path) -> None:
+    model = build_tiny_checkpoint(tmp_path / "model")
+    run = room.open(model={"path": str(model)})
+    run.check(run.initial)
+    (model / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"model: notes\.txt: not as when this run began"):
+        run.check(run.initial)
+    (model / "notes.txt").unlink()
+    run.check(run.initial)
+    (model / "generation_config.json").unlink()
+    with pytest.raises(DataError, match=r"model: generation_config\.json: not as when this run began"):
+        run.check(run.initial)
 
 
 def test_a_run_of_another_format_is_refused(room: Room) -> None:
