@@ -19,7 +19,6 @@ from pydantic.fields import FieldInfo
 
 from iterdpo.config import LOSSES, AdapterConfig, Config, DPOConfig, JudgeConfig, OfflineConfig
 
-PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 HEADER = """\
@@ -42,15 +41,17 @@ There are two kinds of configuration: [`iterdpo run` and `iterdpo serve`](#iterd
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write docs/configuration.md from the models in iterdpo.config.")
-    parser.add_argument("path", nargs="?", type=Path, default=PAGE, help="another file than docs/configuration.md")
+def write_page(name: str, text: str) -> None:
+    """Command line of a script: write `text` to docs/`name`, or to a path; `--check` is status 1 if that is not there."""
+    parser = argparse.ArgumentParser(description=f"Write docs/{name}.")
+    page = Path(__file__).parents[1] / "docs" / name
+    parser.add_argument("path", nargs="?", type=Path, default=page, help=f"another file than docs/{name}")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 if it is out of date")
     arguments = parser.parse_args()
     if not arguments.check:
-        arguments.path.write_text(render(), encoding="utf-8")
-    elif not arguments.path.exists() or arguments.path.read_text(encoding="utf-8") != render():
-        sys.exit(f"{arguments.path}: out of date; run python tools/configuration_docs.py")
+        arguments.path.write_text(text, encoding="utf-8")
+    elif not arguments.path.exists() or arguments.path.read_text(encoding="utf-8") != text:
+        sys.exit(f"{arguments.path}: out of date; run python tools/{Path(sys.argv[0]).name}")
 
 
 def render() -> str:
@@ -163,4 +164,4 @@ def shown(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    write_page("configuration.md", render())

@@ -6,13 +6,9 @@ python tools/from_trl_docs.py --check    exit with status 1 if it is out of date
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
+from configuration_docs import write_page  # a script finds what lies beside it
 
 from iterdpo.from_trl import LOSSES, SECTIONS, Equivalent
-
-PAGE = Path(__file__).parents[1] / "docs" / "from-trl.md"
 
 HEADER = """\
 # Coming from TRL
@@ -69,20 +65,6 @@ running reward shift, and `bco_pair` the loss without it. TRL's `aot_pair` becam
 """
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Write docs/from-trl.md from the table in iterdpo.from_trl.")
-    parser.add_argument("path", nargs="?", type=Path, default=PAGE, help="another file than docs/from-trl.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 if it is out of date")
-    arguments = parser.parse_args()
-    if not arguments.check:
-        arguments.path.write_text(render(), encoding="utf-8")
-        return 0
-    if arguments.path.exists() and arguments.path.read_text(encoding="utf-8") == render():
-        return 0
-    print(f"{arguments.path}: out of date; run python tools/from_trl_docs.py", file=sys.stderr)
-    return 1
-
-
 def render() -> str:
     """The page."""
     links = "\n".join(f"- [{title}](#{anchor(title)})" for title in SECTIONS)
@@ -108,4 +90,4 @@ def anchor(title: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    write_page("from-trl.md", render())
