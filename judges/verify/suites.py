@@ -79,7 +79,7 @@ def _of_text(text: str, column: str, entry: str | None) -> Suite:
     """Each part of the text is a test of its own."""
     body = _parsed(text, column)
     steps = _steps(body, entry)
-    return Suite([[step] for step in steps], _names(body, entry), wants_entry=_wants_entry(steps))
+    return Suite([[step] for step in steps], _names(body), wants_entry=_wants_entry(steps))
 
 
 def _of_texts(texts: list[str], column: str, entry: str | None) -> Suite:
@@ -87,7 +87,7 @@ def _of_texts(texts: list[str], column: str, entry: str | None) -> Suite:
     bodies = [_parsed(text, column) for text in texts]
     tests = [_steps(body, entry) for body in bodies]
     whole = [statement for body in bodies for statement in body]
-    return Suite(tests, _names(whole, entry), wants_entry=any(map(_wants_entry, tests)))
+    return Suite(tests, _names(whole), wants_entry=any(map(_wants_entry, tests)))
 
 
 def _of_apps(gold: dict[str, Any], inputs: list[Any], outputs: list[Any]) -> Suite:
@@ -165,10 +165,10 @@ def _loads(tree: ast.AST) -> set[str]:
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
 
 
-def _names(body: list[ast.stmt], entry: str | None) -> dict[str, str]:
+def _names(body: list[ast.stmt]) -> dict[str, str]:
     """The names that the tests use and do not bind.
 
-    A name of a builtin or of `LIBRARY` is the program's if it is the entry point, or the only name that the tests call.
+    A name of a builtin or of `LIBRARY` is the program's only if the tests call nothing else.
     """
     nodes = [node for statement in body for node in ast.walk(statement)]
     bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
@@ -182,13 +182,27 @@ def _names(body: list[ast.stmt], entry: str | None) -> dict[str, str]:
     modules = {name: name for name in loads - called if name in sys.stdlib_module_names or name == "pytest"}
     known = BUILTINS | LIBRARY.keys()
     own = {name for name in loads - known - modules.keys() if not COMPARATORS.fullmatch(name)}
-    asks = any(isinstance(node, ast.ImportFrom) and node.module == "solution" for node in imports)
-    if entry in loads & known:
-        own.add(str(entry))
-    elif not own and not asks and len(called & known) == 1:
+    if not own and len(called & known) == 1 and not _reaches_more(nodes, called & known):
         own |= called & known
     library = {name: LIBRARY[name] for name in loads & LIBRARY.keys() - own}
     return {**dict.fromkeys(sorted(own), ""), **modules, **library}
+
+
+def _reaches_more(nodes: list[ast.AST], names: set[str]) -> bool:
+    """Whether tests may call something of the program that is not in `names`: an argument, a variable, an attribute."""
+    names = names | {node.name for node in nodes if isinstance(node, _Defines)}
+    for node in nodes:
+        match node:
+            case ast.Import(names=[*aliases]) if any(alias.name == "solution" for alias in aliases):
+                return True
+            case ast.ImportFrom(module="solution"):
+                return True
+            case ast.Call(func=ast.Name(id=name)) if name not in names:
+                return True
+            case ast.Call(func=ast.Attribute() as function):
+                if not re.match(r"self\.(assert|fail|subTest)|(pytest|unittest)\.", ast.unparse(function)):
+                    return True
+    return False
 
 
 def entry_point(program: str, prompt: str, given: str | None) -> str | None:

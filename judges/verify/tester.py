@@ -18,14 +18,9 @@ from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 from judges.verify import pytest_subset
-from judges.verify.wire import Peer
+from judges.verify.wire import VERDICTS, Peer
 
 Step = list[Any]
-VERDICTS = {  # methods that are told what is expected
-    "count", "index", "find", "rfind", "rindex", "startswith", "endswith", "issubset", "issuperset", "isdisjoint",
-    "difference", "symmetric_difference", "intersection", "equals", "__contains__", "__eq__", "__ne__", "__lt__",
-    "__le__", "__gt__", "__ge__", "__sub__", "__rsub__", "__truediv__", "__floordiv__", "__mod__", "__xor__", "__and__",
-}  # fmt: skip
 FILES = {"read", "readline", "readlines", "write", "writelines", "getvalue", "seek", "tell", "flush", "close"}
 
 
@@ -61,6 +56,7 @@ class Tester:
         value = self.ask("global", name)
         if type(value) is Ref and value._ref_is_class and name[:1].isupper():
             self.made_by.add(value._ref_number)
+            return Ref(self, value._ref_number, value._ref_lineage, True, made=True)
         return value
 
     def own(self, *values: Any) -> bool:
@@ -133,7 +129,7 @@ class Tester:
         if _text(made) != text:
             made = _raised(type(kind.__name__, (kind,), {"__str__": lambda self: str(text)}), values)
         for name, value in attributes.items():
-            if name.isidentifier() and not name.startswith("_") and not hasattr(made, name):
+            if name.isidentifier() and not name.startswith("_") and not hasattr(made, name) and name not in VERDICTS:
                 setattr(made, name, self.peer.decode(value))
         return made
 
@@ -180,7 +176,7 @@ class Tester:
 class Ref:
     """An object of the program: `Ref(tester, 4, {4, 5}, is_class=True)`, the class with number 4, derived from 5.
 
-    `made`: the tests made it, by a call of its class.
+    `made`: the tests made it, by a call of its class, or it is a class that they call by its name.
     """
 
     __slots__ = ("_ref_is_class", "_ref_lineage", "_ref_made", "_ref_number", "_ref_tester")
@@ -212,7 +208,7 @@ class Ref:
         return result
 
     def __getattr__(self, name: str) -> Any:
-        if name in VERDICTS and not self._ref_made and self._ref_number not in self._ref_tester.made_by:
+        if name in VERDICTS and not self._ref_made:
             raise AttributeError(f"{name!r} is not asked of an object that the program made")
         return self._ref_tester.ask("getattr", self, name)
 

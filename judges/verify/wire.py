@@ -34,6 +34,11 @@ TYPES = {
     kind.__name__: kind for kind in (int, float, complex, bool, str, bytes, *CONTAINERS.values(), dict, type(None))
 }
 SMALL = 1 << 53
+VERDICTS = {  # methods that are told what is expected
+    "count", "index", "find", "rfind", "rindex", "startswith", "endswith", "issubset", "issuperset", "isdisjoint",
+    "union", "replace", "difference", "symmetric_difference", "intersection", "equals", "__contains__", "__eq__", "__ne__", "__lt__",
+    "__le__", "__gt__", "__ge__", "__sub__", "__rsub__", "__truediv__", "__floordiv__", "__mod__", "__xor__", "__and__",
+}  # fmt: skip
 
 
 class Peer:
@@ -161,7 +166,10 @@ class Peer:
             case ["type", str(name)]:
                 return TYPES[name]
             case ["namedtuple", str(name), list(fields), list(items)]:
-                return _named_tuple(name, tuple(fields))(*map(self.decode, items))
+                values = list(map(self.decode, items))
+                if any(field in VERDICTS and callable(item) for field, item in zip(fields, values, strict=True)):
+                    raise ValueError("a field that stands in for a method")
+                return _named_tuple(name, tuple(fields))(*values)
             case ["library", str(name), ["tuple", list(arguments)]] if name in LIBRARY:
                 module, _, attribute = name.partition(".")
                 made = getattr(importlib.import_module(module), attribute)
