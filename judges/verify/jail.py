@@ -42,6 +42,7 @@ READABLE = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 FILE_BYTES = 64 << 20  # the largest file; with namespaces, all files together
 FILES = 10_000
+SCRATCH = "scratch"  # the program's folder, in the root that is made for it
 LOOK_SECONDS = 0.05  # between looks at the memory, files and processes of the whole sandbox
 
 # <linux/sched.h>, <linux/mount.h>, <linux/prctl.h>, <linux/capability.h>
@@ -54,7 +55,6 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SE
 CAPABILITY_VERSION_3, SECCOMP_MODE_FILTER, EPERM, ENOSYS = 0x20080522, 2, 1, 38
 
 libc = ctypes.CDLL(None, use_errno=True)
-PROC = os.open("/proc", os.O_RDONLY)  # before there is a new root, which has none
 
 
 def main() -> None:
@@ -78,6 +78,7 @@ def _enter(request: dict[str, Any], status: int, ends: list[int]) -> None:
     """Returns in the confined program's process alone; the launcher and init watch, and end in here."""
     mode = request["mode"]
     request["user"] = os.getpid()  # before there is a PID namespace
+    request["proc"] = os.open("/proc", os.O_RDONLY)  # before there is a new root, which has none
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # if memory runs out, this goes first
     if mode == "namespaces":
@@ -137,8 +138,8 @@ def _exec_bubblewrap(request: dict[str, Any], status: int, ends: list[int]) -> N
             root += ["--ro-bind", path, path]
     for path in DEVICES:
         root += ["--dev-bind-try", path, path]
-    root += ["--symlink", "/scratch", "/dev/shm", "--ro-bind", os.path.abspath(__file__), "/jail.py"]
-    root += ["--perms", "0777", "--size", str(FILE_BYTES), "--tmpfs", "/scratch", "--remount-ro", "/"]
+    root += ["--symlink", f"/{SCRATCH}", "/dev/shm", "--ro-bind", os.path.abspath(__file__), "/jail.py"]
+    root += ["--perms", "0777", "--size", str(FILE_BYTES), "--tmpfs", f"/{SCRATCH}", "--remount-ro", "/"]
     inner = [sys.executable, "-s", "-P", "-S", "-X", "utf8", "/jail.py", "inside", *map(str, (status, message, *ends))]
     command = [
         request["bubblewrap"],
@@ -173,12 +174,12 @@ def _watch(child: int, request: dict[str, Any], status: int) -> int:
 
 def _excess(child: int, request: dict[str, Any]) -> str | None:
     """Which limit `child`, the processes below it, and their files exceed together, if they do."""
-    tree, used = [child], 0
+    tree, used, proc = [child], 0, request["proc"]
     for pid in tree:  # which grows meanwhile
         with contextlib.suppress(OSError):  # it has ended
-            used += int(_proc(f"{pid}/statm").split()[1]) * resource.getpagesize()
-            for task in os.listdir(folder := os.open(f"{pid}/task", os.O_RDONLY, dir_fd=PROC)):
-                tree += map(int, _proc(f"{pid}/task/{task}/children").split())
+            used += int(_contents(f"{pid}/statm", proc).split()[1]) * resource.getpagesize()
+            for task in os.listdir(folder := os.open(f"{pid}/task", os.O_RDONLY, dir_fd=proc)):
+                tree += map(int, _contents(f"{pid}/task/{task}/children", proc).split())
             os.close(folder)
     if len(tree) > request["processes"] + 3:  # bubblewrap, and init
         return f"more than {request['processes']} processes"
@@ -187,7 +188,7 @@ def _excess(child: int, request: dict[str, Any]) -> str | None:
     else:
         files = count = 0
         with contextlib.suppress(OSError):
-            folder = os.open(f"{tree[-1]}/root/scratch", os.O_RDONLY, dir_fd=PROC)
+            folder = os.open(f"{tree[-1]}/root/{SCRATCH}", os.O_RDONLY, dir_fd=proc)
             scratch = os.fstatvfs(folder)
             os.close(folder)
             files, count = (scratch.f_blocks - scratch.f_bfree) * scratch.f_frsize, scratch.f_files - scratch.f_ffree
@@ -198,8 +199,8 @@ def _excess(child: int, request: dict[str, Any]) -> str | None:
     return None
 
 
-def _proc(path: str) -> str:
-    with open(os.open(path, os.O_RDONLY, dir_fd=PROC)) as file:
+def _contents(path: str, folder: int) -> str:
+    with open(os.open(path, os.O_RDONLY, dir_fd=folder)) as file:
         return file.read()
 
 
@@ -219,7 +220,7 @@ def _size_of(scratch: str, pid: int) -> tuple[int, int]:
         count = FILES + 1
     if any(not isinstance(error, FileNotFoundError) for error in unseen):  # closed to this process
         count = FILES + 1
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # it has ended, or is not to be looked at: the launcher must go on
         for name in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
                 found = os.stat(f"/proc/{pid}/fd/{name}")
@@ -269,14 +270,14 @@ def _build_root(readable: list[str]) -> None:
     os.chdir("/")
     for path in (*READABLE, *DEVICES, *readable):
         _show(path)
-    os.symlink("/scratch", "/dev/shm")  # for multiprocessing's semaphores
-    os.mkdir("/scratch")
+    os.symlink(f"/{SCRATCH}", "/dev/shm")  # for multiprocessing's semaphores
+    os.mkdir(f"/{SCRATCH}")
     _call("umount2", libc.umount2(b"/old", MNT_DETACH))
     os.rmdir("/old")
     # Recursively, and whatever flags of the originals are locked: that is beyond mount(2).
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
     _syscall("mount_setattr", AT_FDCWD, b"/", AT_RECURSIVE, attributes, ctypes.sizeof(attributes))
-    _mount("tmpfs", "/scratch", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=777,size={FILE_BYTES},nr_inodes={FILES}")
+    _mount("tmpfs", f"/{SCRATCH}", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=777,size={FILE_BYTES},nr_inodes={FILES}")
 
 
 def _show(path: str) -> None:
@@ -312,7 +313,7 @@ def _confine(request: dict[str, Any], status: int, ends: list[int]) -> None:
     `ends` become the descriptors from REPORT on.
     """
     os.setsid()
-    scratch = request["scratch"] or "/scratch"
+    scratch = request["scratch"] or f"/{SCRATCH}"
     os.chdir(scratch)
     os.environ.clear()
     os.environ.update({"HOME": scratch, "TMPDIR": scratch, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"})
@@ -392,6 +393,8 @@ ALONE: dict[str, Call] = {  # ways to other processes, to a network, and to what
     "process_madvise": (440, 440),
 }  # fmt: skip
 KILL, TGKILL, PRLIMIT, CLONE, CLONE3 = (62, 129), (234, 131), (302, 261), (56, 220), (435, 435)
+PRCTL, FCNTL, IOCTL, SOCKETPAIR = (157, 167), (72, 25), (16, 29), (53, 199)
+F_SETOWN, F_SETSIG, F_SETOWN_EX, FIOSETOWN, SIOCSPGRP = 8, 10, 15, 0x8901, 0x8902
 
 
 def _filter_calls(*, alone: bool) -> None:
@@ -402,7 +405,11 @@ def _filter_calls(*, alone: bool) -> None:
             raise OSError(f"no system call filter for {os.uname().machine}")
         return  # the namespaces stand without it
     deny, allow = (0x06, 0, 0, 0x50000 | EPERM), (0x06, 0, 0, 0x7FFF0000)
-    load_number, load_argument = (0x20, 0, 0, 0), (0x20, 0, 0, 16)  # struct seccomp_data; the argument's low half
+    load_number, load_argument, load_second = (
+        (0x20, 0, 0, 0),
+        (0x20, 0, 0, 16),
+        (0x20, 0, 0, 24),
+    )  # seccomp_data, low halves
     JEQ, JGT, JGE, JSET = 0x15, 0x25, 0x35, 0x45
 
     def between(call: tuple[int, int], low: int, high: int) -> list[tuple[int, int, int, int]]:
@@ -412,6 +419,12 @@ def _filter_calls(*, alone: bool) -> None:
     def flags(call: tuple[int, int], mask: int, *, wanted: bool) -> list[tuple[int, int, int, int]]:
         return [(JEQ, 0, 4, call[column]), load_argument, (JSET, *((0, 1) if wanted else (1, 0)), mask), allow, deny]
 
+    def none_of(
+        call: tuple[int, int], load: tuple[int, int, int, int], *values: int
+    ) -> list[tuple[int, int, int, int]]:
+        tests = [line for value in values for line in ((JEQ, 0, 1, value), deny)]
+        return [(JEQ, 0, len(tests) + 2, call[column]), load, *tests, allow]
+
     program = [(0x20, 0, 0, 4), (JEQ, 1, 0, (0xC000003E, 0xC00000B7)[column]), deny, load_number]
     if column == 0:
         program += [(JGE, 0, 1, 0x4000_0000), deny]  # the x32 calls
@@ -419,8 +432,20 @@ def _filter_calls(*, alone: bool) -> None:
         if (number := numbers[column]) is not None:
             program += [(JEQ, 0, 1, number), deny]
     program += [(JEQ, 0, 1, CLONE3[column]), (0x06, 0, 0, 0x50000 | ENOSYS)]  # its flags cannot be read; C falls back
+    # It stays visible to the launcher, and ends with it.
+    program += none_of(PRCTL, load_argument, PR_SET_PDEATHSIG, PR_SET_DUMPABLE)
     if alone:
         me = os.getpid()
+        # A file's owner gets a signal, any that is chosen; a datagram's sender chooses who gets it.
+        program += none_of(FCNTL, load_second, F_SETOWN, F_SETSIG, F_SETOWN_EX)
+        program += none_of(IOCTL, load_second, FIOSETOWN, SIOCSPGRP)
+        program += [
+            (JEQ, 0, 4, SOCKETPAIR[column]),
+            load_second,
+            (JSET, 0, 1, 0b10),
+            deny,
+            allow,
+        ]  # SOCK_DGRAM, SOCK_RAW
         program += [*between(KILL, me, me), *between(TGKILL, me, me), *between(PRLIMIT, 0, 0)]
         program += flags(CLONE, CLONE_THREAD, wanted=True)
     else:

@@ -336,8 +336,32 @@ class TestNetwork:
                     with pytest.raises(TimeoutError):
                         server.recv(1) if server is udp else server.accept()
 
+    @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK])
+    def test_no_datagram_leaves_from_one_of_a_pair_of_sockets(self, kind: int, mode: Mode, tmp_path: Path) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+            server.bind(str(tmp_path / "socket"))
+            (tmp_path / "socket").chmod(0o777)
+            server.setblocking(False)
+            pair = f"import socket\nsocket.socketpair(socket.AF_UNIX, {kind:d})[0]"
+            assert not run(f"{pair}.sendto(b'x', {str(tmp_path / 'socket')!r})", mode).ok
+            with pytest.raises(BlockingIOError):
+                server.recv(1)
+
 
 class TestKernel:
+    def test_a_program_stays_visible_and_ends_with_its_launcher(self, mode: Mode) -> None:
+        code = "import ctypes\nprctl = ctypes.CDLL(None).prctl\nprint(prctl(1, 0), prctl(4, 0), prctl(15, b'name'))"
+        assert run(code, mode).stdout == "-1 -1 0\n"
+
+    @pytest.mark.parametrize(
+        "call", ["fcntl.fcntl(0, 8, 1)", "fcntl.fcntl(0, 10, 9)", "fcntl.ioctl(s, 0x8901, b'1234')"]
+    )
+    def test_no_file_signals_a_process_of_its_choice(self, call: str) -> None:
+        if "landlock" not in modes():
+            pytest.skip("no Landlock here")
+        code = f"import fcntl, socket\ns, other = socket.socketpair()\n{call}"
+        assert "PermissionError" in run(code, "landlock").stderr
+
     def test_no_namespace_mount_or_trace_within(self, mode: Mode) -> None:
         code = """
             import ctypes, os
@@ -346,6 +370,13 @@ class TestKernel:
                   libc.syscall(425, 1, 0), libc.syscall(321, 0, 0, 0))
         """
         assert run(code, mode).stdout.split() == ["-1"] * 5
+
+
+def test_bubblewrap_is_used_if_it_works() -> None:
+    bwrap = ["bwrap", "--unshare-pid", "--unshare-net", "--ro-bind", "/", "/", "/bin/true"]
+    if not shutil.which("bwrap") or subprocess.run(bwrap, capture_output=True).returncode:
+        pytest.skip("no bubblewrap here")
+    assert sandbox_mode()[0] == "bubblewrap"
 
 
 class TestRefusal:
@@ -390,10 +421,12 @@ class TestRefusal:
             import contextlib, sys; sys.path.insert(0, sys.argv[1])
             from judges.verify import sandbox
             fork = "import os\\nwhile True: os.fork()"
+            hidden = "import ctypes\\nwhile True: ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)"
             for mode in sandbox.MODES:
                 with contextlib.suppress(sandbox.SandboxError):
                     print(mode, sandbox._run("print(6 * 7)", mode, "", 5, 512, 1000, 4).stdout.strip())
                     print(sandbox._run(fork, mode, "", 1, 512, 1000, 4).ok)
+                    print(sandbox._run(hidden, mode, "", 1, 512, 1000, 4).reason)
                     print(sandbox._run("import os; os.kill(os.getppid(), 9)", mode, "", 1, 512, 1000, 4).exit)
         """
         # Outside the repository's virtual environment, which this user may not be able to reach.
@@ -413,7 +446,7 @@ class TestRefusal:
             done = subprocess.run(command, stdout=-1, text=True, timeout=60, check=True, env=environment)
         finally:
             shutil.rmtree(copy)
-        assert done.stdout.split() == [word for mode in modes() for word in (mode, "42", "False", "1")]
+        assert done.stdout.split() == [word for mode in modes() for word in (mode, "42", "False", "timed", "out", "1")]
 
 
 def test_threads_of_the_caller_may_end_without_harm(mode: Mode) -> None:
