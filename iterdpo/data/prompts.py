@@ -1,7 +1,7 @@
 """Which prompts a round sees, and which are held out, of files with millions of them.
 
 Every choice orders prompts by a hash of (seed, purpose, prompt id): nothing depends on the order of the file. The texts
-stay on disk, one line `[id, content, columns]` of canonical JSON a prompt; in memory are about 40 bytes of each.
+stay on disk, one line `[id, content, columns]` of canonical JSON a prompt; in memory are 16 to 36 bytes of each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +35,12 @@ from iterdpo.types import Content, Prompt, content_from_json, content_to_json
 
 CHUNK = 1024  # lines that are read at a time
 LINES, INDEX, NAMES = "prompts.jsonl", "index.npz", "columns.json"
-ARRAYS = ("ends", "ids", "contents", "columns")
+ARRAYS = {
+    "ends": "q",  # [M] int64: where each line ends, in bytes
+    "ids": "Q",  # [M] uint64: a hash of its id
+    "contents": "Q",  # [M] uint64: a hash of its content
+    "columns": "I",  # [M] uint32: which of the index's names it has
+}
 Array = NDArray[Any]
 Parts = tuple[str | None, Content, dict[str, Any]]  # id (None: a hash of the content), content, columns
 
@@ -76,7 +81,7 @@ class PromptFile:
     def columns(self) -> set[str]:
         """The names of the columns that any of the prompts has."""
         index = self._lines.index
-        return {name for kind in np.unique(index.columns[self._rows]) for name in index.names[kind]}
+        return {name for kind in np.unique(index["columns"][self._rows]) for name in index.names[kind]}
 
     def digest(self) -> str:
         """What identifies the prompts: a hash of ids, contents and columns, in order; `digest([[id, …], …])`."""
@@ -98,7 +103,7 @@ class PromptFile:
     @property
     def contents(self) -> Array:
         """A hash of each prompt's content, [N] uint64."""
-        return self._lines.index.contents[self._rows]
+        return self._lines.index["contents"][self._rows]
 
     def seeds(self, seed: int, *purpose: int | str) -> Array:
         """`derive_seed(seed, *purpose, id)` of each prompt, [N] uint32."""
@@ -351,7 +356,7 @@ def _occurrences(values: Array, among: Array) -> Array:
 
 def _first(prompts: PromptFile, number: int, seed: int, purpose: str) -> PromptFile:
     """The first `number` prompts in the order of (seed derived from the id, id)."""
-    seeds = prompts.seeds(seed, purpose)
+    seeds = derive_seeds(seed, purpose, items=map(_id, prompts._lines.read(prompts._rows)))
     last = np.sort(seeds)[:number][-1:]  # several may have this seed
     (at,) = np.nonzero(seeds <= last) if len(last) else (np.zeros(0, np.int64),)
     at = at[np.argsort(seeds[at], kind="stable")]
@@ -398,13 +403,16 @@ def _located_parts(path: str, split: str, column: str, id_column: str | None) ->
 
 @dataclass(frozen=True)
 class _Index:
-    """What finds, compares and orders M lines without reading them again."""
+    """What finds, compares and orders M lines without reading them again: arrays of `ARRAYS`, by name.
+
+    Those of an index on disk are read at each use, which is rare: of a million lines they take 30 MB.
+    """
 
     names: list[list[str]]  # the sets of columns that occur
-    ends: Array  # [M] int64, in bytes
-    ids: Array  # [M] uint64, hashes
-    contents: Array  # [M] uint64, hashes
-    columns: Array  # [M] uint32, which of `names` a line has
+    arrays: Mapping[str, Array]
+
+    def __getitem__(self, name: str) -> Array:
+        return self.arrays[name]
 
 
 class _Lines:
@@ -414,8 +422,9 @@ class _Lines:
         """`source`: an open file, which lives as long as this does, or a path, which is opened to be read."""
         self._source = source
         self._seeds: dict[tuple[int | str, ...], Array] = {}
+        self._index = index
         if index is not None:
-            self.index, self.ids, self.ends = index, index.ids, index.ends
+            self.ends = index["ends"]
         else:
             assert isinstance(source, Path)
             self.ends = _line_ends(source)
@@ -455,19 +464,28 @@ class _Lines:
             self._seeds[seed, *purpose] = derive_seeds(seed, *purpose, items=map(_id, self.read()))
         return self._seeds[seed, *purpose]
 
-    @cached_property
+    @property
     def ids(self) -> Array:
-        return np.fromiter((_hash(_id(line)) for line in self.read()), np.uint64, len(self))
+        """A hash of each line's id, [M] uint64."""
+        return self._ids if self._index is None else self._index["ids"]
 
     @cached_property
+    def _ids(self) -> Array:
+        return np.fromiter((_hash(_id(line)) for line in self.read()), np.uint64, len(self))
+
+    @property
     def index(self) -> _Index:
-        return _write((_parts(_prompt(line)) for line in self.read()), open(os.devnull, "wb")).index
+        if self._index is None:
+            with open(os.devnull, "wb") as nothing:
+                self._index = _write((_parts(_prompt(line)) for line in self.read()), nothing).index
+        return self._index
 
 
 def _write(prompts: Iterable[Parts], handle: IO[bytes] | None) -> _Lines:
     """Write a line for each prompt, to a temporary file without a name if no other is given."""
     handle = handle or tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as the prompts
-    ends, ids, contents, columns = array("q"), array("Q"), array("Q"), array("I")
+    arrays = {name: array(code) for name, code in ARRAYS.items()}
+    ends, ids, contents, columns = arrays.values()
     names: dict[tuple[str, ...], int] = {}
     end = 0
     for prompt_id, value, others in prompts:
@@ -481,8 +499,8 @@ def _write(prompts: Iterable[Parts], handle: IO[bytes] | None) -> _Lines:
         contents.append(int.from_bytes(sha256.digest()[:8], "little"))
         columns.append(names.setdefault(tuple(others), len(names)))
     handle.flush()
-    arrays = (np.frombuffer(a, a.typecode) if a else np.zeros(0, a.typecode) for a in (ends, ids, contents, columns))
-    return _Lines(handle, _Index(list(map(list, names)), *arrays))
+    made = {name: np.frombuffer(a, a.typecode) if a else np.zeros(0, a.typecode) for name, a in arrays.items()}
+    return _Lines(handle, _Index(list(map(list, names)), made))
 
 
 def _kept(prompts: Iterable[Parts], cache: Path, name: str, stamp: str) -> _Lines:
@@ -495,7 +513,7 @@ def _kept(prompts: Iterable[Parts], cache: Path, name: str, stamp: str) -> _Line
         try:
             with open(fresh / LINES, "wb") as handle:
                 index = _write(prompts, handle).index
-            np.savez(fresh / INDEX, **{field: getattr(index, field) for field in ARRAYS})
+            np.savez(fresh / INDEX, **index.arrays)  # type: ignore[arg-type]
             write_json(fresh / NAMES, index.names)
             note_all(fresh)
             sync_tree(fresh)
@@ -505,9 +523,8 @@ def _kept(prompts: Iterable[Parts], cache: Path, name: str, stamp: str) -> _Line
                 os.replace(fresh, place)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-    with np.load(place / INDEX) as arrays:
-        index = _Index(read_json(place / NAMES), *(arrays[field] for field in ARRAYS))
-    return _Lines(open(place / LINES, "rb"), index)  # read for as long as the prompts are
+    index = _Index(read_json(place / NAMES), np.load(place / INDEX))
+    return _Lines(open(place / LINES, "rb"), index)  # both are read for as long as the prompts are
 
 
 def _line_ends(path: Path) -> Array:

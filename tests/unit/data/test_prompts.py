@@ -440,12 +440,20 @@ def test_what_was_kept_and_what_was_not_is_said(tmp_path: Path) -> None:
     assert prompt_set(3).summary() == "kept 3 of 3 prompts to train on"
 
 
-def test_the_index_takes_at_most_40_bytes_a_prompt() -> None:
-    prompts = prompt_set(1000)
+@pytest.mark.parametrize(("kept", "most"), [(False, 36), (True, 16)])
+def test_in_memory_are_few_bytes_of_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool, most: int
+) -> None:
+    monkeypatch.setattr("iterdpo.data.rows.LARGE", 0)
+    path = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Tale {i}"} for i in range(1000)])
+    config = PromptsConfig(path=path, per_round=10, heldout=100)
+    prompts = split_prompts(config, seed=0, cache=tmp_path / "cache" if kept else None)
     next_prompts(prompts, [], round=1, per_round=10, seed=0, reuse=False)
-    index = prompts.train._lines.index
-    arrays = [index.ends, index.ids, index.contents, index.columns, prompts.train._rows]
-    assert sum(a.nbytes for a in [*arrays, *prompts.train._lines._seeds.values()]) <= 40 * 1000
+    lines = prompts.train._lines
+    arrays = [lines.ends, *lines._seeds.values(), prompts.train._rows]
+    held = [] if kept else [lines.index[name] for name in ("ids", "contents", "columns")]
+    assert sum(array.nbytes for array in [*arrays, *held]) <= most * 1000
+    assert isinstance(lines.index.arrays, dict) is not kept
 
 
 class Run:
