@@ -6,8 +6,10 @@ before it in its own branch. Everything but attention works on single tokens, so
 It is registered with transformers as the attention implementation `TREE`. No library has it: torch's own kernels take a
 CPU two to three times as long on these masks.
 
-On a CPU it is dense attention over a few padded blocks, with its own backward pass. On a GPU it is FlexAttention, which
-skips what the mask rules out.
+On a CPU it is dense attention over a few padded blocks, with its own backward pass (`_Blocked`). On a GPU it is two calls
+of FlashAttention, which torch has for sequences of any lengths and compiles for none of them (`_Joined`). What these
+calls cannot do (float32, a soft cap, a sliding window shorter than a tree) is FlexAttention on a GPU; its kernels are
+compiled, once for all lengths.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache, cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor
 
 TREE = "iterdpo_tree"
 PAD_MULTIPLE = 16
+FEW_TOKENS = 1024  # up to which dense blocks cost a GPU less than compiling FlexAttention
 
 _layout: TreeLayout | None = None
 windows: list[int | None] = []  # the sliding window of each layer that has run with this layout, in order
@@ -74,10 +78,14 @@ def tree_attention(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if device == "cuda":
-        return _flex(query, key, value, layout, scale, sliding_window, softcap).transpose(1, 2), None
+    window = None if sliding_window is not None and sliding_window >= layout.reach else sliding_window
+    if device == "cuda" and _flash_can(query, value, window, softcap):
+        output = _Joined.apply(*(t[0].transpose(0, 1) for t in (query, key, value)), layout, scale)
+        return output.unsqueeze(0), None
+    if device == "cuda" and query.shape[2] > FEW_TOKENS:
+        return _flex(query, key, value, layout, scale, window, softcap).transpose(1, 2), None
     q, k, v = (t[0].transpose(0, 1) for t in (query * scale, key, value))
-    output = _Blocked.apply(q, k, v, layout, sliding_window, softcap)
+    output = _Blocked.apply(q, k, v, layout, window, softcap)
     return output.view(1, -1, query.shape[1], value.shape[-1]), None
 
 
@@ -90,16 +98,72 @@ class Block:
     mask: Tensor  # [b, Q, C], True if the query sees the key
 
 
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Tokens as sequences that follow each other, as FlashAttention is told of them."""
+
+    ends: Tensor  # [S + 1] int32: 0, and where each sequence ends
+    longest: int
+
+    @staticmethod
+    def of(lengths: Sequence[int], device: torch.device) -> Sequences:
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return Sequences(ends.to(device, non_blocking=True), max(lengths))
+
+
 @dataclass(frozen=True)
 class TreeLayout:
-    """The tree, branch and position of each token of a row, and the blocks to compute in. The last token is padding."""
+    """The tree, branch and position of each token of a row; what each way of computing needs is made when it is asked.
 
+    The last token is padding.
+    """
+
+    trees: tuple[tuple[int, tuple[int, ...]], ...]  # a prompt's length, and its branches'
     tree: Tensor  # [N], number of the token's tree; -1 for padding
     branch: Tensor  # [N], number of its branch in the whole row, from 1; 0 for a prompt; -1 for padding
     position: Tensor  # [N], its position in prompt and branch
-    blocks: tuple[Block, ...]
-    query_slot: Tensor  # [N], the token's position in the concatenated block queries; out of range for padding
-    key_slots: Tensor  # [N, J], its positions in the concatenated block keys, padded with an out-of-range index
+
+    @cached_property
+    def reach(self) -> int:
+        """Tokens of the longest prompt with one of its branches."""
+        return max(prompt + max(lengths, default=0) for prompt, lengths in self.trees)
+
+    @cached_property
+    def own(self) -> Sequences:
+        """All of the row: each prompt, each branch and the padding is a sequence of its own."""
+        lengths = [length for prompt, branches in self.trees for length in (prompt, *branches)]
+        return Sequences.of([*lengths, len(self.tree) - sum(lengths)], self.tree.device)
+
+    @cached_property
+    def prompts(self) -> tuple[Tensor, Sequences]:
+        """[P], the tokens of prompts; a sequence is a tree's."""
+        return self._tokens(branches=False), Sequences.of([prompt for prompt, _ in self.trees], self.tree.device)
+
+    @cached_property
+    def branches(self) -> tuple[Tensor, Sequences]:
+        """[M], the tokens of branches; a sequence is a tree's."""
+        return self._tokens(branches=True), Sequences.of([sum(own) for _, own in self.trees], self.tree.device)
+
+    def _tokens(self, *, branches: bool) -> Tensor:
+        """Made on the CPU: to select them on the device would wait for it."""
+        kinds = [kind for prompt, own in self.trees for kind in [False] * prompt + [True] * sum(own)]
+        return (torch.tensor(kinds) == branches).nonzero().flatten().to(self.tree.device, non_blocking=True)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The prompts, and the branches with their prompts, for dense attention."""
+        found: tuple[Block, ...] = moved(_blocks(self.trees, len(self.tree)), self.tree.device)
+        return found
+
+    @cached_property
+    def query_slot(self) -> Tensor:
+        """[N], the token's position in the concatenated block queries; out of range for padding."""
+        return _slots([block.queries for block in self.blocks], len(self.tree)).squeeze(1).to(self.tree.device)
+
+    @cached_property
+    def key_slots(self) -> Tensor:
+        """[N, J], its positions in the concatenated block keys, padded with an out-of-range index."""
+        return _slots([block.keys for block in self.blocks], len(self.tree)).to(self.tree.device)
 
     @cached_property
     def mask_cache(self) -> dict[Any, Any]:
@@ -118,42 +182,47 @@ def moved(value: Any, device: torch.device | str) -> Any:
 
 def tree_layout(trees: Sequence[tuple[int, Sequence[int]]], width: int) -> TreeLayout:
     """The layout of trees, each a prompt's length and its branches' lengths, in a row of `width` tokens."""
-    pad = width - 1
     tree: list[int] = []
     branch: list[int] = []
     position: list[int] = []
-    prompts, branches = [], []  # token indices
+    branches = 0
     for number, (prompt, lengths) in enumerate(trees):
-        start = len(tree)
-        prompts.append(range(start, start + prompt))
         tree += [number] * (prompt + sum(lengths))
         branch += [0] * prompt
         position += range(prompt)
         for length in lengths:
-            branches.append((prompts[-1], range(len(position), len(position) + length)))
-            branch += [len(branches)] * length
+            branches += 1
+            branch += [branches] * length
             position += range(prompt, prompt + length)
-    assert len(tree) <= pad, "no room for the padding"
+    fill = width - len(tree)
+    assert fill > 0, "no room for the padding"
+    return TreeLayout(
+        tuple((prompt, tuple(lengths)) for prompt, lengths in trees),
+        torch.tensor(tree + [-1] * fill),
+        torch.tensor(branch + [-1] * fill),
+        torch.tensor(position + [0] * fill),
+    )
 
+
+def _blocks(trees: Sequence[tuple[int, Sequence[int]]], width: int) -> tuple[Block, ...]:
+    pad, end = width - 1, 0
+    prompts, branches = [], []  # token indices
+    for prompt, lengths in trees:
+        prompts.append(range(end, end + prompt))
+        end += prompt
+        for length in lengths:
+            branches.append((prompts[-1], range(end, end + length)))
+            end += length
     p, c = _rounded(max(map(len, prompts))), _rounded(max(len(own) for _, own in branches))
-    prompt, own = _padded(prompts, p, pad), _padded([own for _, own in branches], c, pad)
-    prompt_of_branch = _padded([prompt for prompt, _ in branches], p, pad)
+    prompt_of_branch = _padded([tokens for tokens, _ in branches], p, pad)
+    queries, own = _padded(prompts, p, pad), _padded([tokens for _, tokens in branches], c, pad)
     causal = [torch.ones(n, n, dtype=torch.bool).tril() for n in (p, c)]
     # Keys after those that a query sees are padding. Padding itself sees something, so that nothing becomes NaN.
     sees_prompt = (prompt_of_branch != pad).unsqueeze(1).expand(-1, c, -1)
     sees_own = causal[1].expand(len(branches), c, c)
-    blocks = (
-        Block(prompt, prompt, causal[0].expand(len(prompts), p, p)),
+    return (
+        Block(queries, queries, causal[0].expand(len(prompts), p, p)),
         Block(own, torch.cat((prompt_of_branch, own), dim=1), torch.cat((sees_prompt, sees_own), dim=2)),
-    )
-    fill = width - len(tree)
-    return TreeLayout(
-        torch.tensor(tree + [-1] * fill),
-        torch.tensor(branch + [-1] * fill),
-        torch.tensor(position + [0] * fill),
-        blocks,
-        _slots([block.queries for block in blocks], width).squeeze(1),
-        _slots([block.keys for block in blocks], width),
     )
 
 
@@ -280,11 +349,114 @@ def _gathered(blocks: list[Tensor], slots: Tensor) -> Tensor:
     return rows.index_select(0, slots.flatten()).view(*slots.shape, *rows.shape[1:]).sum(dim=1)
 
 
+def _flash_can(query: Tensor, value: Tensor, window: int | None, softcap: float | None) -> bool:
+    """Whether torch's FlashAttention computes this: NVIDIA from Ampere on, half precision, heads of up to 256."""
+    size = query.shape[-1]
+    return (
+        query.dtype in (torch.bfloat16, torch.float16)
+        and size == value.shape[-1]
+        and size % 8 == 0
+        and size <= 256
+        and window is None
+        and softcap is None
+        and _has_flash(query.device)
+    )
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+class _Joined(torch.autograd.Function):
+    """softmax(scale * Q K^T) V over trees: within each prompt and each branch, and from the branches to their prompt.
+
+    Of a query with keys in two parts, each part's attention o_i with the log-sum-exp l_i of its scores gives the whole:
+
+        l = log(e^l_1 + e^l_2),    o = e^(l_1 - l) o_1 + e^(l_2 - l) o_2
+
+    In the backward pass each part is told the whole's o and l, with which its weights e^(s - l) and gradients are those
+    of the whole, as in ring attention (Liu et al., arXiv:2310.01889).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,  # [N, H, d]
+        key: Tensor,  # [N, G, d], G key-value heads
+        value: Tensor,  # [N, G, d]
+        layout: TreeLayout,
+        scale: float,
+    ) -> Tensor:  # [N, H, d]
+        output, lse, own_state = _flash(query, key, value, layout.own, layout.own, scale, causal=True)
+        (queries, of_queries), (keys, of_keys) = layout.branches, layout.prompts
+        q, k, v = query[queries], key[keys], value[keys]
+        part, part_lse, state = _flash(q, k, v, of_queries, of_keys, scale, causal=False)
+        own_lse = lse[:, queries]
+        joint = torch.logaddexp(own_lse, part_lse)
+        own_share, share = ((one - joint).exp().T.unsqueeze(2) for one in (own_lse, part_lse))  # [M, H, 1]
+        output[queries] = (output[queries] * own_share + part * share).to(output.dtype)
+        lse[:, queries] = joint
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.settings = (layout, scale, own_state, state)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse = ctx.saved_tensors
+        layout, scale, own_state, state = ctx.settings
+        g = gradients[0].contiguous()
+        inputs = (g, query, key, value, output, lse)
+        for_own = _flash_backward(*inputs, own_state, layout.own, layout.own, scale, causal=True)
+        (queries, of_queries), (keys, of_keys) = layout.branches, layout.prompts
+        inputs = (g[queries], query[queries], key[keys], value[keys], output[queries], lse[:, queries].contiguous())
+        for_part = _flash_backward(*inputs, state, of_queries, of_keys, scale, causal=False)
+        for whole, some, rows in zip(for_own, for_part, (queries, keys, keys), strict=True):
+            whole.index_add_(0, rows, some)
+        return (*for_own, None, None)
+
+
+State = tuple[Tensor, Tensor]  # of FlashAttention's random numbers, which nothing draws from without dropout
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, queries: Sequences, keys: Sequences, scale: float, *, causal: bool
+) -> tuple[Tensor, Tensor, State]:
+    """Attention of each sequence of queries to the keys of its number: [T, H, d], and log-sum-exps [H, T] in float32."""
+    lengths = (queries.ends, keys.ends, queries.longest, keys.longest)
+    output, lse, *state, _ = torch.ops.aten._flash_attention_forward(
+        query, key, value, *lengths, 0.0, causal, False, scale=scale
+    )
+    return output, lse, tuple(state)
+
+
+def _flash_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    state: State,
+    queries: Sequences,
+    keys: Sequences,
+    scale: float,
+    *,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for query, key and value."""
+    lengths = (queries.ends, keys.ends, queries.longest, keys.longest)
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        gradient, query, key, value, output, lse, *lengths, 0.0, causal, *state, scale=scale
+    )
+    return found
+
+
 @cache
 def _compiled() -> tuple[Callable[..., Tensor], Callable[..., Any]]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return torch.compile(flex_attention), torch.compile(create_block_mask)
+    return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)
 
 
 def _flex(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import transformers
 from torch import Tensor
 
 from iterdpo.training import attention
-from iterdpo.training.attention import TREE, TreeLayout, tree_attention, tree_layout, use_layout
+from iterdpo.training.attention import TREE, Sequences, TreeLayout, tree_attention, tree_layout, use_layout
 from iterdpo.training.collate import Tree
 from iterdpo.training.logps import Scorer, select_logp_path
 
@@ -126,6 +127,103 @@ def test_tree_attention_is_torchs_with_the_mask_spelled_out(
     theirs = torch.autograd.grad((expected * gradient).sum(), (q, k, v))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+
+
+def spelled_out(queries: Sequences, keys: Sequences, causal: bool) -> Tensor:
+    """[Tq, Tk]: the mask of sequences as FlashAttention is told of them."""
+    mask = torch.zeros(int(queries.ends[-1]), int(keys.ends[-1]), dtype=torch.bool)
+    starts = zip(itertools.pairwise(queries.ends.tolist()), itertools.pairwise(keys.ends.tolist()), strict=True)
+    for (q, q_end), (k, k_end) in starts:
+        block = torch.ones(q_end - q, k_end - k, dtype=torch.bool)
+        mask[q:q_end, k:k_end] = block.tril() if causal else block
+        assert q_end - q <= queries.longest
+        assert k_end - k <= keys.longest
+    return mask
+
+
+def flash_scores(q: Tensor, k: Tensor, queries: Sequences, keys: Sequences, scale: float, causal: bool) -> Tensor:
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = scale * torch.einsum("qhd,khd->hqk", q, k)
+    return scores.masked_fill(~spelled_out(queries, keys, causal), -torch.inf)
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, scale: float, *, causal: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """torch's FlashAttention, which needs a GPU."""
+    scores = flash_scores(q, k, queries, keys, scale, causal)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    output = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v)
+    return output, scores.logsumexp(dim=-1), (torch.zeros(1), torch.zeros(1))
+
+
+def flash_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, state: Any, *sequences: Any, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's gradients as it computes them: from the output and the log-sum-exp that it is given."""
+    queries, keys, scale = sequences
+    weights = (flash_scores(q, k, queries, keys, scale, causal) - lse.unsqueeze(2)).exp()
+    groups = (k.shape[1], q.shape[1] // k.shape[1])
+    k, every_v = (t.repeat_interleave(groups[1], dim=1) for t in (k, v))
+    delta = (g * output).sum(dim=-1).T.unsqueeze(2)
+    change = scale * weights * (torch.einsum("qhd,khd->hqk", g, every_v) - delta)
+    for_k, for_v = torch.einsum("hqk,qhd->khd", change, q), torch.einsum("hqk,qhd->khd", weights, g)
+    return torch.einsum("hqk,khd->qhd", change, k), *(t.unflatten(1, groups).sum(dim=2) for t in (for_k, for_v))
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_two_calls_of_flash_attention_joined_are_attention_over_trees(
+    monkeypatch: pytest.MonkeyPatch, groups: int
+) -> None:
+    monkeypatch.setattr(attention, "_flash", flash)
+    monkeypatch.setattr(attention, "_flash_backward", flash_backward)
+    q, k, v, layout = inputs(groups)
+    n, scale = 34, 0.3
+    for t in (q, k, v):
+        t.requires_grad_()
+    expected = torchs(q[:, :, :n], k[:, :, :n], v[:, :, :n], seen(SHAPE, None), scale, None)
+    got = attention._Joined.apply(*(t[0].transpose(0, 1) for t in (q, k, v)), layout, scale).transpose(0, 1)
+    torch.testing.assert_close(got[None, :, :n], expected, atol=1e-12, rtol=0)
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours = torch.autograd.grad((got[None, :, :n] * gradient).sum(), (q, k, v))
+    theirs = torch.autograd.grad((expected * gradient).sum(), (q, k, v))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "window", "softcap", "can"),
+    [
+        (torch.bfloat16, 64, None, None, True),
+        (torch.float16, 256, None, None, True),
+        (torch.float32, 64, None, None, False),
+        (torch.bfloat16, 100, None, None, False),
+        (torch.bfloat16, 512, None, None, False),
+        (torch.bfloat16, 64, 100, None, False),
+        (torch.bfloat16, 64, None, 30.0, False),
+    ],
+)
+def test_what_flash_attention_cannot_compute_is_computed_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    size: int,
+    window: int | None,
+    softcap: float | None,
+    can: bool,
+) -> None:
+    monkeypatch.setattr(attention, "_has_flash", lambda device: True)
+    rows = torch.zeros(1, 2, 3, size, dtype=dtype)
+    assert attention._flash_can(rows, rows, window, softcap) is can
+
+
+def test_a_window_is_none_if_no_branch_reaches_beyond_it() -> None:
+    layout = tree_layout([(5, [3, 6]), (9, [1])], 32)
+    assert layout.reach == 11
+
+
+def test_a_layout_makes_no_blocks_before_they_are_asked_for() -> None:
+    layout = attention.moved(tree_layout(SHAPE, 40), "cpu")
+    assert not {"blocks", "query_slot", "key_slots"} & vars(layout).keys()
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (2, 1.5)])
