@@ -19,7 +19,9 @@ from iterdpo.errors import ConfigError, JudgeError
 from iterdpo.escape import visible
 from iterdpo.run.progress import Progress
 
-JUDGE = "a run's configuration (its judge), or a value of `judge.use`: a name, or path/to/file.py:name"
+JUDGE = (
+    "a YAML file with a section `judge`, such as a run's, or a value of `judge.use`: a name, or path/to/file.py:name"
+)
 ARGS = "arguments of the judge, over the configuration's: model=my-rm endpoint.base_url=http://localhost:8000/v1"
 DATA = (
     "preference pairs (chosen, rejected, prompt; a column tie marks those that are equally good): a file, a directory, "
@@ -85,6 +87,7 @@ def check(
     from judges.audit.check import check_judge_on
     from judges.audit.figures import measure
     from judges.audit.labelled import read_labelled
+    from judges.audit.published import measure_groups
     from judges.audit.render import check_plots, check_sentence, check_tables, mistake_example
     from judges.load import check_columns, load_judge
 
@@ -106,6 +109,7 @@ def check(
         "length_unit": unit,
         "cost": {"seconds": round(done.turn.seconds, 3), "usage": done.turn.usage},
         **measure(done.pairs, seed=data.seed, confidence=output.confidence),
+        "best": measure_groups(done.groups, confidence=output.confidence),
     }
     settings = [("Judge", use), ("Version", done.version), ("Data", data.data), ("Rows", account.summary())]
     return _put_out(
@@ -248,12 +252,12 @@ def _described(found: dict[str, Any], completions: tuple[str, ...]) -> Iterator[
 
 def _judge_spec(which: str, overrides: tuple[str, ...], role: str) -> tuple[str, dict[str, Any]]:
     """`use` and `args` of a judge, from a configuration or as given, with the overrides laid over the args."""
-    from iterdpo.config import assign, load_config
+    from iterdpo.config import assign, load_judges_config
     from judges.load import asks_a_person
 
     use, args = which, {}
     if which.endswith(YAML):
-        config = load_config(which)
+        config = load_judges_config(which)
         section = config.judge if role == "train" else config.evaluation.judge
         if section is None:
             raise ConfigError(f"{which}: has no evaluation.judge; add one, or leave out --role heldout")
@@ -279,15 +283,15 @@ def _column(given: str) -> tuple[str, Any]:
 
 
 def _tokenizer(given: str | None, *judges: str) -> Any:
-    from iterdpo.config import load_config
+    from iterdpo.config import load_judges_config
     from iterdpo.data.rendering import load_tokenizer
 
     if given is not None:
         return load_tokenizer(given)
-    config = next((load_config(which) for which in judges if which.endswith(YAML)), None)
-    if config is None:
+    configs = (load_judges_config(which) for which in judges if which.endswith(YAML))
+    model = next((config.model for config in configs if config.model is not None), None)
+    if model is None:
         return None
-    model = config.model
     return load_tokenizer(
         model.path,
         revision=model.revision,

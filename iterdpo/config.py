@@ -559,7 +559,15 @@ class OfflineConfig(Section):
     dpo: Annotated[DPOConfig, AfterValidator(_one_reference)] = DPOConfig()
 
 
-AnyConfig = TypeVar("AnyConfig", Config, OfflineConfig)
+class JudgesConfig(Section):
+    """What `iterdpo judge check`, `compare` and `try` need of a configuration: the judges, and the policy if there is one."""
+
+    judge: JudgeConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    model: ModelConfig | None = None
+
+
+AnyConfig = TypeVar("AnyConfig", Config, OfflineConfig, JudgesConfig)
 
 
 def load_config(*paths: str | Path, overrides: list[str] | None = None) -> Config:
@@ -573,6 +581,19 @@ def load_config(*paths: str | Path, overrides: list[str] | None = None) -> Confi
 def load_offline_config(*paths: str | Path, overrides: list[str] | None = None) -> OfflineConfig:
     """Like `load_config`, for one offline round (`iterdpo train`)."""
     return _load(OfflineConfig, paths, overrides or [])
+
+
+def load_judges_config(path: str | Path) -> JudgesConfig:
+    """The judges in a configuration, which may be one of a run, or have a section `judge` alone.
+
+    Of a run's configuration everything is checked, as by `load_config`. A ConfigError if something is wrong.
+    """
+    values = _read_yaml(Path(path))
+    if {"run_dir", "prompts", "data"} & values.keys():
+        config = load_config(path)
+        return JudgesConfig(judge=config.judge, evaluation=config.evaluation, model=config.model)
+    others = Config.model_fields.keys() - JudgesConfig.model_fields.keys()
+    return parse_config(JudgesConfig, {k: v for k, v in values.items() if k not in others}, source=str(path))
 
 
 def parse_config(schema: type[AnyConfig], values: dict[str, Any], *, source: str = "the configuration") -> AnyConfig:

@@ -37,7 +37,9 @@ An unknown key, a missing one and a value out of range are refused before anythi
 the current directory, and `~` is the home directory.
 
 There are two kinds of configuration: [`iterdpo run` and `iterdpo serve`](#iterdpo-run) read rounds of iterative DPO,
-[`iterdpo train`](#iterdpo-train) reads one offline round. Complete files are in [configs](../configs).
+[`iterdpo train`](#iterdpo-train) reads one offline round. Complete files are in [configs](../configs). For
+`iterdpo judge check`, `compare` and `try`, a file with the section `judge` alone is enough; it may also have
+`evaluation.judge` and `model`.
 """
 
 

@@ -107,6 +107,7 @@ class Account:
     contradicting: list[int] = field(default_factory=list)  # rows kept whose rejected completion has the higher score
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)  # {"text": 1}: the first row whose prompt is of that kind
+    unit: str | None = None  # what `summary` calls the rows; by default as `kind` says
 
     @property
     def rows(self) -> int:
@@ -144,7 +145,7 @@ class Account:
         """`kept 2,303 of 2,312 pairs (5 diverge before the last turn, 4 have an empty completion)`."""
         largest_first = sorted(self.left_out.items(), key=lambda item: -item[1]["count"])
         reasons = ", ".join(f"{entry['count']:,} {reason}" for reason, entry in largest_first)
-        unit = "pairs" if self.kind == "pairs" else "examples"
+        unit = self.unit or ("pairs" if self.kind == "pairs" else "examples")
         said = f"kept {self.kept:,} of {self.rows:,} {unit}" + (f" ({reasons})" if reasons else "")
         if self.contradicting:
             said += (

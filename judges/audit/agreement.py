@@ -20,11 +20,11 @@ from iterdpo.errors import DataError, UserError
 from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.run.artifacts import completion_shards, read_completion_shard, read_groups
 from iterdpo.run.rundir import RunDir, digest
-from iterdpo.seeds import derive_seed
 from iterdpo.stats import Estimate, clustered_bootstrap, clustered_mean
 from iterdpo.types import CompletionGroup, Judgment, Prompt, content_to_json
 from judges.audit.check import EXAMPLES, Turn, in_blocks
-from judges.audit.labelled import NOT_COLUMNS, LabelledPair, read_labelled, tokenized
+from judges.audit.labelled import NOT_COLUMNS, LabelledGroup, read_labelled, tokenized
+from judges.audit.published import published_format
 from judges.audit.stats import kappa, kendall, spearman
 
 Winner = Literal["first", "second", "tie"] | None
@@ -32,10 +32,10 @@ Winner = Literal["first", "second", "tie"] | None
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A group that both judges are given, and which of its completions is labelled best: `Sample(group, chosen=1)`."""
+    """A group that both judges are given, and which of its completions are labelled better: `Sample(group, right={1})`."""
 
     group: CompletionGroup
-    chosen: int | None = None
+    right: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def read_samples(
 ) -> Iterator[Sample]:
     """What two judges are compared on: labelled pairs, prompts with `completions`, or the completions of a run.
 
-    `path` is preference data, each pair in random order; rows with `prompt` and `completions`, a list of texts, and
+    `path` is preference data or a published benchmark, each row's completions in random order; rows with `prompt` and `completions`, a list of texts, and
     columns for the judge; a shard of a run's completions; or a run directory, of which the round `round` is read
     (by default the last that has completions).
 
@@ -102,13 +102,13 @@ def read_samples(
     if "completions" in first:
         rows = located_rows(path, split, limit=limit)
         return (Sample(_group(row, where, tokenizer)) for where, row in rows)
-    if not {"chosen", "rejected"} & first.keys():
+    if not {"chosen", "rejected"} & first.keys() and published_format(first) is None:
         forms = (
             "labelled pairs (chosen, rejected), rows with prompt and completions (a list of texts), or a run directory"
         )
         raise DataError(f"{path}: prompts alone cannot be judged; give {forms}")
-    pairs, _ = read_labelled(path, split=split, limit=limit, tokenizer=tokenizer)
-    return (_sample(pair, seed) for pair in pairs)
+    labelled, _ = read_labelled(path, split=split, limit=limit, tokenizer=tokenizer)
+    return (_sample(row, seed) for row in labelled)
 
 
 def compare_judges(
@@ -208,7 +208,9 @@ def _record(result: Agreement, sample: Sample, a: Judgment, b: Judgment) -> None
     if len(scored) > 1:
         result.scores.append((id, [x for x, _ in scored], [y for _, y in scored]))
     for i, j in itertools.combinations(range(len(a.scores)), 2):
-        label: Winner = {i: "first", j: "second"}.get(sample.chosen) if sample.chosen is not None else None  # type: ignore[assignment]
+        label: Winner = None
+        if (i in sample.right) != (j in sample.right):
+            label = "first" if i in sample.right else "second"
         rated = Rated(id, i, j, _winner(a, i, j), _winner(b, i, j), label)
         result.rated.append(rated)
         if rated.a != rated.b and None not in (rated.a, rated.b):
@@ -224,9 +226,9 @@ def _winner(judgment: Judgment, i: int, j: int) -> Winner:
     return "tie" if x == y else "first" if x > y else "second"
 
 
-def _sample(pair: LabelledPair, seed: int) -> Sample:
-    chosen_first = derive_seed(seed, "judge check", pair.row) % 2 == 0
-    return Sample(pair.group(chosen_first=chosen_first), None if pair.tie else int(not chosen_first))
+def _sample(row: LabelledGroup, seed: int) -> Sample:
+    order = row.order(seed)
+    return Sample(row.group(order), frozenset() if row.tie else frozenset(map(order.index, range(row.right))))
 
 
 def _run_groups(path: str, round: int | None) -> Iterator[CompletionGroup]:

@@ -1,24 +1,27 @@
-"""What a judge says of labelled pairs: a record of each pair, without its texts, and the worst mistakes with them.
+"""What a judge says of labelled completions: a record of each pair, without its texts, and the worst mistakes with them.
 
 The judge prefers the completion with the higher score. Equal scores are a tie. If either completion has no score, the
-judge abstained. The two are given to it in random order, so that a liking for the first one shows.
+judge abstained. The completions of a prompt are given to it together and in random order, so that a liking for the first
+one shows. Each right one makes a pair with each of the others.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from iterdpo.judging.judge import JudgeBase, checked_judgments
-from iterdpo.seeds import derive_seed
 from iterdpo.stats import sigmoid
 from iterdpo.types import Judgment
 from judges.adapter import CustomJudge
-from judges.audit.labelled import LabelledPair
+from judges.audit.labelled import LabelledGroup
+from judges.audit.published import JudgedGroup
 
 T = TypeVar("T")
 LabelOutcome = Literal["chosen", "rejected", "tie"] | None
@@ -70,7 +73,7 @@ class JudgedPair:
     """A labelled pair as it was judged, without its texts.
 
     `swapped` is a second judgment with the completions in the other order, `repeats` are further verdicts in the same.
-    `lengths` are those of chosen and rejected.
+    `lengths` are those of chosen and rejected, `places` says which of the row's completions these are.
     """
 
     row: int
@@ -80,6 +83,7 @@ class JudgedPair:
     chosen_first: bool
     lengths: tuple[int, int]
     judgment: PairJudgment
+    places: tuple[int, int] = (0, 1)
     swapped: PairJudgment | None = None
     repeats: list[LabelOutcome] = field(default_factory=list)
 
@@ -91,7 +95,7 @@ class JudgedPair:
 
 
 class Mistake(NamedTuple):
-    pair: LabelledPair
+    labelled: LabelledGroup
     judged: JudgedPair
 
 
@@ -106,27 +110,31 @@ class Turn:
 
 @dataclass
 class Check:
-    """A judge's verdicts on labelled pairs, the mistakes that it is surest of, and what judging took."""
+    """A judge's verdicts on labelled pairs, the mistakes that it is surest of, and what judging took.
+
+    `groups` are the scores of all completions of a prompt, if some prompt has more than two.
+    """
 
     name: str
     version: str
     pairs: list[JudgedPair] = field(default_factory=list)
+    groups: list[JudgedGroup] = field(default_factory=list)
     mistakes: list[Mistake] = field(default_factory=list)
     turn: Turn = field(default_factory=Turn)
 
 
 def check_judge_on(
     judge: JudgeBase,
-    pairs: Iterable[LabelledPair],
+    labelled: Iterable[LabelledGroup],
     *,
     seed: int = 0,
     repeats: int = 1,
     unit: Literal["characters", "tokens"] = "characters",
     advance: Callable[[int], None] = lambda count: None,
 ) -> Check:
-    """Judge the pairs in blocks. A judge that reads a prompt's completions together is shown each pair in both orders.
+    """Judge the rows in blocks. A judge that reads a prompt's completions together is shown each row in both orders.
 
-    With `repeats` above 1 each pair is judged that many times. The `repeat` of the judge, and of each within it, is the
+    With `repeats` above 1 each row is judged that many times. The `repeat` of the judge, and of each within it, is the
     number of the draw, so that no cache and no fixed seed answers in its place.
 
     Ctrl-C, and whatever the data or the judge raise, end it early with the pairs of the finished blocks; `stopped` has
@@ -135,25 +143,33 @@ def check_judge_on(
     check = Check(judge.name, judge.version)
     swap: bool | None = None  # not known before the first judgments
 
-    def work(block: Sequence[LabelledPair]) -> None:
+    def work(block: Sequence[LabelledGroup]) -> None:
         nonlocal swap
-        firsts = [derive_seed(seed, "judge check", pair.row) % 2 == 0 for pair in block]
-        asked = zip(block, firsts, _judge(judge, block, firsts), strict=True)
-        judged = [_judged(pair, first, judgment, unit) for pair, first, judgment in asked]
+        orders_shown = [row.order(seed) for row in block]
+        judgments = _judge(judge, block, orders_shown)
+        judged = list(itertools.starmap(partial(_judged, unit=unit), zip(block, orders_shown, judgments, strict=True)))
+        flat = [pair for pairs in judged for pair in pairs]
         if swap is None:
             # A completion's score may depend on the others of its group, and so on their order.
             together = judge.comparative or (isinstance(judge, CustomJudge) and judge.kind == "groups")
-            swap = together and not any(orders(j) for j in judged)
+            swap = together and not any(orders(j) for j in flat)
         if swap:
-            for j, judgment in zip(judged, _judge(judge, block, [not f for f in firsts]), strict=True):
-                j.swapped = judgment
+            reverse = [order[::-1] for order in orders_shown]
+            again = _judge(judge, block, reverse)
+            for pairs, order, judgment in zip(judged, reverse, again, strict=True):
+                for j in pairs:
+                    j.swapped = _interpreted(judgment, order, j.places)
         for number in range(1, repeats):
             draw_again(judge, number)
-            for j, judgment in zip(judged, _judge(judge, block, firsts), strict=True):
-                j.repeats.append(judgment.verdict)
+            again = _judge(judge, block, orders_shown)
+            for pairs, order, judgment in zip(judged, orders_shown, again, strict=True):
+                for j in pairs:
+                    j.repeats.append(_interpreted(judgment, order, j.places).verdict)
         draw_again(judge, 0)
-        check.pairs += judged
-        wrong = [m for m in map(Mistake, block, judged) if not m.pair.tie and m.judged.judgment.verdict == "rejected"]
+        check.pairs += flat
+        check.groups += list(itertools.starmap(_judged_group, zip(block, orders_shown, judgments, strict=True)))
+        found = [Mistake(row, j) for row, pairs in zip(block, judged, strict=True) for j in pairs]
+        wrong = [m for m in found if not m.labelled.tie and m.judged.judgment.verdict == "rejected"]
         check.mistakes = sorted(check.mistakes + wrong, key=how_right)[:EXAMPLES]
 
     def how_right(mistake: Mistake) -> tuple[float, float, int]:
@@ -161,7 +177,7 @@ def check_judge_on(
         assert judgment.probability is not None
         return judgment.probability, judgment.difference, mistake.judged.row
 
-    check.turn = in_blocks(judge, pairs, work, advance)
+    check.turn = in_blocks(judge, labelled, work, advance)
     return check
 
 
@@ -185,28 +201,29 @@ def in_blocks(
     return turn
 
 
-def interpret(pair: LabelledPair, judgment: Judgment, *, chosen_first: bool) -> PairJudgment:
-    """What the judgment of `pair.group(chosen_first=…)` says of chosen and rejected."""
-    first, second = judgment.scores
-    chosen, rejected = scores = (first, second) if chosen_first else (second, first)
-    failed = (c.reason for c in judgment.comparisons if c.winner is None)
-    reasons = tuple(dict.fromkeys(r for r in (*judgment.abstentions, *failed) if r))
-    at = 0 if chosen_first else 1
-    names: list[LabelOutcome] = ["chosen", "rejected"] if chosen_first else ["rejected", "chosen"]
+def interpret(judgment: Judgment, *, chosen: int, rejected: int) -> PairJudgment:
+    """What the judgment says of the chosen and the rejected completion, which are at these places of its group."""
+    at = sorted((chosen, rejected))
+    scores = judgment.scores[chosen], judgment.scores[rejected]
+    comparisons = [c for c in judgment.comparisons if sorted((c.first, c.second)) == at]
+    failed = (c.reason for c in comparisons if c.winner is None)
+    reasons = tuple(dict.fromkeys(r for r in (*(judgment.abstentions[k] for k in at), *failed) if r))
+    names: dict[int, LabelOutcome] = {chosen: "chosen", rejected: "rejected"}
     shown: tuple[OrderedVerdict, ...] = ()
-    for c in judgment.comparisons:
+    for c in comparisons:
         winners: dict[str | None, LabelOutcome] = {"first": names[c.first], "second": names[c.second], "tie": "tie"}
-        shown += (OrderedVerdict(c.first == at, winners.get(c.winner)),)
-    if chosen is None or rejected is None:
+        shown += (OrderedVerdict(c.first == chosen, winners.get(c.winner)),)
+    ours, theirs = scores
+    if ours is None or theirs is None:
         return PairJudgment(None, scores, reasons, shown, None, "")
-    given = [(c.probability, c.first == at) for c in judgment.comparisons if c.probability is not None]
-    if given and len(given) == len(judgment.comparisons):
+    given = [(c.probability, c.first == chosen) for c in comparisons if c.probability is not None]
+    if given and len(given) == len(comparisons):
         probability, source = sum(p if first else 1 - p for p, first in given) / len(given), FROM_PROBABILITIES
-    elif shown and 0 <= chosen <= 1 and math.isclose(chosen + rejected, 1):
-        probability, source = chosen, FROM_VERDICTS
+    elif shown and len(judgment.scores) == 2 and 0 <= ours <= 1 and math.isclose(ours + theirs, 1):
+        probability, source = ours, FROM_VERDICTS
     else:
-        probability, source = sigmoid(chosen - rejected), FROM_SCORES
-    verdict: LabelOutcome = "tie" if chosen == rejected else "chosen" if chosen > rejected else "rejected"
+        probability, source = sigmoid(ours - theirs), FROM_SCORES
+    verdict: LabelOutcome = "tie" if ours == theirs else "chosen" if ours > theirs else "rejected"
     return PairJudgment(verdict, scores, reasons, shown, probability, source)
 
 
@@ -225,12 +242,32 @@ def draw_again(judge: JudgeBase, number: int) -> None:
         part.repeat = number
 
 
-def _judge(judge: JudgeBase, block: Sequence[LabelledPair], firsts: Sequence[bool]) -> list[PairJudgment]:
-    """The judgments of the pairs; `firsts` says of which the chosen comes first."""
-    judgments = checked_judgments(judge, [p.group(chosen_first=f) for p, f in zip(block, firsts, strict=True)])
-    return [interpret(p, j, chosen_first=f) for p, j, f in zip(block, judgments, firsts, strict=True)]
+def _judge(judge: JudgeBase, block: Sequence[LabelledGroup], orders: Sequence[Sequence[int]]) -> list[Judgment]:
+    return checked_judgments(judge, [row.group(order) for row, order in zip(block, orders, strict=True)])
 
 
-def _judged(pair: LabelledPair, chosen_first: bool, judgment: PairJudgment, unit: str) -> JudgedPair:
-    chosen, rejected = (len(c.text) if unit == "characters" else len(c.token_ids) for c in (pair.chosen, pair.rejected))
-    return JudgedPair(pair.row, pair.prompt.id, pair.subset, pair.tie, chosen_first, (chosen, rejected), judgment)
+def _interpreted(judgment: Judgment, order: Sequence[int], places: tuple[int, int]) -> PairJudgment:
+    chosen, rejected = map(order.index, places)
+    return interpret(judgment, chosen=chosen, rejected=rejected)
+
+
+def _judged(row: LabelledGroup, order: Sequence[int], judgment: Judgment, *, unit: str) -> list[JudgedPair]:
+    lengths = [len(c.text) if unit == "characters" else len(c.token_ids) for c in row.completions]
+    return [
+        JudgedPair(
+            row.row,
+            row.prompt.id,
+            row.subset,
+            row.tie,
+            order.index(i) < order.index(j),
+            (lengths[i], lengths[j]),
+            _interpreted(judgment, order, (i, j)),
+            (i, j),
+        )
+        for i, j in row.pairs
+    ]
+
+
+def _judged_group(row: LabelledGroup, order: Sequence[int], judgment: Judgment) -> JudgedGroup:
+    scores = [judgment.scores[order.index(k)] for k in range(len(order))]
+    return JudgedGroup(row.row, row.prompt.id, row.name, row.subset, row.right, scores)

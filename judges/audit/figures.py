@@ -36,6 +36,7 @@ def measure(
     Of the pairs that are labelled with a winner:
 
     accuracy                 the share judged right, of those judged; a tie is half right
+    accuracy_strict          of all of them, also those not judged; a tie or an abstention is wrong
     accuracy_decided         of those judged with a winner
     accuracy_agreeing        of those with the same winner in both orders
     tie_rate                 ties, of those judged
@@ -69,6 +70,7 @@ def measure(
         "counts": {
             "pairs": len(pairs),
             "prompts": len({p.prompt_id for p in pairs}),
+            "judged_prompts": len({p.prompt_id for p in pairs if p.judgment.verdict is not None and not p.tie}),
             "labelled_ties": sum(p.tie for p in pairs),
             "judged": sum(p.judgment.verdict is not None for p in pairs),
             "ties": sum(p.judgment.verdict == "tie" for p in pairs),
@@ -113,6 +115,7 @@ def _shares(pairs: Sequence[JudgedPair], confidence: float) -> dict[str, Estimat
     repeated = [([p.judgment.verdict, *p.repeats], p) for p in pairs if p.repeats]
     return {
         "accuracy": share((CREDIT[verdict], p) for verdict, p in labelled),
+        "accuracy_strict": share((float(p.judgment.verdict == "chosen"), p) for p in pairs if not p.tie),
         "accuracy_decided": share((CREDIT[verdict], p) for verdict, p in labelled if verdict != "tie"),
         "accuracy_agreeing": share((CREDIT[a], p) for (a, b), p in both if not p.tie and a in WINNERS and a == b),
         "coverage": share((float(p.judgment.verdict is not None), p) for p in pairs),

@@ -37,6 +37,7 @@ def difference(x: float) -> str:
 
 CHECK_ROWS = (
     Column("accuracy, a tie half right", "accuracy", share),
+    Column("accuracy, a tie or abstention wrong", "accuracy_strict", share),
     Column("accuracy if it names a winner", "accuracy_decided", share),
     Column("accuracy if both orders agree", "accuracy_agreeing", share),
     Column("judged, not abstained", "coverage", share),
@@ -97,7 +98,7 @@ class Example(NamedTuple):
 
 
 def check_sentence(report: dict[str, Any]) -> str:
-    """`my-rm prefers the better completion in 71.2 % of 812 pairs (95 % interval 68.0 to 74.2 %).`, with warnings."""
+    """`my-rm prefers the better completion in 71.2 % of 812 pairs of 270 prompts (95 % interval …).`, with warnings."""
     figures, name = report["figures"], report["judge"]["name"]
     accuracy: Estimate = figures["accuracy"]
     if accuracy.value is None or accuracy.low is None or accuracy.high is None:
@@ -105,7 +106,7 @@ def check_sentence(report: dict[str, Any]) -> str:
     chance = ", which is worse than chance" if accuracy.high < 0.5 else ""
     if accuracy.low <= 0.5 <= accuracy.high:
         chance = ", which is not distinguishable from chance"
-    found = f"{share(accuracy.value)} of {accuracy.n:,} pairs"
+    found = f"{share(accuracy.value)} of {_pairs(accuracy.n, report['counts']['judged_prompts'])}"
     interval = f"{percent(report['confidence'])[:-4]} % interval {_range(accuracy, share)}"
     said = [f"{name} prefers the better completion in {found} ({interval}){chance}."]
     coverage, first, index, length = (figures[k] for k in ("coverage", "first_position", "first_index", "length_bias"))
@@ -127,6 +128,8 @@ def check_tables(report: dict[str, Any]) -> list[Table]:
             for name, some in report["subsets"].items()
         ]
         tables.append(Table("By subset", ["subset", "pairs", *(row.heading for row in SUBSET_ROWS)], rows))
+    if (best := report["best"]) is not None:
+        tables.append(_best_table(best))
     if report["abstentions"]:
         reasons, counts = list(report["abstentions"]), list(report["abstentions"].values())
         rows = [[f"{count:,}", reason] for reason, count in zip(reasons[:SHOWN], counts, strict=False)]
@@ -147,6 +150,31 @@ def check_tables(report: dict[str, Any]) -> list[Table]:
         tables.append(Table("Calibration", ["confidence", "pairs", "mean confidence", "accuracy"], rows, note))
     tables.append(_cost(report["cost"], report["counts"]["pairs"]))
     return tables
+
+
+def _best_table(best: dict[str, Any]) -> Table:
+    rows = [["all but Ties", f"{best['best_of'].n:,}", _cell(best["best_of"], share)]]
+    rows += [[name, f"{some.n:,}", _cell(some, share)] for name, some in best["subsets"].items()]
+    if best["score"] is not None:
+        rows.append(["mean of the subsets", "", share(best["score"])])
+    note = (
+        "The share of prompts whose best completion, by the judge, is a right one. If several share the best score, a "
+    )
+    note += "right one counts its share. A prompt with an abstention is left out."
+    if (ties := best["ties"]) is not None:
+        parts = (
+            ("right ones above all others", "tied_accuracy"),
+            ("the same of the reference prompts", "ref_accuracy"),
+            ("the gap exceeds the spread of the right ones", "preferred"),
+            ("so does that of the reference prompt", "preferred_hard"),
+        )
+        said = [f"{what} {share(ties[key])}" for what, key in parts if ties[key] is not None]
+        note += f" Ties has RewardBench 2's own score, made of: {', '.join(said)}."
+    return Table("Best of several", ["subset", "prompts", "best is right"], rows, note)
+
+
+def _pairs(pairs: int, prompts: int) -> str:
+    return f"{pairs:,} pair{'s'[: pairs != 1]} of {prompts:,} prompt{'s'[: prompts != 1]}"
 
 
 def check_plots(report: dict[str, Any]) -> list[tuple[str, str, Figure]]:
@@ -223,19 +251,20 @@ def _cost(cost: dict[str, Any], units: int, title: str = "Cost", unit: str = "pa
 
 
 def mistake_example(mistake: Mistake) -> Example:
-    pair, judgment = mistake.pair, mistake.judged.judgment
+    row, judgment = mistake.labelled, mistake.judged.judgment
     assert judgment.probability is not None
     chosen, rejected = (f"score {score:.4g}" for score in judgment.scores)
-    title = f"Row {pair.row:,}: the judge gives the better completion {share(judgment.probability)}"
-    better = Side("better by the label", pair.chosen.text, chosen)
-    return Example(title, pair.prompt.text, [better, Side("the judge's choice", pair.rejected.text, rejected)])
+    title = f"Row {row.row:,}: the judge gives the better completion {share(judgment.probability)}"
+    right, wrong = (row.completions[k].text for k in mistake.judged.places)
+    better = Side("better by the label", right, chosen)
+    return Example(title, row.prompt.text, [better, Side("the judge's choice", wrong, rejected)])
 
 
 def difference_example(found: Difference) -> Example:
     sample, rated, a, b = found
     sides = []
     for k, name in ((rated.i, "first"), (rated.j, "second")):
-        best = " · better by the label" if sample.chosen == k else ""
+        best = " · better by the label" if k in sample.right else ""
         note = f"A scores {a.scores[k]:.4g}, B scores {b.scores[k]:.4g}"
         sides.append(Side(f"{name} (completion {k}){best}", sample.group.completions[k].text, note))
     return Example(f"A says {rated.a}, B says {rated.b}", sample.group.prompt.text, sides)

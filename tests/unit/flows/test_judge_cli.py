@@ -186,6 +186,42 @@ def test_a_configurations_judge_is_checked_with_overrides_laid_over_its_args(
         judge("check", "run.yaml", "--data", "pairs.jsonl", "--role", "heldout")
 
 
+def test_a_file_with_a_section_judge_alone_is_enough_to_check_compare_and_try(
+    here: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "judge.yaml").write_text("judge:\n  use: my.py:says\n  args: {word: indeed}\npairing: {min_margin: 0.1}\n")
+    assert judge("check", "judge.yaml", "--data", "pairs.jsonl", "--json", "-") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["figures"]["accuracy"]["value"] == 1.0
+    assert found["length_unit"] == "characters"
+    assert judge("compare", "judge.yaml", "my.py:says", "--data", "pairs.jsonl", "--limit", "5") == 0
+    assert judge("try", "judge.yaml", "Well?", "yes, indeed") == 0
+    assert "completion 0: score 1" in capsys.readouterr().out
+    more = f"model: {{path: {tiny_model}}}\nevaluation: {{judge: {{use: my.py:longer}}}}\n"
+    (here / "both.yaml").write_text((here / "judge.yaml").read_text() + more)
+    assert judge("check", "both.yaml", "--role", "heldout", "--data", "pairs.jsonl", "--json", "-") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["judge"]["use"].rpartition("/")[2], found["length_unit"]) == ("my.py:longer", "tokens")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("judg: {use: my.py:says}", r"small\.yaml: missing key 'judge'; unknown key 'judg'; did you mean 'judge'"),
+        ("", r"small\.yaml: missing key 'judge'"),
+        ("judge: my.py:says", r"small\.yaml: judge = 'my\.py:says': input should be"),
+        ("judge: {use: 'my.py:says', arg: {}}", r"unknown key 'judge\.arg'; did you mean 'args'"),
+        ("judge: {use: 'my.py:says'}\nrun_dir: here", r"small\.yaml: missing key 'model'; missing key 'prompts'"),
+        ("judge: {use: 'my.py:says', args: {api_key: sk-abcdefghijklmnopqrst}}", r"judge\.args\.api_key looks like a secret"),
+        ("data: {path: x}\nrun_dir: here", r"small\.yaml: has 'data': this is a configuration of `iterdpo train`"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_small_file_is_named(here: Path, text: str, complaint: str) -> None:
+    (here / "small.yaml").write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        judge("check", "small.yaml", "--data", "pairs.jsonl")
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -11,7 +11,7 @@ import numpy as np
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.stats import Estimate
 from iterdpo.types import Comparison, Completion, CompletionGroup, Judgment, Prompt
-from judges.audit.labelled import LabelledPair
+from judges.audit.labelled import LabelledGroup
 
 PAIRS = 4_000
 
@@ -24,7 +24,7 @@ def holds(estimate: Estimate, truth: float) -> bool:
 
 def labelled(
     count: int, *, longer: float = 0.5, ties: float = 0.0, subsets: Sequence[str] = (), seed: int = 0
-) -> Iterator[LabelledPair]:
+) -> Iterator[LabelledGroup]:
     """Pairs whose completions say whether they are the chosen one; the chosen is the longer one with P = `longer`."""
     rng = random.Random(f"pairs {seed}")
     for row in range(1, count + 1):
@@ -32,11 +32,11 @@ def labelled(
         chosen, rejected = (
             f"{name} {'x' * (60 if more else 20)}" for name, more in (("good", long), ("evil", not long))
         )
-        yield LabelledPair(
+        yield LabelledGroup(
             Prompt(f"p-{row}", f"question {row}"),
             [1],
-            Completion(chosen, [1], [], "stop"),
-            Completion(rejected, [1], [], "stop"),
+            [Completion(text, [1], [], "stop") for text in (chosen, rejected)],
+            1,
             tie=rng.random() < ties,
             subset=rng.choice(subsets) if subsets else None,
             row=row,

@@ -17,8 +17,8 @@ from judges.audit.agreement import Sample, compare_judges, measure_agreement, re
 from tests.unit.judges.audit.faulty_judges import Scores, groups, holds
 
 
-def agree(a: Any, b: Any, some: Sequence[CompletionGroup], chosen: int | None = None) -> dict[str, Any]:
-    samples = [Sample(g, chosen) for g in some]
+def agree(a: Any, b: Any, some: Sequence[CompletionGroup], right: frozenset[int] = frozenset()) -> dict[str, Any]:
+    samples = [Sample(g, right) for g in some]
     return measure_agreement(compare_judges(lambda: a, lambda: b, lambda: samples), samples=300)
 
 
@@ -30,7 +30,7 @@ def test_two_judges_agreement_is_what_they_were_built_with() -> None:
         said = coin(group, rng)
         return said if rng.random() < 0.8 else said[::-1]
 
-    found = agree(Scores(coin), Scores(follows), groups(2_000, 2), chosen=0)["figures"]
+    found = agree(Scores(coin), Scores(follows), groups(2_000, 2), right=frozenset({0}))["figures"]
     assert holds(found["agreement"], 0.8)
     assert holds(found["opposite"], 0.2)
     assert holds(found["kappa"], 0.6)  # (0.8 - 0.5) / (1 - 0.5)
@@ -77,8 +77,8 @@ def test_two_judges_read_pairs_completions_and_a_runs_shards(tmp_path: Path) -> 
     path = tmp_path / "data.jsonl"
     write_jsonl(path, [{"prompt": f"q {i}", "chosen": "good", "rejected": "evil"} for i in range(50)])
     pairs = list(read_samples(str(path), seed=1))
-    assert {s.chosen for s in pairs} == {0, 1}  # in random order
-    assert all(s.group.completions[s.chosen or 0].text == "good" for s in pairs)
+    assert {s.right for s in pairs} == {frozenset({0}), frozenset({1})}  # in random order
+    assert all(s.group.completions[k].text == "good" for s in pairs for k in s.right)
 
     write_jsonl(path, [{"prompt": "q", "completions": ["a", "b", "c"], "gold": "a"}])
     [sample] = read_samples(str(path))
