@@ -230,7 +230,6 @@ def _ours(job: Job, pairs: Pairs, root: Path) -> tuple[list[float], float, list[
     ]
     write_pairs(root / "pairs", rows, summary="random pairs")
     spec = TrainSpec(
-        name="benchmark",
         policy=Path(job.model),
         reference=None,
         pairs=root / "pairs" / TRAIN,
@@ -244,7 +243,6 @@ def _ours(job: Job, pairs: Pairs, root: Path) -> tuple[list[float], float, list[
         dpo=dpo,
         seed=0,
         pairs_cache=root / "cache",
-        tracker_dir=root / "trackers",
     )
     reference_seconds = 0.0
     compute = reference.computed_logps

@@ -387,7 +387,8 @@ class DPOConfig(Section):
     """An `accelerate` configuration file, for settings other than the number of processes: see configs/accelerate. Its
     `num_processes` must equal `processes`."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
-    """Experiment trackers that also receive the training metrics, through accelerate. Each requires its package."""
+    """Experiment trackers that also receive each step's and each round's metrics, and a few completions. A run directory
+    is one run in each tracker. Each requires its package."""
     tracker_project: str = "iterdpo"
     """The project name in the trackers."""
     sentinels: SentinelsConfig = SentinelsConfig()

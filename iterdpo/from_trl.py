@@ -187,7 +187,7 @@ SECTIONS: dict[str, dict[str, Equivalent]] = {
     },
     "Logging and evaluation": {
         "output_dir": _is("run_dir"),
-        "run_name": _is("run_dir", note="trackers show the name of the round"),
+        "run_name": _is("run_dir", note="trackers show the name of its last directory"),
         "report_to": _is("dpo.trackers"),
         "project": _is("dpo.tracker_project"),
         "trackio_space_id": _no("set it in trackio's own environment"),

@@ -25,6 +25,7 @@ def gate(
     record = decision_record(run, round, candidate, previous)
     if run.dir.record(round) != record:
         run.dir.write_record(record)
+    run.trackers.round(record)
     return record
 
 

@@ -47,6 +47,7 @@ def train_round(config: OfflineConfig, *, progress: Progress, redo: bool = False
         record = round_record(run, 1, decision, trained, {}, round_metrics(run.dir, 1))
         if run.dir.record(1) != record:
             run.dir.write_record(record)
+        run.trackers.round(record)
         return before is None or before.digest != trained.digest
 
 

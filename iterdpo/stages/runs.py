@@ -38,6 +38,7 @@ from iterdpo.run.rundir import (
     read_object,
     write_json,
 )
+from iterdpo.run.trackers import Trackers, flat
 from iterdpo.sampling import Sampler, VLLMSampler
 from iterdpo.training.launch import check_training
 from iterdpo.types import Prompt
@@ -160,8 +161,16 @@ class OfflineRun:
     def _rounds(self) -> int:
         return 1
 
+    @cached_property
+    def trackers(self) -> Trackers:
+        """The experiment trackers of `dpo.trackers`."""
+        dpo, config = self.settings.dpo, flat(self.settings.model_dump(mode="json"))
+        return Trackers(dpo.trackers, project=dpo.tracker_project, run=self.dir, config=config, say=self.progress.say)
+
     def close(self) -> None:
         self._open.close()
+        if "trackers" in vars(self):
+            self.trackers.close()
 
     def __enter__(self) -> Any:
         return self

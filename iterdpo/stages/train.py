@@ -38,7 +38,7 @@ def train(
     """
     step = run.dir.step(round, "policy", inputs(run, round, pairs, policy, reference))
     if (manifest := step.manifest()) is None:
-        _train(run, step, pairs, policy, reference)
+        _train(run, round, step, pairs, policy, reference)
         manifest = step.finish(counts={"pairs": pairs.kept}, logs=[TRAIN_LOG, "train.json"])
     return PolicyCheckpoint(step.path, manifest.digest, round)
 
@@ -56,7 +56,9 @@ def inputs(
     }
 
 
-def _train(run: OfflineRun, step: Step, pairs: Pairs, policy: PolicyCheckpoint, reference: PolicyCheckpoint) -> None:
+def _train(
+    run: OfflineRun, round: int, step: Step, pairs: Pairs, policy: PolicyCheckpoint, reference: PolicyCheckpoint
+) -> None:
     directory, place = step.begin(), step.path.parent
     run.check(policy, reference)
     check_step(pairs.path)
@@ -66,7 +68,6 @@ def _train(run: OfflineRun, step: Step, pairs: Pairs, policy: PolicyCheckpoint, 
     dpo, seed = run.settings.dpo, step.inputs["seed"]
     heldout, carried = pairs.path / HELDOUT, policy.path / OPTIMIZER_STATE
     spec = TrainSpec(
-        name=place.name,
         policy=policy.path,
         reference=None if reference.digest == policy.digest else reference.path,
         pairs=pairs.path / TRAIN,
@@ -90,7 +91,6 @@ def _train(run: OfflineRun, step: Step, pairs: Pairs, policy: PolicyCheckpoint, 
         seed=seed,
         trust_remote_code=run.settings.model.trust_remote_code,
         pairs_cache=place / "pairs.cache",
-        tracker_dir=run.dir.root / "trackers" / place.name,
         optimizer=carried if dpo.optimizer_state == "carry" and carried.exists() else None,
     )
     total = dpo.pairs_seen(pairs.kept)
@@ -100,8 +100,11 @@ def _train(run: OfflineRun, step: Step, pairs: Pairs, policy: PolicyCheckpoint, 
 
         def on_step(row: dict[str, Any]) -> None:
             stage.to(min(total, row["step"] * dpo.pairs_per_step))
-            if next(rows) == earlier:
+            number = next(rows)
+            if number == earlier:
                 stage.begin()
+            if number >= earlier:
+                run.trackers.steps(round, row)
             margin = f", margin {row['rewards/margins']:.3f}" if "rewards/margins" in row else ""
             stage.remark = f"loss {row['loss']:.3f}{margin}" if "loss" in row else "a step that was not finite: skipped"
             for alarm in row.get("alarms", []):

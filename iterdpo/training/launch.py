@@ -51,8 +51,6 @@ class ReferenceInputs(Section):
 class TrainSpec(Section):
     """One round's training, as its process reads it from a JSON file. Paths are absolute."""
 
-    name: str
-    """The round's, for trackers."""
     policy: Path
     """The checkpoint to start from."""
     reference: Path | None
@@ -70,7 +68,6 @@ class TrainSpec(Section):
     seed: int
     pairs_cache: Path
     """The directory for a copy of large files of pairs that is quick to read."""
-    tracker_dir: Path
     optimizer: Path | None = None
     """The optimizer state to continue from."""
     trust_remote_code: bool = False

@@ -71,7 +71,6 @@ def train(spec: TrainSpec) -> None:
     with open(spec.output / TRAIN_LOG, "a", encoding="utf-8") as train_log:
         for number in range(first, len(pairs.steps)):
             row, alarms = trainer.step(number)
-            accelerator.log({name: value for name, value in row.items() if name != "step"}, step=number + 1)
             if accelerator.is_main_process:
                 named = {"alarms": [f"{alarm.name}: {alarm.message}" for alarm in alarms]} if alarms else {}
                 train_log.write(json.dumps(row | named) + "\n")
@@ -88,7 +87,6 @@ def train(spec: TrainSpec) -> None:
                 save_checkpoint(accelerator, spec.output, steps=number + 1)
     if pairs.held_out is not None:
         metrics = trainer.evaluate()
-        accelerator.log(metrics, step=len(pairs.steps))
         if accelerator.is_main_process:
             write_json(spec.output / "eval_metrics.json", metrics)
     save_policy(accelerator, trainer.policy, trainer.optimizer, spec)
@@ -99,16 +97,12 @@ def _accelerator(spec: TrainSpec) -> Accelerator:
     dpo = spec.dpo
     on_cpu = not torch.cuda.is_available()  # otherwise accelerate runs each of several CPU processes alone
     # The autocast is ours: accelerate's would turn all logits into float32.
-    accelerator = Accelerator(cpu=on_cpu, log_with=list(dpo.trackers) or None, project_dir=str(spec.tracker_dir))
+    accelerator = Accelerator(cpu=on_cpu)
     if accelerator.num_processes != dpo.processes:
         raise RuntimeError(
             f"{dpo.processes} training processes are configured, but this one sees {accelerator.num_processes}; "
             "the work would not be distributed. Check dpo.processes against dpo.accelerate_config"
         )
-    if dpo.trackers:
-        named = {"mlflow": {"run_name": spec.name}, "trackio": {"name": spec.name}}
-        named["wandb"] = {"name": spec.name, "dir": str(spec.tracker_dir)}
-        accelerator.init_trackers(dpo.tracker_project, flat(dpo.model_dump()), init_kwargs=named)
     return accelerator
 
 
@@ -203,17 +197,6 @@ def _check_whole_modules(configured: list[str], model: Any) -> None:
             f"{', '.join(sorted(trained)) or 'none'} besides its matrices; set it to names of modules of the model, and "
             "in a run that goes on to the names that the adapter was trained with"
         )
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as trackers take them: dotted keys, plain values."""
-    rows: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            rows |= flat(value, f"{prefix}{key}.")
-        else:
-            rows[prefix + key] = value if isinstance(value, int | float | bool | str) else str(value)
-    return rows
 
 
 def parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:

@@ -48,7 +48,6 @@ def run(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> list[dict[str, 
     output.mkdir(parents=True)
     settings = DPOConfig(**{"learning_rate": 1e-4, "checkpoint_every": 3, **dpo})
     spec = TrainSpec(
-        name="round-001",
         policy=model,
         reference=None,
         pairs=pairs,
@@ -62,7 +61,6 @@ def run(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> list[dict[str, 
         dpo=settings,
         seed=0,
         pairs_cache=tmp_path / "cache",
-        tracker_dir=tmp_path / "trackers",
     )
     log: list[dict[str, Any]] = []
     launch_training(spec, spec_path=output / "train.json", log=tmp_path / "train.log", on_step=log.append)

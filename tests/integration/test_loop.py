@@ -13,6 +13,7 @@ from iterdpo.errors import ChildFailed, StaleStepError
 from iterdpo.run.rundir import RunDir, read_jsonl
 from iterdpo.testing import FakeSampler
 from tests.integration.harness import Workspace
+from tests.unit.run.tracked import tensorboard, wandb_offline
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +77,34 @@ def test_a_candidate_that_fails_the_gate_is_not_the_next_rounds_start(
     assert (workspace.run_dir / "policy").resolve() == Path(workspace.config["model"]["path"]).resolve()
     initial = fake.loaded[0]
     assert fake.loaded.count(initial) == len(rounds) - 1
+
+
+def test_trackers_show_a_lineage_of_three_rounds_in_two_starts_as_one_run(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    dpo = {**workspace.config["dpo"], "trackers": ["tensorboard", "wandb"]}
+    for rounds in (2, 3):
+        run(config_of(workspace, rounds=rounds, dpo=dpo))
+    rows = read_jsonl(workspace.run_dir / "metrics.jsonl")
+    logs = [read_jsonl(workspace.run_dir / f"round-00{r}" / "policy" / "train_log.jsonl") for r in (1, 2, 3)]
+    steps = [row["loss"] for log in logs for row in log]
+    scores = [row["score/heldout_judge"] for row in rows]
+    scalars, texts = tensorboard(workspace.run_dir / "trackers")
+    ids, points = wandb_offline(workspace.run_dir / "trackers")
+    assert len(ids) == 1
+    for found in (scalars, points):
+        assert found["train/loss"] == [(step, pytest.approx(loss)) for step, loss in enumerate(steps, 1)]
+        assert found["round/score/heldout_judge"] == [(r, pytest.approx(score)) for r, score in enumerate(scores)]
+        assert [value for _, value in found["round/gate/promoted"]] == [
+            row["gate/decision"] == "promote" for row in rows
+        ]
+        assert [round for round, _ in found["round/win_rate/vs_initial"]] == [1, 2, 3]
+    assert [round for round, _ in texts["completions"]] == [0, 1, 2, 3]
+    tables = points["round/completions"]
+    assert [(round, len(table)) for round, table in tables] == [(r, 8) for r in range(4)]
+    assert tables[3][1][0].keys() == {"prompt", "completion", "train_judge", "heldout_judge"}
 
 
 def test_an_engine_that_does_not_sample_from_the_policy_stops_the_run(workspace: Workspace) -> None:

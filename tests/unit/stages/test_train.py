@@ -145,7 +145,7 @@ def test_the_trainer_is_told_of_the_policy_the_reference_and_the_pairs(room: Roo
         None,
     )
     assert (spec.output, spec.reference_output) == (place / "policy.partial", place / "reference")
-    assert (spec.name, spec.seed, spec.attic, spec.optimizer) == ("round-002", derive_seed(0, 2, "train"), None, None)
+    assert (spec.seed, spec.attic, spec.optimizer) == (derive_seed(0, 2, "train"), None, None)
     assert (spec.reference_inputs.reference, spec.reference_inputs.pairs) == ("c3aa", "9d20")
     assert (trained.path, trained.round) == (place / "policy", 2)
     manifest = read_manifest(trained.path)

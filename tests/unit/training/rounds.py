@@ -45,7 +45,6 @@ def run(
     config = DPOConfig(**settings)
     train(
         TrainSpec(
-            name="round-001",
             policy=model,
             reference=against,
             pairs=pairs,
@@ -64,7 +63,6 @@ def run(
             dpo=config,
             seed=3,
             pairs_cache=tmp_path / "cache",
-            tracker_dir=tmp_path / "trackers",
             optimizer=optimizer,
         )
     )

@@ -15,7 +15,6 @@ from iterdpo.training.launch import ReferenceInputs, TrainSpec, check_training, 
 
 def spec(**dpo: Any) -> TrainSpec:
     return TrainSpec(
-        name="round-001",
         policy=Path("/policy"),
         reference=None,
         pairs=Path("/pairs/train.parquet"),
@@ -34,7 +33,6 @@ def spec(**dpo: Any) -> TrainSpec:
         dpo=DPOConfig(**dpo),
         seed=3,
         pairs_cache=Path("/cache"),
-        tracker_dir=Path("/trackers"),
     )
 
 

@@ -143,18 +143,6 @@ def test_an_alarm_that_is_to_stop_the_round_does_when_its_step_is_in_the_log(
     assert not (output / "model.safetensors").exists()
 
 
-def test_trackers_write_under_the_runs_directory(tmp_path: Path, tiny_model: Path, grouped: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    output = run(tmp_path, tiny_model, grouped, trackers=["tensorboard"], tracker_project="a-project")
-    (directory,) = {path.parent for path in (tmp_path / "trackers" / "a-project").glob("events*")}
-    events = EventAccumulator(str(directory)).Reload()
-    found = [(event.step, event.value) for event in events.Scalars("loss")]
-    expected = [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in log_of(output)]
-    assert found == expected
-    assert "step" not in events.Tags()["scalars"]
-
-
 def test_fewer_processes_than_asked_for_is_an_error(tmp_path: Path, tiny_model: Path, pairs: Path) -> None:
     with pytest.raises(RuntimeError, match="2 training processes are configured, but this one sees 1"):
         run(tmp_path, tiny_model, pairs, processes=2)
