@@ -10,7 +10,7 @@ from functools import partial
 from itertools import chain
 from json import dumps, loads
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
@@ -19,14 +19,19 @@ from iterdpo.errors import ConfigError, JudgeError
 from iterdpo.escape import visible
 from iterdpo.run.progress import Progress
 
+if TYPE_CHECKING:
+    from judges.audit.check import Turn
+
 JUDGE = (
     "a YAML file with a section `judge`, such as a run's, or a value of `judge.use`: a name, or path/to/file.py:name"
 )
 ARGS = "arguments of the judge, over the configuration's: model=my-rm endpoint.base_url=http://localhost:8000/v1"
 DATA = (
-    "preference pairs (chosen, rejected, prompt; a column tie marks those that are equally good): a file, a directory, "
-    "or a hub id; to compare also rows of prompt and completions, or a run directory"
+    "preference pairs (chosen, rejected, prompt; a column tie marks those that are equally good), RewardBench 2, LLMBar or "
+    "JudgeBench: a file, a directory, or a hub id; to compare also rows of prompt and completions, or a run directory"
 )
+ATTACK = "try answers that a policy finds if the judge rewards them, on prompts of --data, or on those that come with iterdpo"
+POLICY = "the policy to train, whose lineage is compared with that of the judge's model (default: the configuration's)"
 JSON = "write everything as JSON; - prints it instead of the tables"
 TOKENIZER = "checkpoint whose tokenizer counts tokens (default: the configuration's, else one token per byte)"
 COLUMNS = "columns of the prompt's row, put last: gold=4; a value is text, or JSON if it begins with [, { or a quote"
@@ -48,14 +53,13 @@ app = App(
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class DataOptions:
-    data: Annotated[str, Parameter(help=DATA)]
+class ReadingOptions:
     split: Annotated[str, Parameter(help="the split to read, if the data set has several")] = "train"
     limit: Annotated[Positive | None, Parameter(help="read the first N rows only")] = None
     tokenizer: Annotated[str | None, Parameter(help=TOKENIZER)] = None
     seed: Annotated[int, Parameter(help="seed of the order of the completions and of the bootstrap")] = 0
 
-    def reading(self, *judges: str) -> dict[str, Any]:
+    def of(self, *judges: str) -> dict[str, Any]:
         """How the data are read; the tokenizer is the one asked for, or that of the first configuration of `judges`."""
         return {"split": self.split, "limit": self.limit, "tokenizer": _tokenizer(self.tokenizer, *judges)}
 
@@ -69,6 +73,7 @@ class OutputOptions:
 
 
 TABLES = OutputOptions()
+READING = ReadingOptions()
 
 
 @app.command
@@ -78,52 +83,96 @@ def check(
     *,
     args: Assignments = (),
     role: Role = "train",
-    data: DataOptions,
+    data: Annotated[str | None, Parameter(help=DATA)] = None,
+    reading: ReadingOptions = READING,
     subset_column: Annotated[str | None, Parameter(help="column whose values define subsets for the figures")] = None,
     repeats: Annotated[Positive, Parameter(help="how often to judge each pair")] = 1,
+    attack: Annotated[bool, Parameter(help=ATTACK)] = False,
+    attack_prompts: Annotated[Positive, Parameter(help="prompts that are attacked")] = 24,
+    policy: Annotated[str | None, Parameter(help=POLICY)] = None,
     output: OutputOptions = TABLES,
 ) -> int:
-    """Measure a judge on labelled preference pairs."""
-    from judges.audit.check import check_judge_on
+    """Measure a judge on labelled preference pairs, and attack it."""
+    from judges.audit import attacks, render
+    from judges.audit.check import Check, check_judge_on
     from judges.audit.figures import measure
-    from judges.audit.labelled import read_labelled
+    from judges.audit.labelled import LabelledGroup, read_labelled
+    from judges.audit.lineage import shared_lineage
     from judges.audit.published import measure_groups
-    from judges.audit.render import check_plots, check_sentence, check_tables, mistake_example
     from judges.load import check_columns, load_judge
 
+    if data is None and not attack:
+        remedy = "give --data with labelled pairs, or --attack to try attacks on the prompts that come with iterdpo"
+        raise ConfigError(f"nothing to check {judge} on; {remedy}")
     use, judge_args = _judge_spec(judge, args, role)
     loaded = load_judge(use, judge_args)
-    reading = data.reading(judge)
-    unit: Literal["characters", "tokens"] = "characters" if reading["tokenizer"] is None else "tokens"
-    pairs, account = read_labelled(data.data, subset_column=subset_column, **reading)
+    how = reading.of(judge)
+    unit: Literal["characters", "tokens"] = "characters" if how["tokenizer"] is None else "tokens"
+    trained = policy or _policy(judge)
+    lineage = None if trained is None else shared_lineage(judge_args, trained)
 
-    drawn: dict[str, Any] = {"seed": data.seed, "repeats": repeats}
-    with closing(loaded), Progress(sys.stderr).stage("judged", data.limit or 0, "pairs") as stage:
-        first = next(pairs)
-        check_columns(use, first.prompt.columns, judge_args)
-        done = check_judge_on(loaded, chain([first], pairs), **drawn, unit=unit, advance=stage.advance)
-    report = {
-        "judge": {"use": use, "name": done.name, "version": done.version},
-        **_circumstances(data, output, done.turn.stopped, account=account.summary()),
-        "repeats": repeats,
-        "length_unit": unit,
-        "cost": {"seconds": round(done.turn.seconds, 3), "usage": done.turn.usage},
-        **measure(done.pairs, seed=data.seed, confidence=output.confidence),
-        "best": measure_groups(done.groups, confidence=output.confidence),
-    }
-    settings = [("Judge", use), ("Version", done.version), ("Data", data.data), ("Rows", account.summary())]
+    def judged(groups: Iterator[LabelledGroup], total: int, what: str, **drawn: Any) -> Check:
+        with Progress(sys.stderr).stage(what, total, "rows") as stage:
+            first = next(groups)
+            try:
+                check_columns(use, first.prompt.columns, judge_args)
+            except JudgeError as error:
+                if data is not None:
+                    raise
+                raise JudgeError(f"{error}; give --data with prompts that do") from None
+            rows = chain([first], groups)
+            return check_judge_on(loaded, rows, seed=reading.seed, unit=unit, advance=stage.advance, **drawn)
+
+    report: dict[str, Any] = {"judge": {"use": use, "name": loaded.name, "version": loaded.version}}
+    report |= {"seed": reading.seed, "confidence": output.confidence, "lineage": lineage}
+    page: dict[str, Any] = {"tables": [], "figures": [], "examples": []}
+    settings, said = [("Judge", use), ("Version", loaded.version)], []
+    stopped: BaseException | None = None
+    with closing(loaded):
+        if data is not None:
+            labelled, account = read_labelled(data, subset_column=subset_column, **how)
+            done = judged(labelled, reading.limit or 0, "judged", repeats=repeats)
+            stopped = done.turn.stopped
+            report |= {
+                "data": {"path": data, "split": reading.split, "account": account.summary()},
+                "repeats": repeats,
+                "length_unit": unit,
+                "cost": _cost(done.turn),
+                **measure(done.pairs, seed=reading.seed, confidence=output.confidence),
+                "best": measure_groups(done.groups, confidence=output.confidence),
+                "pairs": [pair.to_json() for pair in done.pairs],
+            }
+            settings += [("Data", data), ("Rows", account.summary()), ("Lengths", f"in {unit}")]
+            said.append(render.check_sentence(report))
+            page["tables"] += render.check_tables(report)
+            page["figures"] = render.check_plots(report) if output.page else []
+            page["examples"] = list(map(render.mistake_example, done.mistakes))
+        if attack and stopped is None:
+            chosen: dict[str, Any] = {"limit": attack_prompts, "tokenizer": how["tokenizer"]}
+            if data is None:
+                tried = attacks.shipped_attacks(**chosen)
+            else:
+                tried = attacks.attacks_on(read_labelled(data, **how)[0], **chosen)
+            attacked = judged(tried, attack_prompts * len(attacks.ATTACKS), "attacked")
+            stopped = attacked.turn.stopped
+            report["attack"] = {
+                **attacks.measure_attacks(attacked.pairs, confidence=output.confidence),
+                "cost": _cost(attacked.turn),
+            }
+            settings.append(("Attacks", f"on {report['attack']['prompts']:,} prompts{' of the data' if data else ''}"))
+            said.append(render.attack_sentence(report))
+            page["tables"] += render.attack_tables(report)
+    report["stopped"] = _stop_reason(stopped)
     return _put_out(
         output,
-        {**report, "pairs": [pair.to_json() for pair in done.pairs]},
-        done.turn.stopped,
-        sentence=check_sentence(report),
-        tables=check_tables(report),
-        settings=[*settings, ("Lengths", f"in {unit}"), ("Seed", str(data.seed))],
-        figures=check_plots(report) if output.page else [],
-        examples=list(map(mistake_example, done.mistakes)),
+        report,
+        stopped,
+        sentence=" ".join(filter(None, [*said, lineage])),
+        settings=[*settings, ("Seed", str(reading.seed))],
         examples_title="The mistakes it is surest of",
         on_terminal=0,
-        title=f"{done.name} on {Path(data.data).name}",
+        title=f"{loaded.name} on {Path(data).name}" if data else f"{loaded.name} under attack",
+        **page,
     )
 
 
@@ -136,7 +185,8 @@ def compare(
     args_a: Assignments = (),
     args_b: Annotated[tuple[str, ...], Parameter(consume_multiple=True, help="arguments of B")] = (),
     role: Role = "train",
-    data: DataOptions,
+    data: Annotated[str, Parameter(help=DATA)],
+    reading: ReadingOptions = READING,
     number: Annotated[int | None, Parameter(name="--round", help=ROUND)] = None,
     output: OutputOptions = TABLES,
 ) -> int:
@@ -148,16 +198,19 @@ def compare(
     specs = [_judge_spec(a, args_a, role), _judge_spec(b, args_b, role)]
     for use, judge_args in specs:
         check_judge(use, judge_args)  # before the first has judged anything
-    samples = partial(read_samples, data.data, round=number, seed=data.seed, **data.reading(a, b))
+    samples = partial(read_samples, data, round=number, seed=reading.seed, **reading.of(a, b))
     load_a, load_b = (partial(load_judge, *spec) for spec in specs)
-    with Progress(sys.stderr).stage("judged", 2 * (data.limit or 0), "prompts") as stage:
+    with Progress(sys.stderr).stage("judged", 2 * (reading.limit or 0), "prompts") as stage:
         done = compare_judges(load_a, load_b, samples, advance=stage.advance)
     judged = zip(specs, done.names, done.versions, strict=True)
     report = {
         "judges": [{"use": use, "name": name, "version": version} for (use, _), name, version in judged],
-        **_circumstances(data, output, done.stopped, round=number),
-        "costs": [{"seconds": round(turn.seconds, 3), "usage": turn.usage} for turn in done.turns],
-        **measure_agreement(done, seed=data.seed, confidence=output.confidence),
+        "data": {"path": data, "split": reading.split, "round": number},
+        "seed": reading.seed,
+        "confidence": output.confidence,
+        "stopped": _stop_reason(done.stopped),
+        "costs": list(map(_cost, done.turns)),
+        **measure_agreement(done, seed=reading.seed, confidence=output.confidence),
     }
     first, second = done.names
     return _put_out(
@@ -166,12 +219,12 @@ def compare(
         done.stopped,
         sentence=compare_sentence(report),
         tables=compare_tables(report),
-        settings=[("A", first), ("B", second), ("Data", data.data), ("Seed", str(data.seed))],
+        settings=[("A", first), ("B", second), ("Data", data), ("Seed", str(reading.seed))],
         figures=[],
         examples=list(map(difference_example, done.differences)),
         examples_title="Where they differ",
         on_terminal=10,
-        title=f"{first} and {second} on {Path(data.data).name}",
+        title=f"{first} and {second} on {Path(data).name}",
     )
 
 
@@ -300,15 +353,20 @@ def _tokenizer(given: str | None, *judges: str) -> Any:
     )
 
 
-def _circumstances(
-    data: DataOptions, output: OutputOptions, stopped: BaseException | None, **more: Any
-) -> dict[str, Any]:
-    return {
-        "data": {"path": data.data, "split": data.split, **more},
-        "seed": data.seed,
-        "confidence": output.confidence,
-        "stopped": "interrupted" if isinstance(stopped, KeyboardInterrupt) else str(stopped) if stopped else None,
-    }
+def _policy(judge: str) -> str | None:
+    """The policy in a judge's configuration, if it has one."""
+    from iterdpo.config import load_judges_config
+
+    model = load_judges_config(judge).model if judge.endswith(YAML) else None
+    return None if model is None else model.path
+
+
+def _cost(turn: Turn) -> dict[str, Any]:
+    return {"seconds": round(turn.seconds, 3), "usage": turn.usage}
+
+
+def _stop_reason(stopped: BaseException | None) -> str | None:
+    return "interrupted" if isinstance(stopped, KeyboardInterrupt) else str(stopped) if stopped else None
 
 
 def _put_out(

@@ -106,8 +106,9 @@ def check_sentence(report: dict[str, Any]) -> str:
     chance = ", which is worse than chance" if accuracy.high < 0.5 else ""
     if accuracy.low <= 0.5 <= accuracy.high:
         chance = ", which is not distinguishable from chance"
-    found = f"{share(accuracy.value)} of {_pairs(accuracy.n, report['counts']['judged_prompts'])}"
-    interval = f"{percent(report['confidence'])[:-4]} % interval {_range(accuracy, share)}"
+    prompts = report["counts"]["judged_prompts"]
+    found = f"{share(accuracy.value)} of {_counted(accuracy.n, 'pair')} of {_counted(prompts, 'prompt')}"
+    interval = f"{100 * report['confidence']:g} % interval {_range(accuracy, share)}"
     said = [f"{name} prefers the better completion in {found} ({interval}){chance}."]
     coverage, first, index, length = (figures[k] for k in ("coverage", "first_position", "first_index", "length_bias"))
     if coverage.value < 0.95:
@@ -173,8 +174,49 @@ def _best_table(best: dict[str, Any]) -> Table:
     return Table("Best of several", ["subset", "prompts", "best is right"], rows, note)
 
 
-def _pairs(pairs: int, prompts: int) -> str:
-    return f"{pairs:,} pair{'s'[: pairs != 1]} of {prompts:,} prompt{'s'[: prompts != 1]}"
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s'[: number != 1]}"
+
+
+def attack_sentence(report: dict[str, Any]) -> str:
+    """Whether to train on this judge, as far as its attacks tell."""
+    name, found = report["judge"]["name"], report["attack"]
+
+    def listed(names: Sequence[str]) -> str:
+        tried = sorted((found["attacks"][n] for n in names), key=lambda some: -some["wins"].value)
+        said = [f"{some['what']} (wins {share(some['wins'].value)})" for some in tried[:3]]
+        if rest := len(tried) - len(said):
+            said.append(f"{rest} other{'s'[: rest != 1]}")
+        return ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1]
+
+    honest = f"an honest answer on {_counted(found['prompts'], 'prompt')}"
+    match found["advice"]:
+        case "no":
+            return f"Do not train on {name} as it is: against {honest} these pay: {listed(found['pays'])}."
+        case "care":
+            return f"Train on {name} with care: against {honest} these sometimes pay: {listed(found['perhaps'])}."
+        case "unknown":
+            return f"{name} judged too few of the attacks to tell whether to train on it."
+    return f"No attack pays against {honest}, so as far as these tell, {name} can be trained on."
+
+
+def attack_tables(report: dict[str, Any]) -> list[Table]:
+    found = report["attack"]
+    rows = [
+        [
+            some["what"],
+            _cell(some["wins"], share),
+            f"{some['ties']:,}",
+            f"{some['judged']:,} of {some['pairs']:,}",
+            some["pays"],
+        ]
+        for some in found["attacks"].values()
+    ]
+    note = "The share of prompts on which the judge prefers the attack to the honest answer; a tie is half a win. What "
+    note += "answers nothing should never win, and what keeps the honest answer no more than half."
+    pairs = sum(some["pairs"] for some in found["attacks"].values())
+    headings = ["attack", "wins", "ties", "judged", "pays"]
+    return [Table("Attacks", headings, rows, note), _cost(found["cost"], pairs, "Cost of the attacks")]
 
 
 def check_plots(report: dict[str, Any]) -> list[tuple[str, str, Figure]]:
