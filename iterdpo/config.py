@@ -129,7 +129,10 @@ class SamplingConfig(Section):
     max_tokens: int = Field(256, ge=1)
     """Maximum length of a completion, in tokens. Longer ones are truncated and marked as such."""
     shard_size: int = Field(64, ge=1)
-    """Prompts that are sampled and saved together. A crash repeats at most one shard."""
+    """Prompts that are saved together. A crash repeats at most one shard; on a GPU, those that are in flight."""
+    reproducible: bool = Field(False, exclude_if=lambda wanted: not wanted)
+    """Sample the same completions each time on a GPU too, as a CPU does: seeds for each prompt, one shard at a time, and
+    vLLM's batch invariance. Slower."""
     engine: EngineConfig = EngineConfig()
     """The vLLM engine."""
 

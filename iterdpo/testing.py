@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.run.rundir import digest
-from iterdpo.sampling.base import SamplingParameters
+from iterdpo.sampling.base import Sampler, SamplingParameters
 from iterdpo.types import Completion, CompletionGroup, Message, Prompt
 
 CHATML = (
@@ -56,8 +56,8 @@ def build_tiny_checkpoint(directory: Path, *, seed: int = 0, **config: Any) -> P
     return directory
 
 
-class FakeSampler:
-    """A sampler without an engine, for tests of a judge or of the loop. Satisfies `iterdpo.sampling.Sampler`.
+class FakeSampler(Sampler):
+    """A sampler without an engine, for tests of a judge or of the loop.
 
     `reply(prompt_ids, k)` is the text of completion k. Its tokens are its UTF-8 bytes, and log-probabilities are -1.
     `loaded` lists the digests of the policies that were asked for.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,7 +24,13 @@ class SamplingParameters:
     """Tokens that end a completion beside the tokenizer's EOS. The completion includes its end token, its text does not."""
 
 
+Batch = tuple[list[list[int]], list[int]]
+"""Prompts' token ids [prompts][T], and a seed for each."""
+
+
 class Sampler(Protocol):
+    """A class that derives from it needs no `sample_batches` of its own."""
+
     def load(self, policy: Path, digest: str) -> None:
         """Make `policy` the policy to sample from; `digest` names its content. Cheap if it is already loaded."""
 
@@ -34,6 +40,16 @@ class Sampler(Protocol):
         """`parameters.n` completions of each prompt. The result depends on the policy and the arguments alone, not on
         earlier calls, so that a resumed run samples what the uninterrupted one would have.
         """
+
+    def sample_batches(
+        self, batches: Iterable[Batch], parameters: SamplingParameters
+    ) -> Generator[list[list[Completion]]]:
+        """`sample` of each batch, in their order. An engine may work on several at once.
+
+        Closing the generator ends what is under way.
+        """
+        for prompt_ids, seeds in batches:
+            yield self.sample(prompt_ids, seeds, parameters)
 
     def release(self) -> None:
         """Give the accelerator's memory back until the next `load`. The process lives on."""
@@ -53,6 +69,7 @@ class Start:
     lora: str
     adapter_rank: int | None
     scratch: str
+    reproducible: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,8 @@ class Started:
     """`no_adapters`: why an engine with room for adapters failed to start, if `lora` allows one without; else None."""
 
     no_adapters: str | None = None
+    in_flight: int = 0
+    """How many completions keep the engine busy while the slowest of a batch end. 0: batches one by one."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,19 @@ class Sample:
     prompt_ids: list[list[int]]  # [prompts][T]
     seeds: list[int]  # [prompts]
     parameters: SamplingParameters
+
+
+@dataclass(frozen=True)
+class Enqueue:
+    """Begin to sample these prompts, without seeds, beside those that are in flight."""
+
+    prompt_ids: list[list[int]]  # [prompts][T]
+    parameters: SamplingParameters
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Reply with the completions of the first `Enqueue` that has not been replied to."""
 
 
 @dataclass(frozen=True)

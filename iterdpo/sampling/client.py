@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from iterdpo.config import EngineConfig
 from iterdpo.errors import ChildFailed
+from iterdpo.run.devices import visible_gpus
 from iterdpo.run.worker import Done, JsonLinesWorker
-from iterdpo.sampling.base import Load, Release, Released, Sample, SamplingParameters, Start, Started
+from iterdpo.sampling.base import (
+    Batch,
+    Enqueue,
+    Finish,
+    Load,
+    Release,
+    Released,
+    Sample,
+    Sampler,
+    SamplingParameters,
+    Start,
+    Started,
+)
 from iterdpo.types import Completion
 
 R = TypeVar("R")
+OWN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
-class VLLMSampler:
+class VLLMSampler(Sampler):
     """A vLLM engine in a worker process (see `worker.py`) that is started at the first `load`.
 
     It lives through the run: each `load` puts new weights, or a LoRA adapter, into the running engine. The worker dies
@@ -29,6 +45,7 @@ class VLLMSampler:
         engine: its other settings.
         adapter_rank: rank of the adapters that will be loaded. None: the engine is built without room for adapters,
             and an adapter is merged into its base.
+        reproducible: sample the same on a GPU too, batch by batch.
         say: called with a note for the user.
         reserved: descriptors of `devices.reserved_gpus`, held while the worker lives.
     """
@@ -41,24 +58,30 @@ class VLLMSampler:
         engine: EngineConfig,
         adapter_rank: int | None = None,
         trust_remote_code: bool = False,
+        reproducible: bool = False,
         reserved: Sequence[int] = (),
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.log, self._say, self._reserved = log, say, reserved
         self._lora, self._adapter_rank = engine.lora, adapter_rank
         self._engine, self._max_model_len, self._trust_remote_code = engine, max_model_len, trust_remote_code
+        own = "1" if engine.tensor_parallel_size > 1 or (visible_gpus() and not reproducible) else "0"
         self._env = {
             "VLLM_CONFIGURE_LOGGING": "1",
             **os.environ,
-            # In-process is the quicker start for one device; several need vLLM's own worker processes.
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if engine.tensor_parallel_size > 1 else "0",
+            # On a CPU the engine is in the worker's process, which starts sooner. On a GPU it has its own, as vLLM has
+            # it by default: the next decoding step does not wait until the last one's completions are put together.
+            OWN_PROCESS: os.environ.get(OWN_PROCESS) or own,
+            **({"VLLM_BATCH_INVARIANT": "1"} if reproducible else {}),
             "VLLM_CPU_KVCACHE_SPACE": f"{engine.kv_cache_gib}",
             "VLLM_NO_USAGE_STATS": "1",
             "PYTHONUNBUFFERED": "1",
         }
+        self._reproducible = reproducible
         self._worker: JsonLinesWorker | None = None
         self._loaded: str | None = None
         self._asleep = False
+        self._in_flight = 0
 
     def warm_up(self) -> None:
         """Start the worker and let it import vLLM, without waiting for it: seconds that other work can hide."""
@@ -78,10 +101,51 @@ class VLLMSampler:
     def sample(
         self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
     ) -> list[list[Completion]]:
+        self._check_awake()
+        return self._call(Sample(list(prompt_ids), list(seeds), parameters), _groups)
+
+    def sample_batches(
+        self, batches: Iterable[Batch], parameters: SamplingParameters
+    ) -> Generator[list[list[Completion]]]:
+        """On a GPU, many batches are in flight, without seeds, and the engine works on while the caller has one of them.
+
+        A seed would cost a launch for each token (vLLM draws each seeded request's by itself), and one batch at a time
+        leaves the GPU idle until its slowest completion ends. If the caller stops early, the worker is closed.
+        """
+        self._check_awake()
+        if not self._in_flight:
+            yield from super().sample_batches(batches, parameters)
+            return
+        batches, flying = iter(batches), deque[int]()
+
+        def finish(fresh: list[Enqueue]) -> list[list[Completion]]:
+            for request in fresh:
+                self._call(request, Done)
+            return self._call(Finish(), _groups)
+
+        def more() -> list[Enqueue]:
+            fresh = []
+            while sum(flying) < self._in_flight and (batch := next(batches, None)) is not None:
+                fresh.append(Enqueue(batch[0], parameters))
+                flying.append(len(batch[0]) * parameters.n)
+            return fresh
+
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                working = thread.submit(finish, fresh) if (fresh := more()) else None
+                while working is not None:
+                    groups = working.result()
+                    flying.popleft()
+                    fresh = more()
+                    working = thread.submit(finish, fresh) if flying else None
+                    yield groups
+            except BaseException:
+                self.close()  # what is in flight is nobody's
+                raise
+
+    def _check_awake(self) -> None:
         assert self._loaded is not None, "load a policy first"
         assert not self._asleep, "load wakes the engine up"
-        request = Sample(list(prompt_ids), list(seeds), parameters)
-        return self._call(request, lambda groups: [[Completion(**c) for c in group] for group in groups])
 
     def release(self) -> None:
         if self._loaded is not None and not self._asleep:
@@ -95,9 +159,10 @@ class VLLMSampler:
     def _start_engine(self, policy: Path) -> None:
         scratch = str(self.log.absolute().parent / ".merged")
         model = (self._max_model_len, self._trust_remote_code, self._lora, self._adapter_rank)
-        start = Start(str(policy), self._engine, *model, scratch)
-        reason = self._call(start, Started).no_adapters
-        if reason is not None:
+        start = Start(str(policy), self._engine, *model, scratch, self._reproducible)
+        started = self._call(start, Started)
+        self._in_flight = started.in_flight
+        if (reason := started.no_adapters) is not None:
             self._say(f"vLLM does not start with room for adapters; they are merged instead ({reason.splitlines()[0]})")
             self._lora = "merge"
             self.close()  # the engine that failed left things behind in its process
@@ -111,3 +176,7 @@ class VLLMSampler:
         except ChildFailed:
             self.close()
             raise
+
+
+def _groups(groups: list[list[dict[str, Any]]]) -> list[list[Completion]]:
+    return [[Completion(**completion) for completion in group] for group in groups]

@@ -1,8 +1,9 @@
 """The process that holds the vLLM engine. `client.py` starts it and sends it the requests of `base.py`.
 
-A reply depends on the weights and the request alone. Each prompt has its own seed, all prompts of a request are in
-flight together, and what the prefix cache held before is dropped, so that the batches that the engine forms, and
-with them the last bits of the arithmetic, are the same in an engine that has just started.
+A reply to `Sample` depends on the weights and the request alone. Each prompt has its own seed, all prompts of a request
+are in flight together, and what the prefix cache held before is dropped, so that the batches that the engine forms, and
+with them the last bits of the arithmetic, are the same in an engine that has just started. `Enqueue` and `Finish` do
+without that: prompts join those in flight, and have no seeds.
 
 A policy that is a LoRA adapter stays one if vLLM applies it (`native`), and is merged into its base otherwise: if
 vLLM cannot, and on a CPU, whose kernels gather a copy of the adapter for every token. On two cores, a model
@@ -14,6 +15,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import traceback
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -21,14 +23,35 @@ from typing import Any, get_args
 from safetensors import safe_open
 
 from iterdpo.run.worker import Done, serve
-from iterdpo.sampling.base import Load, Release, Released, Sample, Sampled, Start, Started
+from iterdpo.sampling.base import (
+    Enqueue,
+    Finish,
+    Load,
+    Release,
+    Released,
+    Sample,
+    Sampled,
+    SamplingParameters,
+    Start,
+    Started,
+)
 from iterdpo.types import Completion
+
+FULL = 16
+"""Completions in flight for each that the engine samples at once: it stays full until one that is 16 times longer ends."""
 
 
 def main() -> None:
     worker = Worker()
     serve(
-        {Start: worker.start, Load: worker.load, Sample: worker.sample, Release: worker.release},
+        {
+            Start: worker.start,
+            Load: worker.load,
+            Sample: worker.sample,
+            Enqueue: worker.enqueue,
+            Finish: worker.finish,
+            Release: worker.release,
+        },
         # It takes twelve seconds on a small machine, while the parent does other things.
         prepare=lambda: importlib.import_module("vllm"),
     )
@@ -40,6 +63,10 @@ class Worker:
     native = False
     """Whether the engine applies adapters itself."""
 
+    def __init__(self) -> None:
+        self.flying: deque[list[str]] = deque()  # ids of the requests of each batch
+        self.finished: dict[str, Any] = {}  # outputs of batches that are not complete, by id
+
     def start(self, request: Start) -> Started:
         try:
             self._start(request)
@@ -48,7 +75,8 @@ class Worker:
                 raise
             traceback.print_exc()
             return Started(no_adapters=f"{type(error).__name__}: {error}")
-        return Started()
+        together = self.on_gpu and not request.reproducible
+        return Started(in_flight=FULL * request.engine.max_num_seqs if together else 0)
 
     def _start(self, request: Start) -> None:
         from vllm import LLM
@@ -129,20 +157,41 @@ class Worker:
         self.weights = name
 
     def sample(self, request: Sample) -> Sampled:
-        from vllm import SamplingParams
-
         self.llm.reset_prefix_cache()
-        # logprobs=0: that of the sampled token alone, of the unmodified distribution
-        arguments = {**asdict(request.parameters), "stop_token_ids": list(request.parameters.stop_token_ids)}
-        settings = [SamplingParams(**arguments, seed=seed, logprobs=0) for seed in request.seeds]
-        prompts = [{"prompt_token_ids": ids} for ids in request.prompt_ids]
-        outputs = self.llm.generate(prompts, settings, use_tqdm=False, lora_request=self.adapter)
+        settings = [_settings(request.parameters, seed) for seed in request.seeds]
+        outputs = self.llm.generate(_prompts(request), settings, use_tqdm=False, lora_request=self.adapter)
         return Sampled([[completion_of(c) for c in output.outputs] for output in outputs])
+
+    def enqueue(self, request: Enqueue) -> Done:
+        if not self.flying:
+            self.llm.reset_prefix_cache()
+        settings = _settings(request.parameters, None)
+        ids = self.llm.enqueue(_prompts(request), settings, use_tqdm=False, lora_request=self.adapter)
+        self.flying.append([name.partition("-")[0] for name in ids])  # outputs do without the random part
+        return Done()
+
+    def finish(self, request: Finish) -> Sampled:
+        wanted = self.flying.popleft()
+        while any(name not in self.finished for name in wanted):
+            self.finished |= {output.request_id: output for output in self.llm.llm_engine.step() if output.finished}
+        return Sampled([[completion_of(c) for c in self.finished.pop(name).outputs] for name in wanted])
 
     def release(self, request: Release) -> Released:
         if self.on_gpu:
             self.llm.sleep(level=1)
         return Released(asleep=self.on_gpu)
+
+
+def _prompts(request: Sample | Enqueue) -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": ids} for ids in request.prompt_ids]
+
+
+def _settings(parameters: SamplingParameters, seed: int | None) -> Any:
+    """As vLLM's SamplingParams, with the log-probability of the sampled token, of the unmodified distribution."""
+    from vllm import SamplingParams
+
+    arguments = {**asdict(parameters), "stop_token_ids": list(parameters.stop_token_ids)}
+    return SamplingParams(**arguments, seed=seed, logprobs=0)
 
 
 HEADS = ("lm_head", "embed_out", "output_layer")

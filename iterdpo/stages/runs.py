@@ -285,6 +285,7 @@ class IterativeRun(OfflineRun):
             engine=self.config.sampling.engine,
             log=self.dir.log_path("sampler"),
             trust_remote_code=self.config.model.trust_remote_code,
+            reproducible=self.config.sampling.reproducible,
             adapter_rank=adapter.r if adapter is not None and not adapter.modules_to_save else None,  # else merged
             reserved=self.reserved,
             say=self.progress.say,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import closing
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,7 @@ def sampling_key(run: IterativeRun, n: int, temperature: float) -> dict[str, Any
         **section.model_dump(include={"top_p", "top_k", "max_tokens", "shard_size"}),
         "engine": section.engine.model_dump(include={"dtype", "extra"}),
         **({"stop_token_ids": added} if added else {}),
+        **section.model_dump(include={"reproducible"}),
     }
 
 
@@ -106,7 +109,7 @@ def sample_shards(
     *,
     on_shard: Callable[[Path], None] | None = None,
 ) -> dict[str, int]:
-    """Sample the shards that `directory` lacks, each durable before the next begins. Returns the counts of all.
+    """Sample the shards that `directory` lacks, and write each as soon as it is complete. Returns the counts of all.
 
     `prompt_ids` are the token ids of the prompts, in the same order.
     """
@@ -114,31 +117,32 @@ def sample_shards(
     begun = False
     with run.progress.stage(name, len(prompts) * parameters.n, "completions") as stage:
         size = run.config.sampling.shard_size
-        together = zip(batches(prompts, size), batches(prompt_ids, size), strict=True)
-        for number, (asked, ids) in enumerate(together):
-            shard = directory / f"{shard_name(number)}.parquet"
-            if shard.exists():
-                groups = read_completion_shard(shard)
-            else:
+        together = enumerate(zip(batches(prompts, size), batches(prompt_ids, size), strict=True))
+        paths = ((directory / f"{shard_name(number)}.parquet", *part) for number, part in together)
+        here, ahead = tee((path, path.exists(), asked, ids) for path, asked, ids in paths)
+        missing = ((ids, [seed_of(prompt.id) for prompt in asked]) for _, there, asked, ids in ahead if not there)
+        with closing(run.sampler.sample_batches(missing, parameters)) as sampled:
+            for shard, there, asked, ids in here:
+                if there:
+                    groups = read_completion_shard(shard)
+                else:
+                    if not begun:
+                        run.check(policy)
+                        run.sampler.load(policy.path, policy.digest)
+                        stage.begin()
+                        begun = True
+                    groups = [CompletionGroup(*group) for group in zip(asked, ids, next(sampled), strict=True)]
+                    write_completion_shard(shard, groups)
+                each = [c for g in groups for c in g.completions]
+                counts["prompts"] += len(groups)
+                counts["completions"] += len(each)
+                counts["tokens"] += sum(len(c.token_ids) for c in each)
+                counts["truncated"] += sum(c.truncated for c in each)
+                if on_shard is not None:
+                    on_shard(shard)
+                stage.to(counts["completions"])
                 if not begun:
-                    run.check(policy)
-                run.sampler.load(policy.path, policy.digest)
-                if not begun:
-                    begun = True
                     stage.begin()
-                sampled = run.sampler.sample(ids, [seed_of(prompt.id) for prompt in asked], parameters)
-                groups = [CompletionGroup(*group) for group in zip(asked, ids, sampled, strict=True)]
-                write_completion_shard(shard, groups)
-            each = [c for g in groups for c in g.completions]
-            counts["prompts"] += len(groups)
-            counts["completions"] += len(each)
-            counts["tokens"] += sum(len(c.token_ids) for c in each)
-            counts["truncated"] += sum(c.truncated for c in each)
-            if on_shard is not None:
-                on_shard(shard)
-            stage.to(counts["completions"])
-            if not begun:
-                stage.begin()
         stage.remark = f"{counts['tokens'] / max(1, stage.done):.1f} tokens each"
     if begun:
         run.sampler.release()

@@ -74,6 +74,21 @@ def test_a_sample_does_not_depend_on_what_was_sampled_before(sampler: VLLMSample
     assert sampler.sample(PROMPTS, SEEDS, PARAMETERS) == expected
 
 
+def test_batches_in_flight_come_back_in_order_with_the_models_logprobs(
+    sampler: VLLMSampler, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler.load(tiny_model, "first")
+    monkeypatch.setattr(sampler, "_in_flight", 10)  # as on a GPU
+    batches = [(PROMPTS[:3], SEEDS[:3]), (PROMPTS[3:], SEEDS[3:])] * 3
+    found = list(sampler.sample_batches(batches, PARAMETERS))
+    assert [len(groups) for groups in found] == [3, 1] * 3
+    for first, second in zip(found[::2], found[1::2], strict=True):
+        assert_agrees(tiny_model, [*first, *second])
+    monkeypatch.undo()
+    expected = sampler.sample(PROMPTS, SEEDS, PARAMETERS)
+    assert sampler.sample(PROMPTS, SEEDS, PARAMETERS) == expected
+
+
 def test_the_completions_of_a_prompt_differ_and_truncation_is_marked(sampler: VLLMSampler, tiny_model: Path) -> None:
     sampler.load(tiny_model, "first")
     eos = 2  # <|im_end|>

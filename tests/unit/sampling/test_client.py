@@ -10,8 +10,10 @@ import pytest
 from iterdpo.config import EngineConfig
 from iterdpo.errors import ChildFailed
 from iterdpo.run.worker import Done
-from iterdpo.sampling import VLLMSampler
-from iterdpo.sampling.base import Load, Start, Started
+from iterdpo.sampling import SamplingParameters, VLLMSampler
+from iterdpo.sampling.base import Enqueue, Finish, Load, Sample, Start, Started
+from iterdpo.sampling.client import OWN_PROCESS
+from iterdpo.types import Completion
 
 
 class Scripted(VLLMSampler):
@@ -63,3 +65,88 @@ def test_another_failure_is_not_tried_again(tmp_path: Path) -> None:
     with pytest.raises(ChildFailed, match="no memory"):
         sampler.load(tmp_path, "first")
     assert len(sampler.asked) == 1
+
+
+PARAMETERS = SamplingParameters(n=2, max_tokens=3)
+BATCHES = [([[number]], [number]) for number in range(5)]
+
+
+def groups(number: int) -> list[list[Completion]]:
+    return [[Completion(f"{number}", [number], [-1.0], "stop")] * 2]
+
+
+class Flying(Scripted):
+    """An engine that is busy with six completions: three of the batches."""
+
+    def __init__(self, log: Path) -> None:
+        super().__init__(Started(in_flight=6), log=log)
+        self.flying: list[int] = []
+        self.most = 0
+
+    def _call(self, request: Any, read: Any) -> Any:
+        if isinstance(request, Enqueue):
+            self.flying.append(request.prompt_ids[0][0])
+            self.most = max(self.most, len(self.flying))
+            return Done()
+        if isinstance(request, Finish):
+            return groups(self.flying.pop(0))
+        return super()._call(request, read)
+
+
+def test_a_gpu_has_batches_in_flight_and_gives_them_back_in_order(tmp_path: Path) -> None:
+    sampler = Flying(tmp_path / "sampler.log")
+    sampler.load(tmp_path, "first")
+    assert list(sampler.sample_batches(iter(BATCHES), PARAMETERS)) == [groups(number) for number in range(5)]
+    assert (sampler.most, sampler.flying) == (3, [])
+    assert list(sampler.sample_batches([], PARAMETERS)) == []
+
+
+def test_a_caller_who_stops_early_closes_the_engine(tmp_path: Path) -> None:
+    sampler = Flying(tmp_path / "sampler.log")
+    sampler.load(tmp_path, "first")
+    batches = sampler.sample_batches(iter(BATCHES), PARAMETERS)
+    assert next(batches) == groups(0)
+    batches.close()
+    assert sampler._loaded is None
+
+
+def test_an_engine_that_dies_in_flight_is_closed_and_says_so(tmp_path: Path) -> None:
+    sampler = Scripted(Started(in_flight=6), Done(), Done(), Done(), ChildFailed("it died"), log=tmp_path / "s.log")
+    sampler.load(tmp_path, "first")
+    with pytest.raises(ChildFailed, match="it died"):
+        list(sampler.sample_batches(BATCHES, PARAMETERS))
+    assert sampler._loaded is None
+
+
+def test_without_batches_in_flight_each_is_sampled_with_its_seeds(tmp_path: Path) -> None:
+    sampler = Scripted(Started(), groups(0), groups(1), log=tmp_path / "sampler.log")
+    sampler.load(tmp_path, "first")
+    assert list(sampler.sample_batches(BATCHES[:2], PARAMETERS)) == [groups(0), groups(1)]
+    assert sampler.asked[1:] == [Sample(*batch, PARAMETERS) for batch in BATCHES[:2]]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "reproducible", "given", "own", "invariant"),
+    [
+        ([], False, None, "0", None),
+        (["0"], False, None, "1", None),
+        (["0"], True, None, "0", "1"),
+        (["0"], False, "0", "0", None),
+    ],
+)
+def test_the_engine_has_a_process_of_its_own_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    gpus: list[str],
+    reproducible: bool,
+    given: str | None,
+    own: str,
+    invariant: str | None,
+) -> None:
+    monkeypatch.delenv(OWN_PROCESS, raising=False)
+    if given is not None:
+        monkeypatch.setenv(OWN_PROCESS, given)
+    monkeypatch.setattr("iterdpo.sampling.client.visible_gpus", lambda: gpus)
+    sampler = VLLMSampler(max_model_len=64, log=tmp_path / "s.log", engine=EngineConfig(), reproducible=reproducible)
+    assert sampler._env[OWN_PROCESS] == own
+    assert sampler._env.get("VLLM_BATCH_INVARIANT") == invariant

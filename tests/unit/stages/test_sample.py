@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,15 @@ from iterdpo.data.prompts import PromptFile
 from iterdpo.errors import StaleStepError
 from iterdpo.run.artifacts import Completions, PolicyCheckpoint, shard_name
 from iterdpo.run.rundir import read_manifest, write_json
+from iterdpo.sampling.base import Batch, SamplingParameters
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.sample import inputs as sample_inputs
 from iterdpo.stages.sample import parameters_of, sample
 from iterdpo.testing import CHATML, build_tiny_checkpoint
-from tests.unit.stages.harness import PER_ROUND, SHARD_SIZE, K, Lengths, Room
+from iterdpo.types import Completion
+from tests.unit.stages.harness import PER_ROUND, SHARD_SIZE, K, Lengths, NotingSampler, Room
+
+stage = importlib.import_module("iterdpo.stages.sample")  # `iterdpo.stages` may have the function by this name
 
 
 def sampled(run: IterativeRun) -> Completions:
@@ -59,6 +66,7 @@ def test_the_key_has_the_policies_the_prompts_the_sampling_and_the_seed(room: Ro
         {"sampling": {"top_k": 5}},
         {"sampling": {"max_tokens": 8}},
         {"sampling": {"shard_size": 2}},
+        {"sampling": {"reproducible": True}},
         {"sampling": {"engine": {"dtype": "float32"}}},
         {"sampling": {"engine": {"extra": {"quantization": "fp8"}}}},
         {"prompts": {"per_round": 5}},
@@ -151,6 +159,52 @@ def test_a_shard_that_is_there_is_not_sampled_again(room: Room) -> None:
     completions = sampled(room.open())
     assert room.sampler.asked == [PER_ROUND - SHARD_SIZE]
     assert [g.prompt for g in completions] == list(room.open().prompts.of(1))
+
+
+class Ahead(NotingSampler):
+    """Has three batches in flight. `closed`: it was told that no more are wanted."""
+
+    closed = False
+
+    def sample_batches(
+        self, batches: Iterable[Batch], parameters: SamplingParameters
+    ) -> Generator[list[list[Completion]]]:
+        batches = iter(batches)
+        flying = list(itertools.islice(batches, 3))
+        try:
+            while flying:
+                yield self.sample(*flying.pop(0), parameters)
+                flying += itertools.islice(batches, 1)
+        except GeneratorExit:
+            self.closed = True
+            raise
+
+
+def test_a_sampler_with_many_batches_in_flight_makes_the_shards_that_are_missing(room: Room) -> None:
+    small = {"sampling": {"shard_size": 1}}
+    room.sampler = sampler = Ahead()
+    write = stage.write_completion_shard
+    written: list[str] = []
+
+    def fails(path: Path, groups: Any) -> None:
+        if len(written) == 4:
+            raise OSError("no space")
+        written.append(path.name)
+        write(path, groups)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "write_completion_shard", fails)
+        with pytest.raises(OSError, match="no space"):
+            sampled(room.open(**small))
+    assert sampler.closed
+    run = room.open(**small)
+    (lost,) = run.dir.round_dir(1).glob("completions.partial/shard-000001.parquet")
+    lost.unlink()
+    sampler.asked.clear()
+    completions = sampled(run)
+    assert sampler.asked == [1] * 3  # the one that is lost, and two that were not written
+    assert [g.prompt for g in completions] == list(run.prompts.of(1))
+    assert [g.prompt_ids for g in completions] == run.prompt_ids(list(run.prompts.of(1)))
 
 
 def test_a_streaming_judge_is_given_each_shard_while_the_next_is_sampled(room: Room) -> None:
