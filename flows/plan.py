@@ -7,12 +7,12 @@ from pathlib import Path
 
 from flows.api import describe
 from iterdpo.config import OfflineConfig
-from iterdpo.data.preferences import Account, PreferenceData, tokenize_pairs
+from iterdpo.data.preferences import tokenize_pairs
 from iterdpo.errors import DamagedError
 from iterdpo.run.checkpoints import training_bytes
 from iterdpo.run.disk import size
 from iterdpo.run.rundir import RunDir, read_manifest
-from iterdpo.stages.offline import check_account, check_kind
+from iterdpo.stages.offline import check_account, check_kind, preferences_of
 from iterdpo.stages.plan import describe_pending
 from iterdpo.stages.runs import IterativeRun, OfflineRun
 
@@ -54,11 +54,11 @@ def describe_offline_plan(config: OfflineConfig) -> str:
         path, tokenizer = run.model_path, run.tokenizer
         run.check_space()
     section = config.data
-    data = PreferenceData(section.path, section.split, section.format, section.limit, section.min_margin)
+    data = preferences_of(section)
     limits = section.model_dump(include={"max_prompt_tokens", "max_completion_tokens"})
     for number, batch in enumerate(data.parsed()):
         if number == 0:  # what the chat template refuses, it mostly refuses soon
-            tokenize_pairs(batch, tokenizer, Account(section.path), **limits)
+            tokenize_pairs(batch, tokenizer, data.account, **limits)
     check_kind(config, data.account.kind)
     check_account(config, data.account)
     pairs = data.account.kept - config.data.heldout

@@ -93,6 +93,9 @@ class PromptsConfig(Section):
     """Prompts set aside for evaluation: the same for the whole run, never sampled for training."""
     heldout_path: OptionalPath = None
     """A separate file of held-out prompts, in the format of `path`. Prompts that are in both are not trained on."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What becomes of rows that cannot be used, such as those without a prompt: `error` names them all and ends the run
+    before it begins; `skip` leaves them out, counted by reason."""
     reuse: bool = False
     """When all prompts have been used, start again in another order instead of refusing."""
 
@@ -540,6 +543,9 @@ class DataConfig(Section):
     min_margin: float | None = Field(None, ge=0)
     """Leave out pairs whose chosen completion is not scored higher than the rejected by at least this, in columns such as
     `score_chosen` and `score_rejected`. Without it, pairs that their scores contradict are trained on, and counted."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What becomes of rows that cannot be used, such as those without a prompt: `error` names them all and ends the run
+    before training; `skip` leaves them out, counted by [reason](data.md#rows-that-cannot-be-used)."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts lose their beginning."""
     max_completion_tokens: int = Field(1024, ge=1)

@@ -17,6 +17,21 @@ class DataError(UserError):
     """A prompt or preference file that cannot be read as asked."""
 
 
+class RowError(DataError):
+    """A row of a data file that cannot be used, whatever becomes of the rows beside it.
+
+    `RowError("a.jsonl: row 7, column 'prompt' is empty; remove the row", "have an empty prompt")`
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        """`reason` says the same of several rows, in a phrase that counts can be said with; of these there are few."""
+        self.reason = reason
+        super().__init__(message)
+
+    def __reduce__(self) -> Any:  # to a process of a pool
+        return RowError, (str(self), self.reason)
+
+
 class DamagedError(DataError):
     """A file of a run that is not as it was written: a byte has changed, or it is cut short or missing."""
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from iterdpo.data.rows import json_value, shown
-from iterdpo.errors import DataError
+from iterdpo.errors import RowError
 from iterdpo.types import Chat, Content, Message
 
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -31,6 +31,10 @@ EXAMPLE = 'a list of messages such as {"role": "user", "content": "2+2?"}'
 SPEAKERS = {"human": "user", "user": "user", **dict.fromkeys(("gpt", "chatgpt", "assistant"), "assistant")}
 SPEAKERS |= {"system": "system", "tool": "tool"}
 """The roles of ShareGPT's speakers."""
+NEITHER = "have a prompt or completion that is neither text nor messages"
+BAD_MESSAGE = "have a message of the wrong shape"
+BAD_COMPANION = "have a system column, tools or template values of the wrong shape"
+HAVE_MEDIA = "have images or other media"
 WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """Keys one of which an assistant's message has if it has no content."""
 
@@ -42,21 +46,22 @@ def content_of(value: Any, where: str) -> Content:
     (`{"from": "human", "value": "2+2?"}`) become messages, and a single message a list of one.
 
     Raises:
-        DataError: it is neither, has media in it, or its text cannot be written as UTF-8.
+        RowError: it is neither, has media in it, or its text cannot be written as UTF-8.
     """
     content: Content = value
     parsed = messages_in(value)
     if isinstance(parsed, str) and LOOKS_LIKE_MESSAGES.match(parsed) and ROLE.search(parsed) and not _is_data(parsed):
-        raise DataError(
+        raise RowError(
             f"{where} looks like a list of messages that is kept as text, but cannot be read as JSON or Python; write the "
-            "messages as JSON"
+            "messages as JSON",
+            "have messages as text that cannot be read",
         )
     if isinstance(parsed, dict) and {"role", "from"} & parsed.keys():
         parsed = [parsed]
     if isinstance(parsed, list) and all(isinstance(m, dict) for m in parsed):
         content = [_message(m, where, number) for number, m in enumerate(parsed, 1)]
     elif not isinstance(value, str):
-        raise DataError(f"{where} is {shown(value)}; it must be text, or {EXAMPLE}")
+        raise RowError(f"{where} is {shown(value)}; it must be text, or {EXAMPLE}", NEITHER)
     _check_encodable(content, where)
     return content
 
@@ -92,7 +97,7 @@ def with_companions(content: Content, row: Mapping[str, Any], where: str, *, col
     """A row's prompt with what else of the row the policy has to see: a system column, tools, values for the template.
 
     Raises:
-        DataError: a companion that cannot be read or kept, or a column of images or other media.
+        RowError: a companion that cannot be read or kept, or a column of images or other media.
     """
     for name, value in row.items():
         if (
@@ -101,9 +106,10 @@ def with_companions(content: Content, row: Mapping[str, Any], where: str, *, col
             and not _is_nothing(value)
             and not isinstance(value, int | float)
         ):
-            raise DataError(
+            raise RowError(
                 f"{where} has the column {name!r}, but iterdpo trains on text alone; remove the rows with {name}, or the "
-                "column if the text is whole without it"
+                "column if the text is whole without it",
+                HAVE_MEDIA,
             )
     content = _with_system(content, row, where, column)
     settings: dict[str, Any] = {}
@@ -112,12 +118,14 @@ def with_companions(content: Content, row: Mapping[str, Any], where: str, *, col
     kwargs = _parsed(row.get("chat_template_kwargs"))
     if not _is_nothing(kwargs):
         if not isinstance(kwargs, dict):
-            raise DataError(f"{where}, column 'chat_template_kwargs' is {shown(kwargs)}; it must be an object")
+            raise RowError(
+                f"{where}, column 'chat_template_kwargs' is {shown(kwargs)}; it must be an object", BAD_COMPANION
+            )
         settings |= kwargs
     if not settings:
         return content
     if isinstance(content, str):
-        raise DataError(_no_template(where, "tools" if "tools" in settings else "chat_template_kwargs"))
+        raise _no_template(where, "tools" if "tools" in settings else "chat_template_kwargs")
     settings = {name: json_value(value) for name, value in settings.items()}
     return Chat(content, settings)
 
@@ -127,28 +135,33 @@ def _with_system(content: Content, row: Mapping[str, Any], where: str, column: s
     for name in names:
         text = row[name]
         if not isinstance(text, str):
-            raise DataError(f"{where}, column {name!r} is {shown(text)}; it must be text")
+            raise RowError(f"{where}, column {name!r} is {shown(text)}; it must be text", BAD_COMPANION)
         _check_encodable(text, f"{where}, column {name!r}")
         if isinstance(content, str):
-            raise DataError(_no_template(where, name))
+            raise _no_template(where, name)
         if content and content[0]["role"] in ("system", "developer"):
             if str(content[0].get("content")).strip() == text.strip():
                 continue
-            raise DataError(
-                f"{where} has the column {name!r}, and its messages begin with another system message; remove one of the two"
+            raise RowError(
+                f"{where} has the column {name!r}, and its messages begin with another system message; remove one of the two",
+                "have two system messages",
             )
         content = [{"role": "system", "content": text}, *content]
     return content
 
 
-def _no_template(where: str, name: str) -> str:
-    return f"{where} has the column {name!r}, but the prompt is text, which no chat template renders: {PLAIN}"
+def _no_template(where: str, name: str) -> RowError:
+    return RowError(
+        f"{where} has the column {name!r}, but the prompt is text, which no chat template renders: {PLAIN}",
+        "have a column for the chat template beside a prompt of text",
+    )
 
 
 def _tools(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
     if not _is_nothing(row.get("functions")):
-        raise DataError(
-            f"{where.partition(', column')[0]} has the column 'functions'; give it as tools, in OpenAI's form"
+        raise RowError(
+            f"{where.partition(', column')[0]} has the column 'functions'; give it as tools, in OpenAI's form",
+            BAD_COMPANION,
         )
     given = row.get("tools")
     if _is_nothing(given):
@@ -157,7 +170,7 @@ def _tools(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
     tools = [_parsed(tool) for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         example = '{"type": "function", "function": {"name": "rain_in", "parameters": {}}}'
-        raise DataError(f"{where} is {shown(given)}; it must be a list of tools such as {example}")
+        raise RowError(f"{where} is {shown(given)}; it must be a list of tools such as {example}", BAD_COMPANION)
     return [json_value(tool) for tool in tools]
 
 
@@ -167,10 +180,12 @@ def _message(value: dict[str, Any], where: str, number: int) -> Message:
     where = f"{where}: message {number}"
     message = {key: item for key, item in value.items() if item is not None}
     if not isinstance(message.get("role"), str):
-        raise DataError(f"{where}: 'role' is {shown(message.get('role'))}; it must be text, such as user or assistant")
+        raise RowError(
+            f"{where}: 'role' is {shown(message.get('role'))}; it must be text, such as user or assistant", BAD_MESSAGE
+        )
     for key in message:
         if MEDIA.fullmatch(str(key)) and not _is_nothing(message[key]):
-            raise DataError(f"{where} has {key!r}, but iterdpo trains on text alone; remove it, or the row")
+            raise RowError(f"{where} has {key!r}, but iterdpo trains on text alone; remove it, or the row", HAVE_MEDIA)
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], where)
     for key in ("tool_calls", "function_call"):
@@ -183,10 +198,10 @@ def _message(value: dict[str, Any], where: str, number: int) -> Message:
             message["content"] = None  # as OpenAI writes it; some templates look for the key
     elif not isinstance(message.get("content"), str):
         hint = ", or the message have tool_calls" if message["role"] == "assistant" else ""
-        raise DataError(f"{where}: 'content' is {shown(message.get('content'))}; it must be text{hint}")
+        raise RowError(f"{where}: 'content' is {shown(message.get('content'))}; it must be text{hint}", BAD_MESSAGE)
     for key in ("reasoning_content", "reasoning", "thinking", "name", "tool_call_id"):
         if key in message and not isinstance(message[key], str):
-            raise DataError(f"{where}: {key!r} is {shown(message[key])}; it must be text")
+            raise RowError(f"{where}: {key!r} is {shown(message[key])}; it must be text", BAD_MESSAGE)
     return {str(key): item if isinstance(item, str) else json_value(item) for key, item in message.items()}
 
 
@@ -195,7 +210,7 @@ def _from_turn(turn: dict[str, Any], where: str) -> Message:
     speaker = turn["from"]
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         right = f'a turn is {{"from": "human", "value": "2+2?"}}, from one of {", ".join(SPEAKERS)}'
-        raise DataError(f"{where} is {str(turn)[:60]}; {right}")
+        raise RowError(f"{where} is {str(turn)[:60]}; {right}", BAD_MESSAGE)
     others = {k: v for k, v in turn.items() if k not in ("from", "value")}
     return {"role": SPEAKERS[speaker], "content": turn.get("value"), **others}
 
@@ -208,7 +223,9 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
         if all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
             return calls
     example = '{"type": "function", "function": {"name": "rain_in", "arguments": {"city": "Oslo"}}}'
-    raise DataError(f"{where}: 'tool_calls' is {shown(value)}; it must be a list of calls such as {example}")
+    raise RowError(
+        f"{where}: 'tool_calls' is {shown(value)}; it must be a list of calls such as {example}", BAD_MESSAGE
+    )
 
 
 def _text_of_parts(parts: list[Any], where: str) -> str:
@@ -216,12 +233,13 @@ def _text_of_parts(parts: list[Any], where: str) -> str:
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise DataError(
+            raise RowError(
                 f"{where}: 'content' has a part of the type {str(kind)[:40]!r}, but iterdpo trains on text alone; remove "
-                "it, or the row"
+                "it, or the row",
+                HAVE_MEDIA,
             )
     if len(parts) != 1:
-        raise DataError(f"{where}: 'content' has {len(parts)} parts; join their texts into one")
+        raise RowError(f"{where}: 'content' has {len(parts)} parts; join their texts into one", BAD_MESSAGE)
     return str(parts[0]["text"])
 
 
@@ -254,4 +272,5 @@ def _check_encodable(content: Content, where: str) -> None:
         json.dumps(content, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise DataError(f"{where} has half of a surrogate pair, {half!r}; write the whole pair") from None
+        message = f"{where} has half of a surrogate pair, {half!r}; write the whole pair"
+        raise RowError(message, "have half of a surrogate pair") from None

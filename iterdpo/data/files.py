@@ -1,8 +1,8 @@
 """The rows of a data file, one at a time and in bounded memory, whatever is in the file.
 
 A row may have 64 MiB of text and 100 levels of nesting, and a compressed file may unpack to 500 times its size. What
-is damaged, or beyond these limits, is a `DataError` with the file's name and, if there are lines, the line's number.
-NaN is null.
+is damaged, or beyond these limits, is a `DataError` with the file's name and, if there are lines, the line's number. If
+the rows after it can be read, it is a `RowError` in the place of the row, and else it is raised. NaN is null.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from iterdpo.errors import DataError
+from iterdpo.errors import DataError, RowError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,8 +33,11 @@ _decoder = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" el
 _white = re.compile(r"[ \t\r\n]*")
 
 
-Numbered = tuple[int | None, dict[str, Any]]
+Row = dict[str, Any] | RowError
+"""A row, or why there is none in its place."""
+Numbered = tuple[int | None, Row]
 """A row and the number of the line it is on, or ends on; None if the file has no lines, or they say nothing."""
+NOT_JSON = "are not valid JSON"
 
 
 def format_of(file: Path) -> str:
@@ -45,13 +48,13 @@ def file_rows(file: Path) -> Iterator[Numbered]:
     """The rows of a file of one of `FORMATS`.
 
     Raises:
-        DataError: see the module's docstring.
+        DataError: nothing more can be read; see the module's docstring.
     """
     kind = format_of(file)
     if kind not in FORMATS:
         raise DataError(f"{file}: unknown kind of file; give .json, .jsonl, .csv (also .gz) or .parquet")
     if kind == "parquet":
-        yield from ((None, without_fill(row)) for row in _parquet_rows(file))
+        yield from ((None, row if isinstance(row, RowError) else without_fill(row)) for row in _parquet_rows(file))
         return
     packed = file.name.lower().endswith(".gz")
     opener: Any = gzip.open if packed else open
@@ -108,8 +111,9 @@ def _json_rows(text: _Text) -> Iterator[Numbered]:
                 if _end_of_white(line, end) != len(line):
                     raise json.JSONDecodeError("Extra data", line, end)
             except (ValueError, RecursionError) as error:
-                raise _invalid(where, error) from None
-            yield text.line, _object(row, where, line)
+                yield text.line, _invalid(where, error)
+            else:
+                yield text.line, _object(row, where, line)
 
 
 def _json_items(text: _Text) -> Iterator[tuple[Any, str]]:
@@ -134,7 +138,7 @@ def _json_items(text: _Text) -> Iterator[tuple[Any, str]]:
         chunk = text.count(text.handle.read(max(CHUNK, len(buffer) - at)))
         buffer, at, ended = buffer[at:] + chunk, 0, not chunk
 
-    def invalid(message: str, position: int) -> DataError:
+    def invalid(message: str, position: int) -> RowError:
         line = lines + buffer.count("\n", 0, position)
         newline = buffer.rfind("\n", 0, position)
         column = position - newline + (behind if newline < 0 else 0)
@@ -183,26 +187,27 @@ def _end_of_white(text: str, at: int) -> int:
     return found.end()
 
 
-def _invalid(where: str, reason: str | Exception) -> DataError:
+def _invalid(where: str, reason: str | Exception) -> RowError:
     match reason:
         case RecursionError():
-            return DataError(f"{where}: {TOO_DEEP}")
+            return RowError(f"{where}: {TOO_DEEP}", NESTED)
         case json.JSONDecodeError():
             reason = f"{reason.msg} at column {reason.colno}"
         case ValueError():  # an integer with more digits than Python reads
             reason = "a number of thousands of digits"
-    return DataError(f"{where}: not valid JSON: {reason}; write one object per line, or one list of objects")
+    return RowError(f"{where}: not valid JSON: {reason}; write one object per line, or one list of objects", NOT_JSON)
 
 
 TOO_DEEP = f"nested more than {DEEPEST} levels deep; remove it"
+NESTED = f"are nested more than {DEEPEST} levels deep"
 
 
-def _object(value: Any, where: str, text: str) -> dict[str, Any]:
+def _object(value: Any, where: str, text: str) -> Row:
     if text.count("[") + text.count("{") > DEEPEST and _is_deep(value):
-        raise DataError(f"{where}: {TOO_DEEP}")
+        return RowError(f"{where}: {TOO_DEEP}", NESTED)
     if not isinstance(value, dict):
         shown = "missing or null" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
-        raise DataError(f'{where}: {shown}; a row is an object, such as {{"prompt": "2+2?"}}')
+        return RowError(f'{where}: {shown}; a row is an object, such as {{"prompt": "2+2?"}}', "are no objects")
     return value
 
 
@@ -226,11 +231,13 @@ def _csv_rows(text: _Text) -> Iterator[Numbered]:
         _refuse_repeated(text.file, reader.fieldnames or ())
         for row in reader:
             if None in row or None in row.values():
-                raise DataError(
+                message = (
                     f"{text.file}:{reader.line_num}: the number of fields differs from the header's "
                     f"{len(reader.fieldnames or ())}; quote texts that hold commas or line breaks"
                 )
-            yield reader.line_num, row
+                yield reader.line_num, RowError(message, "have another number of fields than the header")
+            else:
+                yield reader.line_num, row
     except csv.Error as error:
         # the line after the last good row
         raise DataError(f"{text.file}:{reader.line_num + 1}: not valid CSV: {error}") from None
@@ -242,7 +249,7 @@ def _refuse_repeated(file: Path, columns: Sequence[str]) -> None:
         raise DataError(f"{file}: has the column {repeated[0]!r} more than once; rename one")
 
 
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(file: Path) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -263,7 +270,7 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
             try:
                 for batch in table.iter_batches(batch_size=size, row_groups=[group]):
                     for row in _values(batch, file, number):
-                        yield without_nan(row) if floats else row
+                        yield without_nan(row) if floats and not isinstance(row, RowError) else row
                     number += len(batch)
             except (OSError, pa.ArrowException) as error:
                 raise DataError(f"{file}: row {number} or one after it cannot be read as Parquet ({error})") from error
@@ -284,27 +291,31 @@ def _rows_at_once(group: Any) -> int:
     return int(max(1, min(1024, MOST // max(1, largest))))
 
 
-def _values(batch: pa.RecordBatch, file: Path, first: int) -> list[dict[str, Any]]:
+def _values(batch: pa.RecordBatch, file: Path, first: int) -> list[Row]:
     """The rows of a batch, the first of which is the row `first` of the file.
 
-    Raises:
-        DataError: a value that Python does not have, by its column and row, such as a date in the year 300000.
+    A value that Python does not have, such as a date in the year 300000, is a RowError by its row and column.
     """
     try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
+        rows: list[Row] = batch.to_pylist()
         return rows
     except Exception:
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            for row, value in enumerate(column, first):
-                try:
-                    value.as_py()
-                except Exception as error:  # every type has errors of its own
-                    reason = f"{type(error).__name__}: {str(error)[:200]}"
-                    raise DataError(
-                        f"{file}: row {row}, column {name!r}: a value of the type {column.type} that cannot be read "
-                        f"({reason}); remove the column, or write it as text"
-                    ) from None
-        raise
+        return [_value(batch, number, f"{file}: row {first + number}") for number in range(len(batch))]
+
+
+def _value(batch: pa.RecordBatch, number: int, where: str) -> Row:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[number].as_py()
+        except Exception as error:  # every type has errors of its own
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            message = (
+                f"{where}, column {name!r}: a value of the type {column.type} that cannot be read ({reason}); remove the "
+                "column, or write it as text"
+            )
+            return RowError(message, "have a value of Parquet that cannot be read")
+    return row
 
 
 def without_fill(row: dict[str, Any]) -> dict[str, Any]:

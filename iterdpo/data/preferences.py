@@ -7,8 +7,8 @@ r"""Offline preference data, in the formats that people have, as pairs of one pr
 - `sharegpt`: `conversations` (the prompt; a `system` column before it), `chosen` and `rejected` in ShareGPT's turns,
   `{"from": "human", "value": "2+2?"}`: one object, or a list of them that may repeat the prompt.
 
-A row that teaches no preference is left out, counted by reason; data of the wrong shape is an error. Rows are read in
-batches and forgotten, so that the size of the data does not matter.
+A row that teaches no preference is left out, counted by reason. Rows of the wrong shape are an error that names them, or
+are left out and counted, too. Rows are read in batches and forgotten, so that the size of the data does not matter.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from iterdpo.data.chats import COMPANIONS, content_of, messages_in, with_companions
+from iterdpo.data.files import Row
 from iterdpo.data.pairs import ABSENT, Kind, pairs_table
-from iterdpo.data.rendering import common_length, completion_token_ids, prompt_token_ids
-from iterdpo.data.rows import column_value, located_rows
-from iterdpo.errors import DataError
+from iterdpo.data.rendering import TokenizerError, common_length, completion_token_ids, prompt_token_ids
+from iterdpo.data.rows import BadRows, column_value, located_rows, reasons, whole
+from iterdpo.errors import DataError, RowError
 from iterdpo.run.rundir import digest
 from iterdpo.run.supervise import end_with
 from iterdpo.types import Completion, Content, Message, PreferencePair, Prompt, content_to_json, message_text
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Format = Literal["auto", "pairs", "hh", "unpaired", "sharegpt"]
-Batch = list[tuple[int, str, dict[str, Any]]]
+Batch = list[tuple[int, str, Row]]
 """Rows with their numbers, from 1, and their places, for messages."""
 
 BATCH = 1000  # rows that one process works on at a time
@@ -63,6 +64,9 @@ USERS_TURN = "have a turn of the user in the completion"
 NO_ASSISTANT = "have a completion of the role {} and no assistant turn"
 NOT_LAST = "have a completion that does not end with an assistant turn"
 ROLES = {"user", "system", "tool", "developer", "function", "human", "gpt", "model", "bot"}
+EMPTY_PROMPT = "have an empty prompt"
+LAST_TURN = "have a prompt that ends with an assistant turn"
+NOT_RENDERED = "cannot be rendered or tokenized"
 NO_MARGIN = "have a smaller margin of scores than data.min_margin"
 
 SCORES = tuple(
@@ -106,6 +110,7 @@ class Account:
     desirable: int = 0  # unpaired examples that are kept and have the label true
     contradicting: list[int] = field(default_factory=list)  # rows kept whose rejected completion has the higher score
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bad: BadRows = field(default_factory=BadRows)  # those of the rows left out that cannot be used as they are
     first: dict[str, int] = field(default_factory=dict)  # {"text": 1}: the first row whose prompt is of that kind
     unit: str | None = None  # what `summary` calls the rows; by default as `kind` says
 
@@ -117,6 +122,23 @@ class Account:
         self.kept += 1
         self.desirable += pair.rejected is None
         self._note_kind({"messages" if pair.prompt.conversational else "text": pair.row})
+
+    def take_back(self, pair: RawPair) -> None:
+        """Count a pair as if it had not been kept."""
+        self.kept -= 1
+        self.desirable -= pair.rejected is None
+        if pair.row in self.contradicting:
+            self.contradicting.remove(pair.row)
+
+    def refuse(self, error: RowError, row: int) -> None:
+        """Count a row that cannot be used."""
+        self.leave_out(error.reason, row)
+        self.bad.add(error)
+
+    def check_rows(self, key: str = "data.bad_rows") -> None:
+        """A DataError that names the rows that cannot be used, if there are any; `key` says how to leave them out."""
+        if self.bad.counts:
+            raise self.bad.error(self.source, self.rows, key)
 
     def leave_out(self, reason: str, *rows: int, count: int = 1) -> None:
         """Count rows that are left out; `rows` are the numbers of the first of them."""
@@ -133,6 +155,7 @@ class Account:
         self.completions_truncated += later.completions_truncated
         for reason, entry in later.left_out.items():
             self.leave_out(reason, *entry["rows"], count=entry["count"])
+        self.bad.update(later.bad)
         self._note_kind(later.first)
 
     def _note_kind(self, first: dict[str, int]) -> None:
@@ -144,9 +167,9 @@ class Account:
     def summary(self) -> str:
         """`kept 2,303 of 2,312 pairs (5 diverge before the last turn, 4 have an empty completion)`."""
         largest_first = sorted(self.left_out.items(), key=lambda item: -item[1]["count"])
-        reasons = ", ".join(f"{entry['count']:,} {reason}" for reason, entry in largest_first)
+        why = reasons({reason: entry["count"] for reason, entry in largest_first})
         unit = self.unit or ("pairs" if self.kind == "pairs" else "examples")
-        said = f"kept {self.kept:,} of {self.rows:,} {unit}" + (f" ({reasons})" if reasons else "")
+        said = f"kept {self.kept:,} of {self.rows:,} {unit}" + (f" ({why})" if why else "")
         if self.contradicting:
             said += (
                 f"; in {len(self.contradicting):,} of them, such as row {self.contradicting[0]}, the rejected completion has "
@@ -158,7 +181,8 @@ class Account:
 class PreferenceData:
     """The preference data of a data set (see `load_rows`), of its first `limit` rows or all. To be read once.
 
-    `account` says what became of the rows that were read so far. `auto` recognises the format by the first row.
+    `account` says what became of the rows that were read so far. `auto` recognises the format by the first row that can
+    be read. `bad_rows`: whether rows that cannot be used are an error at the end, or are left out and counted ("skip").
 
     Raises:
         DataError: a file that cannot be read, or whose first row is plainly of another format than the one given.
@@ -171,25 +195,34 @@ class PreferenceData:
         format: Format = "auto",
         limit: int | None = None,
         min_margin: float | None = None,
+        bad_rows: Literal["error", "skip"] = "error",
     ) -> None:
         if format not in get_args(Format):
             raise DataError(f"format {format!r} is not one of {', '.join(get_args(Format))}")
-        self._min_margin = min_margin
-        rows = located_rows(path, split, limit=limit)
-        where, first = next(rows)
-        self.format = _settled(format, first, where)
-        self.account = Account(path, "unpaired" if self.format == "unpaired" else "pairs")
-        self._numbered = ((number, *row) for number, row in enumerate(chain([(where, first)], rows), 1))
+        self._min_margin, self._skips = min_margin, bad_rows == "skip"
+        self.account = Account(path)
+        self.format: Format = "pairs"
+        self._numbered: Iterator[tuple[int, str, Row]] = iter(())
+        rows = ((number, *row) for number, row in enumerate(located_rows(path, split, limit=limit), 1))
+        for number, where, row in rows:
+            if isinstance(row, RowError):
+                self.account.refuse(row, number)
+                continue
+            self.format = _settled(format, row, where)
+            self._numbered = chain([(number, where, row)], rows)
+            break
+        self.account.kind = "unpaired" if self.format == "unpaired" else "pairs"
 
     def parsed(self) -> Iterator[list[RawPair]]:
         """The pairs, in batches, without tokenizing them.
 
         Raises:
-            DataError: a column that is missing, a value of the wrong type (with its row), or no pair that can be used.
+            DataError: at the end, a column that is missing or a value of the wrong type, with all such rows; or no pair
+                that can be used.
         """
         for batch in self._batches():
             yield parse_rows(batch, self.format, self.account, self._min_margin)
-        self._check_some_are_kept()
+        self.check()
 
     def tokenized(
         self, tokenizer: Any, *, max_prompt_tokens: int, max_completion_tokens: int, processes: int | None = None
@@ -197,7 +230,7 @@ class PreferenceData:
         """The pairs as token ids, in batches as `pairs_table` makes them. Raises what `parsed` does.
 
         Data of more than a few batches are tokenized by as many processes as there are cores, or `processes`. Their
-        number changes nothing in the result. A pair that cannot be rendered is a DataError, with its row.
+        number changes nothing in the result. A pair that cannot be rendered is a bad row.
         """
         batches = self._batches()
         head = list(islice(batches, 3))
@@ -209,42 +242,52 @@ class PreferenceData:
             self.account.add(account)
             if table is not None:
                 yield table
-        self._check_some_are_kept()
+        self.check()
 
     def _batches(self) -> Iterator[Batch]:
         while batch := list(islice(self._numbered, BATCH)):
             yield batch
 
-    def _check_some_are_kept(self) -> None:
+    def check(self) -> None:
+        """Refuse the data if rows that were read cannot be used and are not to be left out, or if none is kept."""
         account = self.account
+        if not self._skips or account.bad.counts.total() == account.rows:
+            account.check_rows()
         if not account.kept:
             longer = ", and raise data.max_completion_tokens" if IDENTICAL_TOKENS in account.left_out else ""
             raise DataError(f"{account.source}: no pair can be used: {account.summary()}; see data.format{longer}")
 
 
 def parse_rows(batch: Batch, format: Format, account: Account, min_margin: float | None = None) -> list[RawPair]:
-    """The pairs of the rows, each recorded in `account`. A row of the wrong shape is a DataError."""
+    """The pairs of the rows, each recorded in `account`; one of the wrong shape as a bad row."""
     pairs = []
     for number, where, row in batch:
-        found = _parsed(row, format, where)
-        margin = None if isinstance(found, str) else margin_of(row)
-        if min_margin is not None and not isinstance(found, str):
-            if margin is None:
-                raise DataError(
-                    f"{where}: data.min_margin is set, but no two scores; name them score_chosen and score_rejected"
-                )
-            if margin < min_margin or margin == 0:
-                found = NO_MARGIN
+        try:
+            row = whole(row)
+            found = _parsed(row, format, where)
+            margin = None if isinstance(found, str) else margin_of(row)
+            if min_margin is not None and not isinstance(found, str):
+                if margin is None:
+                    message = (
+                        f"{where}: data.min_margin is set, but no two scores; name them score_chosen and score_rejected"
+                    )
+                    raise RowError(message, "have no two scores for data.min_margin")
+                if margin < min_margin or margin == 0:
+                    found = NO_MARGIN
+            if not isinstance(found, str):
+                content, chosen, rejected = found
+                content = with_companions(content, row, where)
+        except RowError as error:
+            account.refuse(error, number)
+            continue
         if isinstance(found, str):
             account.leave_out(found, number)
-        else:
-            content, chosen, rejected = found
-            content = with_companions(content, row, where)
-            prompt = Prompt(f"p-{digest(content_to_json(content))}", content)
-            pairs.append(RawPair(prompt, chosen, rejected, number, where))
-            account.keep(pairs[-1])
-            if margin is not None and margin < 0:
-                account.contradicting.append(number)
+            continue
+        prompt = Prompt(f"p-{digest(content_to_json(content))}", content)
+        pairs.append(RawPair(prompt, chosen, rejected, number, where))
+        account.keep(pairs[-1])
+        if margin is not None and margin < 0:
+            account.contradicting.append(number)
     return pairs
 
 
@@ -275,7 +318,8 @@ def tokenize_pairs(
 
     A prompt that is too long loses its beginning, except a BOS token. A completion that is too long loses its end,
     including the end token, and its `finish_reason` is "length". Pairs whose completions are equal after that are left
-    out. The absent side of an unpaired one is `ABSENT`. A pair that cannot be rendered is a DataError, with its row.
+    out. The absent side of an unpaired one is `ABSENT`. A pair that cannot be rendered is recorded as a bad row. A
+    tokenizer that renders none is a DataError.
     """
     assert max_prompt_tokens >= 1  # so truncation always leaves a token
     assert max_completion_tokens >= 1
@@ -286,10 +330,14 @@ def tokenize_pairs(
             ids = prompt_token_ids(tokenizer, content)
             chosen = _completion(tokenizer, content, raw.chosen, max_completion_tokens)
             rejected = _completion(tokenizer, content, raw.rejected, max_completion_tokens)
-        except DataError as error:
+        except TokenizerError as error:
             raise DataError(f"{raw.where}: {error}") from error
+        except DataError as error:
+            account.take_back(raw)
+            account.refuse(RowError(f"{raw.where}: {error}", NOT_RENDERED), raw.row)
+            continue
         if chosen.token_ids == rejected.token_ids:
-            account.kept -= 1
+            account.take_back(raw)
             account.leave_out(IDENTICAL_TOKENS, raw.row)
             continue
         if len(ids) > max_prompt_tokens:
@@ -404,7 +452,9 @@ def _columns(row: dict[str, Any], format: Format, where: str) -> tuple[Content |
     rejected = content_of(column_value(row, "rejected", where, remedy), f"{where}, column 'rejected'")
     if isinstance(chosen, str) != isinstance(rejected, str):
         problem = "one of chosen and rejected is text and the other messages"
-        raise DataError(f"{where}: {problem}; give two of the same kind")
+        raise RowError(
+            f"{where}: {problem}; give two of the same kind", "have one completion as text and one as messages"
+        )
     names = ["prompt"]
     if format == "sharegpt":
         names.insert(0, "conversations")
@@ -425,11 +475,14 @@ def _opens(completion: Content) -> bool:
 def _prompt(value: Any, where: str, column: str = "prompt") -> Content:
     prompt = content_of(value, f"{where}, column {column!r}")
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise DataError(
-            f"{where}, column {column!r} is empty; remove the row, or the column if all its values are empty"
+        raise RowError(
+            f"{where}, column {column!r} is empty; remove the row, or the column if all its values are empty",
+            EMPTY_PROMPT,
         )
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        raise DataError(f"{where}, column {column!r} ends with an assistant turn; a prompt ends before the completion")
+        raise RowError(
+            f"{where}, column {column!r} ends with an assistant turn; a prompt ends before the completion", LAST_TURN
+        )
     return prompt
 
 
@@ -447,8 +500,9 @@ def _refuse_other_name_for_prompt(row: dict[str, Any], chosen: Content, where: s
             continue
         parts = [str(m.get("content") or "") if isinstance(m, dict) else "" for m in value] if messages else [value]
         if not all(part.strip() in said for part in parts):
-            raise DataError(
-                f"{where}: no prompt column, but {name!r}; rename it to prompt if it is the prompt, else remove it"
+            raise RowError(
+                f"{where}: no prompt column, but {name!r}; rename it to prompt if it is the prompt, else remove it",
+                "have no prompt, but another column that may be it",
             )
 
 
@@ -561,7 +615,10 @@ def _label(value: Any, where: str) -> bool:
     """True and false; in a CSV file, their names."""
     label = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
     if label is None:
-        raise DataError(f"{where}, column 'label' is {value!r}; it must be true (desirable) or false (undesirable)")
+        raise RowError(
+            f"{where}, column 'label' is {repr(value)[:60]}; it must be true (desirable) or false (undesirable)",
+            "have a label that is neither true nor false",
+        )
     return label
 
 
@@ -571,7 +628,9 @@ def _is_transcript(value: Any) -> bool:
 
 def _from_transcripts(chosen: Content, rejected: Content, where: str) -> Parts | str:
     if not isinstance(chosen, str) or not isinstance(rejected, str):
-        raise DataError(f"{where}: chosen and rejected are messages, not transcripts; set data.format=pairs")
+        raise RowError(
+            f"{where}: chosen and rejected are messages, not transcripts; set data.format=pairs", NO_TRANSCRIPT
+        )
     if not _is_transcript(chosen) or not _is_transcript(rejected):
         return NO_TRANSCRIPT
     *before, last = _turns(chosen)

@@ -14,19 +14,19 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from iterdpo.config import PromptsConfig
 from iterdpo.data.chats import content_of, with_companions
-from iterdpo.data.rows import column_value, json_value, located_rows, source_stamp
-from iterdpo.errors import DamagedError, DataError
+from iterdpo.data.rows import BadRows, column_value, json_value, located_rows, reasons, source_stamp, whole
+from iterdpo.errors import DamagedError, DataError, RowError
 from iterdpo.run.artifacts import number_lists
 from iterdpo.run.rundir import RunDir, canonical, digest, read_json, sync_tree, write_json, write_with
 from iterdpo.run.sums import CHANGED, check_files, is_whole, note_all, recorded
@@ -34,7 +34,8 @@ from iterdpo.seeds import derive_seeds
 from iterdpo.types import Content, Prompt, content_from_json, content_to_json
 
 CHUNK = 1024  # lines that are read at a time
-LINES, INDEX, NAMES = "prompts.jsonl", "index.npz", "columns.json"
+LINES, INDEX, NAMES, SKIPPED = "prompts.jsonl", "index.npz", "columns.json", "skipped.json"
+REPEATED_ID = "have the id of an earlier row"
 ARRAYS = {
     "ends": "q",  # [M] int64: where each line ends, in bytes
     "ids": "Q",  # [M] uint64: a hash of its id
@@ -64,6 +65,11 @@ class PromptFile:
     def of(prompts: Iterable[Prompt]) -> PromptFile:
         """Prompts from memory, in a temporary file that has no name."""
         return PromptFile(_write(map(_parts, prompts), None))
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many rows of the data could not be used, by reason, and were left out."""
+        return self._lines.skipped
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -118,7 +124,8 @@ class PromptFile:
 class PromptSet:
     """A run's prompts. No held-out prompt, by id or by content, is in `train`.
 
-    `PromptSet(train, heldout, dropped={"repeated": 12, "in_heldout": 3})`; `dropped` counts rows of the file.
+    `PromptSet(train, heldout, dropped={"repeated": 12, "in_heldout": 3})`; `dropped` counts rows of the file, those that
+    cannot be used by their reason.
     """
 
     train: PromptFile
@@ -126,13 +133,20 @@ class PromptSet:
     dropped: dict[str, int]
     rows: int
     """Of the file."""
+    dropped_heldout: dict[str, int] = field(default_factory=dict)
+    """Rows of `heldout_path`, if it is a file of its own, that were left out."""
 
     def summary(self) -> str:
         """`kept 80 of 105 prompts to train on (5 repeated, 20 held out)`."""
-        repeated = self.dropped["repeated"]
-        left = {"repeated": repeated, "held out": self.rows - repeated - len(self.train)}
-        reasons = ", ".join(f"{number:,} {reason}" for reason, number in left.items() if number)
-        return f"kept {len(self.train):,} of {self.rows:,} prompts to train on" + (f" ({reasons})" if reasons else "")
+        left = {"repeated": self.dropped["repeated"], "held out": 0} | self.dropped
+        del left["in_heldout"]
+        left["held out"] = self.rows - sum(left.values()) - len(self.train)
+        said = f"kept {len(self.train):,} of {self.rows:,} prompts to train on"
+        if why := reasons(left):
+            said += f" ({why})"
+        if why := reasons(self.dropped_heldout):
+            said += f"; left out of prompts.heldout_path: {why}"
+        return said
 
 
 def split_prompts(
@@ -144,10 +158,12 @@ def split_prompts(
     directory `cache` what was read of large files is kept, so that they are not read again until they change. A file
     that cannot be read, or too few prompts for the held-out set and one round, is a DataError.
     """
-    prompts, rows = read_prompts(config.path, config.split, config.column, config.id_column, cache)
-    pool = prompts
-    if config.heldout_path is not None:
-        pool, _ = read_prompts(config.heldout_path, config.split, config.column, config.id_column, cache)
+
+    def read(path: str) -> tuple[PromptFile, int]:
+        return read_prompts(path, config.split, config.column, config.id_column, cache, config.bad_rows)
+
+    prompts, rows = read(config.path)
+    pool, pool_rows = (prompts, rows) if config.heldout_path is None else read(config.heldout_path)
     heldout = pinned or _first(pool, config.heldout, seed, "heldout")
     if pinned and not _is_in(pinned.contents, pool.contents).any():
         raise DataError(
@@ -167,8 +183,13 @@ def split_prompts(
             f"{len(heldout):,} are held out, but a round needs {config.per_round:,}; add prompts, or lower "
             "prompts.per_round or prompts.heldout"
         )
-    dropped = {"repeated": rows - len(prompts), "in_heldout": int(apart.sum() - own)}
-    return PromptSet(train, heldout, dropped, rows)
+    dropped = {**_dropped(prompts, rows), "in_heldout": int(apart.sum() - own)}
+    return PromptSet(train, heldout, dropped, rows, {} if pool is prompts else _dropped(pool, pool_rows))
+
+
+def _dropped(prompts: PromptFile, rows: int) -> dict[str, int]:
+    """The rows that gave no prompt, by reason."""
+    return {"repeated": rows - len(prompts) - sum(prompts.skipped.values()), **prompts.skipped}
 
 
 def next_prompts(
@@ -311,33 +332,81 @@ def check_lengths(lengths: Iterable[tuple[int, Prompt]], limit: int, *, place_of
 
 
 def read_prompts(
-    path: str, split: str = "train", column: str = "prompt", id_column: str | None = None, cache: Path | None = None
+    path: str,
+    split: str = "train",
+    column: str = "prompt",
+    id_column: str | None = None,
+    cache: Path | None = None,
+    bad_rows: Literal["error", "skip"] = "error",
 ) -> tuple[PromptFile, int]:
     """The different prompts of a data set, in its order; and how many rows it has.
 
     An id is the value of `id_column`, or else a hash of the prompt, and then repeated prompts are dropped. The other
     columns travel in `Prompt.columns`; what JSON cannot hold becomes text.
 
+    A bad row has no such column, a prompt that is neither text nor messages, is empty or ends with an assistant turn, or
+    the id of an earlier row. With `bad_rows="skip"` they are left out, and counted in the file's `skipped`.
+
     Raises:
-        DataError: a file that cannot be read, a column that is missing, a prompt that is neither text nor messages,
-            is empty or ends with an assistant turn, or an id that occurs twice.
+        DataError: a file that cannot be read, bad rows, with all of them, or no other rows.
     """
-    rows = _parts_of_rows(path, split, column, id_column)
+    bad = BadRows()
+    located = _located_parts(path, split, column, id_column)
+
+    def rows() -> Iterator[Parts]:
+        for _, parts in located:
+            if isinstance(parts, RowError):
+                bad.add(parts)
+            else:
+                yield parts
+
+    def check(lines: _Lines) -> None:
+        read = len(lines) + bad.counts.total()
+        if id_column is not None:
+            for error in _repeated_ids(lines, _located_parts(path, split, column, id_column), id_column):
+                bad.add(error)
+        if bad.counts and (bad_rows == "error" or bad.counts.total() == read):
+            raise bad.error(path, read, "prompts.bad_rows")
+        lines.skipped = dict(bad.counts)
+
     stamp = None if cache is None else source_stamp(path, split)
     if cache is None or stamp is None:
-        lines = _write(rows, None)
+        check(lines := _write(rows(), None))
     else:
-        lines = _kept(rows, cache, digest(path), digest([path, split, column, id_column, stamp]))
-    _, first = np.unique(lines.ids, return_index=True)
-    if id_column is not None and len(first) < len(lines):
-        again = int(np.setdiff1d(np.arange(len(lines)), first)[0])
-        before = int(np.nonzero(lines.ids == lines.ids[again])[0][0])
-        (prompt_id,) = map(_id, lines.read(np.array([again])))
-        raise DataError(
-            f"{path}: row {again + 1}: id {prompt_id!r} in column {id_column!r} is row {before + 1}'s already; make ids "
-            "unique, or leave prompts.id_column out"
-        )
-    return PromptFile(lines, np.sort(first).astype(np.int32)), len(lines)
+        key = [path, split, column, id_column, stamp, bad_rows]
+        lines = _kept(rows(), cache, digest(path), digest(key), check)
+    first = _first_of_each(lines.ids)
+    skipped = sum(number for reason, number in lines.skipped.items() if reason != REPEATED_ID)
+    return PromptFile(lines, first.astype(np.int32)), len(lines) + skipped
+
+
+def _first_of_each(ids: Array) -> Array:
+    """Where each id occurs first, in order."""
+    return np.sort(np.unique(ids, return_index=True)[1])
+
+
+def _repeated_ids(lines: _Lines, located: Iterable[tuple[str, Parts | RowError]], column: str) -> Iterator[RowError]:
+    """The rows with an id that an earlier row has; they are read again to find their places."""
+    ids = lines.ids
+    first = np.zeros(len(ids), bool)
+    first[_first_of_each(ids)] = True
+    if first.all():
+        return
+    repeated = set(ids[~first].tolist())
+    places: dict[int, str] = {}  # of the first row with an id that is repeated
+    read = ((where, parts[0]) for where, parts in located if not isinstance(parts, RowError))
+    for (where, prompt_id), hashed, is_first in zip(read, ids.tolist(), first.tolist(), strict=True):
+        if hashed not in repeated:
+            continue
+        if is_first:
+            places[hashed] = where
+        else:
+            before = places[hashed].removeprefix(where.rpartition("row ")[0])  # in the same file, its row alone
+            yield RowError(
+                f"{where}: id {prompt_id!r} in column {column!r} is {before}'s already; make ids unique, or leave "
+                "prompts.id_column out",
+                REPEATED_ID,
+            )
 
 
 def _is_in(values: Array, among: Array) -> Array:
@@ -371,31 +440,37 @@ def place_of(prompt: Prompt, config: PromptsConfig) -> str:
     """The place of a prompt in the data that it was read from, for messages: `prompts.jsonl: row 10`. Reads the data."""
     sought = content_to_json(prompt.content)
     for path in filter(None, (config.path, config.heldout_path)):
-        for where, (prompt_id, content, _) in _located_parts(path, config.split, config.column, config.id_column):
+        for where, parts in _located_parts(path, config.split, config.column, config.id_column):
+            if isinstance(parts, RowError):
+                continue
+            prompt_id, content, _ = parts
             if prompt_id == prompt.id or (prompt_id is None and content_to_json(content) == sought):
                 return where
     return f"{config.path}: prompt {prompt.id!r}"
 
 
-def _parts_of_rows(path: str, split: str, column: str, id_column: str | None) -> Iterator[Parts]:
-    return (parts for _, parts in _located_parts(path, split, column, id_column))
-
-
-def _located_parts(path: str, split: str, column: str, id_column: str | None) -> Iterator[tuple[str, Parts]]:
+def _located_parts(path: str, split: str, column: str, id_column: str | None) -> Iterator[tuple[str, Parts | RowError]]:
     for where, row in located_rows(path, split):
-        name = "messages" if column == "prompt" and "prompt" not in row and "messages" in row else column
-        content = content_of(column_value(row, name, where, "set prompts.column"), f"{where}, column {name!r}")
-        if not content or (isinstance(content, str) and not content.strip()):
-            raise DataError(f"{where}, column {name!r} is empty; remove the row")
-        if not isinstance(content, str) and content[-1]["role"] == "assistant":
-            raise DataError(f"{where}, column {name!r} ends with an assistant turn; remove that message")
-        content = with_companions(content, row, where, column=name)
-        remedy = "set prompts.id_column"
-        prompt_id = None if id_column is None else str(column_value(row, id_column, where, remedy))
-        columns = {k: v for k, v in row.items() if k not in (name, id_column)}
-        if json_value(columns) is not columns:
-            columns = {k: json_value(v) for k, v in columns.items()}
-        yield where, (prompt_id, content, columns)
+        try:
+            yield where, _parts_of_row(whole(row), where, column, id_column)
+        except RowError as error:
+            yield where, error
+
+
+def _parts_of_row(row: dict[str, Any], where: str, column: str, id_column: str | None) -> Parts:
+    name = "messages" if column == "prompt" and "prompt" not in row and "messages" in row else column
+    content = content_of(column_value(row, name, where, "set prompts.column"), f"{where}, column {name!r}")
+    if not content or (isinstance(content, str) and not content.strip()):
+        raise RowError(f"{where}, column {name!r} is empty; remove the row", "have an empty prompt")
+    if not isinstance(content, str) and content[-1]["role"] == "assistant":
+        message = f"{where}, column {name!r} ends with an assistant turn; remove that message"
+        raise RowError(message, "have a prompt that ends with an assistant turn")
+    content = with_companions(content, row, where, column=name)
+    prompt_id = None if id_column is None else str(column_value(row, id_column, where, "set prompts.id_column"))
+    columns = {k: v for k, v in row.items() if k not in (name, id_column)}
+    if json_value(columns) is not columns:
+        columns = {k: json_value(v) for k, v in columns.items()}
+    return prompt_id, content, columns
 
 
 # Lines of a file
@@ -418,9 +493,15 @@ class _Index:
 class _Lines:
     """A file of prompts, a line each. The index of a file that was not written here is made when it is needed."""
 
-    def __init__(self, source: IO[bytes] | Path, index: _Index | None = None) -> None:
-        """`source`: an open file, which lives as long as this does, or a path, which is opened to be read."""
+    def __init__(
+        self, source: IO[bytes] | Path, index: _Index | None = None, skipped: dict[str, int] | None = None
+    ) -> None:
+        """`source`: an open file, which lives as long as this does, or a path, which is opened to be read.
+
+        `skipped`: how many rows of the data could not be used, by reason.
+        """
         self._source = source
+        self.skipped = skipped or {}
         self._seeds: dict[tuple[int | str, ...], Array] = {}
         self._index = index
         if index is not None:
@@ -503,8 +584,11 @@ def _write(prompts: Iterable[Parts], handle: IO[bytes] | None) -> _Lines:
     return _Lines(handle, _Index(list(map(list, names)), made))
 
 
-def _kept(prompts: Iterable[Parts], cache: Path, name: str, stamp: str) -> _Lines:
-    """The lines and their index in `cache`, made if there are none for this stamp; those of other stamps go."""
+def _kept(prompts: Iterable[Parts], cache: Path, name: str, stamp: str, check: Callable[[_Lines], None]) -> _Lines:
+    """The lines and their index in `cache`, made if there are none for this stamp; those of other stamps go.
+
+    `check` is called with lines that were made, and may refuse them.
+    """
     place = cache / f"{name}-{stamp}"
     if not is_whole(place):
         shutil.rmtree(place, ignore_errors=True)
@@ -512,9 +596,11 @@ def _kept(prompts: Iterable[Parts], cache: Path, name: str, stamp: str) -> _Line
         fresh = Path(tempfile.mkdtemp(prefix=".", dir=cache))
         try:
             with open(fresh / LINES, "wb") as handle:
-                index = _write(prompts, handle).index
-            np.savez(fresh / INDEX, **index.arrays)  # type: ignore[arg-type]
-            write_json(fresh / NAMES, index.names)
+                made = _write(prompts, handle)
+            np.savez(fresh / INDEX, **made.index.arrays)  # type: ignore[arg-type]
+            check(made)
+            write_json(fresh / NAMES, made.index.names)
+            write_json(fresh / SKIPPED, made.skipped)
             note_all(fresh)
             sync_tree(fresh)
             for old in cache.glob(f"{name}-*"):
@@ -524,7 +610,8 @@ def _kept(prompts: Iterable[Parts], cache: Path, name: str, stamp: str) -> _Line
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     index = _Index(read_json(place / NAMES), np.load(place / INDEX))
-    return _Lines(open(place / LINES, "rb"), index)  # both are read for as long as the prompts are
+    # both files are read for as long as the prompts are
+    return _Lines(open(place / LINES, "rb"), index, read_json(place / SKIPPED))
 
 
 def _line_ends(path: Path) -> Array:

@@ -36,6 +36,10 @@ MARK = "\u2042q"  # what a probe appends to a message; trimming and quoting leav
 MOST_SHAPES = 10_000
 
 
+class TokenizerError(DataError):
+    """A tokenizer that renders no chat, or closes no completion, whatever is in it."""
+
+
 def load_tokenizer(
     path: str | Path,
     *,
@@ -250,13 +254,13 @@ def _object(text: Any) -> dict[str, Any] | None:
 def _check_template(tokenizer: Any, settings: Mapping[str, Any]) -> None:
     name, templates = tokenizer.name_or_path, tokenizer.chat_template
     if not templates:
-        raise DataError(
+        raise TokenizerError(
             f"the prompt is messages, but the tokenizer {name!r} has no chat template; give prompts "
             "as plain text, or use a checkpoint with a chat template"
         )
     usable = {"default", "tool_use"} if "tools" in settings else {"default"}
     if isinstance(templates, dict) and not usable & templates.keys():
-        raise DataError(
+        raise TokenizerError(
             f"the tokenizer {name!r} has several chat templates ({', '.join(sorted(templates))}), but none is named "
             "default; write the one to use to chat_template.jinja in the checkpoint's directory"
         )
@@ -343,7 +347,7 @@ def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
     if cut is not None:
         return ids[: cut + 1]
     if tokenizer.eos_token_id is None:
-        raise DataError(
+        raise TokenizerError(
             f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, and no template closes the completion; set "
             "eos_token in the checkpoint's tokenizer_config.json"
         )

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from iterdpo.data.files import FORMATS, Numbered, file_rows, format_of, without_fill, without_nan
-from iterdpo.errors import DataError
+from iterdpo.data.files import FORMATS, Numbered, Row, file_rows, format_of, without_fill, without_nan
+from iterdpo.errors import DataError, RowError
 from iterdpo.run.rundir import canonical, digest
 from iterdpo.run.sums import sha256_file
 
 LARGE = 8 << 20  # bytes of files; smaller ones are read within a second or two
+MOST_COLUMNS = 30  # that a message names
 SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev", "eval"}
+SHOWN = 20  # bad rows that a message names
+SHOWN_ALIKE = 5  # of one reason
 NOT_DATA = {"MANIFEST.json", "STEP.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
@@ -27,11 +33,13 @@ def load_rows(path: str, split: str, *, limit: int | None = None) -> Iterator[di
     name tells of a split. CSV values are text. A file that is missing, empty or broken (with the line, also while
     iterating), or a data set that the hub does not give, is a DataError.
     """
-    return (row for _, row in located_rows(path, split, limit=limit))
+    return (whole(row) for _, row in located_rows(path, split, limit=limit))
 
 
-def located_rows(path: str, split: str, *, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def located_rows(path: str, split: str, *, limit: int | None = None) -> Iterator[tuple[str, Row]]:
     """`load_rows`, each row with its place for messages: `train.csv: row 2 (line 3)`. Rows are counted from 1 in a file.
+
+    In the place of a row that cannot be read is its `RowError`, if the rows after it can be.
 
     Raises:
         DataError: see `load_rows`.
@@ -46,6 +54,74 @@ def located_rows(path: str, split: str, *, limit: int | None = None) -> Iterator
     if not first:
         raise DataError(f"{path}: no rows in it")
     return islice(chain(first, rows), limit)
+
+
+def first_row(path: str, split: str) -> dict[str, Any]:
+    """The first row that can be read. If none can be, the error of the first."""
+    error: RowError | None = None
+    for _, row in located_rows(path, split):
+        if not isinstance(row, RowError):
+            return row
+        error = error or row
+    assert error is not None
+    raise error
+
+
+def whole(row: Row) -> dict[str, Any]:
+    """The row; if there is an error in its place, that is raised."""
+    if isinstance(row, RowError):
+        raise row
+    return row
+
+
+@dataclass
+class BadRows:
+    """The rows that cannot be used: their number for each reason, and the messages of the first.
+
+    `BadRows(counts={"have an empty prompt": 3}, shown={"have an empty prompt": ["a.jsonl: row 7, column 'prompt' is …]})`
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    shown: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, error: RowError) -> None:
+        self.counts[error.reason] += 1
+        self._show(error.reason, str(error))
+
+    def update(self, later: BadRows) -> None:
+        """Add those of the rows after these."""
+        self.counts.update(later.counts)
+        for reason, messages in later.shown.items():
+            for message in messages:
+                self._show(reason, message)
+
+    def _show(self, reason: str, message: str) -> None:
+        messages = self.shown.setdefault(reason, [])
+        if len(messages) < SHOWN_ALIKE:
+            messages.append(message)
+
+    def error(self, source: str, rows: int, key: str | None = None) -> DataError:
+        """The error that names them, of `rows` in all; `key` is the configuration's that leaves them out, if one does.
+
+        It is one line if one row is bad, or the same is true of every row.
+        """
+        bad = self.counts.total()
+        first, *others = [message for alike in self.shown.values() for message in alike][:SHOWN]
+        if bad == rows and len(self.counts) == 1:
+            return DataError(first + (f" (all {rows:,} rows {next(iter(self.counts))})" if others else ""))
+        if not others:
+            return DataError(first + (f" ({key}=skip leaves the row out)" if key else ""))
+        lines = "".join(f"\n  {message}" for message in (first, *others))
+        more = f"\n  and {bad - 1 - len(others):,} more" if bad > 1 + len(others) else ""
+        choice = f"; correct them, or leave them out with {key}=skip" if key and bad < rows else ""
+        return DataError(
+            f"{source}: {bad:,} of {rows:,} rows cannot be used ({reasons(dict(self.counts.most_common()))}){choice}:{lines}{more}"
+        )
+
+
+def reasons(counts: Mapping[str, int]) -> str:
+    """`5 have an empty prompt, 4 are not valid JSON`."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
 
 
 def source_digest(path: str, split: str) -> str:
@@ -78,12 +154,20 @@ def source_stamp(path: str, split: str) -> list[list[str | int]] | str | None:
 
 
 def column_value(row: dict[str, Any], column: str, where: str, remedy: str) -> Any:
-    """`row[column]`. If the row has none, a DataError names the columns there are, the nearest, and the `remedy`."""
+    """`row[column]`. If the row has none, a RowError names the columns there are, the nearest, and the `remedy`."""
     if column in row:
         return row[column]
-    near = difflib.get_close_matches(column, row, n=1)
+    names = tuple(islice(row, MOST_COLUMNS))
+    more = ", …" if len(row) > MOST_COLUMNS else ""
+    raise RowError(f"{where}: {_missing(column, names, more)}{remedy}", f"have no column {column!r}")
+
+
+@lru_cache(maxsize=16)
+def _missing(column: str, names: tuple[str, ...], more: str) -> str:
+    """Kept: all rows may say it, and nearest names take long to find."""
+    near = difflib.get_close_matches(column, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise DataError(f"{where}: no column {column!r}, only {', '.join(map(repr, row))}; {hint}{remedy}")
+    return f"no column {column!r}, only {', '.join(map(repr, names))}{more}; {hint}"
 
 
 def json_value(value: Any) -> Any:
@@ -144,10 +228,10 @@ def _data_files(directory: Path, split: str) -> list[Path]:
     return named or files
 
 
-def _of_files(files: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _of_files(files: list[Path]) -> Iterator[tuple[str, Row]]:
     return chain.from_iterable(_located(str(file), file_rows(file)) for file in files)
 
 
-def _located(source: str, rows: Iterable[Numbered]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _located(source: str, rows: Iterable[Numbered]) -> Iterator[tuple[str, Row]]:
     for number, (line, row) in enumerate(rows, 1):
         yield f"{source}: row {number}" + ("" if line in (None, number) else f" (line {line})"), row

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from iterdpo.config import OfflineConfig
+from iterdpo.config import DataConfig, OfflineConfig
 from iterdpo.data.pairs import hold_out, write_card, write_tables
 from iterdpo.data.preferences import Account, PreferenceData
 from iterdpo.data.rows import source_digest
@@ -60,6 +60,8 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
     settings = data.model_dump(include=PART_OF_KEY)
     if data.min_margin is not None:  # left out at its default, so that runs from before it go on
         settings["min_margin"] = data.min_margin
+    if data.bad_rows != "error":
+        settings["bad_rows"] = data.bad_rows
     content = source_digest(data.path, data.split)
     inputs = {
         "model": run.initial.digest,
@@ -71,7 +73,7 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
     shutil.rmtree(step.partial, ignore_errors=True)
     if (done := step.manifest()) is not None:
         return done
-    preferences = PreferenceData(data.path, data.split, data.format, data.limit, data.min_margin)
+    preferences = preferences_of(data)
     account = preferences.account
     directory = step.begin()
     unit = "pairs" if account.kind == "pairs" else "examples"
@@ -99,6 +101,12 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
             "left_out": account.left_out,
         }
     )
+
+
+def preferences_of(data: DataConfig) -> PreferenceData:
+    """The data that the configuration names, to be read."""
+    settings = data.model_dump(include={"split", "format", "limit", "min_margin", "bad_rows"})
+    return PreferenceData(data.path, **settings)
 
 
 def check_kind(config: OfflineConfig, kind: str) -> None:

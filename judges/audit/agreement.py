@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from iterdpo.data.chats import content_of, with_companions
-from iterdpo.data.rows import column_value, json_value, load_rows, located_rows
+from iterdpo.data.rows import column_value, first_row, json_value, located_rows, whole
 from iterdpo.errors import DataError, UserError
 from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.run.artifacts import completion_shards, read_completion_shard, read_groups
@@ -98,10 +98,10 @@ def read_samples(
         return map(Sample, islice(read_completion_shard(Path(path)), limit))
     if round is not None:
         raise UserError(f"{path}: --round is for a run directory, but this has no run.json")
-    first = next(load_rows(path, split, limit=1))
+    first = first_row(path, split)
     if "completions" in first:
         rows = located_rows(path, split, limit=limit)
-        return (Sample(_group(row, where, tokenizer)) for where, row in rows)
+        return (Sample(_group(whole(row), where, tokenizer)) for where, row in rows)
     if not {"chosen", "rejected"} & first.keys() and published_format(first) is None:
         forms = (
             "labelled pairs (chosen, rejected), rows with prompt and completions (a list of texts), or a run directory"

@@ -12,7 +12,7 @@ from typing import Any
 from iterdpo.data.chats import content_of, with_companions
 from iterdpo.data.preferences import Account, Format, PreferenceData, RawPair, parse_rows
 from iterdpo.data.rendering import completion_token_ids, prompt_token_ids
-from iterdpo.data.rows import column_value, json_value, load_rows, located_rows
+from iterdpo.data.rows import column_value, first_row, json_value, located_rows, whole
 from iterdpo.errors import DataError
 from iterdpo.run.rundir import digest
 from iterdpo.seeds import derive_seed
@@ -74,9 +74,9 @@ def read_labelled(
     Raises:
         DataError: a file that cannot be read, or (while iterating) a row of the wrong shape.
     """
-    published = published_format(next(load_rows(path, split, limit=1)))
+    published = published_format(first_row(path, split))
     if published is None:
-        settled = PreferenceData(path, split, format, limit=1).format
+        settled = PreferenceData(path, split, format, limit).format
         if settled == "unpaired":
             raise DataError(f"{path}: has one completion per row; labelled pairs have the columns chosen and rejected")
     account = Account(path, unit="pairs" if published is None else f"rows of {published}")
@@ -84,15 +84,21 @@ def read_labelled(
     def groups() -> Iterator[LabelledGroup]:
         located = located_rows(path, split, limit=limit)
         numbered = ((number, *row) for number, row in enumerate(located, 1))
-        while batch := list(islice(numbered, BLOCK)):
+        batches = iter(lambda: list(islice(numbered, BLOCK)), [])
+        for batch in batches:
             if published is not None:
                 for number, where, row in batch:
                     account.kept += 1
-                    yield _published(row, published, number, where, subset_column, tokenizer)
+                    yield _published(whole(row), published, number, where, subset_column, tokenizer)
                 continue
             rows = {number: row for number, _, row in batch}
-            for raw in parse_rows(batch, settled, account):
-                yield _labelled(raw, rows[raw.row], subset_column, tokenizer)
+            found = parse_rows(batch, settled, account)
+            if account.bad.counts:
+                for rest in batches:
+                    parse_rows(rest, settled, account)
+                raise account.bad.error(path, account.rows)
+            for raw in found:
+                yield _labelled(raw, whole(rows[raw.row]), subset_column, tokenizer)
         if not account.kept:
             raise DataError(f"{path}: no pair can be used: {account.summary()}")
 
@@ -105,7 +111,7 @@ def _labelled(raw: RawPair, row: dict[str, Any], subset_column: str | None, toke
     subset = subset_column and str(column_value(row, subset_column, where, "set --subset-column"))
     tie = TIES.get(str(row.get("tie")).lower())
     if tie is None:
-        raise DataError(f"{where}, column 'tie' is {row['tie']!r}; it must be true (equally good) or false")
+        raise DataError(f"{where}, column 'tie' is {repr(row['tie'])[:60]}; it must be true (equally good) or false")
     assert raw.chosen is not None
     assert raw.rejected is not None
     group = tokenized(replace(raw.prompt, columns=columns), [raw.chosen, raw.rejected], tokenizer, where)

@@ -20,6 +20,7 @@ from iterdpo.data import files
 from iterdpo.data.files import file_rows
 from iterdpo.data.preferences import PreferenceData
 from iterdpo.data.prompts import read_prompts
+from iterdpo.data.rows import whole
 from iterdpo.errors import DataError, UserError
 
 ROOT = Path(__file__).parents[3]
@@ -27,7 +28,7 @@ ROW = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [row for _, row in file_rows(path)]
+    return [whole(row) for _, row in file_rows(path)]
 
 
 def line(extra: str) -> bytes:
@@ -71,7 +72,7 @@ HOSTILE: dict[str, bytes] = {
 def test_a_damaged_or_hostile_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(HOSTILE[name])
     with pytest.raises(DataError, match=name.replace(".", r"\.")):
-        list(file_rows(tmp_path / name))
+        rows_of(tmp_path / name)
 
 
 def test_nesting_that_is_allowed_is_read(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_a_value_of_parquet_that_python_does_not_have_is_named_by_row_and_column
     with pytest.raises(
         DataError, match=rf"odd\.parquet: row 1, column '{column}': a value of the type .*remove the col"
     ):
-        list(file_rows(tmp_path / "odd.parquet"))
+        rows_of(tmp_path / "odd.parquet")
 
 
 FINE: dict[str, pa.Array] = {
@@ -137,10 +138,10 @@ def test_a_column_that_occurs_twice_is_named(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet: has the column 'prompt' more than once"):
-        list(file_rows(tmp_path / "a.parquet"))
+        rows_of(tmp_path / "a.parquet")
     (tmp_path / "a.csv").write_text("prompt,label,prompt\na,1,b\n")
     with pytest.raises(DataError, match=r"a\.csv: has the column 'prompt' more than once"):
-        list(file_rows(tmp_path / "a.csv"))
+        rows_of(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 20])
@@ -153,7 +154,7 @@ def test_a_list_is_read_the_same_in_chunks_of_any_size(
     assert rows_of(tmp_path / "a.json") == rows
     (tmp_path / "a.json").write_text('[{"a": 1},\n {"b": 2},\n {"c" 3}]')
     with pytest.raises(DataError, match=r"a\.json:3: not valid JSON: Expecting ':' delimiter at column 7"):
-        list(file_rows(tmp_path / "a.json"))
+        rows_of(tmp_path / "a.json")
 
 
 def test_a_list_may_be_empty(tmp_path: Path) -> None:
@@ -168,12 +169,13 @@ import resource, sys
 from pathlib import Path
 from iterdpo.data import files
 from iterdpo.data.files import file_rows
+from iterdpo.data.rows import whole
 from iterdpo.errors import DataError
 import pyarrow.parquet
 files.MOST = 8 << 20
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    print(sum(1 for _ in file_rows(Path(sys.argv[1]))), "rows")
+    print(sum(1 for _, row in file_rows(Path(sys.argv[1])) if whole(row)), "rows")
 except DataError as error:
     print(error)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)

@@ -734,8 +734,11 @@ def test_the_tightest_limits_leave_a_token_of_everything(tokenizer: Any) -> None
 
 def test_a_pair_that_cannot_be_rendered_is_named_with_its_row(tokenizer: Any) -> None:
     broken = raw("yes", "no", prompt=[user("x"), assistant("y")], row=41)
+    pairs, account = tokenize(tokenizer, broken, raw("yes", "no"))
+    assert (len(pairs), account.kept, account.rows) == (1, 1, 2)
+    assert account.left_out == {"cannot be rendered or tokenized": {"count": 1, "rows": [41]}}
     with pytest.raises(DataError, match=re.escape("test.jsonl: row 41: the prompt ends with an assistant turn")):
-        tokenize(tokenizer, broken)
+        account.check_rows()
 
 
 def test_conversational_and_hh_pairs_end_with_the_templates_end_token(tokenizer: Any, hh_rlhf: Path) -> None:
