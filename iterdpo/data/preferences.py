@@ -629,7 +629,8 @@ def _is_transcript(value: Any) -> bool:
 def _from_transcripts(chosen: Content, rejected: Content, where: str) -> Parts | str:
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise RowError(
-            f"{where}: chosen and rejected are messages, not transcripts; set data.format=pairs", NO_TRANSCRIPT
+            f"{where}: chosen and rejected are messages, not transcripts; set data.format=pairs",
+            "have messages in place of transcripts",
         )
     if not _is_transcript(chosen) or not _is_transcript(rejected):
         return NO_TRANSCRIPT

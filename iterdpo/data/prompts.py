@@ -276,6 +276,10 @@ class RoundPrompts:
         """`kept 80 of 105 prompts to train on (5 repeated, 20 held out)`."""
         return self._set.summary()
 
+    def left_out(self) -> dict[str, int]:
+        """How many rows of `prompts.path` gave no prompt, by reason, without those that are held out."""
+        return {reason: count for reason, count in self._set.dropped.items() if count and reason != "in_heldout"}
+
     def _file(self, round: int) -> Path:
         return self._run_dir.round_dir(round) / "prompts.jsonl" if round else self._run_dir.root / "heldout.jsonl"
 

@@ -23,9 +23,11 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
     if steps["evaluation"]:
         metrics |= read_json(directory / "evaluation" / "metrics.json")
     metrics["prompts/sampled"] = counts["completions"].get("prompts")
+    metrics |= _left_out("prompts", counts["completions"])
     metrics["completions/sampled"] = counts["completions"].get("completions")
     for name in ("kept", "tied", "unjudged", "identical", "truncated"):
         metrics[f"pairs/{name}"] = counts["pairs"].get(name)
+    metrics |= _left_out("pairs", counts["pairs"])
     log = read_jsonl(directory / "policy" / TRAIN_LOG) if steps["policy"] else []
     for name in TRAINING:
         tail = [row[name] for row in log[len(log) // 2 :] if name in row]  # the second half: the first still learns
@@ -40,3 +42,18 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
     metrics["time/judge_streamed_s"] = steps["judgments"].seconds.get("streamed") if steps["judgments"] else None
     metrics["time/round_s"] = sum(s for s in seconds.values() if s is not None)
     return metrics
+
+
+def left_out(counts: dict[str, Any]) -> dict[str, int] | None:
+    """How many rows of the data gave nothing, by reason, from a manifest's counts; None if no data were read for it."""
+    if (found := counts.get("left_out")) is None:
+        return None
+    return {reason: entry["count"] if isinstance(entry, dict) else entry for reason, entry in found.items()}
+
+
+def _left_out(name: str, counts: dict[str, Any]) -> dict[str, int | None]:
+    found = left_out(counts)
+    if found is None:
+        return {f"{name}/left_out": None}
+    each = {f"{name}/left_out/{reason}": count for reason, count in found.items()}
+    return {f"{name}/left_out": sum(found.values()), **each}

@@ -22,6 +22,7 @@ from markupsafe import Markup
 from iterdpo.escape import revealed
 from iterdpo.report.format import Column, count, duration, number, percent
 from iterdpo.report.headline import headline, value
+from iterdpo.report.metrics import left_out
 from iterdpo.report.plots import as_svg, figures
 from iterdpo.run.artifacts import completion_shards, read_completion_shard, read_judgment_shard
 from iterdpo.run.read import Run, read_run
@@ -49,7 +50,9 @@ ROUNDS = (
 )
 LEFT_OUT = (  # not trained on, or not judged
     Column("Prompts", "prompts/sampled", count),
+    Column("Rows without a prompt", "prompts/left_out", count),
     Column("Completions", "completions/sampled", count),
+    Column("Rows without a pair", "pairs/left_out", count),
     Column("Pairs kept", "pairs/kept", count),
     Column("Tied", "pairs/tied", count),
     Column("Unjudged", "pairs/unjudged", count),
@@ -83,6 +86,7 @@ def write_report(run_dir: str | Path) -> Path:
         rounds=_table(run.metrics, ROUNDS),
         figures=list(_plots(run)),
         left_out=_table(run.metrics, LEFT_OUT),
+        rows=_rows_left_out(run),
         reasons=_reasons(run),
         judge=_table(run.metrics[run.metrics.index > 0], JUDGE),
         examples=_examples(run),
@@ -151,6 +155,16 @@ def _reasons(run: Run) -> list[tuple[str, int]]:
         manifest = read_manifest(run.dir.round_dir(r) / "judgments")
         reasons.update(manifest.counts["abstentions"] if manifest else {})
     return reasons.most_common(5)
+
+
+def _rows_left_out(run: Run) -> list[tuple[str, int]]:
+    """The reasons why rows of the data gave no prompt or pair, as the last round that read them counts them."""
+    for r in reversed(run.dir.rounds()):
+        for step in ("completions", "pairs"):
+            manifest = read_manifest(run.dir.round_dir(r) / step)
+            if manifest and (found := left_out(manifest.counts)) is not None:
+                return Counter(found).most_common()
+    return []
 
 
 def _table(metrics: pd.DataFrame, columns: Sequence[Column]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def sample(
             on_shard=streaming.put if streaming is not None else None,
         )
         write_card(directory, "shard-*.parquet")
-        manifest = step.finish(counts=counts)
+        manifest = step.finish(counts={**counts, "left_out": run.prompts.left_out()})
     return Completions.of(step.path, manifest)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import subprocess
@@ -94,10 +95,27 @@ def test_every_reason_for_leaving_a_row_out_is_in_the_page_about_data() -> None:
 
     names = "DIVERGE EMPTY IDENTICAL IDENTICAL_TOKENS NO_PROMPT OTHER_PROMPT NO_TRANSCRIPT NO_LAST_TURN USERS_TURN"
     names += " NO_ASSISTANT NOT_LAST NO_MARGIN"
-    _, _, section = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("\n## Rows that are left out\n")
-    reasons = [row.split(" | ")[0].removeprefix("| ") for row in section.splitlines() if row.startswith("| ")]
     known = {getattr(preferences, name).format("...") for name in names.split()}
-    assert known == {r for r in reasons[1:] if not r.startswith("-")}
+    assert known == reasons_in("Rows that are left out")
+
+
+def reasons_in(heading: str) -> set[str]:
+    """The first column of the table in a section of the page about data."""
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    reasons = [row.split(" | ")[0].removeprefix("| ") for row in section.splitlines() if row.startswith("| ")]
+    return {reason for reason in reasons[1:] if not reason.startswith("-")}
+
+
+def test_every_reason_why_a_row_cannot_be_used_is_in_the_page_about_data() -> None:
+    found = set()
+    for file in (ROOT / "iterdpo" / "data").glob("*.py"):
+        module = import_module(f"iterdpo.data.{file.stem}")
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "RowError":
+                reason = eval(ast.unparse(call.args[1]), {**vars(module), "column": "..."})
+                found.add(reason.replace("'...'", "..."))
+    assert found == reasons_in("Rows that cannot be used")
 
 
 def test_the_table_of_losses_has_every_loss_once() -> None:
