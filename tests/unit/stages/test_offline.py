@@ -15,6 +15,8 @@ import pytest
 from iterdpo.config import OfflineConfig, parse_config
 from iterdpo.data.pairs import TokenPairs
 from iterdpo.errors import ConfigError, DataError, StaleStepError
+from iterdpo.report.metrics import round_metrics
+from iterdpo.report.page import write_report
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import Manifest, RunDir, write_jsonl
 from iterdpo.stages.offline import describe_counts, prepare_pairs, train_round
@@ -93,6 +95,35 @@ def test_what_was_kept_truncated_and_left_out_is_in_the_manifest(step: Offline) 
         f"{counts['summary']}; 36 to train on, 5 held out; 1 prompts and 25 completions truncated"
     )
     assert counts["summary"] in step.files()["README.md"].decode()
+
+
+def test_bad_rows_end_the_round_or_are_left_out_and_counted_in_its_metrics_and_report(step: Offline) -> None:
+    empty = {"prompt": "", "chosen": "a", "rejected": "b"}
+    step.write(
+        [*PAIRED, empty, {"prompt": "x", "chosen": " y", "rejected": " y"}, {**empty, "prompt": "a", "chosen": 4}]
+    )
+    with pytest.raises(DataError, match="2 of 43 rows cannot be used"):
+        step.prepare()
+    manifest = step.prepare(bad_rows="skip")
+    assert manifest.inputs["data"]["bad_rows"] == "skip"
+    reasons = {
+        "have an empty prompt": 1,
+        "have identical completions": 1,
+        "have a prompt or completion that is neither text nor messages": 1,
+    }
+    assert {reason: entry["count"] for reason, entry in manifest.counts["left_out"].items()} == reasons
+    assert manifest.counts["summary"].startswith("kept 40 of 43 pairs (1 have an empty prompt, ")
+    run = RunDir(step.root / "run")
+    metrics = round_metrics(run, 1)
+    assert (metrics["pairs/left_out"], metrics["prompts/left_out"]) == (3, None)
+    assert {name: metrics[f"pairs/left_out/{name}"] for name in reasons} == reasons
+    run.write_config(step.config(bad_rows="skip").model_dump())
+    page = write_report(run.root).read_text()
+    assert all(f">{count} {reason}</li>" in page for reason, count in reasons.items())
+
+
+def test_a_round_that_refuses_bad_rows_has_the_key_of_rounds_from_before_there_was_a_choice(step: Offline) -> None:
+    assert "bad_rows" not in step.prepare().inputs["data"]
 
 
 def test_the_heldout_rows_are_chosen_by_the_seed_and_the_others_trained_on_in_order(step: Offline) -> None:

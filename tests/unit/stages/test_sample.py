@@ -13,6 +13,8 @@ import pytest
 
 from iterdpo.data.prompts import PromptFile
 from iterdpo.errors import StaleStepError
+from iterdpo.report.metrics import round_metrics
+from iterdpo.report.page import write_report
 from iterdpo.run.artifacts import Completions, PolicyCheckpoint, shard_name
 from iterdpo.run.rundir import read_manifest, write_json
 from iterdpo.sampling.base import Batch, SamplingParameters
@@ -117,6 +119,27 @@ def test_counts_are_of_all_that_was_sampled(room: Room) -> None:
     assert manifest is not None
     counts = {"prompts": 6, "completions": 12, "tokens": 6 * (2 + 3), "truncated": 6}
     assert manifest.counts == {**counts, "left_out": {}}
+
+
+def test_the_rows_that_gave_no_prompt_are_counted_by_reason(room: Room) -> None:
+    with open(room.root / "prompts.jsonl", "a") as handle:
+        handle.write('{"prompt": "Tale 0"}\n{"prompt": ""}\n{"prompt": null}\n{"prompt": " "}\n{"prompt"\n')
+    run = room.open(prompts={"bad_rows": "skip"})
+    sampled(run)
+    reasons = {
+        "repeated": 1,
+        "have an empty prompt": 2,
+        "have a prompt or completion that is neither text nor messages": 1,
+        "are not valid JSON": 1,
+    }
+    metrics = round_metrics(run.dir, 1)
+    assert metrics["prompts/left_out"] == 5
+    assert {name: metrics[f"prompts/left_out/{name}"] for name in reasons} == reasons
+    assert metrics["pairs/left_out"] is None
+    run.dir.write_config(run.config.model_dump())
+    page = write_report(run.dir.root).read_text()
+    for reason, count in reasons.items():
+        assert f">{count} {reason}</li>" in page
 
 
 def test_prompts_of_the_round_are_written_down(room: Room) -> None:
