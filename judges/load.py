@@ -38,6 +38,7 @@ BUILT_IN = {
     "pairwise": "judges.llm.judges:PairwiseJudge",
     "rubric": "judges.llm.judges:RubricJudge",
     "listwise": "judges.llm.judges:ListwiseJudge",
+    "checklist": "judges.llm.checklist:ChecklistJudge",
     "reward_model": "judges.models.reward_model:RewardModelJudge",
     "pair_ranker": "judges.models.pair_ranker:PairRanker",
     "implicit_reward": "judges.models.implicit_reward:ImplicitReward",

@@ -56,8 +56,8 @@ T = TypeVar("T")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class _LLMJudge(JudgeBase):
-    """What the three have in common: the endpoint, the prompt, and how a reply is held to its form."""
+class LLMJudge(JudgeBase):
+    """What they have in common: the endpoint, the prompt, and how a reply is held to its form."""
 
     statement: ClassVar[str]
     kind: ClassVar[Kind]
@@ -260,7 +260,7 @@ class _LLMJudge(JudgeBase):
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class PairwiseJudge(_LLMJudge):
+class PairwiseJudge(LLMJudge):
     """Compares two completions at a time, each two in both orders; a verdict that changes with the order is a tie."""
 
     kind = "pairwise"
@@ -344,7 +344,7 @@ class PairwiseJudge(_LLMJudge):
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class RubricJudge(_LLMJudge):
+class RubricJudge(LLMJudge):
     """Scores each completion alone, on a scale, by one criterion or several."""
 
     kind = "rubric"
@@ -410,7 +410,7 @@ class RubricJudge(_LLMJudge):
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class ListwiseJudge(_LLMJudge):
+class ListwiseJudge(LLMJudge):
     """Ranks all completions of a prompt in one call, in a shuffled order; then again in the reverse of it.
 
     A ranking is kept as the comparisons that follow from it, in the order shown, so that position bias and flips are

@@ -18,7 +18,8 @@ Between them stands Jinja (https://jinja.palletsprojects.com), sandboxed, with t
 | `prompt` | the conversation as text |
 | `messages` | its messages, `{"role": …, "content": …}` |
 | `a`, `b` | pairwise: the completions |
-| `completion` | rubric: the completion |
+| `completion` | rubric, checklist: the completion |
+| `criterion` | checklist: the item of the prompt's rubric |
 | `completions` | listwise: the list of them |
 | `columns` | the row's other columns: `columns.gold`, or `columns["items"]` if a dict has a method of that name |
 | `principle` | the principle of the constitution that was drawn for this comparison |
@@ -49,14 +50,19 @@ from iterdpo.errors import JudgeError
 from iterdpo.types import Message
 from judges.llm.parsing.text import MARK, SPECIAL_TOKEN, THINKING
 
-Kind = Literal["pairwise", "rubric", "listwise"]
+Kind = Literal["pairwise", "rubric", "listwise", "checklist"]
 
 SHIPPED = Path(__file__).parent / "prompts"
 ROLES = ("system", "user", "assistant")
-SHOWN: dict[Kind, tuple[str, ...]] = {"pairwise": ("a", "b"), "rubric": ("completion",), "listwise": ("completions",)}
+SHOWN: dict[Kind, tuple[str, ...]] = {
+    "pairwise": ("a", "b"),
+    "rubric": ("completion",),
+    "listwise": ("completions",),
+    "checklist": ("completion", "criterion"),
+}
 """What a template of each kind has to show."""
 COMMON = ("prompt", "messages", "columns", "principle", "rubric", "criteria", "low", "high", "ties", "constrained")
-UNTRUSTED = ("prompt", "messages", "a", "b", "completion", "completions", "columns")
+UNTRUSTED = ("prompt", "messages", "a", "b", "completion", "completions", "criterion", "columns")
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
