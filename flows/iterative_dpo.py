@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.server import is_lost, prefect_api  # before Prefect: it turns the analytics off
+from flows.server import prefect_api  # before Prefect: it turns the analytics off
 
 from prefect import Flow, flow, get_run_logger, task  # isort: skip
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -21,6 +21,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.api import check_surroundings, describe, open_run
 from flows.loop import PLAIN, Stages, run_loop, run_round
+from flows.lost import is_lost, watch
 from flows.review import waiting
 from flows.serving import overridden
 from iterdpo.config import Config
@@ -55,6 +56,7 @@ def run_under_prefect(run: IterativeRun) -> None:
     def iterative_dpo(config: dict[str, Any]) -> None:
         iterate(run)
 
+    watch()
     with prefect_api(run.dir.log_path("prefect")) as api:
         run.progress.say(f"  Prefect: {api.page}")
         try:
@@ -82,6 +84,7 @@ def add_rounds_flow(config: Config) -> Flow[..., str]:
         """
         if os.getpid() != server:
             end_with(server)
+        watch()
         if rounds < 1:
             raise ConfigError(f"rounds = {rounds}: a trigger adds at least one")
         logger = get_run_logger()

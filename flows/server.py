@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from iterdpo.errors import ChildFailed, RunFailed, UserError
+from iterdpo.errors import ChildFailed, UserError
 from iterdpo.escape import printable
 from iterdpo.run import disk, supervise
 from iterdpo.run.devices import answers, free_port
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
-# A server that hangs would otherwise cost six minutes with every request, those at the end of the process too.
+# A question to a server that hangs would otherwise take seven minutes; see `flows.lost`.
 os.environ.setdefault("PREFECT_API_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")
 
@@ -129,25 +129,6 @@ def prefect_api(log: Path) -> Iterator[PrefectAPI]:
                 os.environ.pop(name)
                 if value is not None:
                     os.environ[name] = value
-
-
-def is_lost(error: Exception) -> bool:
-    """Whether `error`, raised in a flow run, comes from a Prefect API that no longer answers.
-
-    From then on nothing more is sent to it: each line of the log would wait for it, and fail aloud.
-    """
-    from prefect.logging.handlers import APILogHandler
-    from prefect.settings import get_current_settings
-
-    url = get_current_settings().api.url
-    if isinstance(error, UserError | RunFailed) or url is None or answers(f"{url}/health"):
-        return False
-    names = [n for n in logging.Logger.manager.loggerDict if n == "prefect" or n.startswith("prefect.")]
-    for logger in map(logging.getLogger, names):
-        for handler in [h for h in logger.handlers if isinstance(h, APILogHandler)]:
-            logger.removeHandler(handler)
-    logging.raiseExceptions = False  # of what is under way
-    return True
 
 
 @contextmanager

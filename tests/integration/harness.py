@@ -11,11 +11,15 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from iterdpo.run import supervise
+from iterdpo.run.devices import answers, free_port
 
 JUDGE = '''
 """A user's judge, in a file outside the project."""
@@ -119,3 +123,29 @@ def call(url: str, body: dict[str, Any] | None = None) -> Any:
                 raise
             time.sleep(1)
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def users_server(workspace: Workspace) -> Iterator[str]:
+    """The URL of the API of a Prefect server as `prefect server start` has it: without a password."""
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
+    environment = {**os.environ, "PREFECT_HOME": str(workspace.root / "prefect")}
+    with supervise.start(command, log=workspace.root / "server.log", env=environment) as server:
+        url = f"http://127.0.0.1:{port}/api"
+        wait_for(lambda: server.poll() is not None or answers(f"{url}/health"), seconds=120, what="a Prefect server")
+        yield url
+
+
+def process_of(url: str) -> int:
+    """The process of a Prefect server: of the user's, or of our own."""
+    port = url.rpartition(":")[2].partition("/")[0].encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if b"\0--port\0" + port in command and b"supervise" not in command:
+            return int(process.name)
+    raise AssertionError(f"no server at {url}")

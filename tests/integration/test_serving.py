@@ -11,7 +11,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -23,11 +22,9 @@ from typing import NamedTuple
 import pytest
 
 from flows.server import start_server
-from iterdpo.run import supervise
 from iterdpo.run.artifacts import read_groups
-from iterdpo.run.devices import answers, free_port
 from iterdpo.testing import build_tiny_checkpoint
-from tests.integration.harness import Workspace, call, wait_for
+from tests.integration.harness import Workspace, call, users_server, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # several engines start, one after the other
 
@@ -246,16 +243,3 @@ def test_a_deployment_on_the_users_server_runs_no_configuration_and_no_code_of_a
     assert not ran.exists()
     assert not (workspace.root / "other").exists()
     assert not list(workspace.run_dir.glob("round-*"))
-
-
-@contextmanager
-def users_server(workspace: Workspace) -> Iterator[str]:
-    """The URL of the API of a Prefect server as `prefect server start` has it: without a password."""
-    port = free_port()
-    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
-    environment = {**os.environ, "PREFECT_HOME": str(workspace.root / "prefect")}
-    with supervise.start(command, log=workspace.root / "server.log", env=environment) as server:
-        url = f"http://127.0.0.1:{port}/api"
-        wait_for(lambda: server.poll() is not None or answers(f"{url}/health"), seconds=120, what="a Prefect server")
-        yield url

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.server import PrefectAPI, _Failures, is_lost, password_file
-from iterdpo.errors import ChildFailed, UserError
+from flows.server import PrefectAPI, _Failures, password_file
+from iterdpo.errors import UserError
 
 
 @pytest.fixture
@@ -59,17 +59,3 @@ def test_the_second_failure_of_a_service_within_three_minutes_is_told(
 
 def test_the_failures_of_the_users_own_server_are_not_known() -> None:
     assert PrefectAPI("http://prefect.example/api").failures() == []
-
-
-def test_an_error_is_the_lost_servers_if_it_does_not_answer_and_the_error_is_not_ours(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    monkeypatch.setattr(logging, "raiseExceptions", True)
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
-        assert not is_lost(UserError("a typo"))
-        assert not is_lost(ChildFailed("training failed"))
-        assert logging.raiseExceptions
-        assert is_lost(ConnectionError("refused"))
-        assert not logging.raiseExceptions
