@@ -8,6 +8,7 @@ from pathlib import Path
 from flows.api import describe
 from iterdpo.config import OfflineConfig
 from iterdpo.data.preferences import tokenize_pairs
+from iterdpo.data.thinking import Thinking
 from iterdpo.errors import DamagedError
 from iterdpo.run.checkpoints import training_bytes
 from iterdpo.run.disk import size
@@ -35,6 +36,11 @@ def describe_plan(run: IterativeRun) -> str:
     scored = rounds * completions + (rounds + 1) * evaluated * len(run.judges)
     return _table(
         model=run.model_path,
+        **_thinking(
+            run.thinking,
+            f"judged on: {' and '.join(dict.fromkeys(judge.named.sees for judge in run.judges))}; "
+            f"trained on: {config.dpo.train_on}",
+        ),
         judge=f"{run.judges[0].named.use}; evaluated by {run.judges[-1].named.use}",
         prompts=f"{len(run.prompts.train):,} to train on, {heldout:,} held out; {per_round:,} a round; "
         + run.prompts.summary(),
@@ -51,20 +57,22 @@ def describe_plan(run: IterativeRun) -> str:
 def describe_offline_plan(config: OfflineConfig) -> str:
     """The plan of `iterdpo train --dry-run`. Reads the data, tokenizes the first rows and checks the checkpoint."""
     with OfflineRun(config) as run:
-        path, tokenizer = run.model_path, run.tokenizer
+        path, tokenizer, thinking = run.model_path, run.tokenizer, run.thinking
         run.check_space()
     section = config.data
     data = preferences_of(section)
     limits = section.model_dump(include={"max_prompt_tokens", "max_completion_tokens"})
     for number, batch in enumerate(data.parsed()):
         if number == 0:  # what the chat template refuses, it mostly refuses soon
-            tokenize_pairs(batch, tokenizer, data.account, **limits)
+            alone = config.dpo.train_on == "answer"
+            tokenize_pairs(batch, tokenizer, data.account, **limits, thinking=thinking, answers_alone=alone)
     check_kind(config, data.account.kind)
     check_account(config, data.account)
     pairs = data.account.kept - config.data.heldout
     policy, checkpoint = training_bytes(path, config.dpo)
     return _table(
         model=path,
+        **_thinking(thinking, f"trained on: {config.dpo.train_on}"),
         data=data.account.summary(),
         pairs=f"{pairs:,} to train on, {config.data.heldout:,} held out",
         steps=f"{config.dpo.steps(pairs):,} optimizer steps of {config.dpo.pairs_per_step} pairs",
@@ -102,6 +110,11 @@ def describe_status(run_dir: str | Path) -> str:
         more = f"; under way: {', '.join(under_way)}" if under_way else ""
         lines.append(f"  round {number}: done: {', '.join(done) or 'nothing'}{more}")
     return "\n".join(lines)
+
+
+def _thinking(thinking: Thinking | None, use: str) -> dict[str, str]:
+    """The row about a thinking model's reasoning."""
+    return {} if thinking is None else {"thinking": f"{thinking.tags.start} … {thinking.tags.end}; {use}"}
 
 
 def _table(**rows: object) -> str:

@@ -48,13 +48,17 @@ def show_completions(
 
 def _completion(row: dict[str, Any]) -> str:
     head = f"  [{row['k']}] {row['tokens']} tokens, {row['finish_reason']}"
+    thought = row["reasoning"] if "reasoning_tokens" in row else None  # else a column of the prompt file
+    if thought:
+        head += f", {row['reasoning_tokens']} tokens of reasoning"
     for key, name in JUDGES.items():
         reason = row.get("abstention" if key == "score" else f"{key}_abstention")
         if reason:
             head += f", {name}: abstained ({printable(reason)})"
         elif row.get(key) is not None:
             head += f", {name} {row[key]:.4g}"
-    return f"{head}\n{_block(row['text'], '      ')}\n"
+    reasoning = f"{_block(thought.rstrip(), '      | ')}\n" if thought else ""
+    return f"{head}\n{reasoning}{_block(row['text'], '      ')}\n"
 
 
 def _block(text: str, indent: str) -> str:

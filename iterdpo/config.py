@@ -66,6 +66,33 @@ def _unset(value: Any) -> bool:
     return value is None
 
 
+class TagsConfig(Section):
+    """What a policy writes before and after its reasoning."""
+
+    start: str = Field(min_length=1)
+    end: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _the_tags_differ(self) -> TagsConfig:
+        if self.start in self.end or self.end in self.start:
+            raise ValueError(
+                f"start {self.start!r} and end {self.end!r}: one has the other in it; give two that differ"
+            )
+        return self
+
+
+def _word_or_tags(value: Any) -> Any:
+    """One error for a value that is neither, in place of two."""
+    if isinstance(value, dict):
+        try:
+            return TagsConfig.model_validate(value)
+        except ValidationError as error:
+            raise ValueError("; ".join(explain(TagsConfig, e) for e in error.errors())) from None
+    if value in ("auto", "none") or isinstance(value, TagsConfig):
+        return value
+    raise ValueError(f"{value!r}: input should be auto, none, or tags such as {{start: <think>, end: </think>}}")
+
+
 class ModelConfig(Section):
     path: LocalPath
     """The initial policy: a Hugging Face checkpoint directory, or a hub id."""
@@ -76,6 +103,11 @@ class ModelConfig(Section):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Values for the variables of the chat template, such as `{enable_thinking: false}`. Those of a row's column
     `chat_template_kwargs` come first."""
+    thinking: Annotated[Literal["auto", "none"] | TagsConfig, BeforeValidator(_word_or_tags)] = Field(
+        "auto", exclude_if=lambda value: value == "auto"
+    )
+    """The tags around the reasoning of a [thinking model](training.md#thinking-models). `auto`: those of the chat template,
+    if it has any. `none`: a completion is not divided. Or your own: `{start: "<think>", end: "</think>"}`."""
 
 
 class PromptsConfig(Section):
@@ -150,6 +182,9 @@ class JudgeConfig(Section):
     same command judges the missing ones. 1 never stops."""
     max_abstained_count: int | None = Field(None, ge=0)
     """The same limit as a number of completions. The limit that is exceeded first stops the stage."""
+    sees: Literal["answer", "completion"] = Field("answer", exclude_if=lambda part: part == "answer")
+    """What the judge is given of a thinking model's completion: the answer alone, or the whole completion, which begins
+    with the reasoning."""
     stream: bool | None = None
     """Judge each shard while the next one is sampled. Default: true if the judge needs no accelerator."""
 
@@ -162,7 +197,8 @@ class PairingConfig(Section):
     max_pairs_per_prompt: int | None = Field(None, ge=1)
     """Maximum number of pairs per prompt. Those with the largest margins are kept (`all_pairs`)."""
     drop_truncated: bool = False
-    """Leave out completions that reached `max_tokens`. Keep it off if completions are cut on purpose."""
+    """Leave out completions that reached `max_tokens`, and thoughts that have no end. Keep it off if completions are cut
+    on purpose."""
 
 
 class AdapterConfig(Section):
@@ -335,6 +371,9 @@ class DPOConfig(Section):
     ld_alpha: float | None = Field(None, ge=0, le=1, exclude_if=_unset)
     """Weight of a completion's tokens beyond the length of the other completion of its pair (LD-DPO, arXiv:2409.06411):
     less reward for length. 0 leaves them out, 1 changes nothing."""
+    train_on: Literal["completion", "answer"] = Field("completion", exclude_if=lambda part: part == "completion")
+    """The part of a [thinking model's](training.md#thinking-models) completion whose tokens count. `answer`: the reasoning
+    is read, but neither rewarded nor punished."""
     reference: Literal["previous", "initial", "ema", "periodic", "none"] = "previous"
     """The policy that the objective pulls towards: see [the reference](training.md#the-reference). `none` is a constant
     (reference-free DPO), and is always used for orpo, simpo and sft."""
@@ -413,6 +452,11 @@ class DPOConfig(Section):
             raise ValueError(
                 "sampler_logps_tolerance: the sampler's log-probabilities are of whole completions, and ld_alpha weights "
                 "their tokens; set one of the two to null"
+            )
+        if self.train_on == "answer" and self.sampler_logps_tolerance is not None:
+            raise ValueError(
+                "sampler_logps_tolerance: the sampler's log-probabilities are of whole completions, and train_on = 'answer' "
+                "leaves out the reasoning; set sampler_logps_tolerance to null, or train_on to completion"
             )
         if self.max_steps is not None and self.epochs != 1:
             raise ValueError(f"max_steps: takes the place of epochs, which is {self.epochs}; set one of the two")

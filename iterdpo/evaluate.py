@@ -6,7 +6,9 @@ several completions of one prompt are not independent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -26,6 +28,19 @@ HELD = 2**21
 MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: multiplying by it permutes the 64-bit integers
 
 
+@dataclass(frozen=True, slots=True)
+class Thoughts:
+    """A thinking model's reasoning: `Thoughts(tokens=51200, unfinished=[[False], [True]], of_baselines={"initial": …})`.
+
+    `unfinished` says of each prompt's completions whether they are thoughts without an end; `of_baselines` the same for
+    the policies compared with. `tokens` are those of all reasoning.
+    """
+
+    tokens: int
+    unfinished: Sequence[Sequence[bool]]
+    of_baselines: Mapping[str, Sequence[Sequence[bool]]]
+
+
 class Bootstrap(TypedDict, total=False):
     """How intervals are drawn, if not as `bootstrap_mean` does: `{"confidence": 0.95, "samples": 10_000, "seed": 0}`."""
 
@@ -43,6 +58,7 @@ def evaluation_metrics(
     *,
     prompts: int,
     truncated: int,
+    thoughts: Thoughts | None = None,
     bootstrap: Bootstrap,
 ) -> dict[str, Any]:
     """The metrics of docs/metrics.md that the held-out completions decide.
@@ -51,7 +67,8 @@ def evaluation_metrics(
     given as an Iterable is read more than once, so it must be a list or an object that starts over.
 
     Args:
-        token_ids: called once for each reading; yields the token ids of every completion.
+        token_ids: called once for each reading; yields the token ids of every completion, of a thinking model's those of
+            its answer.
         scores: by the judge's role, the scores of each prompt's completions.
         baselines: the same for the policies compared with, by the policy's name.
         duels: by role and name, those of a judge that compares: for each prompt, one (candidate score, baseline
@@ -60,9 +77,10 @@ def evaluation_metrics(
             policy is the initial one.
         prompts: how many prompts were completed.
         truncated: how many completions reached the limit of tokens.
+        thoughts: of a thinking model, the lengths of its reasoning, and which completions are unfinished thoughts.
         bootstrap: how intervals are drawn.
 
-    Win rates are by the held-out judge if there is one.
+    Win rates are by the held-out judge if there is one. An unfinished thought loses against every answer.
     """
     decider = "heldout_judge" if "heldout_judge" in {*scores, *duels} else "train_judge"
     metrics: dict[str, Any] = {"win_rate/judge": decider.removesuffix("_judge")}
@@ -74,7 +92,10 @@ def evaluation_metrics(
         if name in duels.get(decider, {}):
             value = bootstrap_mean(duel_shares(duels[decider][name]), **bootstrap)
         elif name in baselines and decider in scores:
-            value = win_rate(scores[decider], baselines[name][decider], **bootstrap)
+            ours, theirs = scores[decider], baselines[name][decider]
+            if thoughts is not None:
+                ours, theirs = outscored(ours, thoughts.unfinished), outscored(theirs, thoughts.of_baselines[name])
+            value = win_rate(ours, theirs, **bootstrap)
         metrics |= _interval_keys(f"win_rate/vs_{name}", value)
     kl = Estimate(0.0, 0.0, 0.0) if logps is None else sequence_kl(logps["policy"], logps["initial"], **bootstrap)
     completions = tokens = 0
@@ -85,16 +106,31 @@ def evaluation_metrics(
     else:
         found = (sum(None in duel for p in by_prompt for duel in p) for by_prompt in duels[decider].values())
         unjudged = max(found, default=0)
+    answers, of_thoughts = completions, {}
+    if thoughts is not None:
+        unfinished = sum(map(sum, thoughts.unfinished))
+        answers -= unfinished
+        of_thoughts = {
+            "length/mean_reasoning_tokens": thoughts.tokens / completions,
+            "length/unfinished_thoughts": unfinished / completions,
+        }
     return metrics | {
         **_interval_keys("kl/to_initial", kl),
-        "length/mean_tokens": tokens / completions,
-        "length/truncated": truncated / completions,
+        "length/mean_tokens": tokens / answers if answers else None,
+        "length/truncated": truncated / answers if answers else None,
+        **of_thoughts,
         "distinct/1": distinct_n(token_ids, 1),
         "distinct/2": distinct_n(token_ids, 2),
         "evaluation/prompts": prompts,
         "evaluation/completions": completions,
         "evaluation/unjudged": unjudged,
     }
+
+
+def outscored(scores: Iterable[Scores], unfinished: Iterable[Sequence[bool]]) -> Iterator[Scores]:
+    """Each prompt's scores for a contest: of an unfinished thought it is lower than every other, judged or not."""
+    for of_prompt, thoughts in zip(scores, unfinished, strict=True):
+        yield [-math.inf if thought else score for score, thought in zip(of_prompt, thoughts, strict=True)]
 
 
 def mean_score(groups: Iterable[Scores], **bootstrap: Unpack[Bootstrap]) -> Estimate:

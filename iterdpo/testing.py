@@ -15,11 +15,26 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+THINKING = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
+    "{% set content = message['content'] or '' %}{% set thought = message.get('reasoning_content') or '' %}"
+    "{% if '</think>' in content %}{% set thought = content.split('</think>')[0].split('<think>')[-1].strip() %}"
+    "{% set content = content.split('</think>')[-1].lstrip() %}{% endif %}"
+    "{% if loop.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ content }}"
+    "{% else %}{{ message['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""The chat template of a thinking model: the last turn has its reasoning, in tags, and earlier turns have none."""
 
-def build_tiny_checkpoint(directory: Path, *, seed: int = 0, **config: Any) -> Path:
+
+def build_tiny_checkpoint(
+    directory: Path, *, seed: int = 0, chat_template: str = CHATML, tokens: Sequence[Any] = (), **config: Any
+) -> Path:
     """A random Llama of 2 layers and width 64 with a byte-level tokenizer of 259 tokens and a ChatML template.
 
-    `config` overrides fields of `LlamaConfig`. Loads with transformers and with vLLM.
+    `tokens` are further ones, such as `["<think>", "</think>"]`. `config` overrides fields of `LlamaConfig`. Loads with
+    transformers and with vLLM.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -32,8 +47,9 @@ def build_tiny_checkpoint(directory: Path, *, seed: int = 0, **config: Any) -> P
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(specials)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=chat_template
     )
+    tokenizer.add_tokens(list(tokens))
     settings = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
@@ -59,12 +75,12 @@ def build_tiny_checkpoint(directory: Path, *, seed: int = 0, **config: Any) -> P
 class FakeSampler(Sampler):
     """A sampler without an engine, for tests of a judge or of the loop.
 
-    `reply(prompt_ids, k)` is the text of completion k. Its tokens are its UTF-8 bytes, and log-probabilities are -1.
-    `loaded` lists the digests of the policies that were asked for.
+    `reply(prompt_ids, k)` is the text of completion k. Its tokens are its UTF-8 bytes, or those of the `tokenizer` with
+    its EOS, and log-probabilities are -1. `loaded` lists the digests of the policies that were asked for.
     """
 
-    def __init__(self, reply: Callable[[list[int], int], str]) -> None:
-        self.reply = reply
+    def __init__(self, reply: Callable[[list[int], int], str], *, tokenizer: Any = None) -> None:
+        self.reply, self.tokenizer = reply, tokenizer
         self.loaded: list[str] = []
 
     def load(self, policy: Path, digest: str) -> None:
@@ -74,8 +90,9 @@ class FakeSampler(Sampler):
     def sample(
         self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
     ) -> list[list[Completion]]:
+        most, tokenizer = parameters.max_tokens, self.tokenizer
         return [
-            [make_completion(self.reply(ids, k), max_tokens=parameters.max_tokens) for k in range(parameters.n)]
+            [make_completion(self.reply(ids, k), max_tokens=most, tokenizer=tokenizer) for k in range(parameters.n)]
             for ids in prompt_ids
         ]
 
@@ -86,9 +103,15 @@ class FakeSampler(Sampler):
         pass
 
 
-def make_completion(text: str, *, max_tokens: int = 1 << 30) -> Completion:
-    """A completion whose tokens are the text's UTF-8 bytes, at most `max_tokens` of them."""
+def make_completion(text: str, *, max_tokens: int = 1 << 30, tokenizer: Any = None) -> Completion:
+    """A completion whose tokens are the text's UTF-8 bytes, at most `max_tokens` of them.
+
+    With a `tokenizer` they are its own, with its EOS, and special tokens are not in the text.
+    """
     ids = list(text.encode())
+    if tokenizer is not None:
+        ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        text = tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
     kept = ids[:max_tokens]
     return Completion(text, kept, [-1.0] * len(kept), "length" if len(ids) > max_tokens else "stop")
 

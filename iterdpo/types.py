@@ -98,16 +98,40 @@ class Completion:
 
     `logprobs` are the sampling policy's, one for each token id, before temperature and truncation of the
     distribution. A completion that is not truncated includes its end token; a truncated one has none.
+
+    That of a thinking model has two parts (`iterdpo/data/thinking.py`): `reasoning`, with its tags, and `text`, which is
+    the answer. The answer's tokens follow the first `reasoning_tokens` ids. The finish reason "thought" is that of a
+    thought without an end, which has no answer:
+
+    `Completion("4", [151667, 17, 151668, 19, 151645], [...], "stop", reasoning="<think>2</think>", reasoning_tokens=3)`
     """
 
     text: str
     token_ids: list[int]
     logprobs: list[float]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "thought"]
+    reasoning: str | None = None
+    """None if the model is no thinking model; empty if it did not think."""
+    reasoning_tokens: int = 0
 
     @property
     def truncated(self) -> bool:
         return self.finish_reason == "length"
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether it is a thought that has no end."""
+        return self.finish_reason == "thought"
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """The token ids of `text`, with the end token: all of them but for a thinking model."""
+        return self.token_ids[self.reasoning_tokens :] if self.reasoning_tokens else self.token_ids
+
+    @property
+    def whole_text(self) -> str:
+        """The reasoning, if there is any, and the text."""
+        return (self.reasoning or "") + self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +145,9 @@ class CompletionGroup:
     def to_json(self) -> dict[str, Any]:
         row = asdict(self)
         row["prompt"]["content"] = content_to_json(self.prompt.content)
+        for completion in row["completions"]:
+            if completion["reasoning"] is None:
+                del completion["reasoning"], completion["reasoning_tokens"]
         return row
 
 

@@ -147,7 +147,7 @@ class CustomJudge(JudgeBase):
         """What a function receives besides texts. `OPTIONAL_PARAMETERS` it must name: `**columns` gets none of them."""
         facts: dict[str, Any] = {"messages": prompt.messages, "prompt_id": prompt.id}
         for prefix, c in completions.items():
-            facts |= {f"{prefix}token_count": len(c.token_ids), f"{prefix}finish_reason": c.finish_reason}
+            facts |= {f"{prefix}token_count": len(c.answer_ids), f"{prefix}finish_reason": c.finish_reason}
         named = {name: value for name, value in facts.items() if name in self._parameters}
         return {**named, **prompt.columns, "prompt": prompt.content}
 
@@ -162,7 +162,7 @@ class CustomJudge(JudgeBase):
             **columns,
             "prompts": [p.content for p, _ in rows],
             "completions": said,
-            "completion_ids": [c.token_ids for _, c in rows],
+            "completion_ids": [c.answer_ids for _, c in rows],
             "trainer_state": SimpleNamespace(global_step=0, max_steps=0, epoch=0.0),  # as before the first step
             "log_extra": lambda column, values: None,
             "log_metric": lambda metric, value: None,

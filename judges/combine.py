@@ -175,7 +175,7 @@ class _Wrapper(_JudgeOfJudges):
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         judgments = checked_judgments(self.inner, groups)
-        lengths = [[len(completion.token_ids) for completion in group.completions] for group in groups]
+        lengths = [[len(completion.answer_ids) for completion in group.completions] for group in groups]
         return [self._changed(j, o) for j, o in zip(judgments, self.rescored(judgments, lengths), strict=True)]
 
     def _changed(self, judgment: Judgment, outcomes: Sequence[Outcome]) -> Judgment:

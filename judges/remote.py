@@ -196,7 +196,7 @@ def _answers(url: str, status: int) -> str:
 def _request(group: CompletionGroup) -> dict[str, Any]:
     prompt = group.prompt
     content = {"messages" if prompt.conversational else "text": prompt.content}
-    shown = [{"text": c.text, "tokens": len(c.token_ids), "finish_reason": c.finish_reason} for c in group.completions]
+    shown = [{"text": c.text, "tokens": len(c.answer_ids), "finish_reason": c.finish_reason} for c in group.completions]
     return {"prompt": {"id": prompt.id, **content, "columns": prompt.columns}, "completions": shown}
 
 

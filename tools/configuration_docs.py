@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from iterdpo.config import LOSSES, AdapterConfig, Config, DPOConfig, JudgeConfig, OfflineConfig
+from iterdpo.config import LOSSES, AdapterConfig, Config, DPOConfig, JudgeConfig, OfflineConfig, TagsConfig
 
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
@@ -84,7 +84,9 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def is_own_section(field: FieldInfo) -> bool:
-    """Whether the field gets a table. A second judge is a row, which names the section that it is like."""
+    """Whether the field gets a table. A second judge is a row, which names the section that it is like; so are tags."""
+    if section_of(field) is TagsConfig:
+        return False
     return NoneType not in get_args(field.annotation) or section_of(field) is not JudgeConfig
 
 
@@ -154,6 +156,8 @@ def kind_name(kind: Any) -> str:
         return " or ".join(map(kind_name, get_args(kind)))
     if get_origin(kind) is dict:
         return "mapping"
+    if kind is TagsConfig:
+        return "mapping of " + " and ".join(f"`{name}`" for name in TagsConfig.model_fields)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         name = next(key for key, model in sections(Config) if model is kind)
         return f"like [`{name}`](#{name})"

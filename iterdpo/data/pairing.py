@@ -3,6 +3,8 @@
 With scores s_k of the K completions of a prompt, a pair (chosen i, rejected j) needs s_i - s_j > 0 and
 s_i - s_j >= `min_margin`, and completions that differ. Ties, abstentions and twins are left out and counted:
 a tie trained as if the first had won teaches noise.
+
+A thought without an end is no answer, whatever its score: it may be rejected, but is never chosen.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import astuple, dataclass
 from typing import Literal
 
 from iterdpo.seeds import derive_seed
-from iterdpo.types import CompletionGroup, Judgment, PreferencePair
+from iterdpo.types import Completion, CompletionGroup, Judgment, PreferencePair
 
 Strategy = Literal["best_worst", "best_random", "all_pairs"]
 
@@ -24,7 +26,8 @@ class PairCounts:
     """Counts of groups by outcome: `PairCounts(groups=128, kept=121, tied=4, unjudged=2, identical=1, truncated=0, …)`.
 
     A group that gives at least one pair counts in `groups_paired`; every other counts once, under the first of
-    these that leaves it without a pair: `truncated`, `unjudged`, `identical`, `tied`. `kept` counts pairs.
+    these that leaves it without a pair: `truncated`, `unfinished_thoughts`, `unjudged`, `identical`, `tied`. `kept`
+    counts pairs.
     """
 
     groups: int = 0
@@ -36,6 +39,7 @@ class PairCounts:
     truncated: int = 0
     completions_unjudged: int = 0
     completions_truncated: int = 0
+    unfinished_thoughts: int = 0
 
     def __add__(self, later: PairCounts) -> PairCounts:
         """The counts of both: groups may be paired a few at a time."""
@@ -43,8 +47,9 @@ class PairCounts:
 
     def summary(self) -> str:
         """`kept 121 pairs of 128 groups (4 tied, 2 unjudged, 1 identical)`."""
-        counts = {reason: getattr(self, reason) for reason in ("tied", "unjudged", "identical", "truncated")}
-        left = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        reasons = ("tied", "unjudged", "identical", "truncated", "unfinished_thoughts")
+        counts = {reason: getattr(self, reason) for reason in reasons}
+        left = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.items() if count)
         return f"kept {self.kept:,} pairs of {self.groups:,} groups" + (f" ({left})" if left else "")
 
 
@@ -56,6 +61,8 @@ def build_pairs(
     min_margin: float = 0.0,
     max_pairs_per_prompt: int | None = None,
     drop_truncated: bool = False,
+    answers_alone: bool = False,
+    by_reasoning: bool = False,
     seed: int = 0,
 ) -> tuple[list[PreferencePair], PairCounts]:
     """The pairs of each group, in the order of the groups, and the account of what was left out.
@@ -65,6 +72,10 @@ def build_pairs(
     all_pairs    every two completions that differ by the margin, largest margins first
 
     Among equal scores the order of sampling decides, except that `best_random` draws from `seed` and the prompt's id.
+
+    With `drop_truncated`, completions that reached the limit of tokens are left out, and thoughts that have no end. With
+    `answers_alone`, so are completions whose answer has no token, since nothing of them would be trained on. Completions
+    of one text are twins; with `by_reasoning`, those whose reasoning is the same too.
     """
     pairs: list[PreferencePair] = []
     counts: Counter[str] = Counter(groups=len(groups))
@@ -72,7 +83,13 @@ def build_pairs(
         assert group.prompt.id == judgment.prompt_id
         counts["completions_unjudged"] += judgment.scores.count(None)
         counts["completions_truncated"] += sum(completion.truncated for completion in group.completions)
-        scores = _candidates(group, judgment, drop_truncated=drop_truncated)
+        scores = _candidates(
+            group,
+            judgment,
+            drop_truncated=drop_truncated,
+            answers_alone=answers_alone,
+            by_reasoning=by_reasoning,
+        )
         if isinstance(scores, str):
             counts[scores] += 1
             continue
@@ -82,11 +99,15 @@ def build_pairs(
         if not ordered:
             counts["tied"] += 1
             continue
+        ordered = [(i, j) for i, j in ordered if not group.completions[i].unfinished]
+        if not ordered:
+            counts["unfinished_thoughts"] += 1
+            continue
         match strategy:
             case "best_worst":
                 selected = [max(ordered, key=lambda ij: scores[ij[0]] - scores[ij[1]])]
             case "best_random":
-                best = max(scores.values())
+                best = max(scores[i] for i, _ in ordered)
                 of_best = [(i, j) for i, j in ordered if scores[i] == best]
                 selected = [random.Random(derive_seed(seed, "pairing", group.prompt.id)).choice(of_best)]
             case "all_pairs":
@@ -101,15 +122,30 @@ def build_pairs(
     return pairs, PairCounts(kept=len(pairs), **counts)
 
 
-def _candidates(group: CompletionGroup, judgment: Judgment, *, drop_truncated: bool) -> dict[int, float] | str:
+def _candidates(
+    group: CompletionGroup, judgment: Judgment, *, drop_truncated: bool, answers_alone: bool, by_reasoning: bool
+) -> dict[int, float] | str:
     """The scores of those that may enter a pair: whole, judged, one of each text; or why fewer than two are left."""
     whole = [k for k, completion in enumerate(group.completions) if not (drop_truncated and completion.truncated)]
     if drop_truncated and len(whole) < 2:
         return "truncated"
+    thoughts = {k for k in whole if group.completions[k].unfinished}
+    if answers_alone:
+        thoughts |= {k for k in whole if not group.completions[k].answer_ids}
+    if drop_truncated or answers_alone:
+        whole = [k for k in whole if k not in thoughts]
+    if thoughts and (len(whole) < 2 or thoughts.issuperset(whole)):
+        return "unfinished_thoughts"
     scores = {k: score for k in whole if (score := judgment.scores[k]) is not None}
     if len(scores) < 2:
         return "unjudged"
     # By text: twins that differ in tokens alone look the same to every judge and every reader.
-    first = {group.completions[k].text: k for k in reversed(scores)}
-    scores = {k: score for k, score in scores.items() if first[group.completions[k].text] == k}
+    seen = {k: _seen(group.completions[k], by_reasoning=by_reasoning) for k in scores}
+    first = {seen[k]: k for k in reversed(scores)}
+    scores = {k: score for k, score in scores.items() if first[seen[k]] == k}
     return scores if len(scores) >= 2 else "identical"
+
+
+def _seen(completion: Completion, *, by_reasoning: bool) -> tuple[str, bool]:
+    """What a judge sees of it, and whether it is an answer."""
+    return completion.whole_text if by_reasoning else completion.text, completion.unfinished

@@ -2,7 +2,8 @@
 
 Columns `prompt`, `chosen` and `rejected` (of unpaired examples `prompt`, `completion` and `label`) are TRL's: text, or
 messages if the prompt is conversational. Further columns are the token ids that the sampler produced and our trainer
-reads, the scores, and each completion's finish reason.
+reads, the scores, and each completion's finish reason. If the answers alone are trained on, two more columns say how
+many tokens of each completion are its reasoning.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ Kind = Literal["pairs", "unpaired"]
 TRAIN, HELDOUT = "train.parquet", "heldout.parquet"
 TOKEN_COLUMNS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 SAMPLER_COLUMNS = ("chosen_sampler_logp", "rejected_sampler_logp")
+GIVEN_COLUMNS = ("chosen_reasoning_tokens", "rejected_reasoning_tokens")
 ABSENT = Completion("", [], [], "stop")  # the side that an unpaired example does not have
 ROW_GROUP = 1000  # rows; what a reader or writer has in memory
 IN_MEMORY = 64 << 20  # bytes of a file up to which a mapped copy is not worth its place
@@ -55,24 +57,26 @@ def write_pairs(
     *,
     heldout: Iterable[PreferencePair] = (),
     summary: str | Callable[[], str],
+    answers_alone: bool = False,
 ) -> None:
     """Write `train.parquet`, `heldout.parquet` if there are such pairs, and the card that names them.
 
-    A thousand pairs are in memory at a time. `summary` may be a function, which is called when all are written.
+    A thousand pairs are in memory at a time. `summary` may be a function, which is called when all are written. With
+    `answers_alone`, training will not count the tokens of the reasoning.
     """
-    write_tables(directory / TRAIN, _tables(pairs))
+    write_tables(directory / TRAIN, _tables(pairs, answers_alone))
     heldout = iter(heldout)
     if first := list(islice(heldout, 1)):
-        write_tables(directory / HELDOUT, _tables(chain(first, heldout)))
+        write_tables(directory / HELDOUT, _tables(chain(first, heldout), answers_alone))
     write_card(directory, summary if isinstance(summary, str) else summary())
 
 
-def _tables(pairs: Iterable[PreferencePair]) -> Iterator[pa.Table]:
+def _tables(pairs: Iterable[PreferencePair], answers_alone: bool) -> Iterator[pa.Table]:
     """At least one, so that the columns are written of no pairs, too."""
     pairs = iter(pairs)
-    yield pairs_table(list(islice(pairs, ROW_GROUP)))
+    yield pairs_table(list(islice(pairs, ROW_GROUP)), answers_alone=answers_alone)
     while group := list(islice(pairs, ROW_GROUP)):
-        yield pairs_table(group)
+        yield pairs_table(group, answers_alone=answers_alone)
 
 
 def write_card(directory: Path, summary: str) -> None:
@@ -132,8 +136,11 @@ def hold_out(source: Path, directory: Path, count: int, *, seed: int) -> int:
     return len(held) - count
 
 
-def pairs_table(pairs: Sequence[PreferencePair], kind: Kind = "pairs") -> pa.Table:
-    """A row each, in the columns that are written. A message is written as its role and its text, with any tool calls."""
+def pairs_table(pairs: Sequence[PreferencePair], kind: Kind = "pairs", *, answers_alone: bool = False) -> pa.Table:
+    """A row each, in the columns that are written. A message is written as its role and its text, with any tool calls.
+
+    A completion's text begins with its reasoning.
+    """
     import pyarrow as pa
 
     chat = bool(pairs) and pairs[0].prompt.conversational
@@ -143,7 +150,8 @@ def pairs_table(pairs: Sequence[PreferencePair], kind: Kind = "pairs") -> pa.Tab
         return pa.array(contents, pa.list_(message) if chat else pa.string())
 
     def completions(sides: Iterable[Completion]) -> pa.Array:
-        return texts([[{"role": "assistant", "content": c.text}] if chat else c.text for c in sides])
+        whole = (c.whole_text for c in sides)
+        return texts([[{"role": "assistant", "content": text}] if chat else text for text in whole])
 
     def finish_reasons(sides: Iterable[Completion]) -> pa.Array:
         return pa.array([c.finish_reason for c in sides], pa.string())
@@ -174,6 +182,9 @@ def pairs_table(pairs: Sequence[PreferencePair], kind: Kind = "pairs") -> pa.Tab
             **ids,
             "finish_reason": finish_reasons(only),
         }
+    if answers_alone:
+        given = [[c.reasoning_tokens for c in side] for side in sides.values()]
+        columns |= {name: pa.array(values, pa.int32()) for name, values in zip(GIVEN_COLUMNS, given, strict=True)}
     return pa.table(columns | {f"{k}_token_ids": number_lists(rows, "i") for k, rows in tokens.items()})
 
 
@@ -181,12 +192,14 @@ def pairs_table(pairs: Sequence[PreferencePair], kind: Kind = "pairs") -> pa.Tab
 class TokenPair:
     """The token ids that training reads: `TokenPair(prompt=[40, 8], chosen=[253, 2], rejected=[30, 2])`.
 
-    An empty side is absent: unpaired data has one side only.
+    An empty side is absent: unpaired data has one side only. The first `given` tokens of (chosen, rejected) are read like
+    the prompt, and have no part in the loss.
     """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    given: tuple[int, int] = (0, 0)
 
 
 class TokenPairs:
@@ -209,6 +222,7 @@ class TokenPairs:
             index = np.load(copy / "index.npy")
             self._tokens = np.asarray(np.memmap(copy / "tokens.bin", np.int32, "r"))
         self._starts, self._lengths, self.groups = index[:3], index[3:6].astype(np.int32), index[6]
+        self._given = index[7:9].astype(np.int32)
         self.sampler_logps = _sampler_logps(path)
 
     def __len__(self) -> int:
@@ -216,7 +230,9 @@ class TokenPairs:
 
     def __getitem__(self, index: int) -> TokenPair:
         starts, lengths = self._starts[:, index], self._lengths[:, index]
-        return TokenPair(*(self._tokens[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)))
+        prompt, chosen, rejected = (self._tokens[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True))
+        of_chosen, of_rejected = self._given[:, index].tolist()
+        return TokenPair(prompt, chosen, rejected, (of_chosen, of_rejected))
 
 
 def _sampler_logps(path: Path) -> np.ndarray | None:
@@ -232,7 +248,7 @@ def _sampler_logps(path: Path) -> np.ndarray | None:
 
 def _copy(path: Path, cache: Path) -> Path:
     """The directory of the file's copy, named by its content. The first process makes it while the others wait."""
-    copy = cache / f"{path.stem}-{sha256_file(path)[:16]}"
+    copy = cache / f"{path.stem}-2-{sha256_file(path)[:16]}"  # 2: the layout of the index
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f"{path.stem}.lock", "a") as lock:
         disk.lock(lock, fcntl.LOCK_EX, str(cache))
@@ -249,7 +265,7 @@ def _copy(path: Path, cache: Path) -> Path:
 
 
 def _flatten(path: Path, tokens: IO[bytes]) -> np.ndarray:
-    """Write all token ids, as int32. Returns [7, N] int64: starts of prompts, chosen, rejected; lengths; groups."""
+    """Write all token ids, as int32. Returns [9, N] int64: starts of prompts, chosen, rejected; lengths; groups; given."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -265,5 +281,8 @@ def _flatten(path: Path, tokens: IO[bytes]) -> np.ndarray:
                 end += int(length.sum())
             parts.append(np.stack(starts + lengths))  # [6, rows]
         ids = file.read(["prompt_id"])["prompt_id"].combine_chunks()
+        given = np.zeros((2, len(ids)), np.int64)
+        if set(GIVEN_COLUMNS) <= set(file.schema_arrow.names):
+            given = np.stack([file.read([name])[name].to_numpy() for name in GIVEN_COLUMNS]).astype(np.int64)
     groups = ids.dictionary_encode().indices.to_numpy().astype(np.int64)
-    return np.concatenate([np.concatenate(parts, axis=1), groups[None]])
+    return np.concatenate([np.concatenate(parts, axis=1), groups[None], given])

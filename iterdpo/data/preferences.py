@@ -31,6 +31,7 @@ from iterdpo.data.files import Row
 from iterdpo.data.pairs import ABSENT, Kind, pairs_table
 from iterdpo.data.rendering import TokenizerError, common_length, completion_token_ids, prompt_token_ids
 from iterdpo.data.rows import BadRows, column_value, located_rows, reasons, whole
+from iterdpo.data.thinking import Thinking
 from iterdpo.errors import DataError, RowError
 from iterdpo.run.rundir import digest
 from iterdpo.run.supervise import end_with
@@ -56,6 +57,8 @@ DIVERGE = "diverge before the last turn"
 EMPTY = "have an empty completion"
 IDENTICAL = "have identical completions"
 IDENTICAL_TOKENS = "have identical completions after truncation"
+IDENTICAL_ANSWERS = "have identical answers, and dpo.train_on is answer"
+NO_ANSWER = "have a thought without an answer, and dpo.train_on is answer"
 NO_PROMPT = "share no prompt"
 OTHER_PROMPT = "do not continue their prompt"
 NO_TRANSCRIPT = "are not Human and Assistant transcripts"
@@ -107,6 +110,7 @@ class Account:
     kept: int = 0
     prompts_truncated: int = 0
     completions_truncated: int = 0
+    unfinished_thoughts: int = 0  # of a thinking model: completions that are cut before their answer
     desirable: int = 0  # unpaired examples that are kept and have the label true
     contradicting: list[int] = field(default_factory=list)  # rows kept whose rejected completion has the higher score
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -153,6 +157,7 @@ class Account:
         self.contradicting += later.contradicting
         self.prompts_truncated += later.prompts_truncated
         self.completions_truncated += later.completions_truncated
+        self.unfinished_thoughts += later.unfinished_thoughts
         for reason, entry in later.left_out.items():
             self.leave_out(reason, *entry["rows"], count=entry["count"])
         self.bad.update(later.bad)
@@ -225,9 +230,16 @@ class PreferenceData:
         self.check()
 
     def tokenized(
-        self, tokenizer: Any, *, max_prompt_tokens: int, max_completion_tokens: int, processes: int | None = None
+        self,
+        tokenizer: Any,
+        *,
+        max_prompt_tokens: int,
+        max_completion_tokens: int,
+        thinking: Thinking | None = None,
+        answers_alone: bool = False,
+        processes: int | None = None,
     ) -> Iterator[pa.Table]:
-        """The pairs as token ids, in batches as `pairs_table` makes them. Raises what `parsed` does.
+        """The pairs as token ids, in batches as `pairs_table` makes them. Raises what `parsed` does. See `tokenize_pairs`.
 
         Data of more than a few batches are tokenized by as many processes as there are cores, or `processes`. Their
         number changes nothing in the result. A pair that cannot be rendered is a bad row.
@@ -237,7 +249,8 @@ class PreferenceData:
         if processes is None:
             processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES) if len(head) == 3 else 1
         limits = {"max_prompt_tokens": max_prompt_tokens, "max_completion_tokens": max_completion_tokens}
-        work = partial(_tokenized_batch, tokenizer, self.account.source, self.format, self._min_margin, limits)
+        settings = {**limits, "thinking": thinking, "answers_alone": answers_alone}
+        work = partial(_tokenized_batch, tokenizer, self.account.source, self.format, self._min_margin, settings)
         for table, account in map_in_order(work, chain(head, batches), processes):
             self.account.add(account)
             if table is not None:
@@ -312,7 +325,14 @@ def _score(value: Any) -> float:
 
 
 def tokenize_pairs(
-    pairs: Iterable[RawPair], tokenizer: Any, account: Account, *, max_prompt_tokens: int, max_completion_tokens: int
+    pairs: Iterable[RawPair],
+    tokenizer: Any,
+    account: Account,
+    *,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    thinking: Thinking | None = None,
+    answers_alone: bool = False,
 ) -> list[PreferencePair]:
     """The pairs as token ids; truncated and omitted ones are recorded in `account`.
 
@@ -320,6 +340,9 @@ def tokenize_pairs(
     including the end token, and its `finish_reason` is "length". Pairs whose completions are equal after that are left
     out. The absent side of an unpaired one is `ABSENT`. A pair that cannot be rendered is recorded as a bad row. A
     tokenizer that renders none is a DataError.
+
+    `thinking` divides the completions of a thinking model. With `answers_alone`, pairs with a completion that has no
+    answer, or with two equal answers, are left out.
     """
     assert max_prompt_tokens >= 1  # so truncation always leaves a token
     assert max_completion_tokens >= 1
@@ -328,23 +351,27 @@ def tokenize_pairs(
         content = raw.prompt.content
         try:
             ids = prompt_token_ids(tokenizer, content)
-            chosen = _completion(tokenizer, content, raw.chosen, max_completion_tokens)
-            rejected = _completion(tokenizer, content, raw.rejected, max_completion_tokens)
+            chosen = _completion(tokenizer, content, ids, raw.chosen, max_completion_tokens, thinking)
+            rejected = _completion(tokenizer, content, ids, raw.rejected, max_completion_tokens, thinking)
         except TokenizerError as error:
             raise DataError(f"{raw.where}: {error}") from error
         except DataError as error:
             account.take_back(raw)
             account.refuse(RowError(f"{raw.where}: {error}", NOT_RENDERED), raw.row)
             continue
-        if chosen.token_ids == rejected.token_ids:
+        reason = IDENTICAL_TOKENS if chosen.token_ids == rejected.token_ids else None
+        if answers_alone and reason is None:
+            reason = _nothing_to_compare(chosen, rejected)
+        if reason is not None:
             account.take_back(raw)
-            account.leave_out(IDENTICAL_TOKENS, raw.row)
+            account.leave_out(reason, raw.row)
             continue
         if len(ids) > max_prompt_tokens:
             account.prompts_truncated += 1
             kept = 1 if ids[0] == tokenizer.bos_token_id else 0
             ids = ids[:kept] + ids[len(ids) - max_prompt_tokens + kept :]
         account.completions_truncated += chosen.truncated + rejected.truncated
+        account.unfinished_thoughts += chosen.unfinished + rejected.unfinished
         found.append(PreferencePair(raw.prompt, ids, chosen, rejected))
     return found
 
@@ -353,11 +380,12 @@ def tokenize_pairs(
 
 
 def _tokenized_batch(
-    tokenizer: Any, source: str, format: Format, min_margin: float | None, limits: dict[str, int], batch: Batch
+    tokenizer: Any, source: str, format: Format, min_margin: float | None, settings: dict[str, Any], batch: Batch
 ) -> tuple[pa.Table | None, Account]:
     account = Account(source, "unpaired" if format == "unpaired" else "pairs")
-    pairs = tokenize_pairs(parse_rows(batch, format, account, min_margin), tokenizer, account, **limits)
-    return (pairs_table(pairs, account.kind) if pairs else None), account
+    pairs = tokenize_pairs(parse_rows(batch, format, account, min_margin), tokenizer, account, **settings)
+    table = pairs_table(pairs, account.kind, answers_alone=settings["answers_alone"]) if pairs else None
+    return table, account
 
 
 Item = TypeVar("Item")
@@ -666,11 +694,30 @@ def _joined(turns: list[Message]) -> list[Message]:
     return joined
 
 
-def _completion(tokenizer: Any, prompt: Content, content: Content | None, limit: int) -> Completion:
+def _nothing_to_compare(chosen: Completion, rejected: Completion) -> str | None:
+    """Why nothing is left of a pair if its answers alone are trained on; None if something is."""
+    sides = [side for side in (chosen, rejected) if side is not ABSENT]
+    if not all(side.answer_ids for side in sides):
+        return NO_ANSWER
+    return IDENTICAL_ANSWERS if chosen.answer_ids == rejected.answer_ids else None
+
+
+def _completion(
+    tokenizer: Any,
+    prompt: Content,
+    prompt_ids: list[int],
+    content: Content | None,
+    limit: int,
+    thinking: Thinking | None,
+) -> Completion:
     if content is None:
         return ABSENT
-    ids = completion_token_ids(tokenizer, prompt, content)
+    tags = () if thinking is None else (thinking.tags.start, thinking.tags.end)
+    ids = completion_token_ids(tokenizer, prompt, content, tags=tags)
     if len(ids) > limit:
-        return Completion(tokenizer.decode(ids[:limit], skip_special_tokens=True), ids[:limit], [], "length")
-    text = content if isinstance(content, str) else "\n\n".join(map(message_text, content))
-    return Completion(text, ids, [], "stop")
+        text = tokenizer.decode(ids[:limit], skip_special_tokens=True)
+        completion = Completion(text, ids[:limit], [], "length")
+    else:
+        text = content if isinstance(content, str) else "\n\n".join(map(message_text, content))
+        completion = Completion(text, ids, [], "stop")
+    return completion if thinking is None else thinking.split(prompt_ids, completion)

@@ -23,7 +23,8 @@ from iterdpo.errors import DataError, UserError
 from iterdpo.escape import printable
 from iterdpo.types import Content, Message, template_settings
 
-RENDERED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "name")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+RENDERED = ("tool_calls", "function_call", *REASONING, "name")
 """Keys of a message that a template has to render, beside its role and content. A tool's `name` is in its call."""
 OWN_ARGUMENTS = {
     *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
@@ -107,16 +108,19 @@ def _with_opening_specials(tokenizer: Any, bare: list[int], whole: list[int]) ->
     return next((whole[:end] for end in ends if whole[end - len(bare) : end] == bare), bare)
 
 
-def completion_token_ids(tokenizer: Any, content: Content, completion: Content) -> list[int]:
+def completion_token_ids(
+    tokenizer: Any, content: Content, completion: Content, *, tags: Sequence[str] = ()
+) -> list[int]:
     """The ids that continue `prompt_token_ids(tokenizer, content)`, ending with the end token, as a sampler stops there.
 
     What follows the first end token at the end (usually a newline, or a second end token if the text brings one of its
     own) is cut. `completion` is the assistant's text, or its messages if the prompt is messages. Prompt and completion
     are tokenized together if that leaves the prompt's ids unchanged, and separately otherwise: the policy always
-    receives exactly the prompt's ids, and the two decode to the text of both.
+    receives exactly the prompt's ids, and the two decode to the text of both. `tags` are those around a thinking model's
+    reasoning, which templates move and drop: then the completion is looked for in what was rendered.
 
     Raises:
-        DataError: messages after a plain-text prompt, a template that renders the finished turn otherwise than it
+        DataError: a part of the completion that the template leaves out, messages after a plain-text prompt, a template that renders the finished turn otherwise than it
             opens one, a tokenizer that cannot tokenize the two apart, or no end token to close the completion with.
     """
     if isinstance(content, str):
@@ -127,6 +131,8 @@ def completion_token_ids(tokenizer: Any, content: Content, completion: Content) 
         turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
         opened = _opened(tokenizer, content)
         finished = _render(tokenizer, [*content, *turns], template_settings(content))
+        if tags:
+            _check_found(tokenizer, turns, finished[common_length(opened, finished) :], tags)
     ids = _ended(tokenizer, _continuation(tokenizer, opened, finished))
     _check_embedded(tokenizer, ids)
     return ids
@@ -144,6 +150,18 @@ def turn_ends(tokenizer: Any) -> frozenset[int]:
 def engine_ends(tokenizer: Any) -> frozenset[int]:
     """Those of `turn_ends` at which an engine stops on its own: the tokenizer's EOS, and generation_config.json's."""
     return _listed_ends(tokenizer) | ({tokenizer.eos_token_id} - {None})
+
+
+def decoded(tokenizer: Any, ids: Sequence[int], *, special: bool = True) -> str:
+    """The text of the ids, exactly; without `special`, special tokens are left out."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False))
+
+
+def template_sources(tokenizer: Any) -> list[str]:
+    """The chat templates of the tokenizer, the default first; none if it has none."""
+    templates = tokenizer.chat_template or {}
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    return [named[name] for name in sorted(named, key=lambda name: name != "default")]
 
 
 def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -164,10 +182,10 @@ def _continuation(tokenizer: Any, opened: str, finished: str) -> list[int]:
             "keeps the two alike, or plain-text prompts and completions"
         )
     # A tokenizer of the SentencePiece kind writes a space before a text, so the rest is tokenized after some other text.
-    rest, text = finished[len(opened) :], _decode(tokenizer, whole)
+    rest, text = finished[len(opened) :], decoded(tokenizer, whole)
     for anchor in ("", opened[-1:], *ANCHORS):
         start, ids = _encode(tokenizer, anchor), _encode(tokenizer, anchor + rest)
-        if ids[: len(start)] == start and _decode(tokenizer, before + ids[len(start) :]) == text:
+        if ids[: len(start)] == start and decoded(tokenizer, before + ids[len(start) :]) == text:
             return ids[len(start) :]
     raise DataError(
         f"the tokenizer {tokenizer.name_or_path!r} cannot tokenize the completion apart from the prompt, which ends with "
@@ -314,6 +332,25 @@ def _check_nothing_is_left_out(
             )
 
 
+def _check_found(tokenizer: Any, turns: list[Message], rendered: str, tags: Sequence[str]) -> None:
+    """Raises a DataError unless the assistant's reasoning and words are in the rendered text, in their order."""
+    place = 0
+    for number, message in enumerate(turns, 1):
+        if message["role"] != "assistant":
+            continue
+        thoughts = [(key, message[key]) for key in REASONING if message.get(key)]
+        words = re.split("|".join(map(re.escape, tags)), message.get("content") or "")
+        for key, text in (*thoughts, *(("content", part) for part in words)):
+            found = rendered.find(text.strip(), place)
+            if found < 0:
+                raise DataError(
+                    f"the chat template of {tokenizer.name_or_path!r} leaves out a part of {key!r} of message {number} of "
+                    f"the completion: {printable(text.strip())[:60]!r}; use a checkpoint whose template renders it, give "
+                    "prompt and completion as plain text, or remove that part"
+                )
+            place = found + len(text.strip())
+
+
 def _shape(message: Message) -> tuple[Any, ...]:
     """What decides, of a message, whether a template renders all of it."""
     return (message["role"], bool(message.get("content")), *(key for key in RENDERED if message.get(key)))
@@ -342,7 +379,7 @@ def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
     for place in reversed(range(len(ids))):
         if ids[place] in ends:
             cut = place
-        elif ids[place] not in specials and _decode(tokenizer, [ids[place]]).strip():
+        elif ids[place] not in specials and decoded(tokenizer, [ids[place]]).strip():
             break
     if cut is not None:
         return ids[: cut + 1]
@@ -384,7 +421,7 @@ def _closing_token(tokenizer: Any, template: str) -> int | None:
     for token in _encode(tokenizer, tail) if tail else []:
         if token in tokenizer.added_tokens_decoder:
             return int(token)
-        if _decode(tokenizer, [token]).strip():
+        if decoded(tokenizer, [token]).strip():
             break
     return None
 
@@ -427,7 +464,3 @@ def _settings_file(tokenizer: Any, name: str) -> dict[str, Any] | None:
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

@@ -16,12 +16,12 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from iterdpo.errors import JudgeError
-from iterdpo.types import CompletionGroup, Judgment
+from iterdpo.types import Completion, CompletionGroup, Judgment
 
 Waiting = Callable[[str], AbstractContextManager[Callable[[], None] | None]]
 """A context manager that is entered while waiting, given a message. It yields a callback to poll, which raises if the
@@ -224,6 +224,7 @@ class NamedJudge:
     load: Callable[[], JudgeBase]
     max_abstained: float = 1.0
     max_abstained_count: int | None = None
+    sees: Literal["answer", "completion"] = "answer"
     stream: bool | None = None
     expected_abstentions: tuple[str, ...] = ()
     """Reasons of abstentions that no budget counts; see `JudgeBase.EXPECTED_ABSTENTIONS`."""
@@ -253,7 +254,14 @@ class RunJudge:
     @property
     def key(self) -> dict[str, str]:
         """What identifies the judge in the key of its results."""
-        return {"use": self.named.use.rpartition("/")[2], "version": self.named.version}
+        sees = {"sees": self.named.sees} if self.named.sees != "answer" else {}
+        return {"use": self.named.use.rpartition("/")[2], "version": self.named.version, **sees}
+
+    def shown(self, groups: Iterable[CompletionGroup]) -> list[CompletionGroup]:
+        """The groups as the judge sees them: of a thinking model's completions the answers, or all of their text."""
+        if self.named.sees == "answer":
+            return list(groups)
+        return [replace(group, completions=[_in_one(c) for c in group.completions]) for group in groups]
 
     def load(self) -> JudgeBase:
         """The judge itself, loaded once."""
@@ -276,3 +284,10 @@ class RunJudge:
         """Give a device back that the judge holds. It loads again when it is next asked."""
         if self._judge is not None:
             self._judge.close()
+
+
+def _in_one(completion: Completion) -> Completion:
+    """A completion whose text is all of it."""
+    if completion.reasoning is None:
+        return completion
+    return replace(completion, text=completion.whole_text, reasoning=None, reasoning_tokens=0)

@@ -69,7 +69,8 @@ def judge_shards(
     counted = AbstentionCounts(leave_out=expected)
 
     def tasks() -> Iterator[_Task]:
-        for name, groups in shards:
+        for name, sampled in shards:
+            groups = judge.shown(sampled)
             target = directory / f"{name}.jsonl"
             made = target if target.exists() or streamed is None else streamed(name)
             known = read_judgment_shard(made) if made.exists() else None
@@ -219,7 +220,7 @@ class StreamingJudge:
         target = self.path_of(shard)
         if self._cancelled or self._error is not None or target.exists():
             return None
-        groups = read_completion_shard(shard)
+        groups = self._judge.shown(read_completion_shard(shard))
         return _Task(target, groups, [], range(len(groups)))
 
 

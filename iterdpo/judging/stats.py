@@ -48,7 +48,7 @@ class JudgeMetrics:
                 n["cycles"] += cycles
                 n["triads"] += triads
             scored = zip(judgment.scores, group.completions, strict=True)
-            judged.append([(score, len(c.token_ids)) for score, c in scored if score is not None])
+            judged.append([(score, len(c.answer_ids)) for score, c in scored if score is not None])
         for k, alike in itertools.groupby(judged, key=len):
             if k > 1:
                 scores, lengths = np.moveaxis(np.array(list(alike), dtype=float), 2, 0).copy()  # [groups, k] each

@@ -28,6 +28,9 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
     for name in ("kept", "tied", "unjudged", "identical", "truncated"):
         metrics[f"pairs/{name}"] = counts["pairs"].get(name)
     metrics |= _left_out("pairs", counts["pairs"])
+    if "unfinished_thoughts" in counts["completions"]:  # of a thinking model
+        metrics["completions/unfinished_thoughts"] = counts["completions"]["unfinished_thoughts"]
+        metrics["pairs/unfinished_thoughts"] = counts["pairs"].get("unfinished_thoughts")
     log = read_jsonl(directory / "policy" / TRAIN_LOG) if steps["policy"] else []
     for name in TRAINING:
         tail = [row[name] for row in log[len(log) // 2 :] if name in row]  # the second half: the first still learns

@@ -42,6 +42,8 @@ ROUNDS = (
     Column("KL, nats", "kl/to_initial", "{:.1f}".format),
     Column("Tokens", "length/mean_tokens", number),
     Column("Truncated", "length/truncated", percent),
+    Column("Reasoning tokens", "length/mean_reasoning_tokens", number),
+    Column("Unfinished thoughts", "length/unfinished_thoughts", percent),
     Column("Pairs", "pairs/kept", count),
     Column("Training accuracy", "rewards/accuracies", percent),
     Column("Held-out accuracy", "eval_rewards/accuracies", percent),
@@ -58,6 +60,8 @@ LEFT_OUT = (  # not trained on, or not judged
     Column("Unjudged", "pairs/unjudged", count),
     Column("Identical", "pairs/identical", count),
     Column("Truncated", "pairs/truncated", count),
+    Column("Unfinished thoughts sampled", "completions/unfinished_thoughts", count),
+    Column("Nothing but unfinished thoughts", "pairs/unfinished_thoughts", count),
     Column("Held-out completions", "evaluation/completions", count),
     Column("Held-out unjudged", "evaluation/unjudged", count),
 )

@@ -89,6 +89,12 @@ def figures(run: Run) -> dict[str, Figure]:
         "length": [
             *_over_rounds(rounds, "Mean length, tokens", Line("length/mean_tokens", "", BLUE)),
             *_over_rounds(rounds, "Share cut at max_tokens", Line("length/truncated", "", BLUE), share=True),
+            *_over_rounds(
+                rounds, "Mean length of the reasoning, tokens", Line("length/mean_reasoning_tokens", "", BLUE)
+            ),
+            *_over_rounds(
+                rounds, "Share of thoughts without an end", Line("length/unfinished_thoughts", "", BLUE), share=True
+            ),
         ],
         "pairs": _pair_yield(rounds),
         "rewards": [
@@ -213,6 +219,8 @@ def _over_steps(
 def _pair_yield(rounds: pd.DataFrame) -> list[Panel]:
     """What became of each round's candidate pairs, stacked. Empty if only kept pairs were counted."""
     colors = {"kept": BLUE, "tied": SKY, "unjudged": ORANGE, "identical": PURPLE, "truncated": FAINT}
+    if "pairs/unfinished_thoughts" in rounds:  # of a thinking model
+        colors["unfinished_thoughts"] = GREEN
     counts = {name: _series(rounds, f"pairs/{name}") for name in colors}
     if not any(len(series) for name, series in counts.items() if name != "kept"):
         return []

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+REASONING, REASONING_TOKENS = "reasoning", "reasoning_tokens"
+"""Columns of the completions of a thinking model."""
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyCheckpoint:
     """A checkpoint of the lineage: `PolicyCheckpoint(path, digest="81f0…", round=2)`; round 0 is the initial policy."""
@@ -121,10 +125,18 @@ def read_groups(directory: Path, *, arrays: bool = False) -> Iterator[Completion
     return (group for path in completion_shards(directory) for group in read_completion_shard(path, arrays=arrays))
 
 
-def read_token_ids(directory: Path) -> Iterator[array[int]]:
-    """The token ids of every completion in `directory`; nothing else of a shard is read."""
+def read_answer_ids(directory: Path) -> Iterator[array[int]]:
+    """The token ids of every completion's answer in `directory`: all of its ids, but for a thinking model.
+
+    Nothing else of a shard is read.
+    """
     for path in completion_shards(directory):
-        yield from _unnested(_read_shard(path, ["token_ids"])["token_ids"].values, "i")
+        table = _read_shard(path, ["token_ids", REASONING_TOKENS])
+        ids = _unnested(table["token_ids"].values, "i")
+        if REASONING_TOKENS in table:
+            starts = table[REASONING_TOKENS].values.to_pylist()
+            ids = [row[start:] for row, start in zip(ids, starts, strict=True)]
+        yield from ids
 
 
 def read_judgments(directory: Path) -> Iterator[Judgment]:
@@ -167,6 +179,9 @@ def write_completion_shard(path: Path, groups: Sequence[CompletionGroup]) -> Non
         "logprobs": _lists_of(number_lists([c.logprobs for c in each], "f"), counts),
         "finish_reasons": _lists_of(pa.array([c.finish_reason for c in each], pa.string()), counts),
     }
+    if any(c.reasoning is not None for c in each):  # then all have it; other models' shards are without these columns
+        columns[REASONING] = _lists_of(pa.array([c.reasoning for c in each], pa.string()), counts)
+        columns[REASONING_TOKENS] = _lists_of(pa.array([c.reasoning_tokens for c in each], pa.int32()), counts)
     table = pa.table(columns)
     # Token ids neither repeat nor have an order that a dictionary or statistics would profit from.
     settings = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
@@ -186,7 +201,8 @@ def read_completion_shard(path: Path, *, arrays: bool = False) -> list[Completio
     texts, reasons = table["completions"].values.to_pylist(), table["finish_reasons"].values.to_pylist()
     ids = _unnested(table["token_ids"].values, "i", lists=not arrays)
     logprobs = _unnested(table["logprobs"].values, "f", lists=not arrays)
-    completions = list(map(Completion, texts, ids, logprobs, reasons))
+    parts = [table[name].values.to_pylist() for name in (REASONING, REASONING_TOKENS) if name in table]
+    completions = list(map(Completion, texts, ids, logprobs, reasons, *parts))
     texts = table["prompt"].to_pylist()
     conversational = table["conversational"].to_pylist()
     contents = [
@@ -200,12 +216,15 @@ def read_completion_shard(path: Path, *, arrays: bool = False) -> list[Completio
 
 
 def _read_shard(path: Path, columns: list[str] | None = None) -> dict[str, Any]:
+    """The columns of a shard by name: all, or those of the given ones that it has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    data = read_checked(path)
+    data = io.BytesIO(read_checked(path))
     try:
-        table = pq.read_table(io.BytesIO(data), columns=columns, use_threads=False)
+        if columns is not None:
+            columns = [name for name in columns if name in pq.read_schema(data).names]
+        table = pq.read_table(data, columns=columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DamagedError(path, f"it cannot be read ({error})") from None
     return {name: table[name].combine_chunks() for name in table.column_names}

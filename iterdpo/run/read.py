@@ -29,6 +29,8 @@ EVALUATION_JUDGES = ("train_judge", "heldout_judge")
 SCORES = (f"{name}{end}" for name in ("score", *EVALUATION_JUDGES) for end in ("", "_abstention"))
 OWN = {*COLUMNS, "abstention", *SCORES}
 """Names that a column of the prompt file cannot have among ours."""
+OF_THOUGHTS = ("reasoning", "reasoning_tokens")
+"""Further names if the policy is a thinking model."""
 
 
 def read_run(path: str | Path) -> Run:
@@ -72,7 +74,8 @@ class Run:
 
     def completions(self, round: int) -> pd.DataFrame:
         """A row for each sampled completion: prompt_id, prompt, k, text, tokens (how many), finish_reason, score, abstention,
-        and the columns of the prompt file.
+        and the columns of the prompt file. Of a thinking model also reasoning and reasoning_tokens; text and tokens are the
+        answer's.
 
         `score` is null if the judge abstained, for the reason in `abstention`; both are if it has not judged yet. A
         column of the prompt file that has one of these names is called `column/<name>`.
@@ -148,10 +151,14 @@ def _rows(groups: Path, judges: dict[str, Path]) -> Iterator[dict[str, Any]]:
             if judgment is not None and (judgment.prompt_id, len(judgment.scores)) != this:
                 others = f"made for other completions than those in {groups}"
                 raise UserError(f"{judges[name]}: {others}; run again with --redo")
-        columns = {f"column/{name}" if name in OWN else name: value for name, value in group.prompt.columns.items()}
+        thinking = any(completion.reasoning is not None for completion in group.completions)
+        own = {*OWN, *OF_THOUGHTS} if thinking else OWN
+        columns = {f"column/{name}" if name in own else name: value for name, value in group.prompt.columns.items()}
         for k, completion in enumerate(group.completions):
-            sampled = (completion.text, len(completion.token_ids), completion.finish_reason)
+            sampled = (completion.text, len(completion.answer_ids), completion.finish_reason)
             row: dict[str, Any] = dict(zip(COLUMNS, (group.prompt.id, group.prompt.text, k, *sampled), strict=True))
+            if thinking:
+                row |= zip(OF_THOUGHTS, (completion.reasoning, completion.reasoning_tokens), strict=True)
             for name, judgment in judgments.items():
                 row[name] = None if judgment is None else judgment.scores[k]
                 row[f"{name}_abstention"] = None if judgment is None else judgment.abstentions[k]

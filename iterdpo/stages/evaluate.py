@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import ChildFailed
-from iterdpo.evaluate import Bootstrap, Scores, evaluation_metrics, logp_gap
+from iterdpo.evaluate import Bootstrap, Scores, Thoughts, evaluation_metrics, logp_gap
 from iterdpo.judging.judge import RunJudge
 from iterdpo.judging.shards import NamedShard, completion_shards
-from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_groups, read_judgments, read_token_ids, shard_name
+from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_answer_ids, read_groups, read_judgments, shard_name
 from iterdpo.run.progress import Stage
 from iterdpo.run.rundir import read_json, write_json
 from iterdpo.seeds import derive_seed
@@ -104,13 +104,20 @@ def _evaluate(
         )
     seed = derive_seed(run.config.seed, "bootstrap")
     metrics = evaluation_metrics(
-        lambda: read_token_ids(completions),
+        lambda: read_answer_ids(completions),
         scores,
         {name: {r: _scores(path) for r, path in b.judgments().items()} for name, b in against.items()},
         duels,
         logps,
         prompts=counts["prompts"],
         truncated=counts["truncated"],
+        thoughts=None
+        if run.tags is None
+        else Thoughts(
+            counts["reasoning_tokens"],
+            _unfinished(completions),
+            {name: _unfinished(b.completions) for name, b in against.items()},
+        ),
         bootstrap=Bootstrap(confidence=section.confidence, samples=section.bootstrap_samples, seed=seed),
     )
     write_json(directory / "metrics.json", metrics | {"sampler/logp_gap": gap})
@@ -121,20 +128,30 @@ def _scores(directory: Path) -> list[Scores]:
     return [judgment.scores for judgment in read_judgments(directory)]
 
 
+def _unfinished(completions: Path) -> list[list[bool]]:
+    """Of each prompt's completions, whether they are thoughts without an end."""
+    return [[c.unfinished for c in group.completions] for group in read_groups(completions, arrays=True)]
+
+
 def _duels(run: IterativeRun, judge: RunJudge, candidates: Path, baseline: Evaluation, directory: Path) -> Duels:
-    """The candidate's completions against their counterparts of the baseline. Equal texts tie, without a call."""
+    """The candidate's completions against their counterparts of the baseline, as the judge sees them.
+
+    Without a call, equal texts tie, and an answer wins against a thought without an end.
+    """
     target = directory / f"vs-round-{baseline.round:03d}"  # the same for two baselines that are one
     target.mkdir(exist_ok=True)
 
+    def opponents() -> Iterator[list[CompletionGroup]]:
+        return map(judge.shown, _opponents(candidates, baseline.completions))
+
     def differing() -> Iterator[CompletionGroup]:
-        return (pair for group in _opponents(candidates, baseline.completions) for pair in group if not _twins(pair))
+        return (pair for group in opponents() for pair in group if _settled(pair) is None)
 
     asked = batches(differing(), run.config.sampling.shard_size)
     shards: Iterable[NamedShard] = ((shard_name(number), some) for number, some in enumerate(asked))
     judge_with_progress(run, "compare", judge, shards, target, total=2 * sum(1 for _ in differing()))
     judged = read_judgments(target)
-    groups = _opponents(candidates, baseline.completions)
-    return [[[0.5, 0.5] if _twins(pair) else next(judged).scores for pair in group] for group in groups]
+    return [[_settled(pair) or next(judged).scores for pair in group] for group in opponents()]
 
 
 def _opponents(candidates: Path, baselines: Path) -> Iterator[list[CompletionGroup]]:
@@ -144,8 +161,12 @@ def _opponents(candidates: Path, baselines: Path) -> Iterator[list[CompletionGro
         yield [CompletionGroup(ours.prompt, ours.prompt_ids, [a, b]) for a, b in pairs]
 
 
-def _twins(pair: CompletionGroup) -> bool:
-    return pair.completions[0].text == pair.completions[1].text
+def _settled(pair: CompletionGroup) -> Scores | None:
+    """The scores of two completions that no judge need compare; None if one must."""
+    ours, theirs = pair.completions
+    if ours.unfinished != theirs.unfinished:
+        return [0.0, 1.0] if ours.unfinished else [1.0, 0.0]
+    return [0.5, 0.5] if ours.unfinished or ours.text == theirs.text else None
 
 
 def _sequence_logps(

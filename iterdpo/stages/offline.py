@@ -18,8 +18,9 @@ from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import Manifest, read_manifest
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.gate import round_record
+from iterdpo.stages.pair import train_on_key
 from iterdpo.stages.runs import OfflineRun
-from iterdpo.stages.sample import template_key
+from iterdpo.stages.sample import template_key, thinking_key
 from iterdpo.stages.train import train
 
 PART_OF_KEY = {"format", "limit", "heldout", "max_prompt_tokens", "max_completion_tokens"}
@@ -67,7 +68,10 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
         "model": run.initial.digest,
         "data": {**settings, "content": content},
         "seed": config.seed,
-    } | template_key(run)
+        **template_key(run),
+        **thinking_key(run),
+        **train_on_key(run),
+    }
     step = run.dir.step(1, "pairs", inputs)
     # What an earlier attempt left, such as one on data that have been mended since, is of no use to this one.
     shutil.rmtree(step.partial, ignore_errors=True)
@@ -81,7 +85,11 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
 
         def tables() -> Iterator[Any]:
             limits = data.model_dump(include={"max_prompt_tokens", "max_completion_tokens"})
-            for table in preferences.tokenized(run.tokenizer, **limits, processes=processes):
+            alone = config.dpo.train_on == "answer"
+            parts = preferences.tokenized(
+                run.tokenizer, **limits, thinking=run.thinking, answers_alone=alone, processes=processes
+            )
+            for table in parts:
                 stage.to(account.rows)
                 yield table
 
@@ -97,6 +105,7 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
             "heldout": data.heldout,
             "prompts_truncated": account.prompts_truncated,
             "completions_truncated": account.completions_truncated,
+            **({"unfinished_thoughts": account.unfinished_thoughts} if run.tags is not None else {}),
             "summary": account.summary(),
             "left_out": account.left_out,
         }
@@ -136,4 +145,6 @@ def describe_counts(counts: dict[str, Any]) -> str:
     """`kept 2,303 of 2,312 pairs (…); 2,175 to train on, 128 held out; 31 prompts and 12 completions truncated`."""
     line = f"{counts['summary']}; {counts['kept']:,} to train on, {counts['heldout']:,} held out"
     prompts, completions = counts["prompts_truncated"], counts["completions_truncated"]
-    return line + (f"; {prompts:,} prompts and {completions:,} completions truncated" if prompts or completions else "")
+    line += f"; {prompts:,} prompts and {completions:,} completions truncated" if prompts or completions else ""
+    thoughts = counts.get("unfinished_thoughts")
+    return line + (f"; {thoughts:,} thoughts cut before their answer" if thoughts else "")

@@ -11,7 +11,7 @@ from iterdpo.data.pairs import write_pairs
 from iterdpo.errors import DataError
 from iterdpo.run.artifacts import Completions, Judgments, Pairs, read_groups
 from iterdpo.seeds import derive_seed
-from iterdpo.stages.runs import IterativeRun, batches
+from iterdpo.stages.runs import IterativeRun, OfflineRun, batches
 from iterdpo.types import PreferencePair
 
 AT_ONCE = 256
@@ -24,7 +24,12 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
     if (manifest := step.manifest()) is None:
         directory = step.begin()
         with run.progress.stage("pair", 0, "pairs") as stage:
-            options = {**run.config.pairing.model_dump(), "seed": derive_seed(run.config.seed, round, "pair")}
+            options = {
+                **run.config.pairing.model_dump(),
+                "answers_alone": run.config.dpo.train_on == "answer",
+                "by_reasoning": run.config.judge.sees == "completion",
+                "seed": derive_seed(run.config.seed, round, "pair"),
+            }
             counts = PairCounts()
 
             def pairs() -> Iterator[PreferencePair]:
@@ -35,7 +40,12 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
                     yield from found
                     stage.to(counts.kept)
 
-            write_pairs(directory, pairs(), summary=lambda: counts.summary())
+            write_pairs(
+                directory,
+                pairs(),
+                summary=lambda: counts.summary(),
+                answers_alone=run.config.dpo.train_on == "answer",
+            )
             stage.remark = counts.summary()
             if not counts.kept:
                 raise DataError(_nothing(round, counts.summary(), judgments))
@@ -49,7 +59,14 @@ def inputs(run: IterativeRun, judgments: Judgments) -> dict[str, Any]:
         "judgments": judgments.digest,
         "completions": judgments.completions,
         "seed": run.config.seed,
+        **train_on_key(run),
     }
+
+
+def train_on_key(run: OfflineRun) -> dict[str, Any]:
+    """The part of completions that counts, if it is not all of them."""
+    part = run.settings.dpo.train_on
+    return {"train_on": part} if part != "completion" else {}
 
 
 def _nothing(round: int, summary: str, judgments: Judgments) -> str:

@@ -10,9 +10,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import Any, TypeVar
 
-from iterdpo.config import Config, OfflineConfig
+from iterdpo.config import Config, OfflineConfig, TagsConfig
 from iterdpo.data.prompts import RoundPrompts, check_lengths, place_of
 from iterdpo.data.rendering import engine_ends, load_tokenizer, prompts_token_ids, turn_ends
+from iterdpo.data.thinking import Tags, Thinking, find_tags
 from iterdpo.errors import ConfigError, DamagedError, DataError
 from iterdpo.judging.judge import NamedJudge, RunJudge, Waiting
 from iterdpo.judging.shards import StreamingJudge
@@ -82,6 +83,31 @@ class OfflineRun:
         """The ids at which a turn ends but an engine does not stop on its own; see `turn_ends`. Noted like the digest."""
         found = self._noted("added_stops", lambda: sorted(turn_ends(self.tokenizer) - engine_ends(self.tokenizer)))
         return list(found)
+
+    @cached_property
+    def tags(self) -> Tags | None:
+        """The tags around the policy's reasoning, if it is a thinking model. Those of its template are noted like the digest.
+
+        A ConfigError if there are none, and answers alone are to be trained on.
+        """
+        match self.settings.model.thinking:
+            case TagsConfig(start=start, end=end):
+                return Tags(start, end)
+            case "auto":
+                found = self._noted("tags", lambda: tags.to_json() if (tags := find_tags(self.tokenizer)) else None)
+                if found:
+                    return Tags(**found)
+        if self.settings.dpo.train_on == "answer":
+            raise ConfigError(
+                f"dpo.train_on = 'answer': no tags of reasoning are known for {self.model_path}; set model.thinking to "
+                "those that it writes, such as {start: <think>, end: </think>}, or train_on to completion"
+            )
+        return None
+
+    @cached_property
+    def thinking(self) -> Thinking | None:
+        """What divides completions into reasoning and answer; None if the policy is no thinking model."""
+        return Thinking(self.tokenizer, self.tags) if self.tags is not None else None
 
     def _noted(self, name: str, compute: Callable[[], Any]) -> Any:
         """What depends on the files of the initial policy alone: as noted in the run directory, if they are the same."""

@@ -78,6 +78,11 @@ def template_key(run: OfflineRun) -> dict[str, Any]:
     return {"chat_template_kwargs": given} if given else {}
 
 
+def thinking_key(run: OfflineRun) -> dict[str, Any]:
+    """The tags of a thinking model; nothing for others."""
+    return {"thinking": run.tags.to_json()} if run.tags is not None else {}
+
+
 def sampling_key(run: IterativeRun, n: int, temperature: float) -> dict[str, Any]:
     section = run.config.sampling
     added = run.added_stops
@@ -88,6 +93,7 @@ def sampling_key(run: IterativeRun, n: int, temperature: float) -> dict[str, Any
         "engine": section.engine.model_dump(include={"dtype", "extra"}),
         **({"stop_token_ids": added} if added else {}),
         **section.model_dump(include={"reproducible"}),
+        **thinking_key(run),
     }
 
 
@@ -111,9 +117,11 @@ def sample_shards(
 ) -> dict[str, int]:
     """Sample the shards that `directory` lacks, and write each as soon as it is complete. Returns the counts of all.
 
-    `prompt_ids` are the token ids of the prompts, in the same order.
+    `prompt_ids` are the token ids of the prompts, in the same order. Completions of a thinking model are divided.
     """
     counts = {"prompts": 0, "completions": 0, "tokens": 0, "truncated": 0}
+    if run.tags is not None:
+        counts |= {"reasoning_tokens": 0, "unfinished_thoughts": 0}
     begun = False
     with run.progress.stage(name, len(prompts) * parameters.n, "completions") as stage:
         size = run.config.sampling.shard_size
@@ -131,19 +139,28 @@ def sample_shards(
                         run.sampler.load(policy.path, policy.digest)
                         stage.begin()
                         begun = True
-                    groups = [CompletionGroup(*group) for group in zip(asked, ids, next(sampled), strict=True)]
+                    said = next(sampled)
+                    if (thinking := run.thinking) is not None:
+                        each_prompt = zip(ids, said, strict=True)
+                        said = [[thinking.split(prompt, c) for c in group] for prompt, group in each_prompt]
+                    groups = [CompletionGroup(*group) for group in zip(asked, ids, said, strict=True)]
                     write_completion_shard(shard, groups)
                 each = [c for g in groups for c in g.completions]
                 counts["prompts"] += len(groups)
                 counts["completions"] += len(each)
                 counts["tokens"] += sum(len(c.token_ids) for c in each)
                 counts["truncated"] += sum(c.truncated for c in each)
+                if run.tags is not None:
+                    counts["reasoning_tokens"] += sum(c.reasoning_tokens for c in each)
+                    counts["unfinished_thoughts"] += sum(c.unfinished for c in each)
                 if on_shard is not None:
                     on_shard(shard)
                 stage.to(counts["completions"])
                 if not begun:
                     stage.begin()
         stage.remark = f"{counts['tokens'] / max(1, stage.done):.1f} tokens each"
+        if unfinished := counts.get("unfinished_thoughts"):
+            stage.remark += f"; {unfinished:,} thoughts do not end within sampling.max_tokens"
     if begun:
         run.sampler.release()
     return counts

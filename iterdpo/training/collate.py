@@ -9,7 +9,7 @@ back to the pairs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,14 +25,28 @@ ROW_MULTIPLE = 64  # few distinct shapes: each new one compiles a kernel
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A prompt and distinct completions of it: `Tree(prompt=[40, 8], branches=[[253, 2], [30, 2]])`."""
+    """A prompt and distinct completions of it: `Tree(prompt=[40, 8], branches=[[253, 2], [30, 2]])`.
+
+    `given` is how many tokens at each branch's beginning are read like the prompt and not scored; empty if there are none.
+    """
 
     prompt: list[int]
     branches: list[list[int]]
+    given: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
         return len(self.prompt) + sum(map(len, self.branches))
+
+    @property
+    def scored(self) -> list[tuple[list[int], int]]:
+        """Each branch with the number of tokens that are given."""
+        return list(zip(self.branches, self.given or (0,) * len(self.branches), strict=True))
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens of each branch are scored."""
+        return [len(branch) - given for branch, given in self.scored]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +72,9 @@ class Batch:
 def collate(trees: Sequence[Tree], *, shared: bool, pad_token_id: int = 0) -> Batch:
     """The batch of `trees`; with `shared` each prompt is in it once. Branches keep their order.
 
-    A ValueError if a prompt or completion is empty: neither has a log-probability.
+    A ValueError if a prompt or completion is empty, or no token of it is scored: it has no log-probability.
     """
-    if not all(tree.prompt and all(tree.branches) for tree in trees):
+    if not all(tree.prompt and all(length > 0 for length in tree.lengths) for tree in trees):
         raise ValueError("a row needs at least one prompt token and one completion token")
     return _one_row(trees, pad_token_id) if shared else _rows(trees, pad_token_id)
 
@@ -71,8 +85,9 @@ def _one_row(trees: Sequence[Tree], pad_token_id: int) -> Batch:
     for tree in trees:
         prompt_end = len(ids) + len(tree.prompt)
         ids += tree.prompt
-        for branch in tree.branches:
-            sources += [prompt_end - 1, *range(len(ids), len(ids) + len(branch) - 1)]
+        for branch, given in tree.scored:
+            before = [prompt_end - 1, *range(len(ids), len(ids) + len(branch) - 1)]  # of each token, the one before it
+            sources += before[given:]
             ids += branch
     width = -(-(len(ids) + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
     layout = tree_layout([(len(tree.prompt), list(map(len, tree.branches))) for tree in trees], width)
@@ -90,15 +105,15 @@ def _one_row(trees: Sequence[Tree], pad_token_id: int) -> Batch:
 
 
 def _rows(trees: Sequence[Tree], pad_token_id: int) -> Batch:
-    rows = [(tree.prompt, branch) for tree in trees for branch in tree.branches]
-    lengths = [len(prompt) + len(branch) for prompt, branch in rows]
+    rows = [(tree.prompt, *branch) for tree in trees for branch in tree.scored]
+    lengths = [len(prompt) + len(branch) for prompt, branch, _ in rows]
     width = -(-max(lengths) // PAD_MULTIPLE) * PAD_MULTIPLE
     ids = torch.full((len(rows), width), pad_token_id)
     sources: list[int] = []
-    for number, (prompt, branch) in enumerate(rows):
+    for number, (prompt, branch, given) in enumerate(rows):
         ids[number, : lengths[number]] = torch.tensor(prompt + branch)
         first = number * width + len(prompt) - 1
-        sources += range(first, first + len(branch))
+        sources += range(first + given, first + len(branch))
     seen = sum(causal_pairs(0, length) for length in lengths)
     return Batch(ids, None, None, torch.tensor(sources), *_targets(trees), tokens=sum(lengths), attention_pairs=seen)
 
@@ -109,7 +124,7 @@ def causal_pairs(before: int, length: int) -> int:
 
 
 def _targets(trees: Sequence[Tree]) -> tuple[Tensor, Tensor, int]:
-    branches = [branch for tree in trees for branch in tree.branches]
+    branches = [branch[given:] for tree in trees for branch, given in tree.scored]
     targets = [token for branch in branches for token in branch]
     numbers = torch.arange(len(branches)).repeat_interleave(torch.tensor(list(map(len, branches))))
     return torch.tensor(targets), numbers, len(branches)
@@ -120,13 +135,15 @@ def grow_trees(pairs: Iterable[TokenPair]) -> tuple[list[Tree], PairIndex]:
     trees: list[Tree] = []
     numbers: dict[tuple[int, ...], int] = {}
     known: list[dict[tuple[int, ...], int]] = []  # of each tree: its branches' numbers
+    givens: list[list[int]] = []
 
-    def branch(tree: int, completion: list[int]) -> int:
+    def branch(tree: int, completion: list[int], given: int) -> int:
         if not completion:
             return -1
-        number = known[tree].setdefault(tuple(completion), len(trees[tree].branches))
+        number = known[tree].setdefault((given, *completion), len(trees[tree].branches))
         if number == len(trees[tree].branches):
             trees[tree].branches.append(completion)
+            givens[tree].append(given)
         return number
 
     rows = []
@@ -135,8 +152,11 @@ def grow_trees(pairs: Iterable[TokenPair]) -> tuple[list[Tree], PairIndex]:
         if tree == len(trees):
             trees.append(Tree(pair.prompt, []))
             known.append({})
-        rows.append((tree, branch(tree, pair.chosen), branch(tree, pair.rejected)))
+            givens.append([])
+        of_chosen, of_rejected = pair.given
+        rows.append((tree, branch(tree, pair.chosen, of_chosen), branch(tree, pair.rejected, of_rejected)))
     index = np.array(rows, dtype=np.int64).reshape(-1, 3)
+    trees = [replace(t, given=tuple(given)) if any(given) else t for t, given in zip(trees, givens, strict=True)]
     return trees, PairIndex(index[:, 0], index[:, 1:])
 
 
@@ -208,7 +228,7 @@ class RoundPairs:
         else:
             assert self.held_out is not None
             pair = self.held_out[number - len(self.training)]
-        return TokenPair(pair.prompt, pair.chosen, []) if self.chosen_only else pair
+        return TokenPair(pair.prompt, pair.chosen, [], pair.given) if self.chosen_only else pair
 
     def trees(self, numbers: np.ndarray) -> tuple[list[Tree], PairIndex]:
         return grow_trees(self[number] for number in numbers.tolist())
@@ -218,8 +238,11 @@ class RoundPairs:
         assert self.partners is not None
         trees = []
         for number, partner in zip(numbers.tolist(), self.partners[numbers].tolist(), strict=True):
-            completions = [c for c in (self[partner].chosen, self[partner].rejected) if c]
-            trees.append(Tree(self[number].prompt, [completions[number % len(completions)]]))
+            pair = self[partner]
+            sides = zip((pair.chosen, pair.rejected), pair.given, strict=True)
+            completions = [(c, given) for c, given in sides if c]
+            completion, given = completions[number % len(completions)]
+            trees.append(Tree(self[number].prompt, [completion], (given,) if given else ()))
         return trees
 
 

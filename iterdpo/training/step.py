@@ -231,7 +231,7 @@ class Compute:
         trees, index = pairs.trees(numbers)
         for batch, branches in self.branch_logps(model, trees):
             slots = index.in_batch(trees, batch)
-            lengths = torch.tensor([len(branch) for number in batch for branch in trees[number].branches])
+            lengths = torch.tensor([length for number in batch for length in trees[number].lengths])
             found[slots.local_pairs] = pair_logps(
                 branches, lengths.to(found.device), slots, ld_alpha=self.dpo.ld_alpha, absent=absent
             )

@@ -122,9 +122,12 @@ class ImplicitReward(JudgeBase):
             return None
         if not same or max(completion.token_ids, default=0) >= len(self._tokenizer):
             return None
-        # Ids may go on after the text: an end token, a stop string, half a character.
-        decoded = _bare(self._tokenizer.decode(completion.token_ids, skip_special_tokens=True))
-        return _Row(group.prompt_ids, completion.token_ids) if decoded.startswith(_bare(completion.text)) else None
+        # Ids may go on after the text: an end token, a stop string, half a character. Tags of reasoning may be special.
+        ids, text = completion.answer_ids, _bare(completion.text)
+        found = (_bare(self._tokenizer.decode(ids, skip_special_tokens=skipped)) for skipped in (True, False))
+        if not any(decoded.startswith(text) for decoded in found):
+            return None
+        return _Row([*group.prompt_ids, *completion.token_ids[: completion.reasoning_tokens]], ids)
 
     def _tokenized(self, prompt: Prompt, completion: Completion) -> _Row:
         try:
@@ -132,7 +135,7 @@ class ImplicitReward(JudgeBase):
             ids = completion_token_ids(self._tokenizer, prompt.content, completion.text)
         except DataError as error:
             raise JudgeError(f"implicit reward {self.policy}: prompt {prompt.id!r}: {error}") from error
-        return _Row(before, ids[:-1] if completion.truncated else ids)
+        return _Row(before, ids[:-1] if completion.truncated or completion.unfinished else ids)
 
     def _rewards(self, rows: Sequence[_Row]) -> list[float]:
         from iterdpo.training.logps import score_completions

@@ -90,7 +90,7 @@ def test_deciding_is_pure(room: Room) -> None:
 def test_a_round_that_is_sealed_is_not_sealed_again(room: Room) -> None:
     first = sealed(room.open(gate=GATE))
     run = room.open(gate=GATE)
-    initial, _ = run.initial, run.added_stops  # both are noted once
+    initial, _, _ = run.initial, run.added_stops, run.tags  # each is noted once
     before = tree(run.dir.root)
     assert sealed(run) == first
     assert tree(run.dir.root) == before

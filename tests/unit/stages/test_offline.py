@@ -49,7 +49,9 @@ class Offline:
 
     def prepare(self, name: str = "run", *, processes: int | None = None, redo: bool = False, **data: Any) -> Manifest:
         config = self.config(name, **data)
-        return prepare_pairs(config, OfflineRun(config, redo=redo), processes=processes)
+        run = OfflineRun(config, redo=redo)
+        with run.dir.lock():
+            return prepare_pairs(config, run, processes=processes)
 
     def files(self, name: str = "run") -> dict[str, bytes]:
         step = self.root / name / "round-001" / "pairs"
