@@ -11,7 +11,8 @@ and answers with a judgment for each group, with a score for each completion, bo
     {"judgments": [{"scores": [1.0, null], "reasons": [null, "no number in it"]}]}
 
 A prompt of chat messages has `messages`, `[{"role": "user", "content": "2+2?"}]`, in the place of `text`. `tokens` is a
-number, and `finish_reason` is "stop", or "length" for a completion that was cut off. A score of null abstains; `reasons`
+number, and `finish_reason` is "stop", "length" for a completion that was cut off, or "thought" for one that is a thought
+without an end. A score of null abstains; `reasons`
 may be left out. docs/judges.md has a whole server in ten lines.
 """
 

@@ -60,6 +60,7 @@ def inputs(run: IterativeRun, judgments: Judgments) -> dict[str, Any]:
         "completions": judgments.completions,
         "seed": run.config.seed,
         **train_on_key(run),
+        **({"sees": run.config.judge.sees} if run.config.judge.sees != "answer" else {}),
     }
 
 

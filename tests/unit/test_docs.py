@@ -94,7 +94,7 @@ def test_every_reason_for_leaving_a_row_out_is_in_the_page_about_data() -> None:
     from iterdpo.data import preferences
 
     names = "DIVERGE EMPTY IDENTICAL IDENTICAL_TOKENS NO_PROMPT OTHER_PROMPT NO_TRANSCRIPT NO_LAST_TURN USERS_TURN"
-    names += " NO_ASSISTANT NOT_LAST NO_MARGIN"
+    names += " NO_ASSISTANT NOT_LAST NO_MARGIN IDENTICAL_ANSWERS NO_ANSWER"
     known = {getattr(preferences, name).format("...") for name in names.split()}
     assert known == reasons_in("Rows that are left out")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -238,3 +238,70 @@ def test_groups_paired_one_at_a_time_give_the_same_pairs_and_counts(
     apart = [build(group, **options) for group in groups]
     assert [pair for pairs, _ in apart for pair in pairs] == together
     assert sum((each for _, each in apart), PairCounts()) == counts
+
+
+# Thinking models
+
+
+def thought(
+    answers: Sequence[str | None], scores: Sequence[float | None], *, reasoning: Sequence[str] | None = None
+) -> Judged:
+    """A group of completions with these answers after a thought of one token; None is a thought without an end."""
+    group, judgment = judged([answer or "" for answer in answers], scores)
+    thoughts = reasoning or [f"<think>{k}</think>" for k in range(len(answers))]
+    completions = [
+        replace(c, reasoning=said, reasoning_tokens=1 if answer is not None else 2)
+        if answer is not None
+        else replace(c, reasoning=said, reasoning_tokens=2, finish_reason="thought")
+        for c, answer, said in zip(group.completions, answers, thoughts, strict=True)
+    ]
+    return replace(group, completions=completions), judgment
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_thought_without_an_end_is_rejected_and_never_chosen(strategy: Strategy) -> None:
+    pairs, counts = build(thought(["a", None], [0.5, 0.25]), strategy=strategy)
+    assert texts(pairs) == ["a>"]
+    assert counts == PairCounts(groups=1, groups_paired=1, kept=1)
+    pairs, counts = build(thought(["a", None], [0.5, 0.75]), strategy=strategy)
+    assert not pairs
+    assert counts == PairCounts(groups=1, unfinished_thoughts=1)
+    pairs, _ = build(thought(["a", None, "b"], [0.5, 0.75, 0.25]), strategy=strategy)
+    assert texts(pairs) == ["a>b"]
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_truncated": True}, {"answers_alone": True}])
+def test_a_group_of_nothing_but_unfinished_thoughts_is_counted_as_such(options: dict[str, Any]) -> None:
+    pairs, counts = build(thought([None, None], [0.5, 0.25]), **options)
+    assert not pairs
+    assert counts == PairCounts(groups=1, unfinished_thoughts=1)
+    assert counts.summary() == "kept 0 pairs of 1 groups (1 unfinished thoughts)"
+
+
+@pytest.mark.parametrize("options", [{"drop_truncated": True}, {"answers_alone": True}])
+def test_unfinished_thoughts_are_left_out_with_truncated_ones_or_if_answers_alone_are_trained_on(
+    options: dict[str, Any],
+) -> None:
+    pairs, _ = build(thought(["a", None, "b"], [0.5, 0.0, 0.25]), **options)
+    assert texts(pairs) == ["a>b"]
+    pairs, counts = build(thought(["a", None], [0.5, 0.0]), **options)
+    assert (pairs, counts.unfinished_thoughts) == ([], 1)
+
+
+def test_a_completion_that_is_cut_where_its_answer_begins_has_nothing_to_train_on_alone() -> None:
+    group, judgment = thought(["a", ""], [0.5, 0.0])
+    cut = replace(group.completions[1], token_ids=[11], finish_reason="length")
+    cut_short = replace(group, completions=[group.completions[0], cut]), judgment
+    assert texts(build(cut_short)[0]) == ["a>"]
+    assert build(cut_short, answers_alone=True)[0] == []
+
+
+def test_completions_of_one_answer_are_twins_unless_the_judge_sees_their_reasoning() -> None:
+    group = thought(["a", "a"], [0.5, 0.25])
+    assert build(group)[1].identical == 1
+    assert texts(build(group, by_reasoning=True)[0]) == ["a>a"]
+    assert build(thought(["a", "a"], [0.5, 0.25], reasoning=["t", "t"]), by_reasoning=True)[1].identical == 1
+
+
+def test_an_empty_answer_and_a_thought_without_an_end_are_no_twins() -> None:
+    assert texts(build(thought(["", None], [0.5, 0.25]))[0]) == [">"]

@@ -258,3 +258,31 @@ def test_micro_batches_by_hand() -> None:
     assert micro_batches(sizes, budget=9, rank=0, world=2) == [[4], [0, 2]]
     assert micro_batches(sizes, budget=9, rank=1, world=2) == [[1], [3]]
     assert micro_batches([5], budget=9, rank=1, world=2) == [[]]
+
+
+# Tokens that are given
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_given_tokens_are_read_and_not_scored(shared: bool) -> None:
+    whole = collate(TREES, shared=shared)
+    answers = collate([Tree([5, 6, 7], [[1, 2], [3]], (1, 0)), Tree([8], [[4, 9, 2]], (2,))], shared=shared)
+    assert torch.equal(answers.input_ids, whole.input_ids)
+    assert (answers.branches, answers.tokens, answers.attention_pairs) == (3, whole.tokens, whole.attention_pairs)
+    scored = [1, 2, 5]  # of the tokens 1 2, 3, 4 9 2
+    assert answers.sources.tolist() == whole.sources[scored].tolist()
+    assert (answers.targets.tolist(), answers.branch.tolist()) == ([2, 3, 2], [0, 1, 2])
+
+
+def test_a_branch_of_which_all_tokens_are_given_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one prompt token and one completion token"):
+        collate([Tree([1], [[2, 3]], (2,))], shared=False)
+
+
+def test_trees_of_pairs_know_which_tokens_of_each_branch_are_given() -> None:
+    trees, index = grow_trees(
+        [TokenPair([1], [2, 3], [4, 5, 6], (1, 2)), TokenPair([1], [2, 3], [7], (1, 0)), TokenPair([9], [2], [3])]
+    )
+    assert trees == [Tree([1], [[2, 3], [4, 5, 6], [7]], (1, 2, 0)), Tree([9], [[2], [3]])]
+    assert [tree.lengths for tree in trees] == [[1, 1, 1], [1, 1]]
+    assert index.branches.tolist() == [[0, 1], [0, 2], [0, 1]]

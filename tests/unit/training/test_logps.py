@@ -422,3 +422,12 @@ def test_scores_in_bf16_are_near_those_in_float64(tiny_model: Path, rows: tuple[
 
     exact = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64).eval()
     assert score_completions(tiny_model, *rows) == pytest.approx(all_plain(exact, rows), rel=5e-3)
+
+
+def test_a_branch_with_given_tokens_is_its_answer_after_prompt_and_reasoning(scorer: Scorer, exact: Any) -> None:
+    prompt, thoughts, answers = [40, 50, 60], [[70, 71], [80, 81, 82], []], [[90, 91], [92], [93, 94, 95]]
+    branches = [thought + answer for thought, answer in zip(thoughts, answers, strict=True)]
+    with torch.no_grad():
+        got = scorer(scorer.collate([Tree(prompt, branches, (2, 3, 0))])).logps
+    rows = ([prompt + thought for thought in thoughts], answers)
+    assert got.tolist() == pytest.approx(all_plain(exact, rows), abs=1e-4)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from iterdpo.data.pairs import ABSENT, pairs_table, write_tables
+from iterdpo.data.pairs import ABSENT, pairs_table, write_pairs, write_tables
 from iterdpo.training.losses import PreferenceLoss
 from iterdpo.training.step import learning_rate_factor, summarize
-from iterdpo.types import PreferencePair
+from iterdpo.types import Completion, PreferencePair, Prompt
 from tests.unit.training.rounds import (
     LOG_2,
     apart,
@@ -143,6 +144,70 @@ def test_ld_alpha_1_is_dpo_and_the_nll_term_has_all_tokens_whatever_it_is(
     row = log_of(run(tmp_path / "c", sharp, grouped, ld_alpha=0.0, nll_coefficient=0.25, pairs_per_step=8))[0]
     nll = mean([-p[0] / p[2] for p in summed(sharp, grouped)])
     assert row["loss"] == pytest.approx(LOG_2 + 0.25 * nll, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def thoughtful(tmp_path_factory: pytest.TempPathFactory, rows: list[PreferencePair]) -> Path:
+    """`rows`, of whose completions the first token, or none, is reasoning; the answers alone are trained on."""
+
+    def divided(completion: Completion, given: int) -> Completion:
+        return replace(completion, reasoning="t", reasoning_tokens=given)
+
+    pairs = [replace(p, chosen=divided(p.chosen, 1), rejected=divided(p.rejected, n % 2)) for n, p in enumerate(rows)]
+    directory = tmp_path_factory.mktemp("thoughtful")
+    write_pairs(directory, pairs, summary="", answers_alone=True)
+    return directory / "train.parquet"
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "sigmoid_norm", "ipo", "kto", "orpo"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_answers_alone_have_log_probabilities_given_their_reasoning(
+    tmp_path: Path, sharp: Path, thoughtful: Path, loss: str, shared: bool
+) -> None:
+    settings: dict[str, Any] = {"loss": loss, "shared_prompts": shared, "beta": 0.5, "pairs_per_step": 8, "epochs": 4}
+    log = log_of(run(tmp_path, sharp, thoughtful, **settings))
+    pairs = token_pairs(thoughtful)
+    assert [pair.given for pair in pairs] == [(1, n % 2) for n in range(8)]
+
+    def answer(ids: list[int], distributions: list[torch.Tensor], given: int) -> float:
+        tokens = list(zip(distributions, ids, strict=True))[given:]
+        return sum(float(p[token].log()) for p, token in tokens)
+
+    exact = terms(sharp, thoughtful)
+    for side, ids_of in (("chosen", lambda pair: pair.chosen), ("rejected", lambda pair: pair.rejected)):
+        number = ("chosen", "rejected").index(side)
+        found = [answer(ids_of(p), e[number], p.given[number]) for p, e in zip(pairs, exact, strict=True)]
+        assert log[0][f"logps/{side}"] == pytest.approx(mean(found), abs=1e-4)
+    if loss != "orpo":
+        assert log[0]["rewards/chosen"] == log[0]["rewards/rejected"] == 0.0  # the reference's are of the same tokens
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_reasoning_that_is_given_is_the_same_training_as_reasoning_in_the_prompt(
+    tmp_path: Path, sharp: Path, pairs: Path
+) -> None:
+    """With one thought for both completions of a pair, which a prompt can have in it."""
+
+    def written(name: str, table: list[PreferencePair], answers_alone: bool) -> Path:
+        (tmp_path / name).mkdir()
+        write_pairs(tmp_path / name, table, summary="", answers_alone=answers_alone)
+        return tmp_path / name / "train.parquet"
+
+    given, prompted = [], []
+    for n, pair in enumerate(token_pairs(pairs)):
+        prompt, thought = Prompt(f"p{n}", "x"), [100 + n, 30]
+        chosen, rejected = (
+            Completion("y", [*thought, *ids], [], "stop", reasoning="t", reasoning_tokens=2)
+            for ids in (pair.chosen, pair.rejected)
+        )
+        given.append(PreferencePair(prompt, pair.prompt, chosen, rejected))
+        answers = (Completion("y", ids, [], "stop") for ids in (pair.chosen, pair.rejected))
+        prompted.append(PreferencePair(prompt, [*pair.prompt, *thought], *answers))
+    settings: dict[str, Any] = {"reference_decay": 0.5, "nll_coefficient": 0.5, "wpo": True}
+    of_given = run(tmp_path / "one", sharp, written("given", given, True), **settings)
+    of_prompted = run(tmp_path / "other", sharp, written("prompted", prompted, False), **settings)
+    assert losses(of_given) == pytest.approx(losses(of_prompted), rel=1e-4)
+    assert apart(weights(of_given), weights(of_prompted)) < 1e-4
 
 
 def test_bcos_shift_is_the_running_mean_of_the_rewards_with_those_of_the_step(
