@@ -151,14 +151,15 @@ class NumericMatch(Verifier):
     r"""1 if the completion's last number is the gold number, or one of them if the column has a list.
 
     After `####`, as GSM8K writes it, the first number counts instead. Thousands separators, fractions, mixed numbers,
-    ratios, roots, pi, powers, percent signs, currencies and units are understood, in LaTeX too (see `last_number`). If
+    ratios, roots, pi, powers, percent signs, currencies and units are understood, in LaTeX and in Unicode (see
+    `last_number`). If
     one side alone has a percent sign, 50% is both 50 and 0.5. A completion without a number scores 0. Abstentions: a
-    gold text without a number or with several, and a number on either side that is part of something else, such as
-    `\log 5`.
+    gold text without a number, with several, or about one (`x > 3`), and a number on either side that is part of
+    something else, such as `\log 5` or `2x`.
     """
 
     name = "numeric_match"
-    REVISION = 2
+    REVISION = 3
     column: str = "gold"
     """The prompt's column with the gold number, or a text that ends in it."""
     tolerance: float = 1e-6

@@ -20,7 +20,17 @@ from iterdpo.errors import ChildFailed, JudgeError
 from iterdpo.run.worker import Done, JsonLinesWorker, serve
 from judges.base import Abstention
 from judges.verify.base import Score, Verifier, check_positive, texts_of
-from judges.verify.latex import Expression, boxes, expression, gold_expression, in_base, is_name, same_text, sides
+from judges.verify.latex import (
+    Expression,
+    boxes,
+    choice,
+    expression,
+    gold_expression,
+    in_base,
+    is_name,
+    same_text,
+    sides,
+)
 
 
 @dataclass(frozen=True)
@@ -50,12 +60,15 @@ class Math(Verifier):
     """1 if the completion's expression equals the gold one, by math-verify: LaTeX, boxed or not, plain expressions.
 
     A completion without an expression, or with an empty box, scores 0. A gold expression is used whole: its words,
-    matrices, units and bases count. Abstentions: a gold text that does not parse, units or a base on one side that the
-    other lacks or contradicts, and a comparison that takes too long. Comparisons run in child processes, which are killed at the timeout.
+    matrices, units and bases count. A percentage is its number or its hundredth. Boxes that stand together are one
+    answer. Abstentions: a gold text that does not parse, unless the answer repeats it; different units; a base, or a
+    letter that may be a unit, on one side alone; an inequality on one side and an interval on the other, which may echo
+    the question; words beside an answer; a comparison that takes too long. Comparisons run in child processes, which are
+    killed at the timeout.
     """
 
     name = "math"
-    REVISION = 2
+    REVISION = 3
     SPEED_ONLY = frozenset({"concurrency"})
     column: str = "gold"
     """The prompt's column with the gold expression, or a list of them."""
@@ -116,13 +129,13 @@ def compare_in_time(request: Compare) -> Compared:
 
 def compare(golds: list[str], completion: str) -> Compared:
     """1 if the completion's expression equals one of the gold ones, else 0."""
-    wanted = [found for gold in golds if (found := gold_expression(gold)) and usable(found)]
+    wanted = [found for gold in golds if (found := gold_expression(gold))]
     if not wanted:
-        return Compared(reason="the gold expression cannot be parsed")
+        return Compared(reason=UNPARSED)
     boxed = boxes(completion)
-    if boxed and not re.search(r"\w", boxed[-1]):
+    if boxed and not re.search(r"\w", EMPTY.sub("", boxed[-1])):
         return Compared(0.0)  # an empty box; math-verify would look elsewhere
-    answer = expression(boxed[-1]) if boxed else None
+    answer = expression(",".join(boxed)) if boxed else None
     unclear = ""
     for gold in wanted:
         try:
@@ -133,12 +146,12 @@ def compare(golds: list[str], completion: str) -> Compared:
     return Compared(reason=unclear) if unclear else Compared(0.0)
 
 
+UNPARSED = "the gold expression cannot be parsed"
+EMPTY = re.compile(r"\\(?:text|textbf|mathrm|mbox|left|right|q?quad|phantom)(?![A-Za-z])")
+
+
 class Unclear(ValueError):
     """Why a gold expression and an answer cannot be compared."""
-
-
-def usable(gold: Expression) -> bool:
-    return gold.words or in_base(gold.latex) is not None or bool(parsed(gold.latex))
 
 
 def equal(gold: Expression, answer: Expression | None, completion: str) -> bool:
@@ -147,21 +160,36 @@ def equal(gold: Expression, answer: Expression | None, completion: str) -> bool:
     Raises:
         Unclear: no comparison is possible.
     """
+    readable = not gold.words and bool(parsed(gold.latex))
     if answer is None:
-        if gold.words or in_base(gold.latex):
-            raise Unclear("the gold expression cannot be parsed")
+        if not readable or in_base(gold.latex):
+            raise Unclear(UNPARSED)
         with contextlib.suppress(Exception):  # what parses it is a grammar's runtime, and sympy, on any text at all
             from math_verify import parse
 
-            return same(parsed(gold.latex), parse(completion, parsing_timeout=None))
+            return same(parsed(gold.latex), parse(completion.replace(r"\$", ""), parsing_timeout=None))
         return False
     if same_text(gold.latex, answer.latex):
         return units_agree(gold, answer)
-    if gold.words:
-        raise Unclear("the gold expression cannot be parsed")
+    options = choice(gold.latex), choice(answer.latex)
+    if None not in options:
+        return options[0] == options[1]
     if in_base(gold.latex) or in_base(answer.latex):
         return same_in_base(gold.latex, answer.latex)
-    return bool(answer_equals(gold.latex, answer.latex)) and units_agree(gold, answer)
+    if not readable:
+        raise Unclear(UNPARSED)
+    if answer.words and re.search("[0-9]", answer.latex):
+        raise Unclear("the answer has words beside its expression")
+    for long, short in ((gold, answer), (answer, gold)):
+        if (found := BARE_LETTER.fullmatch(long.latex)) and same_text(found[1], short.latex):
+            raise Unclear(f"{found[2]!r} may be a unit or a factor")
+    if "%" in (gold.unit, answer.unit) and gold.unit != answer.unit:
+        shares = [rf"\frac{{{side.latex}}}{{100}}" if side.unit == "%" else side.latex for side in (gold, answer)]
+        return answer_equals(gold.latex, answer.latex) or answer_equals(*shares)
+    return answer_equals(gold.latex, answer.latex) and units_agree(gold, answer)
+
+
+BARE_LETTER = re.compile(r"(.*[0-9}])\s+([A-Za-z])")
 
 
 def units_agree(gold: Expression, answer: Expression) -> bool:
@@ -220,7 +248,14 @@ def same(gold: list[Any], answer: list[Any]) -> bool:
     if not gold or not answer:
         return False
     with contextlib.suppress(Exception):
-        return bool(verify(gold, answer, timeout_seconds=None))
+        if verify(gold, answer, timeout_seconds=None):
+            return True
+    echoed = False
+    if any(getattr(each[0], "is_Relational", False) for each in (gold, answer)):
+        with contextlib.suppress(Exception):
+            echoed = verify(answer, gold, timeout_seconds=None)
+    if echoed:
+        raise Unclear("one is an inequality, and the other its solution")
     return False
 
 
@@ -229,7 +264,7 @@ def parsed(latex: str) -> list[Any]:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    if re.search(r"[0-9]\s+[0-9]", latex):
+    if re.search(r"(?<![_^])[0-9]\s+[0-9]", latex):
         return []  # it would be their sum, as of a mixed number
     whole = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last", equations=False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -44,11 +45,13 @@ def gold_number(text: str) -> Number | None:
     """
     plain = _plain(text)
     matches = list(NUMBER.finditer(plain))
+    if "####" not in text and matches and PARTIAL.search(plain):
+        raise Unreadable(f"{text[:80]!r} is not a number")
     if "####" not in text and len(matches) > 1:
         between = plain[matches[-2].end() : matches[-1].start()]
         prose = re.search(r"[A-Za-z]{2}", re.sub(r"\\(?:text|mathrm|mbox)\b|\b(?:and|or)\b", "", plain))
-        joined = re.fullmatch(r"\W*(?:and|or)?\W*", between)
-        if "=" not in between and ("\\" in plain or not prose or joined):
+        joined = re.fullmatch(r"\W*(?:and|or|to)?\W*", between)
+        if not re.fullmatch(r"[^A-Za-z=]*=\W*", between) and ("\\" in plain or not prose or joined):
             raise Unreadable(f"{text[:80]!r} has several numbers")
     return last_number(text)
 
@@ -60,7 +63,7 @@ SIMPLE = rf"(?:-?\s?(?:{DIGITS}\s?(?:\\cdot\s?)?{SURD}|{SURD}|{DIGITS}))"
 FRACTION = rf"(?:\\[dtc]?frac\s?(?:\{{\s?(?:{SIMPLE})\s?\}}|[0-9])\s?(?:\{{\s?(?:{SIMPLE})\s?\}}|[0-9]))"
 NUMBER = re.compile(
     rf"""
-    (?<![A-Za-z_0-9.^]) (?<!\^\{{)                        # not part of a name (x2, km2), a number or an exponent
+    (?<![A-Za-z_0-9.^]) (?<![_^]\{{)                      # not part of a name (x2, km2), a number or an exponent
     (?P<sign>(?<![0-9)\]}}])[-+])? (?:\\?[$€£¥])? (?P<sign2>-)?
     (?: (?P<whole>[0-9]{{1,9}})\s?(?P<mixed>{FRACTION})
       | (?P<fraction>{FRACTION})
@@ -79,25 +82,40 @@ NUMBER = re.compile(
     re.VERBOSE,
 )
 BEFORE = re.compile(
-    r"(?:\\(?:log|ln|lg|sin|cos|tan|sec|csc|cot|exp|sqrt|d?binom|pm|mp|[lr]?floor|[lr]?ceil)|±)[\s{(\[]*\Z"
+    r"(?:\\(?:log|ln|lg|sin|cos|tan|sec|csc|cot|exp|sqrt|overline|d?binom|pm|mp|[lr]?floor|[lr]?ceil)|±)[\s{(\[]*\Z"
     r"|\\[dtc]?frac\s?(?:\{[^{}]*\}\s?)?\{[^{}]*\Z"
 )
+PARTIAL = re.compile(r"[0-9]!|[<>≤≥≠]|\\(?:[lg]eq?|neq?|lt|gt)(?![A-Za-z])")
+"""Gold texts that are about a number: `3!`, `x > 3`."""
+GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?: [0-9]{3})* \Z")
 AFTER = re.compile(
-    r"[\s)}\]$]*(?:\^|_\{?[0-9]|\\(?:sqrt|pi\b|[dtc]?frac|log|ln|sin|cos|tan|pm|mp)|√|π|±)|i(?![A-Za-z])"
+    r"[\s)}\]$]*(?:\^|_\{?[0-9]|\\(?:sqrt|pi\b|[dtc]?frac|log|ln|sin|cos|tan|pm|mp)|√|π|±)|[a-fi-kn-rt-z](?![A-Za-z'’])|!\s?[$})\]]|\\overline"
 )
 
 
 def _plain(text: str) -> str:
     """The text with hyphens as minus signs, and without LaTeX's spaces and groups of digits."""
     text = text.translate({0x2212: "-", 0x2013: "-", 0xFF0D: "-"})
+    text = re.sub(r"(?![0-9])\d", lambda match: str(int(match[0])), text)  # of other scripts
+    text = re.sub("[⁰¹²³⁴-⁹]+", lambda match: f"^{unicodedata.normalize('NFKC', match[0])}", text)
+    text = re.sub("([0-9]?)([¼-¾⅐-⅞])", _with_slash, text)
+    text = re.sub(r"(?<![0-9.])[0-9]{1,3}(?:\.[0-9]{3}){2,}(?![0-9.])", lambda match: match[0].replace(".", ""), text)
+    text = re.sub(r"\^\s?\{?\s?\\circ\s?\}?|\\degree(?![A-Za-z])", "°", text)
     text = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\phantom\{[^{}]*\}", "", text)
     text = re.sub(r"(?<=[0-9])(?:\{,\}|,?\\[!,;:> ]|,?\\thinspace\s?|\{\\,\})(?=[0-9]{3}(?![0-9]))", "", text)
     return re.sub(r"\\[!,;:>]|\\thinspace", " ", text)
 
 
+def _with_slash(match: re.Match[str]) -> str:
+    """`1½` as `1 1/2`."""
+    return f"{match[1]} {unicodedata.normalize('NFKC', match[2])}".replace("\u2044", "/")
+
+
 def _number(match: re.Match[str]) -> Number:
     part, text = match.groupdict(), match.string
-    if BEFORE.search(text, max(0, match.start() - 60), match.start()) or AFTER.match(text, match.end()):
+    before = text[max(0, match.start() - 60) : match.start()]
+    grouped = re.fullmatch("[0-9]{3}", match[0].strip()) and GROUPED.search(before)
+    if grouped or BEFORE.search(before) or AFTER.match(text, match.end()):
         raise Unreadable(f"{text[max(0, match.start() - 20) : match.end() + 20]!r} is not read as a number")
     if part["mixed"]:
         value = Fraction(part["whole"]) + _fraction(part["mixed"])

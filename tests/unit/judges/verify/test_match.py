@@ -11,6 +11,7 @@ import pytest
 from iterdpo.errors import JudgeError
 from judges.verify.match import ExactMatch, JSONSchema, NumericMatch, Regex
 from tests.unit.judges.verify.harness import reason, scores
+from tests.unit.judges.verify.maths_pairs import NUMBERS, labelled
 
 
 class TestExactMatch:
@@ -52,6 +53,13 @@ class TestNumericMatch:
         assert scores(NumericMatch(tolerance=0.5), "41.5", "41.4", gold=42) == [1, 0]
         assert scores(NumericMatch(relative=0.01), "1010", "1011", gold=1000) == [1, 0]
         assert scores(NumericMatch(tolerance=0), "12345678901234567890", "12345678901234567891", gold="12345678901234567890") == [1, 0]  # fmt: skip
+
+    def test_of_pairs_of_all_kinds_none_matches_falsely_and_none_is_missed(self) -> None:
+        pairs = [pair for rows in NUMBERS.values() for row in rows for pair in labelled(row)]
+        found = [(gold, answer, scores(NumericMatch(), answer, gold=gold)[0]) for gold, (answer, _) in pairs]
+        assert [f for f, (_, (_, wanted)) in zip(found, pairs, strict=True) if f[2] not in (None, wanted)] == []
+        right = [f for f, (_, (_, wanted)) in zip(found, pairs, strict=True) if wanted]
+        assert sum(score is None for *_, score in right) < len(right) / 15
 
     def test_a_percent_sign_on_one_side_may_be_a_unit_or_a_hundredth(self) -> None:
         assert scores(NumericMatch(), "50%", "50", "0.5", gold="50") == [1, 1, 0]

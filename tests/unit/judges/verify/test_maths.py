@@ -10,6 +10,7 @@ import pytest
 from iterdpo.errors import JudgeError
 from judges.verify.maths import Math
 from tests.unit.judges.verify.harness import reason, scores
+from tests.unit.judges.verify.maths_pairs import MATHS, completion_of, labelled
 
 
 class TestMath:
@@ -102,6 +103,33 @@ class TestMath:
         assert (
             reason(judge, r"$\boxed{3}$", gold="It is $3$, or rather $4$, who knows.")
             == "the gold expression cannot be parsed"
+        )
+
+    def test_of_more_than_272_pairs_none_matches_falsely_and_what_is_undecided_abstains(self, judge: Math) -> None:
+        pairs = [(gold, *each) for rows in MATHS.values() for row in rows for gold, each in labelled(row)]
+        assert len(pairs) >= 272
+        mistaken, undecided = [], 0
+        for gold, answer, wanted in pairs:
+            (score,) = scores(judge, completion_of(answer), gold=gold)
+            undecided += score is None
+            if score not in (None, wanted):
+                mistaken.append((gold, answer, score))
+        assert mistaken == []
+        assert undecided < len(pairs) / 15
+
+    def test_boxes_that_belong_together_are_one_answer(self, judge: Math) -> None:
+        both = r"$x = \boxed{2}$ or $x = \boxed{3}$"
+        assert scores(judge, both, gold="2, 3") == [1]
+        assert scores(judge, both, r"\boxed{1}, \boxed{2}, \boxed{3}", gold="3") == [0, 0]
+
+    def test_what_may_be_a_unit_or_an_echo_of_the_question_abstains(self, judge: Math) -> None:
+        assert reason(judge, r"$\boxed{5}$", gold="5 m") == "'m' may be a unit or a factor"
+        assert (
+            reason(judge, r"$\boxed{x < 3}$", gold=r"(-\infty, 3)")
+            == "one is an inequality, and the other its solution"
+        )
+        assert (
+            reason(judge, r"$\boxed{\text{it is 5 or so}}$", gold="5") == "the answer has words beside its expression"
         )
 
     def test_a_missing_package_is_named_before_the_run(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from judges.verify.numbers import Number, last_number
+from judges.verify.numbers import Number, Unreadable, gold_number, last_number
 
 
 class TestLastNumber:
@@ -75,4 +75,21 @@ class TestLastNumber:
 
     def test_an_exponent_has_three_digits_at_most(self) -> None:
         assert last_number("1e999") == Number((Fraction(10) ** 999,), False)
-        assert last_number("1e999999999") == Number((Fraction(1),), False)
+        with pytest.raises(Unreadable):
+            last_number("1e999999999")
+
+    @pytest.mark.parametrize("text", ["2x", "$3!$", "1 234", "100k", "5^2^2", r"0.\overline{3}"])
+    def test_a_number_that_is_part_of_something_else_is_not_read(self, text: str) -> None:
+        with pytest.raises(Unreadable):
+            last_number(text)
+
+    @pytest.mark.parametrize("text", ["x > 3", "3!", "(1, 2)", "5 to 7", "x=7,y=8", r"x \leq 3", "2 + 3", "1,5"])
+    def test_a_gold_text_that_has_more_than_a_number_is_refused(self, text: str) -> None:
+        with pytest.raises(Unreadable):
+            gold_number(text)
+
+    @pytest.mark.parametrize(
+        ("text", "number"), [("2³", 8), ("½", "1/2"), ("1½", "3/2"), ("٤٢", 42), ("1.234.567", 1234567), ("45°", 45)]
+    )
+    def test_signs_of_unicode_are_numbers_too(self, text: str, number: int | str) -> None:
+        assert last_number(text) == Number((Fraction(number),), False)
