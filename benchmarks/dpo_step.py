@@ -22,6 +22,7 @@ weights, AdamW, and the same pairs a step.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -34,7 +35,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from benchmarks.harness import command_line, fresh, others, peak_mib
+from benchmarks.harness import command_line, fresh, others, peak_mib, process_age
 from iterdpo.testing import build_tiny_checkpoint
 from iterdpo.training.launch import environment
 
@@ -45,16 +46,21 @@ CASES = {  # prompt tokens, completion tokens, pairs a prompt
     "four_pairs": ((64, 64), (32, 32), 4),
     "vocabulary_128k": ((16, 64), (16, 64), 1),
     "gpu_long_prompt": ((1024, 1024), (128, 128), 1),
+    "gpu_four_pairs": ((1024, 1024), (128, 128), 4),
     "gpu_chat": ((128, 512), (128, 512), 1),
+    "gpu_long": ((1024, 8192), (2048, 8192), 1),
 }
 ON_CPU = ("short", "long_prompt", "four_pairs", "vocabulary_128k")
-ON_GPU = ("gpu_long_prompt", "gpu_chat")
+ON_GPU = ("gpu_long_prompt", "gpu_four_pairs", "gpu_chat")
 ABLATIONS = ("shared_prompts", "chunked_head", "allocator")
 SIZES = {  # hidden size, intermediate size, layers, key-value heads, vocabulary
     "small": (256, 704, 4, 1, 32_000),
     "128k": (576, 1536, 8, 3, 128_256),
-    "1b": (2048, 8192, 16, 8, 128_256),
+    "135m": (576, 1536, 30, 3, 49_152),  # SmolLM2's
+    "1b": (2048, 8192, 16, 8, 128_256),  # Llama 3.2's
+    "8b": (4096, 14336, 32, 8, 128_256),  # Llama 3.1's
 }
+HEADS = {"8b": 128}  # a head's size, if not 64
 QUIET = 0.05
 COMPARED = ("pairs_per_second", "whole_pairs_per_second", "tokens_per_second", "peak_gib", "mfu")
 Case = Literal[*CASES]
@@ -69,6 +75,7 @@ class Job(NamedTuple):
     pairs_per_step: int
     tokens_per_micro_batch: int | None
     side: str
+    dpo: tuple[tuple[str, Any], ...] = ()  # further settings of ours
 
 
 def main(
@@ -101,7 +108,7 @@ def main(
                 for side, done in list(runs.items()) * repeats:
                     tuned = not side.startswith("trl") and side != "without allocator"
                     job = Job(case, checkpoint, pairs, pairs_per_step, tokens_per_micro_batch, side)
-                    done.append(fresh(_work, job, environment=environment(processes=1) if tuned else None))
+                    done.append(fresh(measure, job, environment=environment(processes=1) if tuned else None))
                 busy.append(share())
             print(json.dumps({**_summary(case, runs), "others": round(busy[-1], 3)}), flush=True)
     if max(busy) > QUIET:
@@ -152,23 +159,31 @@ def random_checkpoint(scratch: Path, size: str) -> str:
     if path.exists():
         return str(path)
     hidden, intermediate, layers, heads, vocabulary = SIZES[size]
-    build_tiny_checkpoint(path)  # a tokenizer, for TRL's sake
+    build_tiny_checkpoint(path)  # for the tokenizer, which gets a word for each further id
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    words: dict[str, int] = tokenizer["model"]["vocab"]
+    words |= {f"\u0120w{number}": number for number in range(len(words), vocabulary)}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
+        num_attention_heads=hidden // HEADS.get(size, 64),
         num_key_value_heads=heads,
         vocab_size=vocabulary,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        max_position_embeddings=16_384,
+        tie_word_embeddings=size != "8b",
+        dtype=torch.bfloat16 if size == "8b" else torch.float32,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    model.to(config.dtype).save_pretrained(path)
     return str(path)
 
 
-def _work(job: Job) -> dict[str, Any]:
+def measure(job: Job) -> dict[str, Any]:
+    """One run of one side."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -179,7 +194,7 @@ def _work(job: Job) -> dict[str, Any]:
     pairs = make_pairs(job.case, job.pairs, vocabulary=config.vocab_size)
     with tempfile.TemporaryDirectory() as scratch:
         run = _trl if job.side.startswith("trl") else _ours
-        seconds, reference_seconds, losses, mfu = run(job, pairs, Path(scratch))
+        seconds, reference_seconds, losses, mfu, more = run(job, pairs, Path(scratch))
     cuda = torch.cuda.is_available()
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else peak_mib() / 2**10
     peak = matmul_peak(torch.device("cuda" if cuda else "cpu"), torch.bfloat16)
@@ -200,11 +215,13 @@ def _work(job: Job) -> dict[str, Any]:
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "matmul_peak_gflops": round(peak / 1e9),
+        "step_s": [round(each, 4) for each in seconds],
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+        **more,
     }
 
 
-def _ours(job: Job, pairs: Pairs, root: Path) -> tuple[list[float], float, list[float], float]:
+def _ours(job: Job, pairs: Pairs, root: Path) -> tuple[list[float], float, list[float], float, dict[str, Any]]:
     import iterdpo.training.reference as reference
     import iterdpo.training.train as trainer
     from iterdpo.config import DPOConfig
@@ -221,6 +238,7 @@ def _ours(job: Job, pairs: Pairs, root: Path) -> tuple[list[float], float, list[
         checkpoint_every=10**6,
         shared_prompts=job.side != "without shared_prompts",
         **({"tokens_per_micro_batch": job.tokens_per_micro_batch} if job.tokens_per_micro_batch else {}),
+        **dict(job.dpo),
     )
     (root / "pairs").mkdir()
     (root / "policy").mkdir()
@@ -244,24 +262,47 @@ def _ours(job: Job, pairs: Pairs, root: Path) -> tuple[list[float], float, list[
         seed=0,
         pairs_cache=root / "cache",
     )
-    reference_seconds = 0.0
-    compute = reference.computed_logps
+    spent = {"reference": 0.0, "load": 0.0}
 
-    def timed(*args: Any) -> Any:
-        nonlocal reference_seconds
-        started = time.perf_counter()
-        logps = compute(*args)
-        reference_seconds += time.perf_counter() - started
-        return logps
+    def timed(name: str, work: Any) -> Any:
+        def call(*args: Any, **settings: Any) -> Any:
+            started = time.perf_counter()
+            made = work(*args, **settings)
+            spent[name] += time.perf_counter() - started
+            return made
 
-    reference.computed_logps = timed
+        return call
+
+    ages: list[float] = []
+    step = trainer.Trainer.step
+
+    def noted(self: Any, number: int) -> Any:
+        done = step(self, number)
+        ages.append(process_age())
+        return done
+
+    reference.computed_logps = timed("reference", reference.computed_logps)
+    trainer.load_policy = timed("load", trainer.load_policy)
+    trainer.save_policy = lambda *args: None
+    trainer.Trainer.step = noted  # type: ignore[method-assign]
     trainer.train(spec)
     log = read_jsonl(root / "policy" / "train_log.jsonl")
     seconds = [job.pairs_per_step / row["pairs_per_second"] for row in log]
-    return seconds, reference_seconds, [row["loss"] for row in log], statistics.median(row["mfu"] for row in log[1:])
+    rewards = [log[0].get(f"rewards/{side}", 0.0) for side in ("chosen", "rejected")]
+    more = {
+        "first_step_s": ages[0] - spent["load"] - spent["reference"],
+        "load_s": spent["load"],
+        "reference_s": spent["reference"],
+        "first_reward": max(map(abs, rewards)),
+    }
+    mfu = statistics.median(row["mfu"] for row in log[1:])
+    return seconds, spent["reference"], [row["loss"] for row in log], mfu, more
 
 
-def _trl(job: Job, pairs: Pairs, root: Path) -> tuple[list[float], float, list[float], None]:
+def _trl(
+    job: Job, pairs: Pairs, root: Path, *, parts: int = 1
+) -> tuple[list[float], float, list[float], None, dict[str, Any]]:
+    """`parts`: micro-batches of a step, as few as the memory allows."""
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
@@ -293,7 +334,8 @@ def _trl(job: Job, pairs: Pairs, root: Path) -> tuple[list[float], float, list[f
 
     config = DPOConfig(
         output_dir=str(root),
-        per_device_train_batch_size=job.pairs_per_step,
+        per_device_train_batch_size=job.pairs_per_step // parts,
+        gradient_accumulation_steps=parts,
         num_train_epochs=1,
         report_to="none",
         save_strategy="no",
@@ -312,10 +354,19 @@ def _trl(job: Job, pairs: Pairs, root: Path) -> tuple[list[float], float, list[f
         processing_class=AutoTokenizer.from_pretrained(job.model),
         callbacks=[Clock()],
     )
-    trainer.train()
+    fits = True
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError:
+        fits = False  # what it holds is free once the exception is gone
+    if not fits and parts < job.pairs_per_step:
+        del trainer
+        gc.collect()
+        torch.cuda.empty_cache()
+        return _trl(job, pairs, root, parts=2 * parts)
     seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return seconds, getattr(trainer, "reference_seconds", 0.0), losses, None
+    return seconds, getattr(trainer, "reference_seconds", 0.0), losses, None, {}
 
 
 if __name__ == "__main__":

@@ -49,6 +49,12 @@ def others() -> Iterator[Callable[[], float]]:
     yield share
 
 
+def process_age() -> float:
+    """Seconds since this process was started."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+
+
 def peak_mib() -> float:
     """This process's highest resident memory so far, in MiB."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10

@@ -416,7 +416,8 @@ class DPOConfig(Section):
     """Process a prompt once for all of its completions, if a trial on the first pairs shows that the model allows it.
     Otherwise each completion gets its own row."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: autocast over float32 master weights. fp32: everything in float32."""
+    """fp32: everything in float32. bf16: weights, gradients and moments in float32, and matrix products in bfloat16; on a GPU
+    all activations too, over a bfloat16 copy of the weights that is made for each step."""
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the policy on disk. bfloat16 halves its size, but loses small updates by rounding before the next
     round."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,8 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from iterdpo.training import attention
 from iterdpo.training.collate import Batch, Tree, collate
 from iterdpo.training.models import free_memory, load_policy
+from iterdpo.training.precision import bfloat16
 
 CHUNK_ELEMENTS = 1 << 23  # logits in memory at once: 32 MiB in float32
+ON_GPU = 1 << 27  # or a 512th of its memory in bytes: few products, and large ones
 
 LogpPath = Literal["shared", "rows", "plain"]
 
@@ -129,7 +132,7 @@ def _chunked_logps(causal: Any, hidden: Tensor, targets: Tensor, squares: bool) 
     head, config = causal.get_output_embeddings(), causal.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    chunk = max(16, CHUNK_ELEMENTS // config.vocab_size)
+    chunk = max(16, chunk_elements(hidden.device) // config.vocab_size)
     if type(head) is torch.nn.Linear:
         result: tuple[Tensor, Tensor] = _Head.apply(
             hidden, head.weight, head.bias, targets, chunk, scale, softcap, squares
@@ -145,6 +148,14 @@ def _chunked_logps(causal: Any, hidden: Tensor, targets: Tensor, squares: bool) 
     parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     logps, log_squares = zip(*(checkpoint(some, *part, use_reentrant=False) for part in parts), strict=True)
     return torch.cat(logps), torch.cat(log_squares) if squares else log_squares[0]
+
+
+def chunk_elements(device: torch.device) -> int:
+    """How many logits are in memory at once."""
+    if device.type != "cuda":
+        return CHUNK_ELEMENTS
+    memory = int(torch.cuda.get_device_properties(device).total_memory)
+    return max(CHUNK_ELEMENTS, min(ON_GPU, memory >> 9))
 
 
 class _Head(torch.autograd.Function):
@@ -183,6 +194,7 @@ class _Head(torch.autograd.Function):
         rows, matrix, bias, targets = ctx.saved_tensors
         chunk, scale, softcap, hidden_dtype, weight_dtype = ctx.settings
         for_rows, for_weight, for_bias = [], None, None
+        summed = torch.promote_types(weight_dtype, torch.float32)
         for part, wanted, g in zip(rows.split(chunk), targets.split(chunk), gradient.split(chunk), strict=True):
             logits, slope = _logits(part, matrix, bias, scale, softcap)
             change = logits.softmax(dim=-1).mul_(-g.to(logits.dtype).unsqueeze(1))  # d logp / d logits is 1[v = y] - p
@@ -194,10 +206,11 @@ class _Head(torch.autograd.Function):
             for_rows.append(change @ matrix)
             if ctx.needs_input_grad[1]:
                 product = change.T @ part
-                for_weight = product.to(weight_dtype) if for_weight is None else for_weight.add_(product)
+                for_weight = product.to(summed) if for_weight is None else for_weight.add_(product)
             if bias is not None and ctx.needs_input_grad[2]:
                 total = change.sum(dim=0, dtype=bias.dtype)
                 for_bias = total if for_bias is None else for_bias + total
+        for_weight = for_weight.to(weight_dtype) if for_weight is not None else None
         return torch.cat(for_rows).to(hidden_dtype), for_weight, for_bias, *[None] * 5
 
 
@@ -228,28 +241,27 @@ def select_logp_path(
     trees = [Tree(tree.prompt[-64:], [branch[:32] for branch in tree.branches]) for tree in trees]
     first = next(model.parameters())
     device, half = first.device.type, first.dtype != torch.float32
-    tolerances = {half: 0.03 if half else 1e-4} | (
-        {True: 0.03} if device == "cuda" else {}
-    )  # by autocast; nats a token
+    kinds = (half, True) if device == "cuda" else (half,)
+    tolerances = {half: 0.03 if half else 1e-4 for half in kinds}  # by whether in half precision; nats a token
     scorer = Scorer(model)
     training = model.training
     model.eval()
     selected: LogpPath = "plain"
 
-    def logps(autocast: bool) -> Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+    def logps(half: bool) -> Tensor:
+        with bfloat16(model, copies=device == "cuda") if half else nullcontext():
             found: CompletionLogps = scorer(scorer.collate(trees))
         return found.logps
 
     with torch.no_grad():
-        expected = {autocast: logps(autocast) for autocast in tolerances}
+        expected = {half: logps(half) for half in tolerances}
         tokens = torch.tensor([len(branch) for tree in trees for branch in tree.branches], device=first.device)
         for path in allowed:
             try:
                 scorer.set_path(path)
                 reason = None
-                for autocast, tolerance in tolerances.items():
-                    gap = float(((logps(autocast) - expected[autocast]).abs() / tokens).max())
+                for half, tolerance in tolerances.items():
+                    gap = float(((logps(half) - expected[half]).abs() / tokens).max())
                     if gap > tolerance:
                         reason = f"its log-probabilities are off by up to {gap:.3g} nats a token"
                 if reason is None and path == "shared":
@@ -308,7 +320,8 @@ def score_completions(
     scores = [0.0] * len(prompts)
     for start in range(0, len(order), rows_per_batch):
         rows = order[start : start + rows_per_batch]
-        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        half = bfloat16(model, copies=device == "cuda") if precision == "bf16" else nullcontext()
+        with torch.inference_mode(), half:
             logps = completion_logps(model, [prompts[i] for i in rows], [completions[i] for i in rows])
         for i, logp in zip(rows, logps.tolist(), strict=True):
             scores[i] = logp

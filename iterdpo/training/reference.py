@@ -45,11 +45,12 @@ def reference_logps(spec: TrainSpec, compute: Compute, model: Any, pairs: RoundP
 def computed_logps(compute: Compute, model: Any, pairs: RoundPairs, steps: Sequence[np.ndarray]) -> Tensor:
     """[N, 3] as `model` has them; 0 for pairs that are in none of the steps."""
     logps = torch.zeros(len(pairs), 3, device=compute.accelerator.device)
-    for numbers in steps:
-        logps[numbers, :2] = compute.pair_logps(model, pairs, numbers, absent=0.0)
-        if pairs.partners is not None:
-            for batch, branches in compute.branch_logps(model, pairs.mismatched_trees(numbers)):
-                logps[numbers[batch], 2] = branches.logps
+    with torch.no_grad(), compute.one_copy(model):
+        for numbers in steps:
+            logps[numbers, :2] = compute.pair_logps(model, pairs, numbers, absent=0.0)
+            if pairs.partners is not None:
+                for batch, branches in compute.branch_logps(model, pairs.mismatched_trees(numbers)):
+                    logps[numbers[batch], 2] = branches.logps
     return compute.accelerator.reduce(logps, "sum")  # each pair was computed by one process
 
 

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from iterdpo.config import DPOConfig
 from iterdpo.training.collate import PairIndex, PairSlots, RoundPairs, Tree, micro_batches
-from iterdpo.training.flops import forward_flops, matmul_peak, synchronize
+from iterdpo.training.flops import forward_flops, matmul_peak
 from iterdpo.training.logps import CompletionLogps, LogpPath
 from iterdpo.training.losses import (
     PairLogps,
@@ -32,6 +33,7 @@ from iterdpo.training.losses import (
     preference_loss,
     wpo_weights,
 )
+from iterdpo.training.precision import bfloat16, bfloat16_copies
 from iterdpo.training.sentinels import Alarm, Sentinels
 
 STATISTICS = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "logps/chosen_change")
@@ -66,17 +68,19 @@ class Trainer:
             group["lr"] = dpo.learning_rate * factor
         batches = self.compute.micro_batches(trees)
         statistics, flops = [], 0.0
-        for position, batch in enumerate(batches, 1):
-            with self.compute.gradient_sync(self.policy, now=position == len(batches)):
-                # Processes average their gradients, and a step is the mean over all of its pairs. A process with
-                # nothing to add takes part with weight zero.
-                weight = self.accelerator.num_processes / len(pairs) if batch else 0.0
-                losses, rows, batch_flops = self.losses(pairs, trees, index, batch or [0], of_step)
-                self.accelerator.backward(losses.sum() * weight)
-            statistics.append(rows if batch else rows[:0])
-            flops += batch_flops if batch else 0.0
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), dpo.max_grad_norm))
-        metrics = summarize(self.compute.gather(torch.cat(statistics)))
+        with self.compute.one_copy(self.policy):
+            for position, batch in enumerate(batches, 1):
+                with self.compute.gradient_sync(self.policy, now=position == len(batches)):
+                    # Processes average their gradients, and a step is the mean over all of its pairs. A process with
+                    # nothing to add takes part with weight zero.
+                    weight = self.accelerator.num_processes / len(pairs) if batch else 0.0
+                    losses, rows, batch_flops = self.losses(pairs, trees, index, batch or [0], of_step)
+                    self.accelerator.backward(losses.sum() * weight)
+                statistics.append(rows if batch else rows[:0])
+                flops += batch_flops if batch else 0.0
+        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), dpo.max_grad_norm)
+        metrics = summarize(self.compute.gather(torch.cat(statistics)).cpu())  # a GPU is waited for here alone
+        grad_norm = float(norm)
         if of_step is not None and of_step.ndim == 0:
             metrics[{"kto": "kl", "bco": "reward_shift"}[dpo.loss.type]] = float(of_step)
         finite = math.isfinite(grad_norm) and math.isfinite(metrics["loss"])
@@ -87,7 +91,6 @@ class Trainer:
             remedy = "Lower dpo.learning_rate, or set dpo.precision to fp32"
             raise RuntimeError(f"{figures}: not finite, and not applied. {remedy}")
         self.optimizer.zero_grad()
-        synchronize(self.accelerator.device)
         seconds = time.perf_counter() - started
         row: dict[str, Any] = {
             "step": number + 1,
@@ -110,7 +113,7 @@ class Trainer:
         """Losses [b] of the pairs of some trees, their statistics [b, S] in the order of `STATISTICS`, and the FLOPs."""
         dpo, scorer = self.dpo, self.accelerator.unwrap_model(self.policy)
         collated = scorer.collate([trees[number] for number in batch])
-        with self.compute.saved_tensors(), self.compute.autocast():
+        with self.compute.saved_tensors(), self.compute.precision(self.policy):
             branches: CompletionLogps = self.policy(collated, aligned=dpo.wpo)
         lengths = torch.bincount(collated.branch, minlength=collated.branches)
         slots = index.in_batch(trees, batch)
@@ -194,8 +197,19 @@ class Compute:
     dpo: DPOConfig
     path: LogpPath
 
-    def autocast(self) -> Any:
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.dpo.precision == "bf16")
+    @property
+    def copies(self) -> bool:
+        """Whether a model computes over bfloat16 copies of its weights. FSDP and DeepSpeed keep copies of their own."""
+        whole = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
+        return whole and self.accelerator.device.type == "cuda" and self.dpo.precision == "bf16"
+
+    def precision(self, model: Any) -> AbstractContextManager[Any]:
+        """In which `model` computes as configured."""
+        return bfloat16(model, copies=self.copies) if self.dpo.precision == "bf16" else nullcontext()
+
+    def one_copy(self, model: Any) -> AbstractContextManager[Any]:
+        """In which the weights do not change: `precision` makes no further copies of them."""
+        return bfloat16_copies(model) if self.copies else nullcontext()
 
     def saved_tensors(self) -> AbstractContextManager[Any]:
         offload = self.dpo.activation_offload and self.accelerator.device.type == "cuda"
@@ -217,7 +231,7 @@ class Compute:
         """This process's batches of trees, and the log-probabilities of each, without gradient and without dropout."""
         for batch in self.micro_batches(trees):
             collated = self.accelerator.unwrap_model(model).collate([trees[number] for number in batch or [0]])
-            with torch.no_grad(), self.autocast(), without_dropout(model):
+            with torch.no_grad(), self.precision(model), without_dropout(model):
                 branches: CompletionLogps = model(collated)  # processes meet at each batch
             if batch:
                 yield batch, branches

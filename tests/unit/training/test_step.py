@@ -13,7 +13,7 @@ import torch
 
 from iterdpo.data.pairs import ABSENT, pairs_table, write_pairs, write_tables
 from iterdpo.training.losses import PreferenceLoss
-from iterdpo.training.step import learning_rate_factor, summarize
+from iterdpo.training.step import Compute, learning_rate_factor, summarize
 from iterdpo.types import Completion, PreferencePair, Prompt
 from tests.unit.training.rounds import (
     LOG_2,
@@ -304,6 +304,21 @@ def test_sharing_prompts_does_not_change_the_losses(
     own = run(tmp_path / "b", tiny_model, grouped, precision=precision, epochs=2, shared_prompts=False, **settings)
     assert losses(shared) == pytest.approx(losses(own), abs=tolerance)
     assert losses(shared)[-1] != losses(shared)[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"adapter": {}, "learning_rate": 1e-2}, {"gradient_checkpointing": True}])
+def test_over_bfloat16_copies_of_the_weights_rewards_begin_at_zero_and_losses_are_autocasts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path, grouped: Path, settings: dict[str, Any]
+) -> None:
+    settings = {"precision": "bf16", "pairs_per_step": 8, "epochs": 3, "tokens_per_micro_batch": 64, **settings}
+    cast = log_of(run(tmp_path / "a", tiny_model, grouped, **settings))
+    monkeypatch.setattr(Compute, "copies", True)  # as on a GPU
+    written = run(tmp_path / "b", tiny_model, grouped, **settings)
+    log = log_of(written)
+    assert log[0]["rewards/chosen"] == log[0]["rewards/rejected"] == 0.0
+    assert [row["loss"] for row in log] == pytest.approx([row["loss"] for row in cast], abs=0.02)
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert {tensor.dtype for tensor in weights(written).values()} == {torch.float32}
 
 
 def test_a_loss_that_is_not_finite_ends_training_before_it_is_applied(
