@@ -401,6 +401,10 @@ class DPOConfig(Section):
     """Decay rates of AdamW's moments."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
+    optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", exclude_if=lambda name: name == "adamw")
+    """`adamw`: torch's, exact: 16 bytes a weight. `adamw_8bit`: torchao's, 6 bytes a weight: weights and gradients in
+    bfloat16, moments in 8 bits, and updates rounded up or down at random, so that small ones are not lost on average.
+    Trains all weights of 8B on a GPU of 80 GB."""
     optimizer_state: Literal["reset", "carry"] = "reset"
     """`carry`: each round starts with AdamW's moments from the previous round. They are saved with the policy, and are
     twice its size."""
@@ -465,11 +469,24 @@ class DPOConfig(Section):
             raise ValueError(
                 f"warmup_steps: takes the place of warmup_ratio, which is {self.warmup_ratio}; set one of the two"
             )
+        if self.optimizer == "adamw_8bit" and (self.precision == "fp32" or self.adapter is not None):
+            why = "precision is fp32" if self.precision == "fp32" else "an adapter's own are few, and in float32"
+            raise ValueError(f"optimizer: adamw_8bit keeps weights in bfloat16, but {why}; set it to adamw")
         if self.reference == "ema" and self.adapter is not None:
             raise ValueError("reference: ema averages whole checkpoints, not adapters; set it to previous")
         if self.sampler_logps_tolerance is not None and self.reference != "previous":
             raise ValueError("sampler_logps_tolerance: the sampler is the previous policy; set reference to previous")
         return self
+
+    @property
+    def weights_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of the weights that are trained, if all are."""
+        return "float32" if self.optimizer == "adamw" else "bfloat16"
+
+    @property
+    def policy_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of the policy on disk: no more than was trained."""
+        return self.save_dtype if self.weights_dtype == "float32" else "bfloat16"
 
     @property
     def uses_reference(self) -> bool:

@@ -219,7 +219,7 @@ def training_bytes(directory: Path, dpo: DPOConfig) -> tuple[int, int]:
         matrices = {n.removesuffix(".weight"): s for n, s in shapes.items() if _is_matrix(n, s) and n not in whole}
         saved = dpo.adapter.r * sum(sum(shape) for module, shape in matrices.items() if adapted(module, targets))
         saved += sum(whole.values())
-    policy = saved * (2 if dpo.save_dtype == "bfloat16" else 4)
+    policy = saved * (2 if dpo.policy_dtype == "bfloat16" else 4)
     return policy, 2 * policy + frozen * (2 if dpo.precision == "bf16" else 4)
 
 

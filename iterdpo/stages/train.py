@@ -78,7 +78,7 @@ def _train(
         reference_inputs=ReferenceInputs(
             reference=reference.digest,
             pairs=pairs.digest,
-            precision=dpo.precision,
+            precision=dpo.precision if dpo.weights_dtype == "float32" else "bf16 weights",
             adapter=dpo.adapter is not None and dpo.adapter.quantize,  # its base is kept in fewer bits
             sampler_logps_tolerance=dpo.sampler_logps_tolerance,
             mismatched=seed if dpo.loss.type == "kto" else None,

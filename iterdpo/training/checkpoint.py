@@ -64,10 +64,10 @@ def drop_frozen(models: list[Any], states: list[dict[str, Tensor]], directory: s
 
 
 def save_policy(accelerator: Accelerator, policy: Any, optimizer: Any, spec: TrainSpec) -> None:
-    """Write the policy as a Hugging Face checkpoint, or as a PEFT adapter, in `dpo.save_dtype`."""
+    """Write the policy as a Hugging Face checkpoint, or as a PEFT adapter, in `dpo.policy_dtype`."""
     state = accelerator.get_state_dict(policy)
     if accelerator.is_main_process:
-        output, dtype = spec.output, getattr(torch, spec.dpo.save_dtype)
+        output, dtype = spec.output, getattr(torch, spec.dpo.policy_dtype)
         model = accelerator.unwrap_model(policy).model
         state = {name.removeprefix("model.").replace("._orig_mod", ""): tensor for name, tensor in state.items()}
         cast: dict[tuple[Any, ...], Tensor] = {}  # tied weights stay one tensor
@@ -81,7 +81,7 @@ def save_policy(accelerator: Accelerator, policy: Any, optimizer: Any, spec: Tra
         model.save_pretrained(output, state_dict=state)
         if (output / "config.json").exists():  # names the precision in memory
             config = read_json(output / "config.json")
-            write_json(output / "config.json", {**config, "dtype": spec.dpo.save_dtype})
+            write_json(output / "config.json", {**config, "dtype": spec.dpo.policy_dtype})
         if (adapter := output / ADAPTER_CONFIG).exists():  # PEFT writes a set, in another order each time
             config = read_json(adapter)
             sets = {name: config[name] for name in ("target_modules", "modules_to_save", "exclude_modules")}

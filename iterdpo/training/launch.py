@@ -83,6 +83,8 @@ def check_training(dpo: DPOConfig) -> None:
         needed.append(("bitsandbytes", "dpo.adapter.quantize"))
         if not visible_gpus():
             raise ConfigError("dpo.adapter.quantize = 'nf4' needs a GPU, but this machine has none; set it to none")
+    if dpo.optimizer == "adamw_8bit":
+        needed.append(("torchao", "dpo.optimizer"))
     for package, key in needed:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{key}: the package {package!r} is not installed; run: pip install {package}")

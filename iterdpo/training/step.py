@@ -65,7 +65,10 @@ class Trainer:
         warmup = dpo.warmup_steps if dpo.warmup_steps is not None else math.ceil(dpo.warmup_ratio * steps)
         factor = learning_rate_factor(number, steps, warmup=warmup, schedule=dpo.lr_scheduler)
         for group in self.optimizer.param_groups:
-            group["lr"] = dpo.learning_rate * factor
+            if isinstance(group["lr"], Tensor):  # torchao's
+                group["lr"].fill_(dpo.learning_rate * factor)
+            else:
+                group["lr"] = dpo.learning_rate * factor
         batches = self.compute.micro_batches(trees)
         statistics, flops = [], 0.0
         with self.compute.one_copy(self.policy):
@@ -95,7 +98,7 @@ class Trainer:
         row: dict[str, Any] = {
             "step": number + 1,
             "epoch": round((number + 1) / self.pairs.steps_per_epoch, 4),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": dpo.learning_rate * factor,
             "grad_norm": grad_norm,
             **metrics,
             "pairs_per_second": len(pairs) / seconds,

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from iterdpo.config import AdapterConfig
+from iterdpo.config import AdapterConfig, DPOConfig
 from iterdpo.data.pairs import TokenPairs
 from iterdpo.run.rundir import read_json, write_json
 from iterdpo.run.supervise import REASON
@@ -120,8 +120,7 @@ def _trainer(spec: TrainSpec, accelerator: Accelerator, pairs: RoundPairs) -> Tr
     compute = compute or _compute(spec, accelerator, model, pairs)
     scorer = Scorer(model, compute.path)
     scorer.train()
-    groups = parameter_groups(scorer, dpo.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=dpo.learning_rate, betas=dpo.adam_betas, fused=True)
+    optimizer = _optimizer(dpo, parameter_groups(scorer, dpo.weight_decay))
     if spec.optimizer is not None:
         carried = torch.load(spec.optimizer, weights_only=True)  # the moments; the settings are this round's
         optimizer.load_state_dict({**optimizer.state_dict(), "state": carried["state"]})
@@ -148,7 +147,7 @@ def _policy_to_train(spec: TrainSpec) -> Any:
     model = load_policy(
         spec.policy,
         trust_remote_code=spec.trust_remote_code,
-        dtype=torch.bfloat16 if adapter is not None and dpo.precision == "bf16" else torch.float32,
+        dtype=torch.bfloat16 if adapter is not None and dpo.precision == "bf16" else getattr(torch, dpo.weights_dtype),
         quantize=adapter.quantize if adapter is not None else "none",
         trainable=True,
         lora_dropout=adapter.lora_dropout if adapter is not None else 0.0,
@@ -174,6 +173,17 @@ def _compute(spec: TrainSpec, accelerator: Accelerator, model: Any, pairs: Round
     if accelerator.is_main_process:
         log.info("computing log-probabilities with the %r path", path)
     return Compute(accelerator, spec.dpo, path)
+
+
+def _optimizer(dpo: DPOConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if dpo.optimizer == "adamw_8bit":
+        from torchao.optim import AdamW8bit
+
+        made: torch.optim.Optimizer = AdamW8bit(
+            groups, lr=dpo.learning_rate, betas=dpo.adam_betas, bf16_stochastic_round=True
+        )
+        return made
+    return torch.optim.AdamW(groups, lr=dpo.learning_rate, betas=dpo.adam_betas, fused=True)
 
 
 def _check_adapter(configured: AdapterConfig | None, path: Path) -> None:

@@ -185,6 +185,11 @@ def test_a_key_is_added_to_the_loss_that_an_earlier_file_names() -> None:
         ("dpo.max_steps=-1", "dpo.max_steps = -1: input should be greater than or equal to 1"),
         ("dpo.adapter.lora_dropout=1", "dpo.adapter.lora_dropout = 1: input should be less than 1"),
         ("dpo.adapter.modules_to_save=[]", "dpo.adapter.modules_to_save = []: list should have at least 1 item"),
+        (
+            "dpo={optimizer: adamw_8bit, adapter: {}}",
+            "dpo: optimizer: adamw_8bit keeps weights in bfloat16, but an adapter",
+        ),
+        ("dpo={optimizer: adamw_8bit, precision: fp32}", "dpo: optimizer: adamw_8bit keeps weights in bfloat16, but"),
         ("dpo={loss: kto, wpo: true}", "dpo: wpo: weights pairs, but kto compares none; set wpo to false"),
         (
             "dpo.reference=first",

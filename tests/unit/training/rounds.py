@@ -35,7 +35,7 @@ def run(
     pairs: Path,
     *,
     against: Path | None = None,
-    optimizer: Path | None = None,
+    carried: Path | None = None,
     eval_pairs: Path | None = None,
     **dpo: Any,
 ) -> Path:
@@ -63,7 +63,7 @@ def run(
             dpo=config,
             seed=3,
             pairs_cache=tmp_path / "cache",
-            optimizer=optimizer,
+            optimizer=carried,
         )
     )
     return output

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from iterdpo.sampling.worker import merge_adapter
@@ -41,11 +42,28 @@ def test_two_rounds_that_carry_the_optimizer_are_one_round_of_two_epochs(
     whole = weights(run(tmp_path / "whole", tiny_model, grouped, epochs=4, **settings))
     first = run(tmp_path / "first", tiny_model, grouped, epochs=2, **settings)
     state = first / OPTIMIZER_STATE
-    carried = weights(run(tmp_path / "carried", first, grouped, epochs=2, optimizer=state, **settings))
+    carried = weights(run(tmp_path / "carried", first, grouped, epochs=2, carried=state, **settings))
     reset = weights(run(tmp_path / "reset", first, grouped, epochs=2, **constant))
     assert apart(carried, whole) < 1e-5
     assert apart(reset, whole) > 1e-3
     assert not (tmp_path / "reset" / "policy.partial" / OPTIMIZER_STATE).exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adamw_8bit_trains_weights_in_bfloat16_and_resumes(
+    tmp_path: Path, tiny_model: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchao.optim", reason="torchao is not installed")
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)  # which takes minutes on a CPU
+    settings = {"optimizer": "adamw_8bit", "precision": "bf16", "epochs": 6, "optimizer_state": "carry"}
+    output = run(tmp_path / "a", tiny_model, pairs, **settings)
+    log = log_of(output)
+    assert log[0]["rewards/chosen"] == log[0]["rewards/rejected"] == 0.0
+    assert log[-1]["loss"] < log[0]["loss"] - 0.01
+    with safe_open(output / "model.safetensors", "pt") as saved:
+        assert {saved.get_tensor(name).dtype for name in list(saved.keys())} == {torch.bfloat16}
+    again = run(tmp_path / "b", output, pairs, carried=output / "optimizer.pt", **settings)
+    assert log_of(again)[-1]["loss"] < log[0]["loss"] - 0.01
 
 
 def test_a_round_ends_after_max_steps_and_has_the_reference_of_the_pairs_it_saw(
