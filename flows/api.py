@@ -126,7 +126,7 @@ def continue_run(run: IterativeRun, *, prefect: bool = True, wait: bool = False)
 
     `wait`: if another process is using the run directory, wait for it to end instead of refusing.
     """
-    with run.dir.lock(wait=wait), run:
+    with run.dir.lock(wait=wait), run.dir.noting_failures(), run:
         run.dir.refresh()
         refresh_report(run.dir.root)
         pending = first_pending(run)

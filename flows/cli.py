@@ -1,4 +1,4 @@
-"""The command line: `iterdpo quickstart | run | train | serve | judge | show | report | status | verify`.
+"""The command line: `iterdpo quickstart | run | train | serve | judge | show | report | status | export | verify`.
 
 Exit status: 0 done, 1 a run failed (finished work is kept), 2 bad input.
 """
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -29,6 +29,11 @@ OVERRIDES = "YAML files, merged left to right, and dotted overrides in any place
 JUDGED = "the round (default: the last with finished judgments)"
 CRON = 'schedule for new rounds: "0 2 * * *" is every night at two (default: only when triggered)'
 
+NOTIFY = (
+    "tell this webhook (its URL) or block of the Prefect server (TYPE/NAME) of failed rounds; also in ITERDPO_NOTIFY"
+)
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 Word = Annotated[str, Parameter(name="CONFIG", required=True, help=OVERRIDES)]
 DryRun = Annotated[bool, Parameter(help="validate, print the plan, and stop")]
 Redo = Annotated[bool, Parameter(help="repeat steps that were made with other settings")]
@@ -133,13 +138,24 @@ def serve(
     timezone: Annotated[str, Parameter(help="time zone of --cron")] = "UTC",
     add: Annotated[int, Parameter(help="rounds that each trigger adds")] = 1,
     name: Annotated[str | None, Parameter(help="the deployment's name (default: that of the run directory)")] = None,
+    notify: Annotated[list[str] | None, Parameter(help=NOTIFY)] = None,
+    hung_after: Annotated[float, Parameter(help="hours after which a round that has not ended is an alarm")] = 24.0,
 ) -> int:
     """Serve the flow as a Prefect deployment; each trigger adds rounds."""
     from flows.serving import serve as serve_config
     from iterdpo.config import load_config
 
     settings = _load(load_config, config)
-    serve_config(settings, name=name, cron=cron, timezone=timezone, rounds=add, progress=Progress(sys.stdout))
+    serve_config(
+        settings,
+        name=name,
+        cron=cron,
+        timezone=timezone,
+        rounds=add,
+        notify=notify or (),
+        hung_after=hung_after,
+        progress=Progress(sys.stdout),
+    )
     return 0
 
 
@@ -203,6 +219,36 @@ def report(run_dir: RunDirectory, /) -> int:
     from iterdpo.report.page import write_report
 
     print(write_report(run_dir))
+    return 0
+
+
+@app.command
+def export(
+    run_dir: RunDirectory,
+    output: Annotated[Path, Parameter(help="the directory to write, which is new")],
+    /,
+    *,
+    number: Annotated[int | None, Parameter(name="--round", help="the round (default: the promoted policy's)")] = None,
+    merge: Annotated[bool, Parameter(help="add an adapter to its base")] = False,
+    dtype: Annotated[Dtype | None, Parameter(help="precision of the weights (default: as they are)")] = None,
+    pairs: Annotated[bool, Parameter(help="write the round's pairs instead (default: the last round's)")] = False,
+    push: Annotated[str | None, Parameter(help="also upload it to this repository of the hub: OWNER/NAME")] = None,
+    public: Annotated[bool, Parameter(help="a repository that --push creates is for everybody to read")] = False,
+) -> int:
+    """Write a policy, with its tokenizer and a model card, to serve or to share."""
+    from flows.export import export_pairs, export_policy
+    from flows.export import push as push_to_hub
+    from iterdpo.errors import ConfigError
+
+    if pairs and (merge or dtype):
+        raise ConfigError("--pairs: pairs have no weights; leave --merge and --dtype out")
+    if pairs:
+        written = export_pairs(run_dir, output, round=number)
+    else:
+        written = export_policy(run_dir, output, round=number, merge=merge, dtype=dtype)
+    print(written)
+    if push is not None:
+        print(push_to_hub(written, push, kind="dataset" if pairs else "model", public=public))
     return 0
 
 

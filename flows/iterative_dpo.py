@@ -9,17 +9,21 @@ from __future__ import annotations
 import base64
 import functools
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from flows.server import prefect_api  # before Prefect: it turns the analytics off
 
 from prefect import Flow, flow, get_run_logger, task  # isort: skip
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import deployment
 
+from flows.alarms import ENDED, FAILED, NOT_PROMOTED, STARTED, Alarms
 from flows.api import check_surroundings, describe, open_run
+from flows.deployment import FLOW
 from flows.loop import PLAIN, Stages, run_loop, run_round
 from flows.lost import is_lost, watch
 from flows.review import waiting
@@ -35,6 +39,11 @@ from iterdpo.run.supervise import end_with
 from iterdpo.stages.plan import first_pending, first_pending_of
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.types import RoundRecord
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from prefect.client.schemas.objects import FlowRun, State
 
 TABLE_COLUMNS = (
     "round",
@@ -52,7 +61,9 @@ TABLE_COLUMNS = (
 def run_under_prefect(run: IterativeRun) -> None:
     """Continue a run that this process has opened, as a flow run of `iterative_dpo`."""
 
-    @flow(name="iterative_dpo", flow_run_name=run.dir.root.name, validate_parameters=False, persist_result=False)
+    @flow(
+        name="iterative_dpo", flow_run_name=lambda: run.dir.root.name, validate_parameters=False, persist_result=False
+    )
     def iterative_dpo(config: dict[str, Any]) -> None:
         iterate(run)
 
@@ -74,8 +85,21 @@ def add_rounds_flow(config: Config) -> Flow[..., str]:
     Prefect runs it in a child of this process, which ends with it, by SIGKILL too.
     """
     server = os.getpid()
+    directory = RunDir(config.run_dir)
 
-    @flow(name="add_rounds", flow_run_name=lambda: config.run_dir, validate_parameters=False, persist_result=False)
+    def crashed(flow: Flow[..., str], flow_run: FlowRun, state: State[str]) -> None:  # called in the server
+        why = state.message or "its process ended"
+        directory.note_failure(why)
+        alarms = Alarms(cast("UUID", flow_run.deployment_id), directory.root.name)
+        alarms.tell(FAILED, directory.next_round(), alarm="failed round", reason=why)
+
+    @flow(
+        name=FLOW,
+        flow_run_name=lambda: directory.root.name,
+        validate_parameters=False,
+        persist_result=False,
+        on_crashed=[crashed],
+    )
     def add_rounds(rounds: int, overrides: dict[str, float]) -> str:
         """Add `rounds` to the lineage in the run directory, from its last policy, on prompts not used before.
 
@@ -84,13 +108,15 @@ def add_rounds_flow(config: Config) -> Flow[..., str]:
         """
         if os.getpid() != server:
             end_with(server)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both, and the server ends this process
         watch()
         if rounds < 1:
             raise ConfigError(f"rounds = {rounds}: a trigger adds at least one")
         logger = get_run_logger()
-        directory = RunDir(config.run_dir)
+        alarms = Alarms(deployment.id, directory.root.name)
         logger.info("waiting for %s, which another run may be using", directory.root)
-        with directory.lock(wait=True):
+        with directory.lock(wait=True), directory.noting_failures(), alarms.of_failures(directory):
+            alarms.tell(STARTED, directory.next_round())
             directory.refresh()
             refresh_report(directory.root)
             done = max((record.round for record in directory.records()), default=0)
@@ -103,14 +129,14 @@ def add_rounds_flow(config: Config) -> Flow[..., str]:
                 directory.write_config(settings.model_dump())
                 check_surroundings(run, prefect=False)
                 run.warm_up()
-                records = iterate(run)
+                records = iterate(run, alarms)
         return describe(records[-1].metrics)
 
     return add_rounds
 
 
-def iterate(run: IterativeRun) -> list[RoundRecord]:
-    """The loop, inside a flow run."""
+def iterate(run: IterativeRun, alarms: Alarms | None = None) -> list[RoundRecord]:
+    """The loop, inside a flow run. `alarms` hear of each round that begins and ends, and of each failed gate."""
     do = prefect_stages()
     run.waiting, alone = functools.partial(waiting, say=run.progress.say), run.waiting
     lost = False
@@ -121,10 +147,18 @@ def iterate(run: IterativeRun) -> list[RoundRecord]:
 
     def subflow(round: int) -> RoundRecord:
         if run.dir.record(round) is None or first_pending_of(run, round) is not None:
+            tell(STARTED, round)
             with_prefect(lambda: one_round(round), lambda: run_round(run, round))
         record = run.dir.record(round)
         assert record is not None
+        tell(ENDED, round)
+        if round and record.decision != "promote":
+            tell(NOT_PROMOTED, round, alarm="failed gate", reason=f"{record.decision}: {record.reason}")
         return record
+
+    def tell(event: str, round: int, **more: Any) -> None:
+        if alarms is not None and not lost:
+            alarms.tell(event, round, **more)
 
     def with_prefect(act: Callable[[], object], instead: Callable[[], object]) -> None:
         nonlocal lost

@@ -10,6 +10,7 @@ from iterdpo.config import OfflineConfig
 from iterdpo.data.preferences import tokenize_pairs
 from iterdpo.data.thinking import Thinking
 from iterdpo.errors import DamagedError
+from iterdpo.escape import printable
 from iterdpo.run.checkpoints import training_bytes
 from iterdpo.run.disk import size
 from iterdpo.run.rundir import RunDir, read_manifest
@@ -109,6 +110,10 @@ def describe_status(run_dir: str | Path) -> str:
         under_way = [name for name in STEPS if name not in done and (directory / f"{name}.partial").exists()]
         more = f"; under way: {', '.join(under_way)}" if under_way else ""
         lines.append(f"  round {number}: done: {', '.join(done) or 'nothing'}{more}")
+    if failure := run.last_failure():
+        since = f" (round {failure['round']} has been finished since)" if run.next_round() > failure["round"] else ""
+        why = printable(str(failure["reason"]).partition("\n")[0])
+        lines.append(f"  last failure: {failure['time']}, round {failure['round']}: {why}{since}")
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from iterdpo.errors import ChildFailed, UserError
 from iterdpo.escape import printable
 from iterdpo.run import disk, supervise
-from iterdpo.run.devices import answers, free_port
+from iterdpo.run.devices import answers, free_port, is_free
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -97,8 +97,39 @@ def check_api() -> None:
 
 
 @contextmanager
-def prefect_api(log: Path) -> Iterator[PrefectAPI]:
+def only_once(name: str) -> Iterator[int]:
+    """Hold the name of a served deployment among this user's processes. Yields the port of its page, the same each time.
+
+    If another process has that port, it is a free one from then on.
+
+    Raises:
+        UserError: another process serves this name.
+    """
+    from prefect.settings import get_current_settings
+
+    path = get_current_settings().home / "iterdpo-served" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            disk.lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, f"PREFECT_HOME {path.parent}")
+        except BlockingIOError:
+            raise UserError(
+                f"--name {name!r}: another process serves it; stop that one, or choose another name"
+            ) from None
+        file.seek(0)
+        kept = file.read().strip()
+        port = int(kept) if kept.isdigit() and is_free(int(kept)) else free_port()
+        file.truncate(0)
+        file.write(str(port))
+        file.flush()
+        yield port
+
+
+@contextmanager
+def prefect_api(log: Path, *, port: int | None = None) -> Iterator[PrefectAPI]:
     """A Prefect API, set for the code inside and for its child processes. What Prefect logs goes to `log`.
+
+    `port` is that of a server of our own; by default a free one.
 
     Raises:
         ChildFailed: our own server did not come up.
@@ -111,7 +142,7 @@ def prefect_api(log: Path) -> Iterator[PrefectAPI]:
     if configured := get_current_settings().api.url:
         yield PrefectAPI(configured)
         return
-    with start_server(log) as api:
+    with start_server(log, port=port) as api:
         assert api.password is not None
         client = {PREFECT_API_URL: api.url, PREFECT_API_AUTH_STRING: api.password.read_text()}
         previous = {setting.name: os.environ.get(setting.name) for setting in client}
@@ -132,10 +163,10 @@ def prefect_api(log: Path) -> Iterator[PrefectAPI]:
 
 
 @contextmanager
-def start_server(log: Path) -> Iterator[PrefectAPI]:
+def start_server(log: Path, *, port: int | None = None) -> Iterator[PrefectAPI]:
     """A Prefect server with its page, on 127.0.0.1, with its database and its password in PREFECT_HOME."""
     password = password_file()
-    port = free_port()
+    port = port or free_port()
     origin = f"http://127.0.0.1:{port}"
     begun = log.stat().st_size if log.exists() else 0
     command = [sys.executable, "-m", "uvicorn", "--factory", f"{__name__}:app"]

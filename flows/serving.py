@@ -7,21 +7,31 @@ whoever reaches the Prefect server, ours or the user's, can start rounds and no 
 from __future__ import annotations
 
 import asyncio
+import difflib
+import math
+import multiprocessing
 import os
+import signal
 import time
-from collections.abc import Mapping
+import zoneinfo
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from flows.server import PrefectAPI, prefect_api
+from flows import alarms
+from flows.deployment import FLOW, MOST_MISSED, close, missed_triggers, trigger
+from flows.server import PrefectAPI, only_once, prefect_api
 from iterdpo.config import Config, assign, parse_config
-from iterdpo.errors import ChildFailed, ConfigError
+from iterdpo.errors import ChildFailed, ConfigError, RunFailed
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import RunDir
 
 if TYPE_CHECKING:
     from uuid import UUID
+
+    from prefect.runner import Runner
+    from prefect.schedules import Schedule
 
 OVERRIDABLE = (
     "sampling.engine.max_num_seqs",
@@ -37,6 +47,7 @@ OVERRIDABLE = (
 FIRST_CHECK_SECONDS = 60.0
 """How long the server's scheduler, which works every few seconds, has to plan the first round."""
 CHECK_SECONDS = 10.0
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def serve(
@@ -46,50 +57,101 @@ def serve(
     cron: str | None = None,
     timezone: str = "UTC",
     rounds: int = 1,
+    notify: Sequence[str] = (),
+    hung_after: float = 24.0,
     progress: Progress,
 ) -> None:
-    """Serve until interrupted. Each trigger, by the clock, the page or the API, adds `rounds` to the lineage.
+    """Serve until SIGINT, SIGTERM or SIGHUP. Each trigger, by the clock, the page or the API, adds `rounds` to the lineage.
 
-    The Prefect server is the one in PREFECT_API_URL, or one that we start and that ends with this process.
+    The targets `notify` are told of failed rounds, failed gates, and rounds of more than `hung_after` hours; see
+    `flows.alarms`. The Prefect server is the one in PREFECT_API_URL, or one that we start and that ends with this process. A stop ends
+    the rounds under way and pauses the schedule; the next start adds one round for all triggers that were missed.
 
     Raises:
-        ConfigError: the cron string is invalid.
-        UserError: a problem that `open_run` finds in the configuration, before anything is served.
-        ChildFailed: the server does not schedule the rounds of the cron string.
+        ConfigError: the name, the cron string, the time zone, a target or a number is invalid.
+        UserError: a problem that `open_run` finds in the configuration, before anything is served; or the name is
+            being served already.
+        RunFailed: the server does not schedule the rounds of the cron string, or no longer answers.
     """
     from flows.api import check_surroundings, open_run
     from flows.iterative_dpo import add_rounds_flow
 
-    schedule = None
-    if cron is not None:
-        from prefect.schedules import Cron
-
-        try:
-            schedule = Cron(cron, timezone=timezone)
-        except ValueError:
-            hint = '"0 2 * * *" is two every night'
-            raise ConfigError(f"--cron {cron!r} in {timezone}: not a cron string; {hint}") from None
-    check_surroundings(open_run(config), prefect=True)  # what can be wrong is said now, not at two in the night
     name = name or Path(config.run_dir).name
+    if "/" in name or "%" in name:
+        raise ConfigError(f"--name {name!r}: a deployment's name has no / and no %")
+    if rounds < 1:
+        raise ConfigError(f"--add {rounds}: a trigger adds at least one round")
+    if not 0 < hung_after < math.inf:
+        raise ConfigError(f"--hung-after {hung_after:g}: not a number of hours")
+    schedule = _schedule(cron, timezone)
+    notify = [*notify, *alarms.targets()]
+    alarms.check_targets(notify)
+    check_surroundings(open_run(config), prefect=True)  # what can be wrong is said now, not at two in the night
     log = RunDir(config.run_dir).log_path("prefect")
-    with prefect_api(log) as api:
+    with only_once(name) as port, prefect_api(log, port=port) as api:
         from prefect.runner import Runner
 
-        runner = Runner(name=name, pause_on_shutdown=False)
+        alarms.remove(name)
+        missed = missed_triggers(name, scheduled=cron is not None)
+        runner = Runner(name=name, pause_on_shutdown=False)  # `close` pauses it
         flow, parameters = add_rounds_flow(config), {"rounds": rounds, "overrides": {}}
-        deployment = cast("UUID", runner.add_flow(flow, name=name, parameters=parameters, schedule=schedule))
+        added = runner.add_flow(flow, name=name, parameters=parameters, schedule=schedule, paused=False)
+        deployment = cast("UUID", added)
+        if notify:
+            alarms.create(deployment, name, notify, hung_after=hung_after)
         planned = f"{_first_planned(api, deployment):%Y-%m-%d %H:%M %Z}" if cron else "when triggered"
         sign_in = f'PREFECT_API_AUTH_STRING="$(cat {api.password})" ' if api.password else ""
         when = f"at {cron} ({timezone})" if cron else "when triggered"
-        progress.say(f"serving add_rounds/{name}: {rounds} more {'round' if rounds == 1 else 'rounds'} {when}")
+        progress.say(f"serving {FLOW}/{name}: {rounds} more {'round' if rounds == 1 else 'rounds'} {when}")
+        if missed:
+            trigger(deployment, name=Path(config.run_dir).name)
+            progress.say(
+                f"  missed:  {_count(missed)} while it was not served: one is made up for, the others are dropped"
+            )
         progress.say(f"  next:    {planned}")
-        progress.say(f"  trigger: PREFECT_API_URL={api.url} {sign_in}prefect deployment run add_rounds/{name}")
+        progress.say(f"  trigger: PREFECT_API_URL={api.url} {sign_in}prefect deployment run {FLOW}/{name}")
         progress.say(f"  page:    {api.page}")
         os.environ["PYTHONSAFEPATH"] = "1"  # a trigger's process imports no modules of the working directory either
-        try:
-            asyncio.run(_serve(runner, progress, api, deployment if cron else None))
-        except KeyboardInterrupt:
-            return
+        stopped = asyncio.run(_serve(runner, progress, api, deployment if cron else None))
+        _close(api, deployment, name)
+        if not stopped:
+            raise RunFailed(f"the Prefect server at {api.url} no longer answers; start it, and serve again")
+        progress.say("stopped: the schedule is paused, and the same command goes on")
+
+
+def _count(missed: int) -> str:
+    return f"{missed:,}{' or more' * (missed >= MOST_MISSED)} trigger{'s' * (missed != 1)}"
+
+
+def _schedule(cron: str | None, timezone: str) -> Schedule | None:
+    from prefect.schedules import Cron
+
+    if timezone not in (zones := zoneinfo.available_timezones()):
+        ends = [zone for zone in sorted(zones) if zone.rpartition("/")[2].lower() == timezone.lower()]
+        near = ends or difflib.get_close_matches(timezone, zones, n=1)
+        meant = near[0] if near else "Europe/Berlin"
+        raise ConfigError(f"--timezone {timezone!r}: not a time zone; give its name as in {meant!r}")
+    if cron is None:
+        return None
+    try:
+        return Cron(cron, timezone=timezone)
+    except ValueError:
+        hint = '"0 2 * * *" is two every night'
+        raise ConfigError(f"--cron {cron!r}: not a cron string; {hint}") from None
+
+
+def _close(api: PrefectAPI, deployment: UUID, name: str) -> None:
+    """`close`, unless the server is gone: the next start closes what is left then."""
+    import httpx
+
+    try:
+        alarms.remove(name)
+        close(deployment)
+    except httpx.HTTPError as error:
+        raise RunFailed(
+            f"the Prefect server at {api.url} does not answer ({type(error).__name__}), so the schedule was not paused; "
+            "the next start counts what was missed"
+        ) from None
 
 
 def overridden(config: Config, rounds: int, overrides: Mapping[str, float]) -> Config:
@@ -108,13 +170,30 @@ def overridden(config: Config, rounds: int, overrides: Mapping[str, float]) -> C
     return parse_config(Config, values, source="the trigger's overrides")
 
 
-async def _serve(runner: Any, progress: Progress, api: PrefectAPI, deployment: UUID | None) -> None:
-    """Work off the triggers. Warns if the server of a scheduled `deployment` plans no more rounds."""
-    watch = asyncio.create_task(_watch(progress, api, deployment))
-    try:
-        await runner.start()
-    finally:
-        watch.cancel()
+async def _serve(runner: Runner, progress: Progress, api: PrefectAPI, deployment: UUID | None) -> bool:
+    """Work off the triggers until a signal, and return True, or until the server no longer answers, and return False.
+
+    Warns if the server of a scheduled `deployment` plans no more rounds. Rounds that are under way at the end are killed.
+    """
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    polling = asyncio.create_task(runner.start())
+    await asyncio.sleep(
+        0
+    )  # it has set its handler of SIGTERM now, which waits half a minute for a round; ours replaces it
+    for number in STOPS:
+        loop.add_signal_handler(number, stop.set)
+    watching, stopped = asyncio.create_task(_watch(progress, api, deployment)), asyncio.create_task(stop.wait())
+    await asyncio.wait({polling, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    for number in STOPS:
+        loop.remove_signal_handler(number)  # a second one ends this process at once
+    stopped.cancel()
+    watching.cancel()
+    polling.cancel()  # first, for it would report a round that is killed as crashed
+    while not polling.done():
+        for child in multiprocessing.active_children():
+            child.kill()
+        await asyncio.wait({polling}, timeout=0.1)
+    return stop.is_set()
 
 
 async def _watch(progress: Progress, api: PrefectAPI, deployment: UUID | None) -> None:

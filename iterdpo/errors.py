@@ -112,3 +112,8 @@ class JudgingStopped(RunFailed):
 
 class ChildFailed(RunFailed):
     """A worker process ended with an error; the message has the reason and the path of its log."""
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, for a reader: `KeyError: 'gold'`; of our own errors the message alone."""
+    return str(error) if isinstance(error, UserError | RunFailed) else f"{type(error).__name__}: {error}"

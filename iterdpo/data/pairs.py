@@ -41,13 +41,11 @@ ROW_GROUP = 1000  # rows; what a reader or writer has in memory
 IN_MEMORY = 64 << 20  # bytes of a file up to which a mapped copy is not worth its place
 
 # A loader that guesses would take the JSON files beside the data for data.
-CARD = """---
-configs:
-- config_name: default
-  data_files:
-{data_files}---
+CARD_DATA_FILES = "configs:\n- config_name: default\n  data_files:\n{data_files}"
+CARD = f"""---
+{CARD_DATA_FILES}---
 Preference data of iterdpo, in TRL's formats: `prompt`, `chosen`, `rejected`, or `prompt`, `completion`, `label`.
-{summary}
+{{summary}}
 """
 
 
@@ -81,9 +79,14 @@ def _tables(pairs: Iterable[PreferencePair], answers_alone: bool) -> Iterator[pa
 
 def write_card(directory: Path, summary: str) -> None:
     """The page that tells loaders which of the directory's files are which split."""
+    card = CARD.format(data_files=written_splits(directory), summary=summary)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def written_splits(directory: Path) -> str:
+    """The files of pairs in `directory`, as a card's header names them."""
     written = [(name, split) for name, split in ((TRAIN, "train"), (HELDOUT, "test")) if (directory / name).exists()]
-    data_files = "".join(f"  - split: {split}\n    path: {name}\n" for name, split in written)
-    (directory / "README.md").write_text(CARD.format(data_files=data_files, summary=summary), encoding="utf-8")
+    return "".join(f"  - split: {split}\n    path: {name}\n" for name, split in written)
 
 
 def write_tables(path: Path, tables: Iterable[pa.Table]) -> None:

@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from iterdpo.errors import DamagedError, RunLockedError, StaleStepError, UserError
+from iterdpo.errors import DamagedError, RunLockedError, StaleStepError, UserError, reason
 from iterdpo.run import disk
 from iterdpo.run.sums import MANIFEST, check_files, known_sha256, note, read_checked, sha256_file
 from iterdpo.types import RoundRecord
@@ -273,6 +273,39 @@ class RunDir:
         if not isinstance(config, dict):
             raise DamagedError(path, "it has no configuration")
         return config
+
+    def next_round(self) -> int:
+        """The round to come or under way: the one after the last that is decided."""
+        return max((record.round for record in self.records()), default=-1) + 1
+
+    @contextmanager
+    def noting_failures(self) -> Iterator[None]:
+        """Around the work of a run: an error that ends it is noted for `last_failure`, with its time and its round."""
+        try:
+            yield
+        except Exception as error:
+            self.note_failure(reason(error))
+            raise
+
+    def note_failure(self, why: str) -> None:
+        """Note that the work ended; see `noting_failures`. What cannot be noted is not worth a second error."""
+        with suppress(OSError, UserError):
+            failure = {
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "round": self.next_round(),
+                "reason": why,
+            }
+            with open(self.log_path("failures"), "a", encoding="utf-8") as log:
+                log.write(json.dumps(failure) + "\n")
+
+    def last_failure(self) -> dict[str, Any] | None:
+        """`{"time": "2026-11-26T02:00:10+00:00", "round": 3, "reason": …}`, or None if nothing has failed."""
+        path = self.root / "logs" / "failures.log"
+        for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []):
+            with suppress(ValueError):  # a line that was cut
+                if isinstance(found := json.loads(line), dict) and {"time", "round", "reason"} <= found.keys():
+                    return found
+        return None
 
     @contextmanager
     def lock(self, *, wait: bool = False) -> Iterator[None]:

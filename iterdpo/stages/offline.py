@@ -34,7 +34,7 @@ def train_round(config: OfflineConfig, *, progress: Progress, redo: bool = False
         ChildFailed: training ended with an error. Its last checkpoint stays.
     """
     run = OfflineRun(config, progress=progress, redo=redo)
-    with run.dir.lock(), run:
+    with run.dir.lock(), run.dir.noting_failures(), run:
         run.dir.refresh()
         run.check_space()
         prepared = prepare_pairs(config, run)

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from flows.api import open_run
-from flows.plan import describe_offline_plan, describe_plan
+from flows.plan import describe_offline_plan, describe_plan, describe_status
 from iterdpo.config import Config, OfflineConfig, parse_config
+from iterdpo.run.rundir import RunDir
 from iterdpo.testing import build_tiny_checkpoint
+from iterdpo.types import RoundRecord
 
 MIB = 2**20
 
@@ -79,3 +81,13 @@ def test_the_policies_of_all_rounds_are_announced_in_the_unit_that_shows_them(mo
     gib = 100 * (model / "model.safetensors").stat().st_size / 2**30
     assert f"about {gib:.1f} GiB of policies" in plan
     assert re.search(r"and \d\d\.\d MiB more for a checkpoint", plan)
+
+
+def test_the_status_has_the_last_failure_and_whether_its_round_was_finished_since(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.write_config({})
+    run.note_failure("training failed:\nno memory \x1b[31m")
+    assert re.search(r"\n  last failure: 2\S+, round 0: training failed:$", describe_status(tmp_path))
+    run.round_dir(0).mkdir()
+    run.write_record(RoundRecord(0, "promote", "", "model", 0, "", {}, {"round": 0, "gate/decision": "promote"}))
+    assert describe_status(tmp_path).endswith(": training failed: (round 0 has been finished since)")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from flows.server import PrefectAPI, _Failures, password_file
+from flows.server import PrefectAPI, _Failures, only_once, password_file
 from iterdpo.errors import UserError
 
 
@@ -33,6 +34,22 @@ def test_a_password_that_others_can_read_is_refused(home: Path) -> None:
     password_file().chmod(0o644)
     with pytest.raises(UserError, match="other users may read this password; delete the file"):
         password_file()
+
+
+def test_a_name_is_served_once_and_keeps_its_port_unless_another_has_it(home: Path) -> None:
+    refused = pytest.raises(UserError, match="--name 'nightly': another process serves it")
+    with only_once("nightly") as port, refused, only_once("nightly"):
+        pass
+    with only_once("nightly") as again, only_once("weekly") as other:
+        assert (again, other) == (port, other)
+        assert other != port
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", port))
+        listening.listen()
+        with only_once("nightly") as moved:
+            assert moved != port
+    with only_once("nightly") as kept:
+        assert kept == moved
 
 
 def test_the_second_failure_of_a_service_within_three_minutes_is_told(

@@ -10,10 +10,11 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.server import FAILED, PrefectAPI
-from flows.serving import OVERRIDABLE, _trouble, overridden
+from flows.serving import OVERRIDABLE, _trouble, overridden, serve
 from iterdpo.config import Config, parse_config
 from iterdpo.errors import ConfigError
 from iterdpo.run.devices import free_port
+from iterdpo.run.progress import Progress
 
 
 @pytest.fixture
@@ -55,6 +56,30 @@ def test_a_number_out_of_range_is_refused_with_its_key(config: Config) -> None:
         overridden(config, 1, {"sampling.engine.max_num_seqs": 0})
     with pytest.raises(ConfigError, match="rounds = 0: input should be greater than or equal to 1"):
         overridden(config, 0, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timezone": "Berlin"}, "--timezone 'Berlin': not a time zone; give its name as in 'Europe/Berlin'"),
+        ({"timezone": "europe/berlin"}, "as in 'Europe/Berlin'"),
+        ({"timezone": "UTC+2"}, "--timezone 'UTC\\+2': not a time zone; give its name as in '"),
+        ({"timezone": ""}, "--timezone '': not a time zone"),
+        ({"timezone": "../etc/passwd", "cron": "0 2 * * *"}, "not a time zone"),
+        ({"cron": "every night"}, "--cron 'every night': not a cron string"),
+        ({"name": "a/b"}, "--name 'a/b': a deployment's name has no / and no %"),
+        ({"rounds": 0}, "--add 0: a trigger adds at least one round"),
+        ({"hung_after": 0.0}, "--hung-after 0: not a number of hours"),
+        ({"hung_after": float("nan")}, "--hung-after nan: not a number of hours"),
+        ({"notify": ["ops@example.org"]}, "--notify, number 1: not a target"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_one_line_before_anything_is_served(
+    config: Config, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        serve(config, progress=Progress(), **options)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_scheduler_that_fails_later_is_told_with_its_reason_and_its_log(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
-from iterdpo.errors import DamagedError, RunFailed, RunLockedError, StaleStepError, UserError
+from iterdpo.errors import ChildFailed, DamagedError, RunFailed, RunLockedError, StaleStepError, UserError
 from iterdpo.run import disk, rundir, sums
 from iterdpo.run.rundir import (
     Manifest,
@@ -669,3 +670,25 @@ def test_a_file_system_without_locks_is_refused_by_the_name_of_the_setting(
     monkeypatch.setattr(disk.fcntl, "flock", flock)
     with pytest.raises(UserError, match=f"run_dir {tmp_path}: its file system has no locks"), RunDir(tmp_path).lock():
         pass
+
+
+def test_a_failure_is_noted_with_its_time_and_its_round_and_rises(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.last_failure() is None
+    with pytest.raises(KeyError), run.noting_failures():
+        raise KeyError("gold")
+    with pytest.raises(ChildFailed), run.noting_failures():
+        raise ChildFailed("training failed:\nout of memory")
+    with open(run.log_path("failures"), "a") as log:
+        log.write('{"time": "20')  # the machine stopped
+    failure = run.last_failure()
+    assert failure is not None
+    assert (failure["round"], failure["reason"]) == (0, "training failed:\nout of memory")
+    assert datetime.fromisoformat(failure["time"]).tzinfo is not None
+
+
+def test_an_interruption_is_no_failure(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with pytest.raises(KeyboardInterrupt), run.noting_failures():
+        raise KeyboardInterrupt
+    assert run.last_failure() is None
