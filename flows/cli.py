@@ -5,6 +5,7 @@ Exit status: 0 done, 1 a run failed (finished work is kept), 2 bad input.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,7 +157,8 @@ def serve(
         hung_after=hung_after,
         progress=Progress(sys.stdout),
     )
-    return 0
+    sys.stdout.flush()
+    os._exit(0)  # all is closed, and Python takes seconds to take torch down: a machine that shuts down may not wait
 
 
 @judge_cli.app.command

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from iterdpo.errors import ConfigError, RunFailed, UserError
 from iterdpo.escape import printable
@@ -91,13 +91,11 @@ def push(directory: Path, repo: str, *, kind: Literal["model", "dataset"], publi
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
-    api, unanswered = (
-        HfApi(),
-        HfHubHTTPError.__bases__[0],
-    )  # that of the HTTP client, which depends on the hub's version
+    api = HfApi()
+    unanswered = cast("type[Exception]", HfHubHTTPError.__bases__[0])  # the HTTP client's, httpx's or another's
     try:
         api.create_repo(repo, repo_type=kind, private=not public, exist_ok=True)
         done = api.upload_folder(repo_id=repo, folder_path=directory, repo_type=kind, commit_message="iterdpo export")

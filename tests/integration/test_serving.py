@@ -273,9 +273,11 @@ def test_a_hung_a_crashed_and_a_failed_round_reach_a_webhook(server: tuple[str, 
             "reason": "it has not ended 0.003 hours after it began",
         }
         assert told.pop() == late
-        spawned = [pid for pid in workspace.survivors() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        for pid in spawned:
-            os.kill(pid, signal.SIGKILL)
+        [served] = [pid for pid in workspace.survivors() if b"\0serve\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        for pid in workspace.survivors():
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if parent == served and b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
         wait_for(lambda: bool(told), seconds=100, what="the alarm of a round whose process was killed")
         crashed = told.pop()
         assert (crashed["alarm"], crashed["run"], crashed["round"]) == ("failed round", "run", 0)
