@@ -88,7 +88,8 @@ def describe_status(run_dir: str | Path) -> str:
         UserError: there is no run.
     """
     run = RunDir(run_dir)
-    run.read_config()
+    if (failure := run.last_failure()) is None:
+        run.read_config()
     lines = [str(run.root)]
     for number in run.rounds():
         directory = run.round_dir(number)
@@ -110,7 +111,7 @@ def describe_status(run_dir: str | Path) -> str:
         under_way = [name for name in STEPS if name not in done and (directory / f"{name}.partial").exists()]
         more = f"; under way: {', '.join(under_way)}" if under_way else ""
         lines.append(f"  round {number}: done: {', '.join(done) or 'nothing'}{more}")
-    if failure := run.last_failure():
+    if failure is not None:
         since = f" (round {failure['round']} has been finished since)" if run.next_round() > failure["round"] else ""
         why = printable(str(failure["reason"]).partition("\n")[0])
         lines.append(f"  last failure: {failure['time']}, round {failure['round']}: {why}{since}")
