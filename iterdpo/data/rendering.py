@@ -213,6 +213,7 @@ def _render(
     """
     settings = {**getattr(tokenizer, "chat_template_kwargs", {}), **settings}
     _check_template(tokenizer, settings)
+    messages = [_with_known_reasoning(tokenizer, settings, message) for message in messages]
     rendered = _applied(tokenizer, messages, settings, add_generation_prompt)
     shapes = _shapes(tokenizer)
     shape = (add_generation_prompt, *map(_shape, messages), *sorted(settings))
@@ -258,6 +259,20 @@ def _with_objects(message: Message) -> Message:
             call = {**call, "function": function} if call.get("function") else function
         changed.append(call)
     return {**message, "tool_calls": changed}
+
+
+def _with_known_reasoning(tokenizer: Any, settings: Mapping[str, Any], message: Message) -> Message:
+    """The message with its reasoning under the name that the template reads, if it reads another one than the message's."""
+    given = [key for key in REASONING if message.get(key)]
+    if len(given) != 1 or _reads(tokenizer, settings, given[0]):
+        return message
+    known = next((key for key in REASONING if _reads(tokenizer, settings, key)), given[0])
+    return {known if key == given[0] else key: value for key, value in message.items() if key != known or key in given}
+
+
+def _reads(tokenizer: Any, settings: Mapping[str, Any], key: str) -> bool:
+    """Whether the template that is used looks for this key in something."""
+    return re.search(rf"[.'\"]{key}\b", _source(tokenizer, settings)) is not None
 
 
 def _object(text: Any) -> dict[str, Any] | None:
@@ -364,10 +379,15 @@ def _shapes(tokenizer: Any) -> set[Any]:
 
 def _mentions(tokenizer: Any, settings: Mapping[str, Any], name: str) -> bool:
     """Whether the template that is used has this name in it."""
+    return re.search(rf"\b{re.escape(name)}\b", _source(tokenizer, settings)) is not None
+
+
+def _source(tokenizer: Any, settings: Mapping[str, Any]) -> str:
+    """The template that is used."""
     source = tokenizer.chat_template
     if isinstance(source, dict):
         source = source["tool_use" if "tools" in settings and "tool_use" in source else "default"]
-    return re.search(rf"\b{re.escape(name)}\b", source) is not None
+    return str(source)
 
 
 # Ends and embeddings

@@ -62,6 +62,12 @@ def headline(run: Run) -> str:
     if unjudged and completions and unjudged > 0.05 * completions:
         share = f"{unjudged:,.0f} of {completions:,.0f}"
         sentences.append(f"{share} held-out completions could not be judged and do not count.")
+    unfinished = value(final, "length/unfinished_thoughts")
+    if unfinished is not None and unfinished > 0.05:
+        sentences.append(
+            f"{percent(unfinished)} of the held-out completions are thoughts that do not end within sampling.max_tokens, and "
+            "lose against every answer."
+        )
     flips = value(last, "judge/flip_rate")
     if flips is not None and flips >= 0.5:
         sentences.append(

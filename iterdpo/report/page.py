@@ -138,9 +138,11 @@ def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
         "Sampling": "{sampling[n]} completions per prompt, temperature {sampling[temperature]}, "
         "up to {sampling[max_tokens]} tokens",
         "Training judge": "{judge[use]}",
+        "The judge sees": "{judge[sees]}",
         "Held-out judge": "{evaluation[judge][use]}" if heldout or offline else "none",
         "Pairs": "{pairing[strategy]}, margin over {pairing[min_margin]}",
         "DPO": "beta {dpo[beta]}" if offline else "beta {dpo[beta]}, reference: the {dpo[reference]} policy",
+        "Trained on": "{dpo[train_on]}",
         "Optimizer": "AdamW, learning rate {dpo[learning_rate]}, {dpo[pairs_per_step]} pairs per step, " + passes,
         "Gate": "promotes if {gate[metric]} is at least {gate[minimum]}, otherwise: {gate[otherwise]}",
         "Seed": "{seed}",

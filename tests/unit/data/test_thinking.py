@@ -271,3 +271,85 @@ def test_a_template_that_opens_the_thought_and_closes_none_is_refused(
     tokenizer.chat_template = OPENED
     with pytest.raises(DataError, match="does not continue the prompt"):
         ids_of(tokenizer, {"role": "assistant", "content": "4"})
+
+
+@pytest.mark.parametrize("given", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("read", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_given_to_the_template_under_the_name_that_it_reads(
+    tokenizers: dict[str, Any], given: str, read: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["own"].name_or_path)
+    tokenizer.chat_template = THINKING.replace("'reasoning_content'", f"'{read}'")
+    ids = ids_of(tokenizer, {"role": "assistant", "content": "4", given: "2 and 2"})
+    assert tokenizer.decode(ids) == "<think>\n2 and 2\n</think>\n\n4<|im_end|>"
+
+
+def test_a_template_that_only_speaks_of_thinking_does_not_read_reasoning(tokenizers: dict[str, Any]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["own"].name_or_path)
+    tokenizer.chat_template = "{# thinking is not rendered #}" + CHATML
+    turns = [*QUESTION, {"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}, *QUESTION]
+    with pytest.raises(DataError, match="does not render 'reasoning_content' of message 2"):
+        prompt_token_ids(tokenizer, turns)
+
+
+# Other implementations
+
+
+@pytest.mark.parametrize(
+    ("template", "key", "opens", "thought"),
+    [
+        ("qwen3", "reasoning_content", False, "<think>\ntwo and two\n</think>\n\n"),
+        ("qwen3_5_think", "reasoning_content", True, "two and two\n</think>\n\n"),
+        ("nemotron_3_nano", "reasoning_content", True, "two and two\n</think>\n"),
+        ("glm4moe", "reasoning_content", False, "\n<think>two and two</think>\n"),
+        ("gptoss", "reasoning_content", False, None),
+        ("gptoss", "thinking", False, None),
+    ],
+)
+def test_real_templates_that_trl_ships_are_divided(
+    tokenizers: dict[str, Any], template: str, key: str, opens: bool, thought: str | None
+) -> None:
+    trl = pytest.importorskip("trl", reason="needs TRL for its chat templates")
+    file = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
+    if not file.exists():
+        pytest.skip(f"this TRL has no {file.name}")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["text"].name_or_path)
+    tokenizer.chat_template = file.read_text(encoding="utf-8")
+    tags = find_tags(tokenizer)
+    assert tags == (HARMONY if template == "gptoss" else THINK)
+    thinking, prompt = Thinking(tokenizer, tags), prompt_token_ids(tokenizer, QUESTION)
+    assert thinking.opens(prompt) == opens
+    turn = {"role": "assistant", "content": "It is 4", key: "two and two"}
+    ids = completion_token_ids(tokenizer, QUESTION, [turn], tags=(tags.start, tags.end))
+    completion = thinking.split(prompt, Completion("", ids, [], "stop"))
+    assert completion.text.startswith("It is 4")
+    assert "two and two" in (completion.reasoning or "")
+    assert thought in (None, completion.reasoning)
+    assert thinking.split(prompt, Completion("", ids[: completion.reasoning_tokens - 1], [], "length")).unfinished
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>2 and 2</think>4",
+        "2 and 2</think>4",
+        "<think>2 and 2",
+        "<think></think>4",
+        "<think>a<think>b</think>4",
+        "<think>a</think>4 <think>b",
+        "4",
+    ],
+)
+def test_vllms_parser_of_deepseek_r1_finds_the_same_end_and_the_same_answer(
+    tokenizers: dict[str, Any], text: str
+) -> None:
+    """After a prompt that opens the thought, as that parser takes for granted."""
+    reasoning = pytest.importorskip("vllm.reasoning", reason="needs vLLM")
+    tokenizer = tokenizers["own"]
+    parser = reasoning.ReasoningParserManager.get_reasoning_parser("deepseek_r1")(tokenizer)
+    completion = divided(tokenizer, text, prompt="2+2?<think>\n")
+    ended = parser.is_reasoning_end(completion.token_ids)
+    assert completion.unfinished == (not ended)
+    if ended:
+        assert parser.extract_reasoning(text, None)[1] == completion.text

@@ -97,6 +97,12 @@ def test_many_abstentions_are_mentioned_and_few_are_not(say: Judge) -> None:
     assert "could not be judged" not in few
 
 
+def test_many_unfinished_thoughts_are_mentioned_and_few_are_not(say: Judge) -> None:
+    many, few = (say(INITIAL, outcome(1) | {"length/unfinished_thoughts": share}) for share in (0.3, 0.02))
+    assert "30 % of the held-out completions are thoughts that do not end within sampling.max_tokens, and lose" in many
+    assert "thoughts" not in few
+
+
 def test_a_judge_that_goes_by_the_place_is_told_of(say: Judge) -> None:
     row = {"round": 1, "gate/decision": "promote"}
     assert "the judge decides by position" in say(INITIAL, row | {"judge/flip_rate": 0.5})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,7 +31,7 @@ from iterdpo.stages.pair import inputs as pair_inputs
 from iterdpo.stages.pair import pair
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.sample import sample, sampling_key
-from iterdpo.testing import THINKING, FakeSampler, build_tiny_checkpoint
+from iterdpo.testing import CHATML, THINKING, FakeSampler, build_tiny_checkpoint
 from iterdpo.types import Completion, CompletionGroup
 from tests.unit.stages.harness import HELDOUT, PER_ROUND, Lengths, Room
 
@@ -83,6 +84,24 @@ def test_sampled_completions_are_divided_and_counted(room: Room) -> None:
     assert manifest.counts["unfinished_thoughts"] == PER_ROUND
     assert manifest.counts["reasoning_tokens"] == PER_ROUND * (5 + 9 + 30)
     assert manifest.counts["truncated"] == 0
+
+
+def test_a_template_that_opens_the_thought_makes_a_completion_without_a_tag_unfinished(
+    room: Room, tmp_path: Path
+) -> None:
+    opened = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}{# </think> #}")
+    prompts = [{"prompt": [{"role": "user", "content": f"Tale {i}"}]} for i in range(40)]
+    Path(room.sections["prompts"]["path"]).write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    model = build_tiny_checkpoint(tmp_path / "opened", chat_template=opened)
+    replies = ("one</think>answer", "two two", "<think>three</think>again")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    room.sampler = FakeSampler(lambda ids, k: replies[k], tokenizer=tokenizer)  # type: ignore[assignment]
+    for group in read_groups(sampled(room.open(model={"path": str(model)})).path):
+        assert [(c.reasoning, c.text, c.finish_reason) for c in group.completions] == [
+            ("one</think>", "answer", "stop"),
+            ("two two", "", "thought"),
+            ("<think>three</think>", "again", "stop"),
+        ]
 
 
 def test_the_tags_are_part_of_the_key_and_of_other_models_nothing_is(room: Room, tiny_model: Path) -> None:
