@@ -226,6 +226,7 @@ def _raw(job: Sampling) -> dict[str, float]:
         outputs = llm.generate(prompts, each, use_tqdm=False)
         tokens = sum(len(c.token_ids) for output in outputs for c in output.outputs)
         found[name] = tokens / (time.perf_counter() - started)
+    llm.llm_engine.engine_core.shutdown()  # or this process waits for the engine's, at its end
     return found
 
 

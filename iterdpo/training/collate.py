@@ -270,6 +270,11 @@ def plan_steps(groups: Sequence[int] | np.ndarray, *, epochs: int, pairs_per_ste
     return steps
 
 
+def tree_sizes(trees: Sequence[Tree], *, shared: bool) -> list[int]:
+    """Tokens that go through the network for each tree: with `shared`, its prompt once."""
+    return [t.tokens if shared else t.tokens + (len(t.branches) - 1) * len(t.prompt) for t in trees]
+
+
 def micro_batches(sizes: Sequence[int], *, budget: int, rank: int = 0, world: int = 1) -> list[list[int]]:
     """This process's share of items of `sizes` tokens, cut into batches of similar items with at most `budget` tokens.
 

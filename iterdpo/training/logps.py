@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from iterdpo.training import attention
-from iterdpo.training.collate import Batch, Tree, collate
+from iterdpo.training.collate import Batch, Tree, collate, micro_batches, tree_sizes
 from iterdpo.training.models import free_memory, load_policy
 from iterdpo.training.precision import bfloat16
 
 CHUNK_ELEMENTS = 1 << 23  # logits in memory at once: 32 MiB in float32
+TOKENS_AT_ONCE = 16_384  # of completions that a GPU scores together
 ON_GPU = 1 << 27  # or a 512th of its memory in bytes: few products, and large ones
 
 LogpPath = Literal["shared", "rows", "plain"]
@@ -310,23 +311,50 @@ def score_completions(
 ) -> list[float]:
     """Log pi(y|x) in nats of each completion under `policy`, in the order given. Rows of similar length share a batch.
 
-    A checkpoint is loaded on a GPU, if there is one, and freed. A model is moved there, and stays.
+    On a GPU, batches are of trees as in training, by the fastest path that gives the model's own numbers; on a CPU, of
+    `rows_per_batch` plain rows. A checkpoint is loaded on a GPU, if there is one, and freed. A model is moved there, and
+    stays.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(policy, torch.nn.Module):
         policy = load_policy(policy, trust_remote_code=trust_remote_code)
     model = policy.to(device).eval()
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]) + len(completions[i]), i))
     scores = [0.0] * len(prompts)
-    for start in range(0, len(order), rows_per_batch):
-        rows = order[start : start + rows_per_batch]
-        half = bfloat16(model, copies=device == "cuda") if precision == "bf16" else nullcontext()
-        with torch.inference_mode(), half:
-            logps = completion_logps(model, [prompts[i] for i in rows], [completions[i] for i in rows])
-        for i, logp in zip(rows, logps.tolist(), strict=True):
-            scores[i] = logp
-        if on_progress is not None:
-            on_progress(start + len(rows))
+    done = 0
+    with bfloat16(model, copies=device == "cuda") if precision == "bf16" else nullcontext(), torch.inference_mode():
+        batches = _tree_batches if device == "cuda" else _row_batches
+        for rows, logps in batches(model, prompts, completions, rows_per_batch):
+            for row, logp in zip(rows, logps.tolist(), strict=True):
+                scores[row] = logp
+            done += len(rows)
+            if on_progress is not None:
+                on_progress(done)
     del policy, model
     free_memory()
     return scores
+
+
+Scored = Iterator[tuple[Sequence[int], Tensor]]  # numbers of rows, and their log-probabilities
+
+
+def _row_batches(
+    model: Any, prompts: Sequence[list[int]], completions: Sequence[list[int]], rows_per_batch: int
+) -> Scored:
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]) + len(completions[i]), i))
+    for start in range(0, len(order), rows_per_batch):
+        rows = order[start : start + rows_per_batch]
+        yield rows, completion_logps(model, [prompts[i] for i in rows], [completions[i] for i in rows])
+
+
+def _tree_batches(model: Any, prompts: Sequence[list[int]], completions: Sequence[list[int]], _: int) -> Scored:
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(tuple(prompt), []).append(row)
+    trees = [Tree(list(prompt), [completions[row] for row in own]) for prompt, own in rows.items()]
+    scorer = Scorer(model, select_logp_path(model, trees[:2]))
+    owners = list(rows.values())
+    for batch in micro_batches(tree_sizes(trees, shared=scorer.path == "shared"), budget=TOKENS_AT_ONCE):
+        yield (
+            [row for tree in batch for row in owners[tree]],
+            scorer(scorer.collate([trees[tree] for tree in batch])).logps,
+        )

@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from iterdpo.config import DPOConfig
-from iterdpo.training.collate import PairIndex, PairSlots, RoundPairs, Tree, micro_batches
+from iterdpo.training.collate import PairIndex, PairSlots, RoundPairs, Tree, micro_batches, tree_sizes
 from iterdpo.training.flops import forward_flops, matmul_peak
 from iterdpo.training.logps import CompletionLogps, LogpPath
 from iterdpo.training.losses import (
@@ -225,8 +225,7 @@ class Compute:
 
     def micro_batches(self, trees: Sequence[Tree]) -> list[list[int]]:
         """This process's share of the trees, by their numbers, in batches of similar size."""
-        shared = self.path == "shared"
-        sizes = [t.tokens if shared else t.tokens + (len(t.branches) - 1) * len(t.prompt) for t in trees]
+        sizes = tree_sizes(trees, shared=self.path == "shared")
         accelerator, budget = self.accelerator, self.dpo.tokens_per_micro_batch
         return micro_batches(sizes, budget=budget, rank=accelerator.process_index, world=accelerator.num_processes)
 

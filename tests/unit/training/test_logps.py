@@ -417,6 +417,18 @@ def test_scores_come_in_the_order_asked_however_the_rows_are_batched(
     assert done[-1] == 9
 
 
+@pytest.mark.parametrize("at_once", [1, 30, 1 << 14])
+def test_scores_in_trees_as_on_a_gpu_are_those_of_the_rows(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path, exact: Any, rows: tuple[Rows, Rows], at_once: int
+) -> None:
+    monkeypatch.setattr(logps, "_row_batches", logps._tree_batches)
+    monkeypatch.setattr(logps, "TOKENS_AT_ONCE", at_once)
+    done: list[int] = []
+    scores = score_completions(checkpoint, *rows, precision="fp32", on_progress=done.append)
+    assert scores == pytest.approx(all_plain(exact, rows), abs=1e-4)
+    assert (done, done[-1]) == (sorted(done), 9)
+
+
 def test_scores_in_bf16_are_near_those_in_float64(tiny_model: Path, rows: tuple[Rows, Rows]) -> None:
     from transformers import AutoModelForCausalLM
 
