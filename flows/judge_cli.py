@@ -16,7 +16,7 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from iterdpo.errors import ConfigError, JudgeError
-from iterdpo.escape import visible
+from iterdpo.escape import revealed
 from iterdpo.run.progress import Progress
 
 if TYPE_CHECKING:
@@ -281,21 +281,21 @@ def _described(found: dict[str, Any], completions: tuple[str, ...]) -> Iterator[
     for number, call in enumerate(found["trace"], 1):
         for message in call["messages"]:
             yield f"--- call {number}: {message['role']}"
-            yield visible(str(message["content"]))
+            yield revealed(str(message["content"]))
         yield f"--- call {number}: reply"
-        yield visible(str(call["reply"]))
+        yield revealed(str(call["reply"]))
     if found["trace"]:
         yield "---"
     yield f"judge: {found['judge']['name']} (version {found['judge']['version']})"
     if found["columns"]:
         yield f"columns: {dumps(found['columns'])}"
     for k, (text, score, reason) in enumerate(zip(completions, found["scores"], found["abstentions"], strict=True)):
-        first = visible(text).strip().partition("\n")[0]
-        verdict = f"score {score:.6g}" if score is not None else f"abstained: {visible(reason)}"
+        first = revealed(text).strip().partition("\n")[0]
+        verdict = f"score {score:.6g}" if score is not None else f"abstained: {revealed(reason)}"
         yield f"completion {k}: {verdict}   {first[:60]}{' …' if len(first) > 60 else ''}"
     for c in found["comparisons"]:
         sure = "" if c["probability"] is None else f" (first wins with probability {c['probability']:.3f})"
-        said = f"abstained: {visible(str(c['reason']))}" if c["winner"] is None else c["winner"] + sure
+        said = f"abstained: {revealed(str(c['reason']))}" if c["winner"] is None else c["winner"] + sure
         yield f"completion {c['first']} before completion {c['second']}: {said}"
     if found["details"]:
         yield f"details: {dumps(found['details'])}"

@@ -6,16 +6,26 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+WHOSE = (
+    r"(hf|hub|hugging_?face|open_?ai|anthropic|claude|azure|aws|gcp|google|gemini|vertex|mistral|cohere|groq|deep_?seek|together"
+    r"|fireworks|open_?router|replicate|nvidia|ngc|wandb|comet|mlflow|neptune|clearml|kaggle|modal|runpod|github|gitlab|gitea"
+    r"|bitbucket|slack|discord|telegram|bot|npm|pypi|docker|registry|vault|cloud|x)"
+)
 NAMES = re.compile(
-    r"(^|_)("
-    r"(api|access|private|secret|signing|encryption|account|subscription|auth|license|master|ssh|service)_?keys?"
-    r"|(hf|hub|huggingface|access|auth|authentication|api|bearer|refresh|session|id|github|gitlab|openai|anthropic|wandb"
-    r"|user|login|secret|oauth|jwt|personal|deploy|read|write)_?tokens?"
-    r"|secrets?|passwords?|passwd|passphrase|pwd|credentials?|authorization|cookies?|bearer|connection_?string|dsn"
-    r"|secret_access_key|pat"
+    r"(passwords?|passwd|passphrases?|secrets?|credentials?|api_?keys?|access_?tokens?|auth_?tokens?)$"
+    rf"|(^|_)({WHOSE}_?(keys?|tokens?|pat)"
+    r"|(access|private|secret|signing|encryption|account|subscription|auth|license|master|ssh|service|shared|storage|deploy"
+    r"|storage_?account)_?keys?"
+    r"|(authentication|authorization|api|bearer|refresh|session|id|user|login|oauth2?|jwt|personal|deploy|read|write|sas|csrf"
+    r"|xsrf|admin|service|client|app|device|web_?hook|security)_?tokens?"
+    r"|(user|db|database|login|smtp|proxy|admin|root)_?pass|pwd|authorization|cookies?|bearer|connection_?string|dsn"
+    r"|access_key_id|pat"
     r")$"
 )
 """Names of keys in small letters, with _ between their words."""
+PERHAPS = re.compile(r"(key|token|auth|pass|signature|sig)s?$")
+RANDOM = re.compile(r"(?=[^a-z]*[a-z])(?=[^A-Z]*[A-Z])(?=\D*\d)[\w.+/=~-]{16,}|(?=\D*\d)[0-9a-f-]{32,}")
+"""What a secret looks like whose name only may be one, as with `my_key`."""
 ALONE = {"token", "tokens", "apikey", "auth"}
 VALUES = re.compile(
     r"\b(sk|pk|rk)[-_][A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
@@ -29,7 +39,10 @@ VALUES = re.compile(
 def secret_in(values: dict[str, Any]) -> str | None:
     """The dotted key of a text that has the name of a secret, or the form of one; None if there is none."""
     for key, value in _texts(values, ""):
-        if (_names_secret(key) and value.strip()) or VALUES.search(value):
+        name = _words(key)
+        named = name in ALONE or NAMES.search(name)
+        random = PERHAPS.search(name) and RANDOM.fullmatch(value)
+        if (named and value.strip()) or random or VALUES.search(value):
             return key
     return None
 
@@ -46,8 +59,7 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
             yield key, value
 
 
-def _names_secret(key: str) -> bool:
-    """Whether the last part of a dotted key, in any spelling (apiKey, X-API-Key), names a secret."""
+def _words(key: str) -> str:
+    """The last part of a dotted key in one spelling: `x_api_key`, of apiKey or X-API-Key."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.rpartition(".")[2])
-    name = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-    return name in ALONE or NAMES.search(name) is not None
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")

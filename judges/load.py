@@ -97,7 +97,7 @@ def check_judge(use: str, args: dict[str, Any]) -> None:
     try:
         defined = dict(_definitions(ast.parse(source.file.read_bytes(), filename=str(source.file)).body))
     except (SyntaxError, ValueError) as error:
-        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         raise JudgeError(f"judge {use!r}: {source.file}{line}: not valid Python: {error}") from None
     if source.name in defined:
         _check_definition(defined[source.name], args, _label(use))

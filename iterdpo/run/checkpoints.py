@@ -23,6 +23,9 @@ NOT_LINEAR = ("wpe.weight", "embed_positions.weight", *(f"{head}.weight" for hea
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
+INTEGERS, SHORT = ("I", "U"), ("F8", "F6", "F4")
+"""How the names of types begin in which quantized weights are stored, in the headers of safetensors."""
+
 DEQUANTIZED = ("fp8", "mxfp4")
 """Methods whose weights transformers turns into plain ones if it finds no GPU that computes with them."""
 
@@ -98,6 +101,7 @@ def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> dic
     shapes = _check_weights(where, directory, config, weight_files(directory))
     if not config.get("auto_map"):
         _check_shapes(where, directory, shapes)
+    _check_generation(where, directory)
     return config
 
 
@@ -114,6 +118,13 @@ def weight_files(directory: Path) -> list[Path]:
         raise ConfigError(f"{where}: has no .safetensors weights; pickled ones are not loaded: {remedy}")
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if whole in found:
+        others = [path.name for path in found if path != whole]
+        if others or (index.exists() and f'"{whole.name}"' not in index.read_text(errors="replace")):
+            other = printable(others[0]) if others else index.name
+            raise ConfigError(
+                f"{where}: has {whole.name} and {other}: the trainer would load the first, and the engine both or the "
+                f"second; move {other} away, if the weights are those in {whole.name}"
+            )
         return [whole]
     if not index.exists():
         raise ConfigError(
@@ -130,8 +141,8 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in shards]
 
 
-def weight_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor, from the files' headers.
+def weight_shapes(files: Iterable[Path], *, refused: tuple[str, ...] = INTEGERS) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor, from the files' headers. `refused`: how the types of quantized weights begin.
 
     Raises:
         ConfigError: a file that is not safetensors, or quantized weights.
@@ -144,8 +155,9 @@ def weight_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
             with safe_open(file, framework="numpy") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  # no mapping
                     tensor = tensors.get_slice(name)
-                    if name.endswith("weight") and tensor.get_dtype().startswith(("I", "U")):
-                        raise ConfigError(_quantized(f"model.path {file.parent}", f"integers in {file.name}"))
+                    if name.endswith("weight") and (kind := tensor.get_dtype()).startswith(refused):
+                        how = "integers" if kind.startswith(INTEGERS) else f"{kind}, and config.json does not say how,"
+                        raise ConfigError(_quantized(f"model.path {file.parent}", f"{how} in {file.name}"))
                     shapes[name] = tuple(tensor.get_shape())
         except (SafetensorError, OSError) as error:
             problem = f"not a safetensors file ({error}); it was cut short, or is a Git LFS pointer"
@@ -278,7 +290,11 @@ def _refuse_quantized(where: str, directory: Path, config: dict[str, Any]) -> No
     sections = [config, config.get("text_config") or {}]
     own = next((s[key] for s in sections for key in ("quantization_config", "compression_config") if s.get(key)), None)
     if own is None:
-        beside = [name for name in ("quantize_config.json", "quant_config.json") if (directory / name).exists()]
+        beside = [
+            name
+            for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+            if (directory / name).exists()
+        ]
         if beside:
             raise ConfigError(_quantized(where, beside[0]))
         return
@@ -323,8 +339,9 @@ def _check_weights(
     vocabulary, layers = (config.get(key, text.get(key)) for key in ("vocab_size", "num_hidden_layers"))
     there = -1
     shapes: dict[str, tuple[int, ...]] = {}
+    described = any(section.get("quantization_config") for section in (config, text))
     for file in weights:
-        shapes |= (in_file := weight_shapes([file]))
+        shapes |= (in_file := weight_shapes([file], refused=INTEGERS if described else INTEGERS + SHORT))
         for name, shape in in_file.items():
             if found := LAYER.search(name):
                 there = max(there, int(found[1]))
@@ -381,6 +398,25 @@ def _check_shapes(where: str, directory: Path, shapes: dict[str, tuple[int, ...]
                 f"{where}: {name} has the shape {list(shapes[name])}, but config.json describes {list(shape)}; the files come "
                 "from different models"
             )
+
+
+def _check_generation(where: str, directory: Path) -> None:
+    """Refuse settings for generation with which transformers does not load the model."""
+    path = directory / "generation_config.json"
+    if not path.exists():
+        return
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # of those that are only ignored it would say so
+    try:
+        GenerationConfig.from_dict(_read_object(where, path))
+    except Exception as error:  # whatever a value leads to
+        reason = printable(" ".join(str(error).split())[:200])
+        raise ConfigError(f"{where}/{path.name}: transformers refuses it: {reason}; correct it there") from None
+    finally:
+        logging.set_verbosity(level)
 
 
 def context_length(config: dict[str, Any]) -> int | None:

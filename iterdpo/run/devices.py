@@ -22,7 +22,7 @@ def visible_gpus() -> list[str]:
     """Names of the NVIDIA GPUs that a child will see (`["0", "1"]`, or UUIDs), without importing torch."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
-        return [part.strip() for part in chosen.split(",") if part.strip() not in ("", "-1")]
+        return [part.strip() for part in chosen.split(",") if part.strip() not in ("", "-1", "NoDevFiles")]
     return [str(number) for number in range(_installed())]
 
 
@@ -33,7 +33,7 @@ def check_devices(wanted: int, key: str) -> None:
         ConfigError: naming the key, and how many there are.
     """
     chosen, installed = visible_gpus(), _installed()
-    missing = [name for name in chosen if name.isdecimal() and int(name) >= installed]
+    missing = [name for name in chosen if (int(name) >= installed if name.isdecimal() else not installed)]
     if missing and not Path("/dev/dxg").exists():  # WSL's GPUs are found nowhere
         raise ConfigError(
             f"CUDA_VISIBLE_DEVICES names GPU {missing[0]}, but this machine has {installed}, numbered from 0; correct or "

@@ -27,6 +27,17 @@ NAMES = (
     *("session_token", "wandb_token", "github_token", "secret", "client_secret", "clientSecret", "secrets", "password"),
     *("PASSWORD", "db_password", "passwd", "pwd", "passphrase", "credential", "credentials", "Authorization", "auth"),
     *("cookie", "Set-Cookie", "connection_string", "bearer", "github_pat"),
+    *(
+        "slack_token",
+        "SLACK_BOT_TOKEN",
+        "azure_sas_token",
+        "npm_token",
+        "openai_key",
+        "OPENAI_KEY",
+        "hfToken",
+        "x-token",
+    ),
+    *("PGPASSWORD", "dbpassword", "db_pass", "authtoken", "apikeys", "aws_access_key_id", "storageAccountKey"),
 )
 TEXTS = (
     *("sk-proj-abcdefghijklmnopqrstuv", "hf_abcdefghijklmnopqrstuvwx", "ghp_abcdefghijklmnopqrstuvwx"),
@@ -35,6 +46,12 @@ TEXTS = (
     *("-----BEGIN RSA PRIVATE KEY-----", "Bearer abcdefghijklmnopqrst", "https://user:pass@example.org/v1"),
     "https://example.org/?key=sk-proj-abcdefghijklmnopqrstuv",
 )
+
+
+@pytest.mark.parametrize("name", ["my_key", "key", "judgeToken", "x-sig"])
+@pytest.mark.parametrize("text", ["f8Kq2LzT0vBnX7cYw3Ra", "5f1c0f9be7a24d0f8c6c3f3e4a0b9d21"])
+def test_a_random_text_under_a_name_that_may_be_a_secrets_is_found(name: str, text: str) -> None:
+    assert secret_in({"judge": {"args": {name: text}}}) == f"judge.args.{name}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,6 +93,13 @@ def test_a_configuration_with_a_secret_is_refused_and_the_secret_is_not_shown() 
             "path": "sk-1",
         },
         {"api_key": True, "hidden": 3},
+        {
+            "end_token": "<|im_end|>",
+            "answer_token": " Yes",
+            "judge_key": "question_v2_of_the_author",
+            "prefix_key": "Column 12",
+        },
+        {"bypass": "x", "first_pass": "y", "pass": "PASS", "sort_key": "promptLengthInTokens"},
         {"base_url": "http://localhost:8000/v1", "model": "org/sk-8b-instruct", "use": "judge.py:basic"},
     ],
 )

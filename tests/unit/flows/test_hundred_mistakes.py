@@ -121,6 +121,17 @@ def with_integers(root: Path) -> None:
     save_file({**tensors, name: tensors[name].astype(np.int8)}, file)
 
 
+def with_short_floats(root: Path) -> None:
+    import torch
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file as save
+
+    file = root / "model" / "model.safetensors"
+    tensors = load(file)
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    save({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, file, metadata={"format": "pt"})
+
+
 WEIGHTS = "model/model.safetensors"
 ADAPTER = put("model/adapter_config.json", '{"base_model_name_or_path": "meta/base", "peft_type": "LORA"}')
 AWQ = {"quant_method": "awq", "bits": 4}
@@ -280,6 +291,28 @@ MODEL = [
         put("model/quantize_config.json", "{}"),
     ),
     Mistake("weights that are integers", ["quantized (integers in model.safetensors)"], [], with_integers),
+    Mistake(
+        "weights of 8 bits that nothing describes", ["quantized (F8_E4M3", "does not say how"], [], with_short_floats
+    ),
+    Mistake("weights of ModelOpt", ["quantized (hf_quant_config.json)"], [], put("model/hf_quant_config.json", "{}")),
+    Mistake(
+        "weights beside weights",
+        ["has model.safetensors and old.safetensors", "move old.safetensors away"],
+        [],
+        lambda root: shutil.copy(root / WEIGHTS, root / "model/old.safetensors"),
+    ),
+    Mistake(
+        "an adapter's weights beside weights",
+        ["adapter_model.safetensors", "move"],
+        [],
+        lambda root: shutil.copy(root / WEIGHTS, root / "model/adapter_model.safetensors"),
+    ),
+    Mistake(
+        "weights beside the index of others",
+        ["has model.safetensors and model.safetensors.index.json"],
+        [],
+        put("model/model.safetensors.index.json", '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'),
+    ),
     Mistake("code of its own", ["trust_remote_code"], [], edit("config.json", auto_map={"AutoConfig": "own.Config"})),
     Mistake(
         "code that is missing",
@@ -309,6 +342,18 @@ MODEL = [
         ["generation_config.json"],
         [],
         put("model/generation_config.json", "{"),
+    ),
+    Mistake(
+        "settings for generation that are refused",
+        ["generation_config.json", "max_new_tokens", "correct it"],
+        [],
+        edit("generation_config.json", max_new_tokens=-5),
+    ),
+    Mistake(
+        "a cache that there is not",
+        ["generation_config.json", "cache_implementation"],
+        [],
+        edit("generation_config.json", cache_implementation="bogus"),
     ),
     Mistake(
         "targets of another architecture",

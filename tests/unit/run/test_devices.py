@@ -40,7 +40,8 @@ def wait_for(condition: Callable[[], bool], event: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("chosen", "seen"), [("0,1", ["0", "1"]), ("", []), ("-1", []), (" GPU-a , GPU-b", ["GPU-a", "GPU-b"])]
+    ("chosen", "seen"),
+    [("0,1", ["0", "1"]), ("", []), ("-1", []), ("NoDevFiles", []), (" GPU-a , GPU-b", ["GPU-a", "GPU-b"])],
 )
 def test_the_gpus_that_are_visible_are_those_that_were_chosen(
     monkeypatch: pytest.MonkeyPatch, chosen: str, seen: list[str]
@@ -62,6 +63,10 @@ def test_more_devices_than_there_are_are_refused_by_the_key(monkeypatch: pytest.
     devices.check_devices(1, "dpo.processes")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES names GPU 2, but this machine has 2"):
+        devices.check_devices(1, "dpo.processes")
+    monkeypatch.setattr(devices, "_installed", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f2e")
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES names GPU GPU-8f2e, but this machine has 0"):
         devices.check_devices(1, "dpo.processes")
 
 
