@@ -18,6 +18,7 @@ from iterdpo.stages.offline import check_account, check_kind, preferences_of
 from iterdpo.stages.plan import describe_pending
 from iterdpo.stages.runs import IterativeRun, OfflineRun
 
+LONGEST_REASON = 500
 STEPS = ("completions", "judgments", "pairs", "reference", "policy", "evaluation")
 
 
@@ -113,7 +114,7 @@ def describe_status(run_dir: str | Path) -> str:
         lines.append(f"  round {number}: done: {', '.join(done) or 'nothing'}{more}")
     if failure is not None:
         since = f" (round {failure['round']} has been finished since)" if run.next_round() > failure["round"] else ""
-        why = printable(str(failure["reason"]).partition("\n")[0])
+        why = printable(" ".join(str(failure["reason"]).split())[:LONGEST_REASON])
         lines.append(f"  last failure: {failure['time']}, round {failure['round']}: {why}{since}")
     return "\n".join(lines)
 

@@ -251,6 +251,17 @@ def test_a_push_creates_a_private_repository_with_the_exported_files(whole: Path
     assert (created["name"], created["organization"], created["visibility"]) == ("films", "me", "private")
 
 
+def test_pairs_are_pushed_as_a_dataset_which_is_public_if_asked(whole: Path, tmp_path: Path, endpoint: Any) -> None:
+    output = export_pairs(whole, tmp_path / "out")
+    with hub() as (url, files, asked):
+        endpoint(url)
+        push(output, "me/pairs", kind="dataset", public=True)
+    assert files.keys() == {"README.md", "train.parquet"}
+    created = next(body for path, body in asked if path == "/api/repos/create")
+    assert (created["type"], created["visibility"]) == ("dataset", "public")
+    assert any(path.startswith("/api/datasets/me/pairs/commit/") for path, _ in asked)
+
+
 @pytest.mark.parametrize(("name", "status"), [("me/films", 403), ("a/b/c", None)])
 def test_a_push_that_the_hub_refuses_is_one_line(
     whole: Path, tmp_path: Path, endpoint: Any, name: str, status: int | None

@@ -86,8 +86,8 @@ def test_the_policies_of_all_rounds_are_announced_in_the_unit_that_shows_them(mo
 def test_the_status_has_the_last_failure_and_whether_its_round_was_finished_since(tmp_path: Path) -> None:
     run = RunDir(tmp_path)  # without run.json: it failed before the run began
     run.note_failure("training failed:\nno memory \x1b[31m")
-    assert re.search(r"\n  last failure: 2\S+, round 0: training failed:$", describe_status(tmp_path))
+    assert re.search(r"\n  last failure: 2\S+, round 0: training failed: no memory", describe_status(tmp_path))
     run.write_config({})
     run.round_dir(0).mkdir()
     run.write_record(RoundRecord(0, "promote", "", "model", 0, "", {}, {"round": 0, "gate/decision": "promote"}))
-    assert describe_status(tmp_path).endswith(": training failed: (round 0 has been finished since)")
+    assert describe_status(tmp_path).endswith(r"no memory \x1b[31m (round 0 has been finished since)")
