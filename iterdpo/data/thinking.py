@@ -32,6 +32,7 @@ OTHERS = (
     ("◁think▷", "◁/think▷"),  # Kimi-VL
     ("<|begin_of_thought|>", "<|end_of_thought|>"),  # Sky-T1, OpenThinker
 )
+WINDOW = 64  # tokens at a completion's end that are searched first for a tag of several tokens
 PROMPT_END = 64  # tokens in which an opening tag at a prompt's end lies, even byte by byte
 
 
@@ -83,7 +84,10 @@ class Thinking:
             closed = before.rfind(self.tags.end) + len(self.tags.end)  # a token may go on after the tag
             text = before[closed:] + decoded(self._tokenizer, self._spoken(completion)[cut:], special=False)
             blank = text[: len(text) - len(text.lstrip())]
-            return replace(completion, text=text.lstrip(), reasoning=before[:closed] + blank, reasoning_tokens=cut)
+            if blank != text:  # a first line may be indented
+                blank = blank[: blank.rfind("\n") + 1] or blank
+            reasoning, text = before[:closed] + blank, text[len(blank) :]
+            return replace(completion, text=text, reasoning=reasoning, reasoning_tokens=cut)
         if tag == self.tags.start or self.opens(prompt_ids):
             thought = decoded(self._tokenizer, self._spoken(completion))
             return replace(completion, text="", reasoning=thought, reasoning_tokens=len(ids), finish_reason="thought")
@@ -106,18 +110,24 @@ class Thinking:
                 if ids[place] in self._own:
                     return (self.tags.start if ids[place] == self._own[0] else self.tags.end), place + 1
             return None, 0
-        text = decoded(self._tokenizer, ids)
-        last = max((self.tags.start, self.tags.end), key=text.rfind)
-        if (count := text.count(last)) == 0:
-            return None, 0
-        few, enough = 0, len(ids)  # the text of the first `few` ids has the tag less often
+        size = WINDOW
+        while True:  # answers are short: decoding all of a long thought again and again would take long
+            window = ids[-size:]
+            text = decoded(self._tokenizer, window)
+            last = max((self.tags.start, self.tags.end), key=text.rfind)
+            if count := text.count(last):
+                break
+            if size >= len(ids):
+                return None, 0
+            size *= 2
+        few, enough = 0, len(window)  # the text of the first `few` ids has the tag less often
         while enough - few > 1:
             middle = (few + enough) // 2
-            if decoded(self._tokenizer, ids[:middle]).count(last) < count:
+            if decoded(self._tokenizer, window[:middle]).count(last) < count:
                 few = middle
             else:
                 enough = middle
-        return last, enough
+        return last, len(ids) - len(window) + enough
 
 
 def _own_token(tokenizer: Any, tag: str) -> int | None:

@@ -46,6 +46,14 @@ def len_of(completion: str) -> int:
     return len(completion)
 
 
+def test_each_judge_sees_the_part_of_completions_that_its_section_says(config: dict[str, Any]) -> None:
+    config["judge"]["sees"] = "completion"
+    config["evaluation"] = {"judge": {"use": "regex", "args": {"pattern": "x"}}}
+    run = open_run(parse_config(Config, config))
+    assert [judge.named.sees for judge in run.judges] == ["completion", "answer"]
+    assert ["sees" in judge.key for judge in run.judges] == [True, False]
+
+
 def test_only_the_policies_to_come_have_to_fit_on_the_disk(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
