@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from iterdpo.types import CompletionGroup, Judgment, Prompt
 from judges.base import Abstention, is_number, judgment_from_outcomes
 from judges.llm.judges import LLMJudge
-from judges.llm.parsing.text import Unclear, read_with
+from judges.llm.parsing import Unclear, read_with
 
 TEXT = ("criterion", "description", "title")
 WEIGHT = ("points", "weight")
@@ -133,7 +133,7 @@ def parse_met(reply: str) -> bool | Unclear:
     `Met: yes`, `No.`, `Yes, because …`, `The criterion is not met.` Two next to each other that differ are Unclear, and
     so is everything else.
     """
-    return read_with(reply, _met, contradiction=BOTH)
+    return read_with(reply, _met, several=BOTH)
 
 
 def _met(text: str) -> bool | Unclear:

@@ -30,11 +30,10 @@ from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
 from judges.base import Abstention, check_choice, is_number, judgment_from_outcomes
 from judges.llm.client import CallFailed, Client, probe, refused
-from judges.llm.parsing.ranking import parse_ranking
-from judges.llm.parsing.score import expected_score, parse_scores
-from judges.llm.parsing.text import Unclear, read_with
-from judges.llm.parsing.verdict import ReplyVerdict, parse_verdict, verdict_probability
-from judges.llm.reply import Reply
+from judges.llm.parsing import Unclear, read_with
+from judges.llm.parsing.scores import parse_ranking, parse_scores
+from judges.llm.parsing.verdict import ReplyVerdict, parse_verdict
+from judges.llm.reply import Reply, mean_of
 from judges.llm.server import Server, ServerSettings
 from judges.llm.settings import Endpoint
 from judges.llm.templates import Kind, load_template, principles, read_text
@@ -42,7 +41,7 @@ from judges.llm.transport import in_own_loop, run_each
 from judges.schedules import LOST_COIN_FLIP, Knockout, random_pairs
 
 Constrain = Literal["auto", "structured_outputs", "json_schema", "none"]
-REVISION = 3
+REVISION = 4
 """Number of the prompts' and parsers' revision, part of every version: raise it if scores could change."""
 REASONING_TOKENS = 512
 CUT = "cut off at max_tokens"
@@ -236,7 +235,18 @@ class LLMJudge(JudgeBase):
         def read(reply: Reply) -> T | Unclear:
             if reply.finish_reason == "length":
                 return Unclear(CUT)
-            return parse(reply.text) if self.pattern is None else read_with(reply.text, own, contradiction=TWO_MATCHES)
+            return parse(reply.text) if self.pattern is None else read_with(reply.text, own, several=TWO_MATCHES)
+
+        return read
+
+    def _first_token(self, values: Mapping[str, float]) -> Callable[[Reply], float | Unclear]:
+        """Reads the mean of the values under the probabilities of a reply's first token."""
+
+        def read(reply: Reply) -> float | Unclear:
+            if not any(reply.top_logprobs[:1]):
+                return Unclear("the endpoint gave no probabilities")
+            mean = mean_of(values, reply.top_logprobs[0])
+            return Unclear(f"no {self.statement.lower()}") if mean is None else mean
 
         return read
 
@@ -327,7 +337,7 @@ class PairwiseJudge(LLMJudge):
             drawn = random.Random(self._seed(group, "principle", min(first, second), max(first, second)))
             values["principle"] = drawn.choice(self.principles)
         if self.soft:
-            likely = await self._ask(_first_token(verdict_probability), values, **FIRST_TOKEN)
+            likely = await self._ask(self._first_token({"A": 1.0, "B": 0.0}), values, **FIRST_TOKEN)
             if isinstance(likely, Unclear):
                 return Comparison(first, second, None, str(likely))
             winner: Any = "tie" if likely == 0.5 else "first" if likely > 0.5 else "second"
@@ -392,15 +402,14 @@ class RubricJudge(LLMJudge):
     async def _score(self, prompt: Prompt, completion: str) -> tuple[object, dict[str, float] | None]:
         shown = self._values(prompt, first_token=self.expected) | {"completion": completion, "rubric": self.rubric}
         values = {**shown, "criteria": list(self.weights), "low": self.low, "high": self.high}
+        points = {str(n): float(n) for n in range(self.low, self.high + 1)}
         if self.expected:
-            read = _first_token(lambda top: expected_score(top, self.low, self.high))
-            mean = await self._ask(read, values, **FIRST_TOKEN)
+            mean = await self._ask(self._first_token(points), values, **FIRST_TOKEN)
             return (Abstention(mean) if isinstance(mean, Unclear) else mean), None
-        points = [str(n) for n in range(self.low, self.high + 1)]
         number = {"type": "integer", "minimum": self.low, "maximum": self.high}
         single = len(self.weights) == 1 and self._held == "structured_outputs"
         schema = _object(dict.fromkeys(self.weights, number))
-        form = self._limits(choices=points if single else None, schema=schema, longest=32 * len(self.weights))
+        form = self._limits(choices=list(points) if single else None, schema=schema, longest=32 * len(self.weights))
         parse = functools.partial(parse_scores, criteria=list(self.weights), low=self.low, high=self.high)
         said = await self._ask(self._whole(parse), values, **form)
         if isinstance(said, Unclear):
@@ -457,11 +466,6 @@ class ListwiseJudge(LLMJudge):
         best_first = [shown[position] for position in ranking]
         pairs = itertools.combinations(shown, 2)
         return [Comparison(i, j, "first" if best_first.index(i) < best_first.index(j) else "second") for i, j in pairs]
-
-
-def _first_token(parse: Callable[[Mapping[str, float]], float | Unclear]) -> Callable[[Reply], float | Unclear]:
-    none = Unclear("the endpoint gave no probabilities")
-    return lambda reply: parse(reply.top_logprobs[0]) if any(reply.top_logprobs[:1]) else none
 
 
 def _of_twins(texts: Sequence[str], judged: Sequence[Comparison]) -> Iterator[Comparison]:

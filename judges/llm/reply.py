@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -60,6 +62,19 @@ def _top_logprobs(choice: dict[str, Any]) -> list[dict[str, float]]:
         ]
     except (LookupError, TypeError, ValueError):
         return []
+
+
+def mean_of(values: Mapping[str, float], top_logprobs: Mapping[str, float]) -> float | None:
+    """The mean of the values of some tokens under their probabilities, renormalised; None if none is among the likeliest.
+
+    `{"A": 1.0, "B": 0.0}` gives P(A) against P(B). Spaces, quotes and the tokenizers' marks for a space (`▁A`, `ĠA`)
+    around a token are ignored.
+    """
+    found = [(t.strip(" \t\r\n▁ĠĊ\"'`*([{"), p) for t, p in top_logprobs.items() if math.isfinite(p)]
+    found = [(t, p) for t, p in found if t in values]
+    top = max((p for _, p in found), default=0.0)  # relative to the likeliest: exp(-900) alone would be 0
+    mass = [math.exp(p - top) for _, p in found]
+    return sum(values[t] * m for (t, _), m in zip(found, mass, strict=True)) / sum(mass) if found else None
 
 
 def error_of(data: bytes) -> tuple[str, str]:

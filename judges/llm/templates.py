@@ -48,7 +48,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from iterdpo.errors import JudgeError
 from iterdpo.types import Message
-from judges.llm.parsing.text import MARK, SPECIAL_TOKEN, THINKING
+from judges.llm.parsing import MARK, SPECIAL_TOKEN, THINKING
 
 Kind = Literal["pairwise", "rubric", "listwise", "checklist"]
 

@@ -3,157 +3,85 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
-from typing import Any, Literal
+from functools import lru_cache, partial
+from typing import Literal
 
-from judges.llm.parsing.text import (
-    BECAUSE,
-    CONCLUDES,
-    CUT_OFF,
-    LEAD,
-    NOUN,
-    OPEN,
-    PLACEHOLDER,
-    SHUT,
-    Form,
-    Scope,
-    Unclear,
-    decide,
-    frame_of,
-    lines_of,
-    only_explains,
-    read_with,
-    token_mass,
-)
+from judges.llm.parsing import NOUN, OPEN, SHUT, Form, Unclear, frame_of, only_explains, read_with
 
 ReplyVerdict = Literal["first", "second", "tie"]
-NOTHING = Unclear("no verdict")
 BOTH = Unclear("both verdicts")
-UNREADABLE = Unclear("an unreadable verdict")
-LOOK_ALIKE = Unclear("a look-alike letter")
 _FRAME = frame_of(
     r"verdict|winner|(?P<weak>decision|choice|judge?ment|preference|pick|selection|vote|answer|conclusion|result"
-    rf"|(?:better|best|preferred|stronger|superior|winning)\s+(?:one|{NOUN})"
+    rf"|(?:better|best|preferred|stronger|superior|winning)(?:\s+(?:one|{NOUN}))?"
     r"|veredicto|veredito|ganador|vencedor|urteil|gewinner|вердикт|победитель|判决|裁决|判定|结论|最终判断|最终答案|答案"
     r"|結論|勝者|优胜者|الحكم|फैसला)"
 )
-_LABEL = rf"{OPEN}(?:(?i:the)\s+)?(?:{NOUN}\s*)?{OPEN}([AB])(?:\+{{1,3}})?(?!\w|['’]\w){SHUT}"
-_COMPARED = re.compile(rf"{OPEN}(?:{NOUN}\s+)?([AB])\s*(>+|<+|=+|≈|≻)\s*(?:{NOUN}\s+)?([AB])(?!\w){SHUT}\s*")
+_LABEL = rf"{OPEN}(?:(?i:the)\s+)?(?:{NOUN}\s*)?{OPEN}([AB])(?:\+{{1,3}}|['’]s\s+{NOUN})?(?!\w)"
 _VERY = r"(?:(?:clearly|slightly|much|far|significantly|marginally|definitely|substantially|overall|still)\s+)"
 _BETTER = (
-    rf"(?:(?:(?:is|was|would be)\s+{_VERY}?|{_VERY})"
-    rf"(?:the\s+)?(?:better|best|winner|preferred|preferable|superior|stronger|winning)(?:\s+(?:one|overall|{NOUN}))?"
+    rf"(?:(?:(?:is|was|would be|does|did|performs|gives|provides|offers)\s+{_VERY}?|{_VERY})"
+    rf"(?:(?:the|a)\s+)?(?:better|best|(?:clear\s+)?winner|preferred|preferable|superior|stronger|winning)(?:\s+(?:one|overall|{NOUN}))?"
     r"|wins)"
 )
 _CHOICE = re.compile(
     r"((?i:(?:i|we)(?:\s+would|['’]d|\s+will|['’]ll)?\s+(?:prefer|choose|pick|select|vote for|go with|favou?r)\s+))?"
-    rf"{_LABEL}\s*((?i:{_BETTER}))?(?:\s*,?\s*(?i:than|over|rather than|not)\s+{_LABEL})?"
+    rf"{_LABEL}(?!['’]\w)(?:\s*(>+|<+|=+|≈|≻)\s*{_LABEL}"
+    rf"|{SHUT}((?i:{_BETTER}))?(?:\s*,?\s*(?i:than|over|rather than|not|to|beats|outperforms)\s+{_LABEL}(?:['’]s)?)?){SHUT}"
 )
 _TIE = re.compile(
-    rf"{OPEN}(?:(?:it['’]?s|it is|this is|we have|they(?: are|['’]re)|the two(?: {NOUN}s)? are"
+    rf"(?i){OPEN}(?:(?:it['’]?s|it is|this is|we have|they(?: are|['’]re)|the two(?: {NOUN}s)? are"
     rf"|both(?: {NOUN}s| of them)?(?: are)?|(?:{NOUN}s? )?A and (?:{NOUN} )?B are)\s+)?"
     r"(?:(?:an?\s+|the\s+)?(?:tie(?:, relatively the same)?|draw|tied)|equally\s+\w+|equal in quality|of equal quality|no (?:clear )?winner|no preference"
     rf"|neither(?:\s+(?:one|{NOUN}))?\s+is\s+(?:clearly\s+)?(?:better|superior|preferred|the winner)"
-    r"|empate|unentschieden|égalité|平局|平手|引き分け|ничья|تعادل|(?P<framed>neither|equal|the same|identical|even))"
-    rf"(?!\w|-\w){SHUT}",
-    re.IGNORECASE,
+    r"|C(?=\s*\]\])|empate|unentschieden|égalité|平局|平手|引き分け|ничья|تعادل|(?P<framed>neither|equal|(?:relatively )?the same|identical|even))"
+    rf"(?!\w|-\w){SHUT}"
 )
-_PURPOSE = re.compile(r"\s*(?:,\s*)?(?:for|at|in|to|by|of)\b(?!.*\b(?:but|however|though|although|if|unless|only)\b)")
-_KEYS = [
-    "final verdict", "verdict", "winner", "preference", "preferred", "decision", "choice", "judgment", "judgement",
-    "better", "final answer", "answer",
-]  # fmt: skip
-_LOOK_ALIKE = re.compile(rf"{OPEN}(?:\w+\s*:?\s+)?[АВΑΒавᎪᏴꓮꓐᗅᗷ]{SHUT}[.!]?")  # with or without a noun
-_ECHO = re.compile(rf"(?:{PLACEHOLDER}|\W*A\W+B\W+(?:or\W+)?(?:tie|draw|equal|C)\W*|A\|B)[.\s]*", re.IGNORECASE)
+_LOOK_ALIKE = rf"{OPEN}(?:\w+\s*:?\s+)?[АВΑΒавᎪᏴꓮꓐᗅᗷ]{SHUT}[.!]?"  # with or without a noun
+_ECHO = r"(?i:\W*A\W+B\W+(?:or\W+)?(?:tie|draw|equal|C)\W*|A\|B[.\s]*)"
+_OTHER = rf"(?:[,;:.–—-]|\b(?:and|or|but|then|not)\b){OPEN}(?:the\s+)?(?:{NOUN}\s+)?{OPEN}"
 
 
 @lru_cache(maxsize=64)  # a reply is read twice, and those of a judge that is held to its form are one of three
 def parse_verdict(reply: str) -> ReplyVerdict | Unclear:
     r"""Which of the completions A (the first) and B (the second) a reply prefers.
 
-    The shipped prompts ask for a last line `Verdict: A`, `Verdict: B` or `Verdict: tie`. Others that are read: JSON
-    and XML with such a key, `[[A]]` (`[[C]]` is MT-bench's tie), `\boxed{A}`, `Answer: (B)`, `Winner: Assistant A`,
-    `A > B`, and what the package's docstring says of last lines. A lower-case `a` counts only after `Verdict:` and the
-    like. `A or B`, `A/B` and `both` are Unclear: the prompt offers "tie" for a tie. `neither` after `Verdict:` is a
-    tie, since no completion wins.
+    The shipped prompts ask for a last line `Verdict: A`, `Verdict: B` or `Verdict: tie`. JSON, tags, `[[A>>B]]` (and MT-bench's
+    tie, `[[C]]`), `\boxed{A}`, `Winner: Assistant A`, `A > B` and `I prefer A.` are read too. `A or B`, `A/B` and `both` are
+    Unclear: the prompt offers "tie". `Verdict: neither` is a tie, since no completion wins.
     """
-    reply = re.sub(r"\[\[\s*C\s*\]\]", "[[tie]]", reply)
-    reply = re.sub(rf"({NOUN}\s*\()([ab])(?=\))", lambda label: label[1] + label[2].upper(), reply)
-    form: Form[ReplyVerdict] = Form(_FRAME, _fields, _value, _bare, NOTHING, UNREADABLE, BOTH)
-    return read_with(reply, lambda text: decide(lines_of(text, form), form), contradiction=BOTH)
+    lower = re.compile(rf"(?m)((?:{NOUN}|[:=]){OPEN})([ab])(?={SHUT}[.!]?$|\))")
+    reply = lower.sub(lambda label: label[1] + label[2].upper(), reply)
+    reply = re.sub(rf"\A\W*{NOUN}\s*\(([AB])\)\W*\Z", r"\1", reply)
+    return read_with(reply, lambda text: _FORM.decide(_FORM.lines(text)), several=BOTH)
 
 
-def verdict_probability(top_logprobs: Mapping[str, float]) -> float | Unclear:
-    """P(first) from the alternatives for a verdict's token: the mass of `A` over that of `A` and `B`.
-
-    All other tokens are left out of the sum. If only one of both is among the alternatives, it has all of the mass.
-    """
-    mass = token_mass(top_logprobs, {"A", "B"})
-    return mass["A"] / (mass["A"] + mass["B"]) if mass else NOTHING
-
-
-def _fields(found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    keys = [key for key in _KEYS if key in found]
-    # "verdict" next to "answer" is the verdict; of two others, neither is the verdict more than the other.
-    for key in [key for key in keys if "verdict" in key or key == "winner"] or keys:
-        yield "Verdict", found[key]
-
-
-def _value(text: str) -> ReplyVerdict | Unclear:
+def _value(text: str) -> ReplyVerdict | Unclear | None:
     """What stands after `Verdict: `."""
-    text = text.strip()
-    if text.count('"') % 2 or text.count("”") > text.count("“"):
-        return UNREADABLE  # the end of a quotation that began in a line above
-    if lower := re.fullmatch(rf"{OPEN}(?:{NOUN}\s+)?([ab]){SHUT}[.!]?", text):
-        return "first" if lower[1] == "a" else "second"
-    if (said := _said(text)) and _only_explains(*said[:2]):
-        return said[0]
-    if _ECHO.fullmatch(text):
-        return NOTHING
-    if not text.strip(" .:-*"):
-        return CUT_OFF
-    if _LOOK_ALIKE.fullmatch(text):
-        return LOOK_ALIKE
-    return BOTH if {"A", "B"} <= set(re.findall(r"\b[AB]\b", text)) or re.match("(?i)both", text) else UNREADABLE
+    if said := _said(text):
+        return said
+    if re.fullmatch(rf"{_ECHO}|{_LOOK_ALIKE}", text):
+        return Unclear("no verdict" if re.fullmatch(_ECHO, text) else "a look-alike letter")
+    return BOTH if {"A", "B"} <= set(re.findall(r"\b[AB]\b", text)) or re.match("(?i)both", text) else None
 
 
-def _said(text: str) -> tuple[ReplyVerdict, str, bool] | None:
-    """The verdict that `text` begins with, the rest of it, and whether the words are a verdict by themselves."""
-    if found := _COMPARED.match(text):
-        left, sign, right = found.groups()
-        tie, first = sign[0] in "=≈", (left == "A") == (sign[0] in ">≻")
-        return None if left == right else ("tie" if tie else "first" if first else "second", text[found.end() :], True)
+def _said(text: str, concludes: bool = False, *, alone: bool = False) -> ReplyVerdict | None:
+    """The verdict that a text is, with its reasons if any. If it stands `alone`, without a frame, `A` says nothing."""
+    verdict: ReplyVerdict = "tie"
+    doubt = r"(?i)\b(?:if|unless|but|though|although|however|slight\w*|lean\w*|prefer\w*|better|edge|or)\b"
     if found := _TIE.match(text):
-        return "tie", text[found.end() :], not found["framed"]
-    if (found := _CHOICE.match(text)) and found[2] != found[4]:
-        return "first" if found[2] == "A" else "second", text[found.end() :], any(found.group(1, 3, 4))
-    return None
-
-
-def _only_explains(verdict: ReplyVerdict, rest: str, *, goes_on: bool = False) -> bool:
-    """Whether what follows a verdict in its line leaves it as it is: nothing, or reasons."""
-    other = r"\bB\b" if verdict == "first" else r"\bA\b"
-    if verdict == "tie":
-        mind = r"(?i)\b(?:but|though|although|however|slight\w*|lean\w*|prefer\w*|better|edge|or)\b"
-    elif re.match(r"(?i)\s*(?:because|since|due to|as)\b|\s*,\s*because\b", rest):
-        mind = rf"(?:[,;.]|\b(?:and|or|but)\b)\s*(?:{NOUN}\s+)?{other}"
+        says = not found["framed"]
+    elif (found := _CHOICE.match(text)) and found[2] not in found.group(4, 6):
+        says, sign = any(found.group(1, 4, 5, 6)), (found[3] or ">")[0]
+        if sign not in "=≈":
+            verdict = "first" if (found[2] == "A") == (sign in ">≻") else "second"
+            other = "B" if verdict == "first" else "A"
+            doubt = rf"(?i:\b(?:if|unless|were|tie)\b)|{_OTHER}{other}\b|\b{other}\b{SHUT}(?i:{_BETTER})"
     else:
-        mind = rf"{other}|(?i:\b(?:tie|or)\b)"
-    return (goes_on or only_explains(rest)) and not re.search(mind, rest)
+        return None
+    rest = text[found.end() :]
+    explains = only_explains(rest) or (concludes and re.match(r"\s*,?\s*(?:for|at|in|to|by|of)\b", rest))
+    return verdict if explains and (says or not alone) and not re.search(doubt, rest) else None
 
 
-def _bare(sentence: str, scope: Scope) -> ReplyVerdict | Unclear | None:
-    """What a sentence says that is nothing but a verdict. `Completion A` may be a heading, and `so A` is none."""
-    if scope != "sentence" and _LOOK_ALIKE.fullmatch(sentence):
-        return LOOK_ALIKE
-    mere = r"\W*[AB]\W*" if scope == "line" else rf"\W*(?:{NOUN}\s*\([AB]\)|[AB])\W*" if scope == "reply" else "(?!)"
-    commas = [c.end() for c in re.finditer(r",\s*", sentence) if LEAD.fullmatch(sentence[: c.end()])]
-    for start in (0, *([lead.end()] if (lead := LEAD.match(sentence)) else ()), *commas):
-        said = _said(sentence[start:])
-        if said and (said[2] or re.fullmatch(mere, sentence)):
-            goes_on = CONCLUDES.match(sentence) and _PURPOSE.match(said[1])
-            explains = (goes_on or BECAUSE.match(said[1])) and _only_explains(*said[:2], goes_on=True)
-            if explains or re.fullmatch(r"[.!。:]?", said[1]):
-                return said[0]
-    return None
+_LINE = re.compile(rf"\W*[AB]\W*|{_LOOK_ALIKE}")
+_FORM: Form[ReplyVerdict] = Form("verdict", BOTH, _FRAME, _value, _LINE, partial(_said, alone=True))

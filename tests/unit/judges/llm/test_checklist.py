@@ -17,7 +17,7 @@ from iterdpo.testing_http import FakeEndpoint
 from judges import load_judge
 from judges.base import Abstention
 from judges.llm.checklist import Item, parse_met, read_rubric
-from judges.llm.parsing.text import Unclear
+from judges.llm.parsing import Unclear
 from judges.load import judge_version
 
 RUBRIC = [

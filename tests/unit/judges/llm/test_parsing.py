@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from judges.llm.parsing.ranking import parse_ranking
-from judges.llm.parsing.score import expected_score, parse_scores
-from judges.llm.parsing.text import MARK, Unclear
-from judges.llm.parsing.verdict import parse_verdict, verdict_probability
+from judges.llm.parsing import MARK, Unclear
+from judges.llm.parsing.scores import parse_ranking, parse_scores
+from judges.llm.parsing.verdict import parse_verdict
 from judges.llm.templates import load_template
+from tests.unit.judges.llm.judge_replies import KINDS, replies, scored
 
 
 def table(name: str) -> list[Any]:
@@ -65,6 +64,23 @@ def test_a_scale_may_begin_below_zero_and_end_at_one_hundred() -> None:
 
 def test_more_than_nine_completions_are_ranked_by_number() -> None:
     assert parse_ranking(" > ".join(str(n) for n in range(12, 0, -1)), 12) == list(range(11, -1, -1))
+
+
+# --- Drawn replies, in the forms that benchmarks ask for ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nine_of_ten_drawn_replies_are_read_and_none_gives_a_verdict_that_it_does_not_say(kind: str) -> None:
+    said = [(verdict, parse_verdict(reply), reply) for reply, verdict in replies(kind, 2_000, seed=0)]
+    assert [row for row in said if row[1] != row[0] and not isinstance(row[1], Unclear)] == []
+    found = [verdict == read for verdict, read, _ in said if verdict is not None]
+    assert sum(found) >= 0.9 * len(found)
+
+
+def test_nine_of_ten_drawn_replies_with_a_score_are_read_and_none_is_read_as_another() -> None:
+    said = [(score, parse_scores(reply, ["score"], low=1, high=10)) for reply, score in scored(2_000, seed=0)]
+    assert {read["score"] - score for score, read in said if not isinstance(read, Unclear)} == {0}
+    assert sum(not isinstance(read, Unclear) for _, read in said) >= 0.9 * len(said)
 
 
 # --- Completions that try to be read as a verdict, quoted by a judge that then says its own. ---
@@ -183,51 +199,3 @@ def test_a_hostile_reply_takes_no_more_than_quadratic_time(piece: str) -> None:
     seconds(100)
     short, long = (min(seconds(length) for _ in range(3)) for length in (1_000, 8_000))
     assert long < 200 * short + 0.05  # 64 times, and 512 times if it were cubic
-
-
-# --- Probabilities ---
-
-
-def test_the_probability_of_the_first_is_the_mass_of_its_tokens_against_the_others() -> None:
-    # A has 0.3 + 0.1, B has 0.1: 0.4 / 0.5. "The" is left out.
-    top = {"A": math.log(0.3), " A": math.log(0.1), "B": math.log(0.1), "The": math.log(0.5)}
-    assert verdict_probability(top) == pytest.approx(0.8)
-
-
-@pytest.mark.parametrize("form", ["A", " A", "▁A", "ĠA", '"A', "A\n", "**A", "(A"])
-def test_the_letter_is_found_in_the_forms_that_tokenizers_give_it(form: str) -> None:
-    assert verdict_probability({form: math.log(0.6), form.replace("A", "B"): math.log(0.2)}) == pytest.approx(0.75)
-
-
-def test_probabilities_without_either_letter_are_unclear() -> None:
-    for top in (
-        {},
-        {"The": -0.1},
-        {"a": -0.1, "tie": -2.0},
-        {"А": -0.1},
-        {"A": -math.inf},
-        {"AB": -0.1},
-        {"A": math.nan},
-    ):
-        assert isinstance(verdict_probability(top), Unclear)
-
-
-def test_swapping_the_letters_gives_the_probability_of_the_second() -> None:
-    assert verdict_probability({"A": -1.0, "B": -3.0}) == pytest.approx(1 - verdict_probability({"A": -3.0, "B": -1.0}))  # type: ignore[operator]
-
-
-def test_tiny_probabilities_are_compared_all_the_same() -> None:
-    assert verdict_probability({"A": -900.0, "B": -900.0}) == pytest.approx(0.5)
-
-
-def test_the_expected_score_is_the_mean_over_the_scale() -> None:
-    # (1 * 0.2 + 5 * 0.6) / 0.8; 9 is off the scale.
-    top = {"1": math.log(0.2), " 5": math.log(0.6), "9": math.log(0.1), "five": math.log(0.1)}
-    assert expected_score(top, 1, 5) == pytest.approx(4.0)
-    assert isinstance(expected_score({"good": -0.1}, 1, 5), Unclear)
-
-
-@pytest.mark.parametrize(("low", "high"), [(1, 10), (-1, 5), (0, 100), (5, 5)])
-def test_the_expected_score_refuses_a_scale_of_several_tokens(low: int, high: int) -> None:
-    with pytest.raises(ValueError, match="within 0 to 9"):
-        expected_score({"1": -0.1}, low, high)

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iterdpo.errors import JudgeError
-from judges.llm.parsing.ranking import parse_ranking
-from judges.llm.parsing.score import parse_scores
+from judges.llm.parsing.scores import parse_ranking, parse_scores
 from judges.llm.parsing.verdict import parse_verdict
 from judges.llm.templates import SHIPPED, Template, fence, harmless, load_template, principles
 
