@@ -56,6 +56,21 @@ def test_the_reward_is_beta_times_the_log_ratio_of_the_sampled_tokens(tiny_model
     assert judgment.scores == pytest.approx([e / len(y) for e, (y, _, _) in zip(expected, rows, strict=True)], abs=1e-4)
 
 
+def test_an_answer_is_rewarded_after_its_reasoning_and_an_unfinished_thought_is_not(
+    tiny_model: Path, other: Path
+) -> None:
+    thought, answer = ids(tiny_model, "<think>so</think>"), [*ids(tiny_model, "\n\njoy"), END]
+    parts: dict[str, Any] = {"reasoning": "<think>so</think>\n\n", "reasoning_tokens": len(thought)}
+    whole = Completion("joy", [*thought, *answer], [], "stop", **parts)
+    unfinished = Completion("", thought, [], "thought", **parts)
+    group = CompletionGroup(Prompt("p-1", "What"), ids(tiny_model, "What"), [whole, unfinished])
+    judge = ImplicitReward(str(tiny_model), str(other), beta=1.0, precision="fp32")
+    [judgment] = checked_judgments(judge, [group])
+    given = [*group.prompt_ids, *thought]
+    assert judgment.scores[0] == pytest.approx(logp(tiny_model, given, answer) - logp(other, given, answer), abs=1e-4)
+    assert judgment.abstentions == [None, "the completion has no token"]
+
+
 def test_a_policy_that_is_its_reference_rewards_nothing(tiny_model: Path) -> None:
     group = sampled(tiny_model, "What", (ids(tiny_model, "ever"), "ever", "length"))
     judge = ImplicitReward(str(tiny_model), str(tiny_model))
