@@ -14,6 +14,7 @@ from judges.verify.ifeval import (
     Instructions,
     check_instruction,
     count_sentences,
+    count_words,
     follows,
     loose_variants,
     may_be_in,
@@ -183,6 +184,14 @@ def test_words_in_capitals_highlights_and_postscripts_are_counted_as_a_reader_do
     assert not follows("Bye\nP.S I lied", "detectable_content:postscript", {"postscript_marker": "P.S."})
     first = {"num_paragraphs": 1, "nth_paragraph": 1, "first_word": "it"}
     assert follows("It's so.", "length_constraints:nth_paragraph_first_word", first)
+
+
+def test_words_have_their_vowel_signs_and_what_joins_emoji_is_none() -> None:
+    for text, wanted in (("कल मौसम अच्छा था", 4), ("so ❄️❄️ 👩\u200d💻 cold", 2), ("x_1, m² and 3.5", 5), ("don't", 2)):
+        assert count_words(text) == wanted, text
+    first = {"num_paragraphs": 1, "nth_paragraph": 1}
+    for text, word in (("मौसम अच्छा था", "मौसम"), ("**_So_**: yes", "so"), ("昨日、川へ", "昨日")):
+        assert follows(text, "length_constraints:nth_paragraph_first_word", {**first, "first_word": word}), text
 
 
 class TestLoose:
