@@ -20,7 +20,7 @@ from iterdpo.data.pairs import TokenPair, TokenPairs
 from iterdpo.seeds import derive_seed
 from iterdpo.training.attention import PAD_MULTIPLE, TreeLayout, tree_layout
 
-ROW_MULTIPLE = 64  # few distinct shapes: each new one compiles a kernel
+ROW_MULTIPLE = 64  # few distinct sizes, whose memory is used again
 
 
 @dataclass(frozen=True, slots=True)
