@@ -5,9 +5,8 @@ of it. Full-width letters are ASCII, as Chinese and Japanese keyboards write the
 
 A statement is `Verdict: A`, in prose, JSON or a tag; `[[A]]`; a sentence that is nothing but a verdict; a line `**A**`. It
 begins a sentence outside quotes; an echo of the instructions (`Verdict: A|B|tie`) is none. The last one counts, since a
-judge may quote the format first, or argue with itself: at the end, or at the beginning before its reasons. Elsewhere it
-may be a quotation, unless it is in brackets or says "my final". A statement that differs contradicts it, except one that
-came before other words, if the last is a `Verdict: A` or a conclusion.
+judge may argue with itself: at the end, or at the beginning before its reasons; elsewhere it may be a quotation, unless
+it is in brackets or says "my final". One that differs contradicts it, except before other words and a `Verdict: A`.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ class Unclear(str):
     """Why a reply gives nothing, from a short list, so that reasons can be counted: `Unclear("both verdicts")`."""
 
 
-CUT_OFF = Unclear("cut off")
-TAKEN_BACK = Unclear("a verdict taken back")
+CUT_OFF, TAKEN_BACK = Unclear("cut off"), Unclear("a verdict taken back")
 MARK = re.compile(r"<(/?)text-([0-9a-f]{8})>")  # of `judges.llm.templates.fence`
 SPECIAL_TOKEN = re.compile(
     r"<\|[^|<>\n]{1,50}\|>|<｜[^｜<>\n]{1,50}｜>|<\|[a-z_]{1,30}>|<[a-z_]{1,30}\|>|\[\|[a-z_]{1,30}\|\]"
@@ -192,6 +190,9 @@ class Form(Generic[T]):
         """What a sentence says. Brackets have to agree with the statement that is before them."""
         head, *brackets = _BRACKETS.split(sentence.lstrip(" \t-–—•·({`.,:"))
         value, weight = self._said(head.lstrip("["))
+        framed = (self.value(head[frame.end() :]) for frame in self.frame.finditer(head))
+        if not isinstance(value, Unclear | None) and any(other not in (None, value) for other in framed):
+            value = self.several  # Verdict: A, verdict: B
         if not brackets:
             return (TAKEN_BACK, 0) if value is None and _TURN.match(sentence) else (value, weight)
         last, *others = [self.value(bracket) for bracket in reversed(brackets)]

@@ -30,9 +30,8 @@ _PLACE = re.compile(rf"(?:#|rank\s+)?([0-9]{{1,3}})(?:st|nd|rd|th)?\s*[.):-]\s*{
 def parse_scores(reply: str, criteria: Sequence[str], *, low: float, high: float) -> dict[str, float] | Unclear:
     """The score on each criterion, from `low` to `high`.
 
-    A single one may be called `Score`, `Rating` and the like, or be a last line of a number alone; several are named:
-    lines `Helpfulness: 7`, or JSON. `7/10` and `7 out of 10` are read on a scale to 10, and Unclear on any other. So are
-    `7 or 8`, `7-8`, `about 7`, `seven`, `7,5`, and a number off the scale.
+    A single one may be called `Score` or `Rating`, or be a last line of a number alone; several are named: lines, or JSON.
+    `7/10` is Unclear on a scale that ends elsewhere, and so are `7 or 8`, `7-8`, `about 7`, `7,5`, and a number off the scale.
     """
     names = [re.escape(" ".join(criterion.replace("_", " ").split())) for criterion in criteria]
     words = [f"(?P<named>{name})" for name in names] if len(names) > 1 else [f"{names[0]}|{_NAMES}"]
