@@ -21,6 +21,7 @@ from iterdpo.run.progress import Progress
 
 if TYPE_CHECKING:
     from judges.audit.check import Turn
+    from judges.audit.labelled import LabelledGroup
 
 JUDGE = (
     "a YAML file with a section `judge`, such as a run's, or a value of `judge.use`: a name, or path/to/file.py:name"
@@ -90,23 +91,36 @@ def check(
     attack: Annotated[bool, Parameter(help=ATTACK)] = False,
     attack_prompts: Annotated[Positive, Parameter(help="prompts that are attacked")] = 24,
     policy: Annotated[str | None, Parameter(help=POLICY)] = None,
+    dry_run: Annotated[bool, Parameter(help="count calls, tokens and dollars, and stop")] = False,
     output: OutputOptions = TABLES,
 ) -> int:
     """Measure a judge on labelled preference pairs, and attack it."""
     from judges.audit import attacks, render
     from judges.audit.check import Check, check_judge_on
     from judges.audit.figures import measure
-    from judges.audit.labelled import LabelledGroup, read_labelled
+    from judges.audit.labelled import read_labelled
     from judges.audit.lineage import shared_lineage
     from judges.audit.published import measure_groups
-    from judges.load import check_columns, load_judge
+    from judges.load import check_columns, check_judge, load_judge
 
     if data is None and not attack:
         remedy = "give --data with labelled pairs, or --attack to try attacks on the prompts that come with iterdpo"
         raise ConfigError(f"nothing to check {judge} on; {remedy}")
     use, judge_args = _judge_spec(judge, args, role)
-    loaded = load_judge(use, judge_args)
     how = reading.of(judge)
+    chosen: dict[str, Any] = {"limit": attack_prompts, "tokenizer": how["tokenizer"]}
+
+    def attacked() -> Iterator[LabelledGroup]:
+        if data is None:
+            return attacks.shipped_attacks(**chosen)
+        return attacks.attacks_on(read_labelled(data, **how)[0], **chosen)
+
+    if dry_run:
+        check_judge(use, judge_args)
+        measured = [] if data is None else list(read_labelled(data, subset_column=subset_column, **how)[0])
+        print(*_planned(use, judge_args, measured, repeats, list(attacked()) if attack else []), sep="\n")
+        return 0
+    loaded = load_judge(use, judge_args)
     unit: Literal["characters", "tokens"] = "characters" if how["tokenizer"] is None else "tokens"
     trained = policy or _policy(judge)
     lineage = None if trained is None else shared_lineage(judge_args, trained)
@@ -148,16 +162,11 @@ def check(
             page["figures"] = render.check_plots(report) if output.page else []
             page["examples"] = list(map(render.mistake_example, done.mistakes))
         if attack and stopped is None:
-            chosen: dict[str, Any] = {"limit": attack_prompts, "tokenizer": how["tokenizer"]}
-            if data is None:
-                tried = attacks.shipped_attacks(**chosen)
-            else:
-                tried = attacks.attacks_on(read_labelled(data, **how)[0], **chosen)
-            attacked = judged(tried, attack_prompts * len(attacks.ATTACKS), "attacked")
-            stopped = attacked.turn.stopped
+            done = judged(attacked(), attack_prompts * len(attacks.ATTACKS), "attacked")
+            stopped = done.turn.stopped
             report["attack"] = {
-                **attacks.measure_attacks(attacked.pairs, confidence=output.confidence),
-                "cost": _cost(attacked.turn),
+                **attacks.measure_attacks(done.pairs, confidence=output.confidence),
+                "cost": _cost(done.turn),
             }
             settings.append(("Attacks", f"on {report['attack']['prompts']:,} prompts{' of the data' if data else ''}"))
             said.append(render.attack_sentence(report))
@@ -351,6 +360,24 @@ def _tokenizer(given: str | None, *judges: str) -> Any:
         trust_remote_code=model.trust_remote_code,
         chat_template_kwargs=model.chat_template_kwargs,
     )
+
+
+def _planned(
+    use: str, args: dict[str, Any], measured: list[LabelledGroup], repeats: int, attacked: list[LabelledGroup]
+) -> Iterator[str]:
+    """What a check would take, in lines of text."""
+    from judges.estimate import Workload, estimate
+
+    total = Workload()
+    for what, rows, times in (("measured", measured, repeats), ("attacked", attacked, 1)):
+        if rows:
+            work = estimate(use, args, [row.group(range(len(row.completions))) for row in rows]) * times
+            pairs, prompts = sum(len(row.pairs) for row in rows), len({row.prompt.id for row in rows})
+            yield f"{what:<9} {pairs:,} pairs of {prompts:,} prompts; {round(work.calls):,} calls"
+            total += work
+    yield f"{'calls':<9} {round(total.calls):,} in all"
+    if total.tokens_in:
+        yield f"{'tokens':<9} {total.tokens()}"
 
 
 def _policy(judge: str) -> str | None:

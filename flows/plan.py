@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from pathlib import Path
 
 from flows.api import describe
 from iterdpo.config import OfflineConfig
 from iterdpo.data.preferences import tokenize_pairs
+from iterdpo.data.prompts import PromptFile
 from iterdpo.data.thinking import Thinking
 from iterdpo.errors import DamagedError
 from iterdpo.escape import printable
@@ -17,8 +19,14 @@ from iterdpo.run.rundir import RunDir, read_manifest
 from iterdpo.stages.offline import check_account, check_kind, preferences_of
 from iterdpo.stages.plan import describe_pending
 from iterdpo.stages.runs import IterativeRun, OfflineRun
+from iterdpo.types import Completion, CompletionGroup
+from judges.audit.lineage import shared_lineage
+from judges.estimate import Workload, estimate
+from judges.load import compares
 
 LONGEST_REASON = 500
+SAMPLED = 32
+"""Prompts from which the work of the judges is estimated."""
 STEPS = ("completions", "judgments", "pairs", "reference", "policy", "evaluation")
 
 
@@ -35,7 +43,6 @@ def describe_plan(run: IterativeRun) -> str:
     pairs, rounds = per_round * each, config.rounds
     policy, checkpoint = training_bytes(run.model_path, config.dpo)
     in_all = rounds * completions + (rounds + 1) * evaluated
-    scored = rounds * completions + (rounds + 1) * evaluated * len(run.judges)
     return _table(
         model=run.model_path,
         **_thinking(
@@ -49,11 +56,54 @@ def describe_plan(run: IterativeRun) -> str:
         context=f"{run.estimated_max_model_len():,} tokens",
         rounds=f"{rounds}; next: {describe_pending(run) or 'nothing, all are done'}",
         completions=f"{completions:,} a round and {evaluated:,} an evaluation; {in_all:,} in all",
-        judge_calls=f"{scored:,} completions to score",
+        **_judge_calls(run),
         pairs=f"at most {pairs:,} a round",
         steps=f"at most {config.dpo.steps(pairs):,} optimizer steps a round of {config.dpo.pairs_per_step} pairs",
         disk=f"about {size(rounds * policy)} of policies in {run.dir.root}, and {size(checkpoint)} more for a checkpoint",
     )
+
+
+def _judge_calls(run: IterativeRun) -> dict[str, str]:
+    """Rows of the plan: how often the judges of the configuration are called, and what language models read and write.
+
+    Prompts are the first of the first round, completions as long as `sampling.max_tokens` allows.
+    """
+    config = run.config
+    section, sampling = config.evaluation, config.sampling
+    rounds, each = config.rounds, 1 if section.temperature == 0 else section.n
+    heldout = len(run.prompts.heldout)
+    trained = _groups(run.prompts.of(1), sampling.n, sampling.max_tokens)
+    scored, compared = (_groups(run.prompts.heldout, k, sampling.max_tokens) for k in (each, 2))
+    lines, total = [], Workload()
+    for role, judge in (("training", config.judge), ("held-out", section.judge)):
+        if judge is None:
+            continue
+        if compares(judge.use, judge.args):
+            # With the initial policy, and from the second round on with the previous one too.
+            evaluation = estimate(judge.use, judge.args, compared) * (heldout * each / len(compared))
+            evaluated = evaluation * (2 * rounds - 1)
+        else:
+            evaluation = estimate(judge.use, judge.args, scored) * (heldout / len(scored))
+            evaluated = evaluation * (rounds + 1)
+        work, said = evaluated, f"{round(evaluation.calls):,} an evaluation"
+        if role == "training":
+            one = estimate(judge.use, judge.args, trained) * (config.prompts.per_round / len(trained))
+            work, said = work + one * rounds, f"{round(one.calls):,} a round and {said}"
+        lines.append(f"{role} judge: {said}")
+        total += work
+    rows = {"judge_calls": f"{'; '.join(lines)}; {round(total.calls):,} in all"}
+    if total.tokens_in:
+        rows["judge_tokens"] = total.tokens()
+    if (shared := shared_lineage(config.judge.args, config.model.path)) is not None:
+        rows["warning"] = shared
+    return rows
+
+
+def _groups(prompts: PromptFile, completions: int, max_tokens: int) -> list[CompletionGroup]:
+    """Groups of some prompts with different completions of the greatest length, four bytes a token."""
+    texts = [f"{k:<4}" + "word" * (max_tokens - 1) for k in range(completions)]
+    drawn = [Completion(text, [], [], "length") for text in texts]
+    return [CompletionGroup(prompt, [], drawn) for prompt in islice(prompts, SAMPLED)]
 
 
 def describe_offline_plan(config: OfflineConfig) -> str:

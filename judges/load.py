@@ -205,6 +205,16 @@ def judge_version(use: str, args: dict[str, Any]) -> str:
     return digest([code, source.name, _content(args)])
 
 
+def built_in(use: str) -> type[JudgeBase] | None:
+    """The class of a judge that comes with iterdpo; None of another."""
+    return _built_in(use) if use in BUILT_IN else None
+
+
+def nested_judges(args: Any) -> list[dict[str, Any]]:
+    """The judges that are arguments of a judge, as `{use, args}`, without those within them."""
+    return list(_nested(args))
+
+
 def _built_in(use: str) -> type[JudgeBase]:
     found: type[JudgeBase] = pkgutil.resolve_name(BUILT_IN[use])
     return found

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from iterdpo.data.rows import load_rows
+from iterdpo.errors import DataError
 from iterdpo.run.rundir import digest
 from iterdpo.stats import Estimate, clustered_mean
 from iterdpo.types import Prompt
@@ -92,6 +93,9 @@ def attacks_on(labelled: Iterable[LabelledGroup], *, limit: int, tokenizer: Any 
     """The attacks on the first prompts of labelled data, whose first completion is taken as honest.
 
     A column `translation` has that completion in another language. Without it there is no attack `language`.
+
+    Raises:
+        DataError: every row is a tie, or has an empty chosen completion.
     """
     seen: dict[str, LabelledGroup] = {}
     rows = (row for row in labelled if not row.tie and row.completions[0].text.strip())
@@ -101,6 +105,8 @@ def attacks_on(labelled: Iterable[LabelledGroup], *, limit: int, tokenizer: Any 
         text = translation if isinstance(translation, str) and translation else None
         honest = Answered(row.prompt.messages[-1]["content"], row.completions[0].text, text)
         yield from _attacked(row.prompt, honest, number, tokenizer)
+    if not seen:
+        raise DataError("nothing to attack the judge with: every row is a tie, or has an empty chosen completion")
 
 
 def _attacked(prompt: Prompt, honest: Answered, number: int, tokenizer: Any) -> Iterator[LabelledGroup]:

@@ -345,6 +345,38 @@ class Client:
         raise CallFailed(reason)
 
 
+class CountingClient(Client):
+    """Counts calls, and what they would read and write at most, and sends nothing. Each call gets `reply`, or fails without.
+
+    A token is four bytes of the messages. Identical calls count once.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, model: str, reply: str | None = None) -> None:
+        super().__init__(endpoint, model=model)
+        self._reply = reply
+        self._seen: set[bytes] = set()
+
+    async def __aenter__(self) -> CountingClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return
+
+    async def chat(self, messages: list[dict[str, Any]], **body: Any) -> Reply:
+        """As `Client.chat`."""
+        own = {name: value for name, value in body.items() if name not in ("salt", "keep", "instead")}
+        request = {**own, **self.endpoint.extra, "messages": messages}
+        name = hashlib.sha256(json.dumps(request).encode()).digest()
+        if name not in self._seen:
+            self._seen.add(name)
+            self._totals["calls"] += 1
+            self._totals["tokens_in"] += sum(len(str(message["content"]).encode()) for message in messages) // 4
+            self._totals["tokens_out"] += int(request.get("max_completion_tokens") or request.get("max_tokens") or 0)
+        if self._reply is None:
+            raise CallFailed("not asked")
+        return Reply(self._reply, "stop", [{"A": 0.0}], 0, 0, False)
+
+
 async def probe(endpoint: Endpoint, model: str) -> None:
     """Ask `model` one question of a few tokens: is there a server, and does it take key and model?
 

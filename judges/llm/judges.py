@@ -29,7 +29,7 @@ from iterdpo.run.rundir import RunDir
 from iterdpo.seeds import derive_seed
 from iterdpo.types import Comparison, CompletionGroup, Judgment, Prompt
 from judges.base import Abstention, check_choice, is_number, judgment_from_outcomes
-from judges.llm.client import CallFailed, Client, probe, refused
+from judges.llm.client import CallFailed, Client, CountingClient, probe, refused
 from judges.llm.parsing import Unclear, read_with
 from judges.llm.parsing.scores import parse_ranking, parse_scores
 from judges.llm.parsing.verdict import ReplyVerdict, parse_verdict
@@ -60,6 +60,8 @@ class LLMJudge(JudgeBase):
 
     statement: ClassVar[str]
     kind: ClassVar[Kind]
+    dry_reply: ClassVar[str | None] = None
+    """What `forecast` takes as the replies, if further calls depend on them."""
     ahead = True
     model: str
     """The name that the endpoint knows it by, or with `serve` a checkpoint."""
@@ -174,6 +176,18 @@ class LLMJudge(JudgeBase):
     async def _judge_group(self, group: CompletionGroup) -> Judgment:
         raise NotImplementedError
 
+    def forecast(self, groups: Sequence[CompletionGroup]) -> dict[str, float]:
+        """What `usage` would be after judging these groups, and whether the endpoint has prices as `priced`; sends nothing.
+
+        Tokens are estimates of the requests, and the longest replies. Unreadable replies, which are asked for once more, and
+        the cache are left aside. The judge is of no other use afterwards.
+        """
+        endpoint, self.server, self.pattern = self.client.endpoint, None, None
+        self._held = self._held or ("structured_outputs" if self.serve is not None else "none")
+        self.client = CountingClient(endpoint, model=self.model, reply=self.dry_reply)
+        self.judge(groups)
+        return {**self.usage(), "priced": bool(endpoint.price_in or endpoint.price_out)}
+
     def begin_stage(self) -> None:
         """Budgets and the deadline of the stage begin anew."""
         self.client.begin_stage()
@@ -275,6 +289,7 @@ class PairwiseJudge(LLMJudge):
 
     kind = "pairwise"
     statement = "Verdict"
+    dry_reply = "Verdict: A"
     comparative = True
     EXPECTED_ABSTENTIONS = (LOST_COIN_FLIP, UNCOMPARED)
     prompt: str = "helpfulness"

@@ -91,3 +91,59 @@ def test_the_status_has_the_last_failure_and_whether_its_round_was_finished_sinc
     run.round_dir(0).mkdir()
     run.write_record(RoundRecord(0, "promote", "", "model", 0, "", {}, {"round": 0, "gate/decision": "promote"}))
     assert describe_status(tmp_path).endswith(r"no memory \x1b[31m (round 0 has been finished since)")
+
+
+def planned(model: Path, directory: Path, **more: Any) -> dict[str, str]:
+    """The rows of a plan of 3 rounds of 10 prompts with 4 completions, and 5 held-out prompts with 2."""
+    (directory / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Tale {i}"}) + "\n" for i in range(100)))
+    (directory / "judge.py").write_text("def score(completion):\n    return 1\n\n\ndef both(a, b):\n    return 'a'\n")
+    values = {
+        "run_dir": str(directory / "run"),
+        "rounds": 3,
+        "model": {"path": str(model)},
+        "prompts": {"path": str(directory / "prompts.jsonl"), "per_round": 10, "heldout": 5},
+        "sampling": {"n": 4, "max_tokens": 64},
+        **more,
+    }
+    plan = describe_plan(open_run(parse_config(Config, values)))
+    return {line[:12].strip(): line[13:] for line in plan.splitlines()}
+
+
+def test_the_calls_of_a_judge_that_scores_are_those_of_all_rounds_and_evaluations(model: Path, tmp_path: Path) -> None:
+    rows = planned(model, tmp_path, judge={"use": f"{tmp_path}/judge.py:score"}, evaluation={"n": 2})
+    # 3 rounds of 10 · 4 completions, 4 evaluations of 5 · 2.
+    assert rows["judge calls"] == "training judge: 40 a round and 10 an evaluation; 160 in all"
+    assert "judge tokens" not in rows
+
+
+def test_the_calls_of_judges_that_compare_count_both_orders_and_both_baselines(model: Path, tmp_path: Path) -> None:
+    endpoint = {"base_url": "http://127.0.0.1:9/v1", "price_in": 1.0, "price_out": 10.0}
+    llm = {"use": "pairwise", "args": {"model": "m", "endpoint": endpoint, "constrain": "none"}}
+    evaluation = {"n": 2, "judge": {"use": f"{tmp_path}/judge.py:both"}}
+    rows = planned(model, tmp_path, judge=llm, evaluation=evaluation)
+    # 10 · 4 · 3 a round; an evaluation compares 5 · 2 with a baseline in both orders: none in round 0, one in round 1,
+    # two in rounds 2 and 3.
+    assert rows["judge calls"] == (
+        "training judge: 120 a round and 20 an evaluation; held-out judge: 20 an evaluation; "
+        f"{3 * 120 + 5 * 20 + 5 * 20} in all"
+    )
+    found = re.fullmatch(
+        r"at most about ([\d,]+) tokens read and ([\d,]+) written; ([\d.]+) US dollars", rows["judge tokens"]
+    )
+    assert found, rows["judge tokens"]
+    read, written, dollars = (float(number.replace(",", "")) for number in found.groups())
+    assert written == (3 * 120 + 5 * 20) * 512  # a judge that may reason
+    assert read > (3 * 120 + 5 * 20) * 2 * 64  # two completions of 64 tokens, and the prompt around them
+    assert dollars == pytest.approx((read + 10 * written) / 1e6, abs=0.01)
+    del endpoint["price_in"], endpoint["price_out"]
+    assert (
+        "for the cost, set endpoint.price_in and price_out"
+        in planned(model, tmp_path, judge=llm, evaluation=evaluation)["judge tokens"]
+    )
+
+
+def test_the_plan_warns_of_a_judge_of_the_policys_lineage(model: Path, tmp_path: Path) -> None:
+    args = {"model": str(model), "serve": {}}
+    rows = planned(model, tmp_path, judge={"use": "rubric", "args": args})
+    assert "are of one lineage (they are the same)" in rows["warning"]
+    assert "warning" not in planned(model, tmp_path, judge={"use": f"{tmp_path}/judge.py:score"})

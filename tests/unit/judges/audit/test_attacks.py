@@ -153,6 +153,12 @@ def test_data_are_measured_and_then_attacked(here: Path, capsys: pytest.CaptureF
     assert len(found["pairs"]) == 30
 
 
+def test_data_without_a_chosen_completion_have_nothing_to_attack_with(here: Path) -> None:
+    write_jsonl(here / "ties.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b", "tie": True}])
+    with pytest.raises(UserError, match="every row is a tie, or has an empty chosen completion"):
+        judge("check", "my.py:longer", "--attack", "--data", "ties.jsonl")
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
