@@ -62,7 +62,7 @@ def content_of(value: Any, where: str) -> Content:
         content = [_message(m, where, number) for number, m in enumerate(parsed, 1)]
     elif not isinstance(value, str):
         raise RowError(f"{where} is {shown(value)}; it must be text, or {EXAMPLE}", NEITHER)
-    _check_encodable(content, where)
+    check_encodable(content, where)
     return content
 
 
@@ -136,7 +136,7 @@ def _with_system(content: Content, row: Mapping[str, Any], where: str, column: s
         text = row[name]
         if not isinstance(text, str):
             raise RowError(f"{where}, column {name!r} is {shown(text)}; it must be text", BAD_COMPANION)
-        _check_encodable(text, f"{where}, column {name!r}")
+        check_encodable(text, f"{where}, column {name!r}")
         if isinstance(content, str):
             raise _no_template(where, name)
         if content and content[0]["role"] in ("system", "developer"):
@@ -267,7 +267,8 @@ def _is_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, list | tuple | dict) and not len(value))
 
 
-def _check_encodable(content: Content, where: str) -> None:
+def check_encodable(content: Content, where: str) -> None:
+    """Refuse text that cannot be written as UTF-8, by a RowError."""
     try:
         json.dumps(content, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:

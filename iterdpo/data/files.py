@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from iterdpo.errors import DataError, RowError
+from iterdpo.escape import printable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,7 +64,7 @@ def file_rows(file: Path) -> Iterator[Numbered]:
             text = _Text(handle, file, file.stat().st_size * RATIO if packed else None)
             yield from _csv_rows(text) if kind == "csv" else _json_rows(text)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read ({error}); restore it from a copy") from error
+        raise DataError(f"{file}: cannot be read ({printable(str(error))[:300]}); restore it from a copy") from error
 
 
 class _Text:
@@ -240,7 +241,7 @@ def _csv_rows(text: _Text) -> Iterator[Numbered]:
                 yield reader.line_num, row
     except csv.Error as error:
         # the line after the last good row
-        raise DataError(f"{text.file}:{reader.line_num + 1}: not valid CSV: {error}") from None
+        raise DataError(f"{text.file}:{reader.line_num + 1}: not valid CSV: {printable(str(error))[:300]}") from None
 
 
 def _refuse_repeated(file: Path, columns: Sequence[str]) -> None:
@@ -260,7 +261,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         )
         names = table.schema_arrow.names
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read as Parquet ({error})") from error
+        raise DataError(f"{file}: cannot be read as Parquet ({printable(str(error).strip())[:300]})") from error
     number = 1
     with table:
         _refuse_repeated(file, names)
@@ -273,7 +274,9 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
                         yield without_nan(row) if floats and not isinstance(row, RowError) else row
                     number += len(batch)
             except (OSError, pa.ArrowException) as error:
-                raise DataError(f"{file}: row {number} or one after it cannot be read as Parquet ({error})") from error
+                raise DataError(
+                    f"{file}: row {number} or one after it cannot be read as Parquet ({printable(str(error).strip())[:300]})"
+                ) from error
 
 
 def _rows_at_once(group: Any) -> int:
@@ -309,7 +312,7 @@ def _value(batch: pa.RecordBatch, number: int, where: str) -> Row:
         try:
             row[name] = column[number].as_py()
         except Exception as error:  # every type has errors of its own
-            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            reason = f"{type(error).__name__}: {printable(str(error))[:200]}"
             message = (
                 f"{where}, column {name!r}: a value of the type {column.type} that cannot be read ({reason}); remove the "
                 "column, or write it as text"

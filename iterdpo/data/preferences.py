@@ -33,6 +33,7 @@ from iterdpo.data.rendering import TokenizerError, common_length, completion_tok
 from iterdpo.data.rows import BadRows, column_value, located_rows, reasons, whole
 from iterdpo.data.thinking import Thinking
 from iterdpo.errors import DataError, RowError
+from iterdpo.escape import printable
 from iterdpo.run.rundir import digest
 from iterdpo.run.supervise import end_with
 from iterdpo.types import Completion, Content, Message, PreferencePair, Prompt, content_to_json, message_text
@@ -444,7 +445,7 @@ def _settled(format: Format, first: dict[str, Any], where: str) -> Format:
         return found
     if format != found and not {format, found} <= {"pairs", "hh"}:  # transcripts are texts, too
         raise DataError(
-            f"{where} has the columns of data.format={found} ({', '.join(first)}), but data.format is {format}; set "
+            f"{where} has the columns of data.format={found} ({printable(', '.join(first))[:300]}), but data.format is {format}; set "
             f"data.format={found}, or leave it out"
         )
     return format

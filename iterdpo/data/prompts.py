@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iterdpo.config import PromptsConfig
-from iterdpo.data.chats import content_of, with_companions
-from iterdpo.data.rows import BadRows, column_value, json_value, located_rows, reasons, source_stamp, whole
+from iterdpo.data.chats import check_encodable, content_of, with_companions
+from iterdpo.data.rows import BadRows, column_value, json_columns, located_rows, reasons, source_stamp, whole
 from iterdpo.errors import DamagedError, DataError, RowError
 from iterdpo.run.artifacts import number_lists
 from iterdpo.run.rundir import RunDir, canonical, digest, read_json, sync_tree, write_json, write_with
@@ -407,7 +407,7 @@ def _repeated_ids(lines: _Lines, located: Iterable[tuple[str, Parts | RowError]]
         else:
             before = places[hashed].removeprefix(where.rpartition("row ")[0])  # in the same file, its row alone
             yield RowError(
-                f"{where}: id {prompt_id!r} in column {column!r} is {before}'s already; make ids unique, or leave "
+                f"{where}: id {str(prompt_id)[:60]!r} in column {column!r} is {before}'s already; make ids unique, or leave "
                 "prompts.id_column out",
                 REPEATED_ID,
             )
@@ -470,11 +470,17 @@ def _parts_of_row(row: dict[str, Any], where: str, column: str, id_column: str |
         message = f"{where}, column {name!r} ends with an assistant turn; remove that message"
         raise RowError(message, "have a prompt that ends with an assistant turn")
     content = with_companions(content, row, where, column=name)
-    prompt_id = None if id_column is None else str(column_value(row, id_column, where, "set prompts.id_column"))
-    columns = {k: v for k, v in row.items() if k not in (name, id_column)}
-    if json_value(columns) is not columns:
-        columns = {k: json_value(v) for k, v in columns.items()}
-    return prompt_id, content, columns
+    prompt_id = None if id_column is None else _id_of_row(row, id_column, where)
+    return prompt_id, content, json_columns({k: v for k, v in row.items() if k not in (name, id_column)})
+
+
+def _id_of_row(row: dict[str, Any], column: str, where: str) -> str:
+    value = column_value(row, column, where, "set prompts.id_column")
+    if value is None:
+        message = f"{where}, column {column!r} is missing or null; give every row an id, or leave prompts.id_column out"
+        raise RowError(message, "have no id")
+    check_encodable(str(value), f"{where}, column {column!r}")
+    return str(value)
 
 
 # Lines of a file

@@ -179,6 +179,13 @@ def json_value(value: Any) -> Any:
     return value
 
 
+def json_columns(columns: dict[str, Any]) -> dict[str, Any]:
+    """`columns` if JSON can hold them, else with the text of each name or value that it cannot."""
+    if json_value(columns) is columns:
+        return columns
+    return {json_value(name): json_value(value) for name, value in columns.items()}
+
+
 def shown(value: Any) -> str:
     """A value that is not as it should be, for a message: `int '4'`."""
     return "missing or null" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from iterdpo.data.chats import content_of, with_companions
-from iterdpo.data.rows import column_value, first_row, json_value, located_rows, whole
+from iterdpo.data.rows import column_value, first_row, json_columns, located_rows, whole
 from iterdpo.errors import DataError, UserError
 from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.run.artifacts import completion_shards, read_completion_shard, read_groups
@@ -246,6 +246,6 @@ def _group(row: dict[str, Any], where: str, tokenizer: Any) -> CompletionGroup:
     texts = row.get("completions")
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise DataError(f"{where}, column 'completions' must be a list of texts")
-    columns = {k: json_value(v) for k, v in row.items() if k not in NOT_COLUMNS}
+    columns = json_columns({k: v for k, v in row.items() if k not in NOT_COLUMNS})
     prompt = Prompt(f"p-{digest(content_to_json(content))}", content, columns)
     return tokenized(prompt, texts, tokenizer, where)

@@ -12,7 +12,7 @@ from typing import Any
 from iterdpo.data.chats import content_of, with_companions
 from iterdpo.data.preferences import Account, Format, PreferenceData, RawPair, parse_rows
 from iterdpo.data.rendering import completion_token_ids, prompt_token_ids
-from iterdpo.data.rows import column_value, first_row, json_value, located_rows, whole
+from iterdpo.data.rows import column_value, first_row, json_columns, located_rows, whole
 from iterdpo.errors import DataError
 from iterdpo.run.rundir import digest
 from iterdpo.seeds import derive_seed
@@ -107,7 +107,7 @@ def read_labelled(
 
 def _labelled(raw: RawPair, row: dict[str, Any], subset_column: str | None, tokenizer: Any) -> LabelledGroup:
     where = raw.where
-    columns = {k: json_value(v) for k, v in row.items() if k not in NOT_COLUMNS}
+    columns = json_columns({k: v for k, v in row.items() if k not in NOT_COLUMNS})
     subset = subset_column and str(column_value(row, subset_column, where, "set --subset-column"))
     tie = TIES.get(str(row.get("tie")).lower())
     if tie is None:
@@ -126,7 +126,7 @@ def _published(
     if subset_column is not None:
         subset = str(column_value(row, subset_column, where, "set --subset-column"))
     content = with_companions(content_of(parts.prompt, f"{where}, the prompt"), row, where)
-    columns = {k: json_value(v) for k, v in row.items() if k not in NOT_COLUMNS | COLUMNS[format]}
+    columns = json_columns({k: v for k, v in row.items() if k not in NOT_COLUMNS | COLUMNS[format]})
     prompt = Prompt(f"p-{digest(content_to_json(content))}", content, columns)
     group = tokenized(prompt, parts.completions, tokenizer, where)
     return LabelledGroup(

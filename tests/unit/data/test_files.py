@@ -18,10 +18,9 @@ import pytest
 
 from iterdpo.data import files
 from iterdpo.data.files import file_rows
-from iterdpo.data.preferences import PreferenceData
 from iterdpo.data.prompts import read_prompts
 from iterdpo.data.rows import whole
-from iterdpo.errors import DataError, UserError
+from iterdpo.errors import DataError
 
 ROOT = Path(__file__).parents[3]
 ROW = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
@@ -229,89 +228,3 @@ def test_a_file_that_unpacks_to_many_times_its_size_is_named(tmp_path: Path, mon
     with pytest.raises(DataError, match=r"a\.jsonl\.gz: unpacks to more than 50 times its size"):
         for _ in file_rows(tmp_path / "a.jsonl.gz"):
             pass
-
-
-# Anything
-
-VALUES: list[Any] = [
-    *(None, True, 0, -1, 1.5, float("nan"), float("inf"), 10**30, "", " ", "a", "\0", "\ud800", "é" * 99, "[1]", "{}"),
-    *([], [None], [[]], [1], ["a"], {}, {"role": "user"}, {"from": ["x"], "value": "4"}, {"role": 7, "content": "a"}),
-    [{"role": "user", "content": "a"}],
-    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-    [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
-    [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}],
-    [{"from": "human", "value": "a"}, {"from": "gpt", "value": 3}],
-    [{"role": "\u202esystem", "content": "a", "name": {"b": 1}}],
-    "\n\nHuman: a\n\nAssistant: b",
-    {"a": {"b": {"c": [1, {"d": None}]}}},
-]
-COLUMNS = (
-    "prompt",
-    "chosen",
-    "rejected",
-    "completion",
-    "label",
-    "messages",
-    "conversations",
-    "tools",
-    "system",
-    "x",
-    "",
-)
-
-
-def hostile_record(source: random.Random) -> dict[str, Any]:
-    names = source.sample(COLUMNS, source.randint(0, 6))
-    return {name: source.choice(VALUES) for name in names}
-
-
-def read_all(path: str) -> None:
-    """Everything that `train` and `run` read of a file. Only a `UserError` may come out, and the counts add up."""
-    for read in (lambda: counted(path), lambda: read_prompts(path)):
-        try:
-            read()
-        except UserError as error:
-            assert str(error).startswith(path)  # noqa: PT017
-
-
-def counted(path: str) -> None:
-    data = PreferenceData(path)
-    kept = sum(map(len, data.parsed()))
-    assert data.account.kept == kept
-    assert data.account.rows == kept + sum(entry["count"] for entry in data.account.left_out.values())
-
-
-def test_hostile_records_are_read_or_named_and_the_counts_add_up(tmp_path: Path) -> None:
-    source = random.Random(0)
-    for number in range(1500):
-        path = tmp_path / f"a.{source.choice(['json', 'jsonl'])}"
-        rows = [hostile_record(source) for _ in range(source.choice([1, 1, 1, 3]))]
-        raw = bytearray(
-            ("[%s]" if path.suffix == ".json" else "%s")
-            .replace("%s", (",\n" if path.suffix == ".json" else "\n").join(map(json.dumps, rows)))
-            .encode()
-        )
-        if number % 3 == 0 and raw:
-            raw[source.randrange(len(raw))] = source.randrange(256)
-        path.write_bytes(raw)
-        read_all(str(path))
-        path.unlink()
-
-
-def test_damaged_bytes_of_parquet_and_gzip_are_read_or_named(tmp_path: Path) -> None:
-    source = random.Random(1)
-    rows = [{**ROW, "x": source.random(), "messages": [{"role": "user", "content": "a"}]} for _ in range(50)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "whole.parquet")
-    whole = {
-        "a.parquet": (tmp_path / "whole.parquet").read_bytes(),
-        "a.jsonl.gz": gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()),
-    }
-    (tmp_path / "whole.parquet").unlink()
-    for name, content in whole.items():
-        for _ in range(150):
-            raw = bytearray(content)
-            for _ in range(source.randint(1, 4)):
-                raw[source.randrange(len(raw))] = source.randrange(256)
-            (tmp_path / name).write_bytes(raw[: source.choice([len(raw), source.randrange(len(raw))])])
-            read_all(str(tmp_path / name))
-        (tmp_path / name).unlink()
