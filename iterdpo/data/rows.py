@@ -181,9 +181,8 @@ def json_value(value: Any) -> Any:
 
 def json_columns(columns: dict[str, Any]) -> dict[str, Any]:
     """`columns` if JSON can hold them, else with the text of each name or value that it cannot."""
-    if json_value(columns) is columns:
-        return columns
-    return {json_value(name): json_value(value) for name, value in columns.items()}
+    as_they_are = json_value(columns) is columns
+    return columns if as_they_are else {json_value(name): json_value(value) for name, value in columns.items()}
 
 
 def shown(value: Any) -> str:
