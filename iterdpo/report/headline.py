@@ -65,8 +65,8 @@ def headline(run: Run) -> str:
     unfinished = value(final, "length/unfinished_thoughts")
     if unfinished is not None and unfinished > 0.05:
         sentences.append(
-            f"{percent(unfinished)} of the held-out completions are thoughts that do not end within sampling.max_tokens, and "
-            "lose against every answer."
+            f"{percent(unfinished)} of the held-out completions are thoughts without an end, and lose against every answer "
+            "(sampling.max_tokens limits reasoning and answer together)."
         )
     flips = value(last, "judge/flip_rate")
     if flips is not None and flips >= 0.5:

@@ -160,7 +160,7 @@ def sample_shards(
                     stage.begin()
         stage.remark = f"{counts['tokens'] / max(1, stage.done):.1f} tokens each"
         if unfinished := counts.get("unfinished_thoughts"):
-            stage.remark += f"; {unfinished:,} thoughts do not end within sampling.max_tokens"
+            stage.remark += f"; unfinished thoughts: {unfinished:,}"
     if begun:
         run.sampler.release()
     return counts

@@ -99,7 +99,7 @@ def test_many_abstentions_are_mentioned_and_few_are_not(say: Judge) -> None:
 
 def test_many_unfinished_thoughts_are_mentioned_and_few_are_not(say: Judge) -> None:
     many, few = (say(INITIAL, outcome(1) | {"length/unfinished_thoughts": share}) for share in (0.3, 0.02))
-    assert "30 % of the held-out completions are thoughts that do not end within sampling.max_tokens, and lose" in many
+    assert "30 % of the held-out completions are thoughts without an end, and lose against every answer" in many
     assert "thoughts" not in few
 
 
