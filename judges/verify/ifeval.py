@@ -243,7 +243,7 @@ CHECKS: dict[str, Callable[..., bool]] = {
     "startend:quotation": lambda text: len(text.strip()) > 1 and text.strip()[0] == text.strip()[-1] == '"',
     "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation="at least": _compare(
         sum(
-            word.isupper() for word in re.findall(r"(?<!['’])(?<![^\W_])[^\W_]+(?:[-./&][^\W_]+)*", text)
+            word.isupper() for word in re.findall(r"(?<!['’])(?<![^\W_])[^\W_]+(?:[-./&+][^\W_]+)*", text)
         ),  # `I` and `A` count
         capital_relation,
         capital_frequency,
@@ -258,7 +258,7 @@ def count_words(text: str) -> int:
     """Stretches of letters with their marks, digits and underscores."""
     import regex
 
-    return len(regex.findall(r"[\p{L}\p{Nd}\p{Nl}\p{Pc}][\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}]*", text))
+    return len(regex.findall(r"[\p{L}\p{Nd}\p{Nl}\p{Pc}][\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\u200c\u200d]*", text))
 
 
 ABBREVIATIONS = re.compile(
