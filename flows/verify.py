@@ -157,6 +157,12 @@ def _check_records(run: RunDir, manifests: dict[tuple[int, str], Manifest], foun
     for path in [run.root / "heldout.jsonl", *(run.round_dir(round) / "prompts.jsonl" for round in run.rounds())]:
         _try(found, lambda path=path: read_jsonl(path) if path.exists() else None)
     for round, known in records.items():
+        for name in _steps_of(round, config):
+            step = run.round_dir(round) / name
+            if step.with_name(f"{name}.partial").is_dir():
+                break  # it is made again, and what follows from it
+            if not step.is_dir():
+                found.add(DamagedError(step, "is missing"))
         kept = manifests.get((known.policy_round, "policy"))
         if known.policy_round and kept is not None and kept.digest != known.policy_digest:
             found.add(
@@ -185,6 +191,13 @@ def _check_initial(config: dict[str, Any], manifests: dict[tuple[int, str], Mani
             return
         if {digest} != asked:
             found.add(f"{path}: not the checkpoint that the run began with ({digest}, then {', '.join(sorted(asked))})")
+
+
+def _steps_of(round: int, config: dict[str, Any]) -> tuple[str, ...]:
+    """The steps that a round has once it is decided."""
+    if "prompts" not in config:
+        return ()
+    return ("completions", "judgments", "pairs", "policy", "evaluation") if round else ("evaluation",)
 
 
 def _sources(

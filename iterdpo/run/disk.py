@@ -55,9 +55,14 @@ def failure(error: OSError, root: Path | None = None) -> RunFailed | None:
     """The failure as one line; None if it is not the disk's."""
     if error.errno not in REMEDIES or (root is None and error.filename is None):
         return None
-    where = f"{error.filename}: " if error.filename is not None else ""
+    name = error.filename2 or error.filename  # of a rename, the name that was to be
+    where = f"{name}: " if name is not None else ""
     run_dir = f"run_dir {root}: " if root is not None else ""
-    return RunFailed(f"{run_dir}{where}{os.strerror(error.errno).lower()}; {REMEDIES[error.errno]}, {GOES_ON}")
+    unknown = error.errno == errno.ENOSPC and error.filename is None and root is not None and not _is_full(root)
+    elsewhere = ", there or in TMPDIR or PREFECT_HOME" if unknown else ""
+    return RunFailed(
+        f"{run_dir}{where}{os.strerror(error.errno).lower()}{elsewhere}; {REMEDIES[error.errno]}, {GOES_ON}"
+    )
 
 
 def lock(file: IO[bytes] | IO[str] | int, operation: int, where: str) -> None:

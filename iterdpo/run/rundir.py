@@ -10,6 +10,7 @@ asked for now is noticed, and the differing key is named. What is read back is c
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -320,8 +321,11 @@ class RunDir:
             self.root.mkdir(parents=True, exist_ok=True)
             handle = open(self.root / ".lock", "a+", errors="replace")  # noqa: SIM115  # closed below
         except OSError as error:
-            reason = f"cannot be written ({error.strerror})"
-            raise UserError(f"run_dir {self.root}: {reason}; choose another run_dir") from None
+            there = "" if error.filename == str(self.root) else f": {error.filename}"
+            remedy = f"{disk.REMEDIES[error.errno]}, or " if error.errno in (errno.EISDIR, errno.EROFS) else ""
+            raise UserError(
+                f"run_dir {self.root}: cannot be written ({error.strerror}{there}); {remedy}choose another run_dir"
+            ) from None
         with handle, disk.failures(self.root):
             try:
                 disk.lock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), f"run_dir {self.root}")

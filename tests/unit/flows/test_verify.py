@@ -264,6 +264,19 @@ def test_a_step_made_from_other_files_than_those_that_are_there_is_named(finishe
     assert "round-001/pairs: made with judgments = 0123456789abcdef, but " in problem
 
 
+@pytest.mark.parametrize(
+    "name", ["round-000/evaluation", "round-001/completions", "round-001/pairs", "round-001/policy"]
+)
+@pytest.mark.parametrize("how", ["missing", "a file"])
+def test_a_step_of_a_decided_round_that_is_gone_is_named(finished: Path, room: Room, name: str, how: str) -> None:
+    run = room.root / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    shutil.rmtree(run / name)
+    if how == "a file":
+        (run / name).write_text("")
+    assert verify(run).problems[0].startswith(f"{run / name}: damaged: is missing; ")
+
+
 def test_a_file_beside_those_of_a_finished_step_is_named(finished: Path, room: Room) -> None:
     shutil.copytree(finished, room.root / "run", symlinks=True)
     stray = room.root / "run" / "round-001" / "completions" / "shard-000009.parquet"

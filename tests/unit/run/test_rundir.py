@@ -633,6 +633,25 @@ def test_a_disk_that_refuses_is_one_line_with_the_run_directory_the_file_and_the
     assert str(caught.value).endswith("and the same command goes on")
 
 
+def test_a_full_disk_that_is_not_known_to_be_the_run_directorys_is_looked_for_elsewhere_too(tmp_path: Path) -> None:
+    full = "no space left on device, there or in TMPDIR or PREFECT_HOME; make room"
+    with pytest.raises(RunFailed, match=full), RunDir(tmp_path).lock():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_directory_in_place_of_a_file_that_is_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(RunFailed, match=r"/report\.html: is a directory; move that"), RunDir(tmp_path).lock():
+        write_text(tmp_path / "report.html", "text")
+
+
+def test_a_directory_in_place_of_the_lock_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    way = r"\.lock\); move that directory away, or choose another run_dir"
+    with pytest.raises(UserError, match=way), RunDir(tmp_path).lock():
+        pass
+
+
 def test_an_error_that_is_not_the_disks_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConnectionRefusedError), RunDir(tmp_path).lock():
         raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
