@@ -11,10 +11,12 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from iterdpo.config import Config, OfflineConfig, TagsConfig
+from iterdpo.data.preferences import NOT_RENDERED
 from iterdpo.data.prompts import RoundPrompts, check_lengths, place_of
 from iterdpo.data.rendering import engine_ends, load_tokenizer, prompts_token_ids, turn_ends
+from iterdpo.data.rows import SHOWN_ALIKE, BadRows
 from iterdpo.data.thinking import Tags, Thinking, find_tags
-from iterdpo.errors import ConfigError, DamagedError, DataError
+from iterdpo.errors import ConfigError, DamagedError, DataError, RowError
 from iterdpo.judging.judge import NamedJudge, RunJudge, Waiting
 from iterdpo.judging.shards import StreamingJudge
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
@@ -326,16 +328,20 @@ class IterativeRun(OfflineRun):
         """The prompts as token ids, as the chat template renders them now.
 
         Raises:
-            DataError: one that cannot be rendered, with its place in the data.
+            DataError: some cannot be rendered, with their places in the data.
         """
         try:
             return prompts_token_ids(self.tokenizer, [prompt.content for prompt in prompts])
         except DataError:
+            bad = BadRows()
             for prompt in prompts:
                 try:
                     prompts_token_ids(self.tokenizer, [prompt.content])
-                except DataError as error:
-                    raise DataError(f"{self._place_of(prompt)}: {error}") from error
+                except DataError as error:  # the data is read for each place that is shown
+                    place = f"{self._place_of(prompt)}: " if bad.counts[NOT_RENDERED] < SHOWN_ALIKE else ""
+                    bad.add(RowError(f"{place}{error}", NOT_RENDERED))
+            if bad.counts:
+                raise bad.error(self.config.prompts.path, len(prompts)) from None
             raise
 
     def pinned_ids(self, round: int) -> Iterator[list[int]]:

@@ -133,7 +133,7 @@ def test_a_round_is_judged_on_answers_trained_on_either_part_and_resumed(
     assert [record.decision for record in RunDir(whole).records()] == ["promote", "promote"]
 
 
-@pytest.mark.parametrize("part", ["completion", "answer"])
+@pytest.mark.parametrize("part", ["answer"])
 def test_reasoning_in_offline_data_is_rendered_divided_and_trained_on_either_part(
     tmp_path: Path, thinker: Path, part: str
 ) -> None:

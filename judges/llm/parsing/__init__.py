@@ -61,7 +61,7 @@ _CONCLUSION = (
     r"|to conclude|in short|all in all|on balance)\b"
 )
 _LEAD = re.compile(
-    rf"(?i)(?:[0-9]{{1,2}}[.)]\s*)?(?:(?:{_CONCLUSION}|and|but|however|in my opinion)\s*[,:]?\s*"
+    rf"(?i)(?:[0-9]{{1,2}}[.)]\s*)?(?:(?:{_CONCLUSION}|and|but|however|no|yes|in my opinion)\s*[,:]?\s*"
     r"|(?:after|based on|considering|given|weighing)\b(?:(?!\b(?:if|unless|whether|says?|claims?)\b)[^:]){0,100}?[,:]\s*)?"
     r"(?:(?:i|we)\s+(?:would\s+)?(?:conclude|decide|think|believe|find|say)(?:\s+that)?\s*[,:]?\s*)?"
     r"(?:(?:here|this) is\s+)?(?:(?:json|output|result)\b\s*:?\s*)?"

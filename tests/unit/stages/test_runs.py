@@ -21,7 +21,7 @@ from iterdpo.stages.judge import judge as judge_stage
 from iterdpo.stages.runs import IterativeRun, batches
 from iterdpo.stages.sample import sample
 from iterdpo.testing import CHATML, FakeSampler, build_tiny_checkpoint
-from iterdpo.types import CompletionGroup, Judgment, RoundRecord
+from iterdpo.types import CompletionGroup, Judgment, Prompt, RoundRecord
 from tests.unit.stages.harness import Lengths, Room
 
 
@@ -204,3 +204,19 @@ def test_a_prompt_that_the_template_refuses_is_named_by_its_file_and_row(room: R
     run = room.open(rounds=1, model={"path": str(model)})
     with pytest.raises(DataError, match=r"prompts\.jsonl: row 7 \(line 8\): the chat template of .*System role not"):
         run.estimated_max_model_len()
+
+
+def test_all_prompts_that_the_template_refuses_are_named_with_their_rows(room: Room) -> None:
+    model = build_tiny_checkpoint(room.root / "model")
+    refusing = "{% if '7' in messages[0].content %}{{ raise_exception('no sevens') }}{% endif %}" + CHATML
+    (model / "chat_template.jinja").write_text(refusing)
+    rows = [{"prompt": [{"role": "user", "content": f"Tale {i}"}]} for i in range(40)]
+    (room.root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = room.open(model={"path": str(model)})
+    with pytest.raises(DataError, match="no sevens") as caught:
+        run.prompt_ids([Prompt(f"{i}", [{"role": "user", "content": f"Tale {i}"}]) for i in range(40)])
+    first, *others = str(caught.value).splitlines()
+    assert "4 of 40 rows cannot be used (4 cannot be rendered or tokenized)" in first
+    assert [line.strip().partition(":")[0] for line in others] == [str(room.root / "prompts.jsonl")] * 4
+    for number, line in zip((7, 17, 27, 37), others, strict=True):
+        assert f"row {number + 1}" in line

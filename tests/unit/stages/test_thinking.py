@@ -178,7 +178,8 @@ def test_answers_alone_of_a_model_without_tags_are_refused(room: Room, tiny_mode
         _ = room.open(model={"path": str(tiny_model)}, dpo={"train_on": "answer"}).tags
 
 
-def test_a_plan_says_what_is_divided_and_who_sees_what(room: Room) -> None:
+def test_a_plan_says_what_is_divided_and_who_sees_what(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.plan._judge_calls", lambda run: {})  # the configuration's judges are no real ones
     run = room.open(heldout_judge=Lengths())
     object.__setattr__(run.judges[1].named, "sees", "completion")
     line = next(line for line in describe_plan(run).splitlines() if line.startswith("thinking"))
