@@ -308,7 +308,10 @@ def _import(source: _Source, use: str) -> ModuleType:
             raise
         return module
     except (Exception, SystemExit) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if source.file is not None and frame.filename == str(source.file.absolute())]
+        # sys.exit may be a library's own by now, and says nothing of where it was called.
+        where = own[-1] if own and isinstance(error, SystemExit) else frames[-1]
         remedy = ""
         if isinstance(error, ModuleNotFoundError):
             remedy = f"; install {error.name} into this environment" if error.name else ""

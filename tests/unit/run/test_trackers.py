@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +17,7 @@ from iterdpo.run.rundir import RunDir, write_jsonl
 from iterdpo.run.trackers import Trackers, flat, markdown, markdown_table, numbers, shown_completions
 from iterdpo.testing import make_group
 from iterdpo.types import Judgment, RoundRecord
-from tests.unit.run.tracked import tensorboard, wandb_offline
+from tests.unit.run.tracked import tensorboard
 
 STEPS = 2
 
@@ -69,8 +67,6 @@ def lineage(run: RunDir, *names: str, said: list[str] | None = None) -> None:
         first.steps(1, row(1, step))
     first.round(record(1))
     first.close()
-    if "wandb" in names and "wandb" in sys.modules:
-        time.sleep(1.1)  # its directories are named after the second
     second = opened(run, *names, said=said)
     second.round(record(0))
     second.round(record(1))
@@ -101,24 +97,6 @@ def test_tensorboard_shows_a_lineage_of_two_starts_as_one_run(run: RunDir) -> No
     assert "train/step" not in scalars
     assert "round/round" not in scalars
     assert said == [f"  tracker   tensorboard: tensorboard --logdir {run.root}/trackers/tensorboard"] * 2
-
-
-def test_wandb_shows_a_lineage_of_two_starts_as_one_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    lineage(run, "wandb")
-    ids, points = wandb_offline(run.root / "trackers")
-    kept = json.loads((run.root / "trackers" / "run.json").read_text())
-    assert ids == {kept["id"]}
-    assert points["train/loss"] == LOSSES
-    assert points["round/win_rate/vs_initial"] == WINS
-    assert points["round/gate/promoted"] == PROMOTED
-    assert points["round/gate/decision"][2] == (2, "keep: won")
-    tables = points["round/completions"]
-    assert [round for round, _ in tables] == [0, 1, 2]
-    first = {"prompt": "Tale 0?", "completion": "Once | <b>upon</b>\na time 1", "train_judge": 0.5}
-    assert {key: tables[1][1][0][key] for key in first} == first
-    assert len(tables[1][1]) == 8
 
 
 def test_mlflow_shows_a_lineage_of_two_starts_as_one_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
