@@ -188,7 +188,7 @@ def _excess(child: int, request: dict[str, Any]) -> str | None:
     else:
         files = count = 0
         with contextlib.suppress(OSError):
-            folder = os.open(f"{tree[-1]}/root/{SCRATCH}", os.O_RDONLY, dir_fd=proc)
+            folder = os.open(os.path.join(str(tree[-1]), "root", SCRATCH), os.O_RDONLY, dir_fd=proc)
             scratch = os.fstatvfs(folder)
             os.close(folder)
             files, count = (scratch.f_blocks - scratch.f_bfree) * scratch.f_frsize, scratch.f_files - scratch.f_ffree
