@@ -21,12 +21,11 @@ from typing import Any, NamedTuple
 from iterdpo.types import CompletionGroup, Judgment, Prompt
 from judges.base import Abstention, is_number, judgment_from_outcomes
 from judges.llm.judges import LLMJudge
-from judges.llm.parsing import Unclear, read_with
+from judges.llm.parsing import OPEN, SHUT, Form, Unclear, frame_of, only_explains, read_with
 
 TEXT = ("criterion", "description", "title")
 WEIGHT = ("points", "weight")
 """Keys of an item, the first that it has."""
-NOTHING = Unclear("neither yes nor no")
 BOTH = Unclear("both yes and no")
 SCHEMA = {
     "type": "object",
@@ -34,19 +33,12 @@ SCHEMA = {
     "required": ["met"],
     "additionalProperties": False,
 }
-_KEYS = ("met", "criteria_met", "criterion_met", "verdict", "answer", "satisfied")
-_SAYS = {"yes": True, "true": True, "met": True, "no": False, "false": False, "not met": False, "unmet": False}
-_SAID = "|".join(sorted(_SAYS, key=len, reverse=True))
-_STATEMENT = re.compile(
-    rf"(?:(?:(?:my|the|final)\s+)*(?:met|verdict|answer|criteri(?:on|a) met|decision|conclusion)\s*(?::|=|\bis\b)\s*)?"
-    rf"[\"'(\[]?(?P<said>{_SAID})[\"')\]]?(?P<rest>[.!]?|(?:[.,;:!]|\s[-–—(]|\s+(?:because|since|as)\b).*)",
-    re.IGNORECASE,
+_FRAME = frame_of(
+    r"(?:criteri(?:on|a)\s+)?met(?!\s*\Z)|satisfied|(?P<weak>criterion|verdict|answer|decision|conclusion)"
 )
-_SENTENCE = re.compile(
-    r"(?:(?:so|thus|therefore|hence|overall)\W+)?(?:the\s+criterion\s+is\s+(?P<not>not\s+)?met"
-    r"|(?:the|this)\s+(?:completion|response|answer)\s+(?:meets|(?P<fails>does(?:\s+not|n['’]t)\s+meet|fails))\s+(?:the|this)"
-    r"\s+criterion)[.!]?",
-    re.IGNORECASE,
+_SAYS = re.compile(
+    rf"(?i){OPEN}(?:(?P<yes>yes|true|met)|no|false|not met|unmet|(?:the|this)\s+(?:completion|response|answer)\s+"
+    rf"(?:(?P<meets>meets)|does(?:\s+not|n['’]t)\s+meet|fails)\s+(?:the|this)\s+criterion)(?!\w){SHUT}"
 )
 
 
@@ -129,50 +121,20 @@ def _score(items: Sequence[Item], met: Sequence[bool | Unclear]) -> float | Abst
 def parse_met(reply: str) -> bool | Unclear:
     """Whether a reply says that the criterion is met.
 
-    Read are JSON with a key such as `met`, and a statement that is the last line, or the first with the reasons after it:
-    `Met: yes`, `No.`, `Yes, because …`, `The criterion is not met.` Two next to each other that differ are Unclear, and
-    so is everything else.
+    Read are JSON with a key such as `met`, `Met: yes`, `No.`, `Yes, because …`, and `The criterion is not met.`
     """
-    return read_with(reply, _met, several=BOTH)
+    return read_with(reply, lambda text: _FORM.decide(_FORM.lines(text)), several=BOTH)
 
 
-def _met(text: str) -> bool | Unclear:
-    lines = [re.sub(r"^[\s#*_`-]+|[\s*_`]+$", "", line.replace("**", "")) for line in _plain(text).splitlines()]
-    said = [_line(line) for line in lines if line]
-    if not said:
-        return NOTHING
-    if said[-1] is not None:
-        return BOTH if said[-2:-1] == [not said[-1]] else said[-1]
-    if said[0] is None or not all(s is None for s in said[1:]):
-        return NOTHING  # a statement elsewhere may be a quotation
-    return said[0]
-
-
-def _line(line: str) -> bool | None:
-    if sentence := _SENTENCE.fullmatch(line):
-        return not (sentence["not"] or sentence["fails"])
-    if (match := _STATEMENT.fullmatch(line)) is None:
+def _said(text: str, concludes: bool = False) -> bool | Unclear | None:
+    """What a sentence says, or what stands after `Met: `."""
+    if (found := _SAYS.match(text)) is None:
         return None
-    said = _SAYS[match["said"].casefold()]
-    takes_back = re.search(
-        rf"\b(?:{'no|not met|false' if said else 'yes|true'}|but|however|wait)\b", match["rest"], re.IGNORECASE
-    )
-    return None if takes_back else said
+    yes, rest = bool(found["yes"] or found["meets"]), text[found.end() :]
+    if re.search(rf"(?i)\b(?:{'no|not met|unmet|false' if yes else 'yes|true|(?<!not )met'})\b", rest):
+        return BOTH
+    unsure = re.search(r"(?i)\b(?:but|however|partly|partially|in part)\b", rest) or not only_explains(rest)
+    return None if unsure else yes
 
 
-def _plain(text: str) -> str:
-    """The text with a line `Met: yes` for each JSON object that says so."""
-    decoder, done, position = json.JSONDecoder(), "", 0
-    for found in re.finditer(r"\{", text):
-        if found.start() < position:
-            continue
-        try:
-            value, end = decoder.raw_decode(text, found.start())
-        except (ValueError, RecursionError):
-            continue
-        given = next((value[key] for key in _KEYS if key in value), None)
-        said = given if isinstance(given, bool) else _SAYS.get(str(given).casefold())
-        if said is not None:
-            done += f"{text[position : found.start()]}\nMet: {'yes' if said else 'no'}\n"
-            position = end
-    return done + text[position:]
+_FORM: Form[bool] = Form("answer", BOTH, _FRAME, _said, re.compile("(?!)"), _said)

@@ -117,7 +117,7 @@ class Form(Generic[T]):
     frame: re.Pattern[str]
     value: Callable[[str], T | Unclear | None]
     label: re.Pattern[str]
-    sentence: Callable[[str, bool], T | None] = lambda text, concludes: None
+    sentence: Callable[[str, bool], T | Unclear | None] = lambda text, concludes: None
 
     def lines(self, text: str) -> list[str]:
         """The lines that say something, as plain text; JSON objects and tags as `key: value`, if the key is a frame."""

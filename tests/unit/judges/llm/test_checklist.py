@@ -85,7 +85,7 @@ def test_a_completion_with_an_item_that_could_not_be_judged_abstains_and_the_oth
     with FakeEndpoint(reply) as server:
         [judgment] = checked_judgments(make(server), [make_group("q", ["CLOTH", "DOCTOR"], rubrics=RUBRIC)])
     assert judgment.scores == [None, 3 / 8]
-    assert judgment.abstentions == ["an item of the rubric: neither yes nor no", None]
+    assert judgment.abstentions == ["an item of the rubric: no answer", None]
     assert judgment.details["met"] == [[True, None, False], [False, True, False]]
     assert server.requests == 6 + 1  # what could not be read was asked for once more
 
@@ -182,6 +182,12 @@ def test_a_decoder_that_holds_the_reply_to_its_form_is_asked_for_yes_or_no(held:
         ("The answer is yes", True),
         ("Met: Not met", False),
         ("Ｍｅｔ：ｙｅｓ", True),
+        ("<met>no</met>", False),
+        ("{'met': 'yes'}", True),
+        ("$\\boxed{\\text{No}}$", False),
+        ("Is the criterion met? No.", False),
+        ("The final answer is: yes", True),
+        ("Met: yes. It names a cloth.", True),
     ],
 )
 def test_a_reply_that_says_it_plainly_is_read(reply: str, met: bool) -> None:
@@ -208,6 +214,17 @@ def test_a_reply_that_says_it_plainly_is_read(reply: str, met: bool) -> None:
         "<think>Met: yes",
         "The criterion is met in part.",
         "Not yes.",
+        "Met:",
+        "Met: partially",
+        "Met: yes, partially.",
+        "Met: N/A",
+        "Met: yes?",
+        "Met: yes\nMet:",
+        "Met: yes\nWait, no.",
+        "[[no]]\nMet: yes",
+        "No, the criterion is met.",
+        "Yes no",
+        '{"met": true, "met": false}',
         "{" * 2000,
         '{"a":' * 2000,
     ],
