@@ -7,6 +7,7 @@ is not held back where both err.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +63,7 @@ def shared_lineage(args: dict[str, Any], policy: str) -> str | None:
 
 
 def _reason(a: _Model, b: _Model) -> str | None:
-    if Path(a.given).expanduser().resolve() == Path(b.given).expanduser().resolve():
+    if os.path.realpath(os.path.expanduser(a.given)) == os.path.realpath(os.path.expanduser(b.given)):
         return "they are the same"
     common = [x for x in sorted(a.bases) for y in b.bases if _within(x, y) or _within(y, x)]
     if common:
@@ -81,19 +82,20 @@ def _within(name: str, longer: str) -> bool:
 
 def _models_in(args: Any) -> Iterator[str]:
     if isinstance(args, dict):
-        yield from (value for key, value in args.items() if key in MODELS and isinstance(value, str))
+        named = (value for key, value in args.items() if key in MODELS)
+        yield from (name for name in named if isinstance(name, str) and "\0" not in name)
         args = list(args.values())
     for value in args if isinstance(args, list | tuple) else []:
         yield from _models_in(value)
 
 
 def _model(given: str) -> _Model:
-    directory = Path(given).expanduser()
+    directory = Path(os.path.expanduser(given))
     config, adapter = (_object(directory / name) for name in ("config.json", "adapter_config.json"))
     names = [given, config.get("_name_or_path"), adapter.get("base_model_name_or_path")]
     bases = frozenset(base for name in names if isinstance(name, str) and (base := base_name(name)))
     file = directory / "tokenizer.json"
-    tokenizer = sha256_file(file) if file.is_file() else None
+    tokenizer = sha256_file(file) if os.path.isfile(file) else None
     values = tuple(config.get(key) for key in SHAPE)
     return _Model(given, bases, tokenizer, values if None not in values else None)
 

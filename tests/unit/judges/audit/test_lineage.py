@@ -76,6 +76,11 @@ def test_a_configuration_that_cannot_be_read_tells_nothing(tmp_path: Path, text:
     assert shared_lineage({"model": str(tmp_path)}, "org/Nice3-7B") is None
 
 
+@pytest.mark.parametrize("model", ["~nobody-of-that-name/x", "x" * 5000, "a\0b", "{{ model }}\n"])
+def test_an_argument_that_cannot_be_a_path_tells_nothing(model: str) -> None:
+    assert shared_lineage({"model": model}, "org/Nice3-7B") is None
+
+
 def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
