@@ -65,14 +65,15 @@ class VLLMSampler(Sampler):
         self.log, self._say, self._reserved = log, say, reserved
         self._lora, self._adapter_rank = engine.lora, adapter_rank
         self._engine, self._max_model_len, self._trust_remote_code = engine, max_model_len, trust_remote_code
-        own = "1" if engine.tensor_parallel_size > 1 or (visible_gpus() and not reproducible) else "0"
+        on_gpu = bool(visible_gpus())
+        own = "1" if engine.tensor_parallel_size > 1 or (on_gpu and not reproducible) else "0"
         self._env = {
             "VLLM_CONFIGURE_LOGGING": "1",
             **os.environ,
             # On a CPU the engine is in the worker's process, which starts sooner. On a GPU it has its own, as vLLM has
             # it by default: the next decoding step does not wait until the last one's completions are put together.
             OWN_PROCESS: os.environ.get(OWN_PROCESS) or own,
-            **({"VLLM_BATCH_INVARIANT": "1"} if reproducible else {}),
+            **({"VLLM_BATCH_INVARIANT": "1"} if on_gpu and reproducible else {}),
             "VLLM_CPU_KVCACHE_SPACE": f"{engine.kv_cache_gib}",
             "VLLM_NO_USAGE_STATS": "1",
             "PYTHONUNBUFFERED": "1",

@@ -146,8 +146,9 @@ class TreeLayout:
 
     def _tokens(self, *, branches: bool) -> Tensor:
         """Made on the CPU: to select them on the device would wait for it."""
-        kinds = [kind for prompt, own in self.trees for kind in [False] * prompt + [True] * sum(own)]
-        return (torch.tensor(kinds) == branches).nonzero().flatten().to(self.tree.device, non_blocking=True)
+        lengths = torch.tensor([(prompt, sum(own)) for prompt, own in self.trees]).flatten()
+        kinds = torch.tensor([False, True]).repeat(len(self.trees)).repeat_interleave(lengths)
+        return (kinds == branches).nonzero().flatten().to(self.tree.device, non_blocking=True)
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:

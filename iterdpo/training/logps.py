@@ -322,8 +322,11 @@ def score_completions(
     scores = [0.0] * len(prompts)
     done = 0
     with bfloat16(model, copies=device == "cuda") if precision == "bf16" else nullcontext(), torch.inference_mode():
-        batches = _tree_batches if device == "cuda" else _row_batches
-        for rows, logps in batches(model, prompts, completions, rows_per_batch):
+        if device == "cuda":
+            batches = _tree_batches(model, prompts, completions)
+        else:
+            batches = _row_batches(model, prompts, completions, rows_per_batch)
+        for rows, logps in batches:
             for row, logp in zip(rows, logps.tolist(), strict=True):
                 scores[row] = logp
             done += len(rows)
@@ -346,7 +349,7 @@ def _row_batches(
         yield rows, completion_logps(model, [prompts[i] for i in rows], [completions[i] for i in rows])
 
 
-def _tree_batches(model: Any, prompts: Sequence[list[int]], completions: Sequence[list[int]], _: int) -> Scored:
+def _tree_batches(model: Any, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Scored:
     rows: dict[tuple[int, ...], list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows.setdefault(tuple(prompt), []).append(row)

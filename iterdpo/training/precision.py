@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,10 +14,7 @@ from torch import Tensor
 def bfloat16(model: torch.nn.Module, *, copies: bool) -> Iterator[None]:
     """Compute `model` in bfloat16 by autocast; with `copies`, over `bfloat16_copies` of its weights."""
     device = next(model.parameters()).device.type
-    with ExitStack() as stack:
-        if copies:
-            stack.enter_context(bfloat16_copies(model))
-        stack.enter_context(torch.autocast(device, torch.bfloat16))
+    with bfloat16_copies(model) if copies else nullcontext(), torch.autocast(device, torch.bfloat16):
         yield
 
 

@@ -131,6 +131,7 @@ def test_without_batches_in_flight_each_is_sampled_with_its_seeds(tmp_path: Path
         ([], False, None, "0", None),
         (["0"], False, None, "1", None),
         (["0"], True, None, "0", "1"),
+        ([], True, None, "0", None),
         (["0"], False, "0", "0", None),
     ],
 )

@@ -216,9 +216,13 @@ def test_what_flash_attention_cannot_compute_is_computed_otherwise(
     assert attention._flash_can(rows, rows, window, softcap) is can
 
 
-def test_a_window_is_none_if_no_branch_reaches_beyond_it() -> None:
+@pytest.mark.parametrize(("window", "used"), [(11, None), (10, 10)])
+def test_a_window_counts_only_if_a_prompt_with_a_branch_is_longer(window: int, used: int | None) -> None:
     layout = tree_layout([(5, [3, 6]), (9, [1])], 32)
-    assert layout.reach == 11
+    use_layout(layout)
+    q, k, v = (torch.zeros(1, 2, 32, 8) for _ in range(3))
+    tree_attention(None, q, k, v, None, sliding_window=window)
+    assert {seen for _, seen, _ in layout.mask_cache} == {used}
 
 
 def test_a_layout_makes_no_blocks_before_they_are_asked_for() -> None:
