@@ -18,6 +18,7 @@ from iterdpo.report.page import write_report
 from iterdpo.run.artifacts import Completions, PolicyCheckpoint, shard_name
 from iterdpo.run.rundir import read_manifest, write_json
 from iterdpo.sampling.base import Batch, SamplingParameters
+from iterdpo.seeds import derive_seed
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.sample import inputs as sample_inputs
 from iterdpo.stages.sample import parameters_of, sample
@@ -218,15 +219,18 @@ def test_a_sampler_with_many_batches_in_flight_makes_the_shards_that_are_missing
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "write_completion_shard", fails)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(OSError, match="no space") as caught:
             sampled(room.open(**small))
     assert sampler.closed
+    assert caught.traceback  # which keeps what the stage had: nothing is closed for want of references
     run = room.open(**small)
     (lost,) = run.dir.round_dir(1).glob("completions.partial/shard-000001.parquet")
     lost.unlink()
-    sampler.asked.clear()
+    sampler.seeds.clear()
     completions = sampled(run)
-    assert sampler.asked == [1] * 3  # the one that is lost, and two that were not written
+    ids = [prompt.id for prompt in run.prompts.of(1)]
+    missing = [ids[1], ids[4], ids[5]]  # the one that is lost, and two that were not written
+    assert sampler.seeds == [derive_seed(run.config.seed, 1, "sample", prompt_id) for prompt_id in missing]
     assert [g.prompt for g in completions] == list(run.prompts.of(1))
     assert [g.prompt_ids for g in completions] == run.prompt_ids(list(run.prompts.of(1)))
 
