@@ -116,7 +116,8 @@ def add_rounds_flow(config: Config) -> Flow[..., str]:
         alarms = Alarms(deployment.id, directory.root.name)
         logger.info("waiting for %s, which another run may be using", directory.root)
         with directory.lock(wait=True), directory.noting_failures(), alarms.of_failures(directory):
-            alarms.tell(STARTED, directory.next_round())
+            first = directory.next_round()
+            alarms.tell(STARTED, first)
             directory.refresh()
             refresh_report(directory.root)
             done = max((record.round for record in directory.records()), default=0)
@@ -130,6 +131,8 @@ def add_rounds_flow(config: Config) -> Flow[..., str]:
                 check_surroundings(run, prefect=False)
                 run.warm_up()
                 records = iterate(run, alarms)
+            if directory.record(first) is None:  # the gate has stopped the run before
+                alarms.tell(ENDED, first)
         return describe(records[-1].metrics)
 
     return add_rounds
@@ -146,14 +149,15 @@ def iterate(run: IterativeRun, alarms: Alarms | None = None) -> list[RoundRecord
         run_round(run, round, do)
 
     def subflow(round: int) -> RoundRecord:
-        if run.dir.record(round) is None or first_pending_of(run, round) is not None:
+        record = run.dir.record(round)
+        if record is None or first_pending_of(run, round) is not None:
             tell(STARTED, round)
             with_prefect(lambda: one_round(round), lambda: run_round(run, round))
-        record = run.dir.record(round)
-        assert record is not None
-        tell(ENDED, round)
-        if round and record.decision != "promote":
-            tell(NOT_PROMOTED, round, alarm="failed gate", reason=f"{record.decision}: {record.reason}")
+            record = run.dir.record(round)
+            assert record is not None
+            tell(ENDED, round)
+            if round and record.decision != "promote":
+                tell(NOT_PROMOTED, round, alarm="failed gate", reason=f"{record.decision}: {record.reason}")
         return record
 
     def tell(event: str, round: int, **more: Any) -> None:
@@ -170,7 +174,7 @@ def iterate(run: IterativeRun, alarms: Alarms | None = None) -> list[RoundRecord
             if not is_lost(error):
                 raise
             lost, run.waiting = True, alone
-            run.progress.say(f"  {'Prefect':<9} its server no longer answers; the run goes on without it")
+            _go_on(run)
         instead()
 
     records = []

@@ -1,4 +1,4 @@
-"""What an alarm says, and what `--notify` takes. tests/integration/test_serving.py has alarms that arrive."""
+"""What an alarm says, and what `--notify` takes. tests/integration/test_nights.py has alarms that arrive."""
 
 from __future__ import annotations
 
