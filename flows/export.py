@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 from iterdpo.errors import ConfigError, RunFailed, UserError
 from iterdpo.escape import printable
 from iterdpo.report.card import pairs_card, policy_card
 from iterdpo.run.read import Run, read_run
-from iterdpo.run.rundir import check_step, fsync, read_json, sync_tree
+from iterdpo.run.rundir import check_step, fsync, read_json, sync_tree, write_json
 from iterdpo.run.sums import MANIFEST, RECORD
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -45,7 +46,7 @@ def export_policy(
     if merge and not adapter:
         raise ConfigError(f"--merge: {policy} is no adapter, and has nothing to merge; leave it out")
     check_step(policy)
-    with _NewDirectory(output) as fresh:
+    with _new_directory(Path(output)) as fresh:
         trusted = bool(run.config["model"].get("trust_remote_code"))
         dtype = dtype or _dtype(policy)
         if merge:
@@ -72,7 +73,7 @@ def export_pairs(run_dir: str | Path, output: str | Path, *, round: int | None =
         round = max(there, default=1)
     pairs = run._step(round, "pairs")
     check_step(pairs)
-    with _NewDirectory(output) as fresh:
+    with _new_directory(Path(output)) as fresh:
         for file in pairs.glob("*.parquet"):
             shutil.copyfile(file, fresh / file.name)
         (fresh / "README.md").write_text(pairs_card(run, round, fresh), encoding="utf-8")
@@ -111,29 +112,24 @@ def push(directory: Path, repo: str, *, kind: Literal["model", "dataset"], publi
     return str(done.repo_url)
 
 
-class _NewDirectory:
+@contextmanager
+def _new_directory(output: Path) -> Iterator[Path]:
     """A directory under way beside `output`, which gets that name, on disk and readable by all, if nothing fails."""
-
-    def __init__(self, output: str | Path) -> None:
-        self.output = Path(output)
-        self.fresh = self.output.with_name(f".{self.output.name}.partial")
-
-    def __enter__(self) -> Path:
-        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
-            raise ConfigError(f"{self.output}: is there already; delete it, or give another directory")
-        shutil.rmtree(self.fresh, ignore_errors=True)  # of an export that was killed
-        self.fresh.mkdir(parents=True)
-        return self.fresh
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.fresh, ignore_errors=True)
-            return
-        for path in (self.fresh, *self.fresh.rglob("*")):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output}: is there already; delete it, or give another directory")
+    fresh = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)  # of an export that was killed
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        for path in (fresh, *fresh.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
-        sync_tree(self.fresh)
-        os.replace(self.fresh, self.output)
-        fsync(self.output.absolute().parent)
+        sync_tree(fresh)
+        os.replace(fresh, output)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    fsync(output.absolute().parent)
 
 
 def _policy(run: Run, round: int | None) -> tuple[int, Path]:
@@ -152,12 +148,12 @@ def _dtype(policy: Path) -> Dtype:
     """The precision of a policy's weights."""
     from safetensors import safe_open
 
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    names: dict[str, Dtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     for file in sorted(policy.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # no mapping
-                if (kind := names.get(tensors.get_slice(name).get_dtype())) in get_args(Dtype):
-                    return kind  # type: ignore[return-value]
+                if (kind := names.get(tensors.get_slice(name).get_dtype())) is not None:
+                    return kind
     return "float32"
 
 
@@ -173,7 +169,7 @@ def _copy(file: Path, target: Path, *, dtype: Dtype) -> None:
         as_asked = {n: w.to(getattr(torch, dtype)) if w.is_floating_point() else w for n, w in weights.items()}
         save_file(as_asked, target, metadata={"format": "pt"})
     elif file.name == "config.json":
-        _write_json(target, {**read_json(file), "dtype": dtype})
+        write_json(target, {**read_json(file), "dtype": dtype})
     else:
         shutil.copyfile(file, target)
 
@@ -192,8 +188,4 @@ def _merge(adapter: Path, output: Path, *, dtype: Dtype, trust_remote_code: bool
 def _name_base(adapter_config: Path, base: str) -> None:
     """An adapter names its base as the configuration does, if that is a hub id, and not where it lay here."""
     if not Path(base).exists():
-        _write_json(adapter_config, {**read_json(adapter_config), "base_model_name_or_path": base})
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(adapter_config, {**read_json(adapter_config), "base_model_name_or_path": base})

@@ -177,9 +177,7 @@ async def _serve(runner: Runner, progress: Progress, api: PrefectAPI, deployment
     """
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     polling = asyncio.create_task(runner.start())
-    await asyncio.sleep(
-        0
-    )  # it has set its handler of SIGTERM now, which waits half a minute for a round; ours replaces it
+    await asyncio.sleep(0)  # it sets its handler of SIGTERM, which waits half a minute for a round; ours replaces it
     for number in STOPS:
         loop.add_signal_handler(number, stop.set)
     watching, stopped = asyncio.create_task(_watch(progress, api, deployment)), asyncio.create_task(stop.wait())

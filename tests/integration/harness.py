@@ -99,6 +99,11 @@ class Workspace:
                 continue
         return found
 
+    def serving(self) -> int:
+        """The process of this workspace's `iterdpo serve`."""
+        [found] = [pid for pid in self.survivors() if b"\0serve\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return found
+
 
 def wait_for(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
     deadline = time.monotonic() + seconds

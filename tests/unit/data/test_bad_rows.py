@@ -33,7 +33,7 @@ BAD: dict[str, tuple[str, str]] = {  # a line, and the reason
     "deeper": ('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}", "are nested more than 100 levels deep"),
     "no prompt": ('{"question": "2+2?", "chosen": "4", "rejected": "5"}', "have no column 'prompt'"),
     "empty": (json.dumps({**GOOD, "prompt": " "}), "have an empty prompt"),
-    "null prompt": (json.dumps({**GOOD, "prompt": 7}), "have a prompt or completion that is neither text nor messages"),
+    "a number": (json.dumps({**GOOD, "prompt": 7}), "have a prompt or completion that is neither text nor messages"),
     "half a pair": (json.dumps({**GOOD, "prompt": "\ud800"}), "have half of a surrogate pair"),
     "no role": (json.dumps({**GOOD, "prompt": [{"role": None, "content": "x"}]}), "have a message of the wrong shape"),
     "media": (json.dumps({**GOOD, "image": "a.png"}), "have images or other media"),

@@ -85,8 +85,11 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_an_exported_policy_is_the_policy_in_the_precision_asked_for(whole: Path, tmp_path: Path) -> None:
-    os.umask(0o077)
-    output = export_policy(whole, tmp_path / "out", dtype="bfloat16")
+    before = os.umask(0o077)
+    try:
+        output = export_policy(whole, tmp_path / "out", dtype="bfloat16")
+    finally:
+        os.umask(before)
     policy = AutoModelForCausalLM.from_pretrained(whole / "round-001" / "policy", dtype=torch.bfloat16)
     exported = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
     assert exported.dtype == torch.bfloat16
