@@ -12,7 +12,7 @@ SEVERAL_SCORES, SEVERAL_RANKINGS = Unclear("several scores"), Unclear("several r
 _NUMBER = r"[-+]?[0-9]+(?:\.[0-9]+)?"
 _SCORED = re.compile(
     r"(?i)(?:(?:i|we)(?:['’]d|\s+would|\s+will)?\s+(?:give|rate|score|assign)\b[^.0-9]{0,60}\s)?"
-    rf"{OPEN}(?P<score>{_NUMBER}){SHUT}(?:(?:/|out\s+of|von|sur|de|из)\s*(?P<of>{_NUMBER}))?"
+    rf"{OPEN}(?P<score>{_NUMBER}){SHUT}(?:[(\[]?(?:/|out\s+of|von|sur|de|из)\s*(?P<of>{_NUMBER}))?"
     rf"\s*(?:(?P<percent>%)|points?|stars?|分)?(?![\w%+/½¼¾]){SHUT}"
 )
 _ANOTHER = re.compile(r"(?i)\s*(?:or|to|and|bis|[-–—~→>,;.:]+)\s*[-+]?[0-9]")
