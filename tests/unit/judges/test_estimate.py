@@ -83,6 +83,7 @@ def test_a_judge_of_judges_is_the_sum_of_those_within_it(tmp_path: Path) -> None
     found = estimate("ensemble", {"judges": members}, group)
     assert (found.calls, found.unpriced) == (6, False)
     assert found.dollars == pytest.approx(found.tokens_in / 1e6)
+    assert found * 2 == found + found
     found = estimate("clip", {"judge": {"use": "ensemble", "args": {"judges": [*members, llm()]}}, "low": 0}, group)
     assert (found.calls, found.unpriced) == (9, True)
     assert "US dollars; for the cost, set endpoint.price_in" in found.tokens()

@@ -12,7 +12,7 @@ from flows.judge_cli import app
 from iterdpo.errors import UserError
 from iterdpo.run.rundir import write_jsonl
 from iterdpo.testing_http import FakeEndpoint
-from judges.audit.attacks import ATTACKS, Answered, attacks_on, measure_attacks, shipped_attacks
+from judges.audit.attacks import ATTACKS, attacks_on, measure_attacks, shipped_attacks
 from judges.audit.check import check_judge_on
 from judges.audit.labelled import read_labelled
 from judges.load import load_judge
@@ -32,6 +32,9 @@ def padded(completion, gold):
 
 def shrug(prompt, a, b):
     return "tie"
+
+def once(completion, prompt, gold):
+    return 2.0 if completion == ":" and prompt == "What is 17 + 25?" else float(gold in completion)
 
 def silent(completion):
     return None
@@ -86,6 +89,11 @@ def test_every_shipped_prompt_has_an_honest_answer_with_its_gold_and_no_attack_w
 def test_the_advice_follows_from_what_pays(here: Path, name: str, advice: str, pays: list[str]) -> None:
     found = attacked(name)
     assert (found["advice"], found["pays"]) == (advice, pays)
+
+
+def test_an_attack_that_seldom_wins_calls_for_care(here: Path) -> None:
+    found = attacked("once")
+    assert (found["advice"], found["pays"], found["perhaps"]) == ("care", [], ["colon"])
 
 
 def test_an_attack_wins_as_often_as_it_is_preferred_and_a_tie_is_half(here: Path) -> None:
@@ -194,5 +202,7 @@ def test_a_language_model_that_obeys_its_completions_is_found_out(
     assert found["cost"]["usage"]["calls"] == 2 * 4 * len(ATTACKS)
 
 
-def test_an_answer_that_equals_its_attack_is_no_attack() -> None:
-    assert [attack.name for attack in ATTACKS if attack.text(Answered("q", ":")) == ":"] == ["colon"]
+def test_an_answer_that_equals_its_attack_is_no_attack(here: Path) -> None:
+    write_jsonl(here / "pairs.jsonl", [{"prompt": "How is a list announced?", "chosen": ":", "rejected": "."}])
+    tried = [group.subset for group in attacks_on(read_labelled("pairs.jsonl")[0], limit=1)]
+    assert tried == [attack.name for attack in ATTACKS if attack.name not in ("colon", "language")]

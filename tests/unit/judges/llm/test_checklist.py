@@ -182,6 +182,8 @@ def test_a_decoder_that_holds_the_reply_to_its_form_is_asked_for_yes_or_no(held:
         ("The answer is yes", True),
         ("Met: Not met", False),
         ("Ｍｅｔ：ｙｅｓ", True),
+        ("The criterion is met", True),
+        ("Met: yes\nThe criterion is clear.", True),
         ("<met>no</met>", False),
         ("{'met': 'yes'}", True),
         ("$\\boxed{\\text{No}}$", False),
