@@ -62,7 +62,7 @@ def estimate(use: str, args: dict[str, Any], groups: Sequence[CompletionGroup]) 
     Raises:
         JudgeError: what `check_judge` finds in the arguments of a language model.
     """
-    if within := nested_judges(args):
+    if within := list(nested_judges(args)):
         return sum((estimate(j["use"], j.get("args") or {}, groups) for j in within), Workload())
     made = built_in(use)
     if made is not None and issubclass(made, LLMJudge):

@@ -87,7 +87,7 @@ def check_judge(use: str, args: dict[str, Any]) -> None:
     if use in BUILT_IN:
         made = _built_in(use)
         check_signature(inspect.signature(made), args, use, constructor=True)
-        for nested in _nested(args):
+        for nested in nested_judges(args):
             check_judge(nested["use"], nested.get("args") or {})
         made.check(**args)
         return
@@ -114,7 +114,7 @@ def probe_judge(use: str, args: dict[str, Any]) -> None:
             the model; a device that is not there.
     """
     if use in BUILT_IN:
-        for nested in _nested(args):
+        for nested in nested_judges(args):
             probe_judge(nested["use"], nested.get("args") or {})
         _built_in(use).probe(**args)
         return
@@ -210,9 +210,16 @@ def built_in(use: str) -> type[JudgeBase] | None:
     return _built_in(use) if use in BUILT_IN else None
 
 
-def nested_judges(args: Any) -> list[dict[str, Any]]:
-    """The judges that are arguments of a judge, as `{use, args}`, without those within them."""
-    return list(_nested(args))
+def nested_judges(value: Any) -> Iterator[dict[str, Any]]:
+    """The judges within a judge's arguments: `{"use": "exact_match", "args": {"column": "gold"}}`, at any depth.
+
+    Not those within the judges that it yields.
+    """
+    if isinstance(value, dict) and isinstance(value.get("use"), str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from nested_judges(item)
 
 
 def _built_in(use: str) -> type[JudgeBase]:
@@ -222,17 +229,8 @@ def _built_in(use: str) -> type[JudgeBase]:
 
 def _uses(use: str, args: Any) -> Iterator[str]:
     yield use
-    for inner in _nested(args):
+    for inner in nested_judges(args):
         yield from _uses(inner["use"], inner.get("args") or {})
-
-
-def _nested(value: Any) -> Iterator[dict[str, Any]]:
-    """The judges within a judge's arguments: `{"use": "exact_match", "args": {"column": "gold"}}`, at any depth."""
-    if isinstance(value, dict) and isinstance(value.get("use"), str):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _nested(item)
 
 
 class _Source(NamedTuple):
