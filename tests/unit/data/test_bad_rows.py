@@ -256,6 +256,14 @@ def test_unpaired_examples_that_are_taken_back_do_not_count_as_desirable(tmp_pat
     assert (data.account.kept, data.account.desirable) == (2, 1)
 
 
+def test_pairs_that_are_taken_back_do_not_contradict_their_scores(tmp_path: Path, tokenizer: Any) -> None:
+    row = {"prompt": [USER], "chosen": "4", "rejected": "5", "score_chosen": 1, "score_rejected": 2}
+    path = write(tmp_path / "a.jsonl", row, {**row, "tools": [{"name": "f"}]})
+    data = PreferenceData(path, bad_rows="skip")
+    list(data.tokenized(tokenizer, max_prompt_tokens=99, max_completion_tokens=99))
+    assert data.account.contradicting == [1]
+
+
 def test_labelled_pairs_name_all_rows_that_cannot_be_used(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", BAD["cut"][0], GOOD, *[BAD["empty"][0]] * 200)
     pairs, _ = read_labelled(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -171,6 +172,16 @@ def test_an_export_that_cannot_be_made_is_refused_and_leaves_nothing(whole: Path
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(error, match=message):
         export_policy(source, output, **options)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_merge_that_fails_leaves_nothing(tmp_path: Path, tiny_model: Path) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    run = make_run(tmp_path / "films", base, adapter=True)
+    shutil.rmtree(base)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="cannot be merged"):
+        export_policy(run, tmp_path / "out", merge=True)
     assert sorted(tmp_path.rglob("*")) == before
 
 

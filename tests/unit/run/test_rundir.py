@@ -286,11 +286,12 @@ def test_what_was_hashed_to_seal_a_step_is_not_read_again_to_check_it(
 ) -> None:
     read: list[str] = []
     sha256_file = sums.sha256_file
-    monkeypatch.setattr(sums, "sha256_file", lambda path: read.append(path.name) or sha256_file(path))
+    for module in (sums, rundir):
+        monkeypatch.setattr(module, "sha256_file", lambda path: read.append(path.name) or sha256_file(path))
     step = Step(tmp_path / "policy", {})
     (step.begin() / "model.safetensors").write_text("weights")
     check_step(step.path, step.finish())
-    assert read == ["model.safetensors"]
+    assert read.count("model.safetensors") == 1
 
 
 def test_the_inputs_of_a_step_under_way_that_cannot_be_read_are_named(tmp_path: Path) -> None:
