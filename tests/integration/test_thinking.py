@@ -17,6 +17,8 @@ from iterdpo.config import Config, OfflineConfig, parse_config
 from iterdpo.errors import DataError
 from iterdpo.run.rundir import RunDir
 from iterdpo.sampling import SamplingParameters
+from iterdpo.stages.offline import prepare_pairs
+from iterdpo.stages.runs import OfflineRun
 from iterdpo.testing import THINKING, FakeSampler, build_tiny_checkpoint
 from iterdpo.types import Completion
 
@@ -133,9 +135,8 @@ def test_a_round_is_judged_on_answers_trained_on_either_part_and_resumed(
     assert [record.decision for record in RunDir(whole).records()] == ["promote", "promote"]
 
 
-@pytest.mark.parametrize("part", ["answer"])
-def test_reasoning_in_offline_data_is_rendered_divided_and_trained_on_either_part(
-    tmp_path: Path, thinker: Path, part: str
+def test_reasoning_in_offline_data_is_rendered_and_divided_and_the_answers_are_trained_on(
+    tmp_path: Path, thinker: Path
 ) -> None:
     def turn(content: str, thought: str) -> list[dict[str, str]]:
         return [{"role": "assistant", "content": content, "reasoning_content": thought}]
@@ -149,20 +150,23 @@ def test_reasoning_in_offline_data_is_rendered_divided_and_trained_on_either_par
         for i in range(12)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = {
+    values: dict[str, Any] = {
         "run_dir": str(tmp_path / "run"),
         "model": {"path": str(thinker)},
         "data": {"path": str(tmp_path / "pairs.jsonl"), "heldout": 2, "max_completion_tokens": 50},
-        "dpo": {"learning_rate": 1e-3, "pairs_per_step": 2, "precision": "fp32", "train_on": part},
+        "dpo": {"learning_rate": 1e-3, "pairs_per_step": 2, "precision": "fp32", "train_on": "answer"},
     }
+    wholes = {"run_dir": str(tmp_path / "wholes"), "dpo": {**values["dpo"], "train_on": "completion"}}
+    config = parse_config(OfflineConfig, values | wholes)
+    with OfflineRun(config) as of_wholes:
+        counts = prepare_pairs(config, of_wholes).counts
+    assert (counts["pairs"], counts["unfinished_thoughts"]) == (12, 3)  # rows 0, 5 and 10 are cut in a thought
     run = train_offline(parse_config(OfflineConfig, values))
     counts = json.loads((run.root / "round-001" / "pairs" / "MANIFEST.json").read_text())["counts"]
-    assert counts["unfinished_thoughts"] == (3 if part == "completion" else 0)  # rows 0, 5 and 10 are cut in a thought
-    if part == "answer":
-        assert counts["left_out"] == {
-            "have a thought without an answer, and dpo.train_on is answer": {"count": 3, "rows": [1, 6, 11]}
-        }
-    assert counts["pairs"] == (12 if part == "completion" else 9)
+    assert (counts["pairs"], counts["unfinished_thoughts"]) == (9, 0)
+    assert counts["left_out"] == {
+        "have a thought without an answer, and dpo.train_on is answer": {"count": 3, "rows": [1, 6, 11]}
+    }
     first = run.train_log(1).iloc[0]
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
     assert run.metrics.loc[1, "eval_rewards/accuracies"] >= 0
@@ -172,9 +176,8 @@ def test_reasoning_in_offline_data_is_rendered_divided_and_trained_on_either_par
         text = tokenizer.decode(row["chosen_token_ids"])
         assert text == row["chosen"][0]["content"] + "<|im_end|>"
         assert text.startswith("<think>\n")
-        if part == "answer":
-            answer = tokenizer.decode(row["chosen_token_ids"][row["chosen_reasoning_tokens"] :])
-            assert answer.startswith("\n\nIt is ")
+        answer = tokenizer.decode(row["chosen_token_ids"][row["chosen_reasoning_tokens"] :])
+        assert answer.startswith("\n\nIt is ")
 
 
 def test_reasoning_that_a_template_drops_is_named_with_its_row(tmp_path: Path) -> None:
