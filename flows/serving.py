@@ -64,8 +64,9 @@ def serve(
     """Serve until SIGINT, SIGTERM or SIGHUP. Each trigger, by the clock, the page or the API, adds `rounds` to the lineage.
 
     The targets `notify` are told of failed rounds, failed gates, and rounds of more than `hung_after` hours; see
-    `flows.alarms`. The Prefect server is the one in PREFECT_API_URL, or one that we start and that ends with this process. A stop ends
-    the rounds under way and pauses the schedule; the next start adds one round for all triggers that were missed.
+    `flows.alarms`. The Prefect server is the one in PREFECT_API_URL, or one that we start and that ends with this
+    process. A stop ends the rounds under way and pauses the schedule; the next start adds one round for all triggers
+    that were missed.
 
     Raises:
         ConfigError: the name, the cron string, the time zone, a target or a number is invalid.

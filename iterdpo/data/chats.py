@@ -32,6 +32,8 @@ SPEAKERS = {"human": "user", "user": "user", **dict.fromkeys(("gpt", "chatgpt", 
 SPEAKERS |= {"system": "system", "tool": "tool"}
 """The roles of ShareGPT's speakers."""
 NEITHER = "have a prompt or completion that is neither text nor messages"
+EMPTY_PROMPT = "have an empty prompt"
+LAST_TURN = "have a prompt that ends with an assistant turn"
 BAD_MESSAGE = "have a message of the wrong shape"
 BAD_COMPANION = "have a system column, tools or template values of the wrong shape"
 HAVE_MEDIA = "have images or other media"

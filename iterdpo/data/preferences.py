@@ -26,7 +26,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from iterdpo.data.chats import COMPANIONS, content_of, messages_in, with_companions
+from iterdpo.data.chats import COMPANIONS, EMPTY_PROMPT, LAST_TURN, content_of, messages_in, with_companions
 from iterdpo.data.files import Row
 from iterdpo.data.pairs import ABSENT, Kind, pairs_table
 from iterdpo.data.rendering import TokenizerError, common_length, completion_token_ids, prompt_token_ids
@@ -68,8 +68,6 @@ USERS_TURN = "have a turn of the user in the completion"
 NO_ASSISTANT = "have a completion of the role {} and no assistant turn"
 NOT_LAST = "have a completion that does not end with an assistant turn"
 ROLES = {"user", "system", "tool", "developer", "function", "human", "gpt", "model", "bot"}
-EMPTY_PROMPT = "have an empty prompt"
-LAST_TURN = "have a prompt that ends with an assistant turn"
 NOT_RENDERED = "cannot be rendered or tokenized"
 NO_MARGIN = "have a smaller margin of scores than data.min_margin"
 

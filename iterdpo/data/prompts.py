@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iterdpo.config import PromptsConfig
-from iterdpo.data.chats import check_encodable, content_of, with_companions
+from iterdpo.data.chats import EMPTY_PROMPT, LAST_TURN, check_encodable, content_of, with_companions
 from iterdpo.data.rows import BadRows, column_value, json_columns, located_rows, reasons, source_stamp, whole
 from iterdpo.errors import DamagedError, DataError, RowError
 from iterdpo.run.artifacts import number_lists
@@ -465,10 +465,10 @@ def _parts_of_row(row: dict[str, Any], where: str, column: str, id_column: str |
     name = "messages" if column == "prompt" and "prompt" not in row and "messages" in row else column
     content = content_of(column_value(row, name, where, "set prompts.column"), f"{where}, column {name!r}")
     if not content or (isinstance(content, str) and not content.strip()):
-        raise RowError(f"{where}, column {name!r} is empty; remove the row", "have an empty prompt")
+        raise RowError(f"{where}, column {name!r} is empty; remove the row", EMPTY_PROMPT)
     if not isinstance(content, str) and content[-1]["role"] == "assistant":
         message = f"{where}, column {name!r} ends with an assistant turn; remove that message"
-        raise RowError(message, "have a prompt that ends with an assistant turn")
+        raise RowError(message, LAST_TURN)
     content = with_companions(content, row, where, column=name)
     prompt_id = None if id_column is None else _id_of_row(row, id_column, where)
     return prompt_id, content, json_columns({k: v for k, v in row.items() if k not in (name, id_column)})

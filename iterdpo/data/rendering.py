@@ -120,8 +120,9 @@ def completion_token_ids(
     reasoning, which templates move and drop: then the completion is looked for in what was rendered.
 
     Raises:
-        DataError: a part of the completion that the template leaves out, messages after a plain-text prompt, a template that renders the finished turn otherwise than it
-            opens one, a tokenizer that cannot tokenize the two apart, or no end token to close the completion with.
+        DataError: a part of the completion that the template leaves out, messages after a plain-text prompt, a template
+            that renders the finished turn otherwise than it opens one, a tokenizer that cannot tokenize the two apart,
+            or no end token to close the completion with.
     """
     if isinstance(content, str):
         if not isinstance(completion, str):
