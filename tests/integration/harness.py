@@ -99,7 +99,7 @@ class Workspace:
                 continue
         return found
 
-    def serving(self) -> int:
+    def serve_process(self) -> int:
         """The process of this workspace's `iterdpo serve`."""
         [found] = [pid for pid in self.survivors() if b"\0serve\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         return found

@@ -43,7 +43,7 @@ def test_a_stop_in_a_round_leaves_nothing_and_the_next_start_adds_one_round(
         call(f"{url}/deployments/{found['id']}/create_flow_run", {})
         begun = workspace.run_dir / "logs" / "sampler.log"
         wait_for(lambda: begun.exists() and begun.stat().st_size > 0, seconds=200, what="the engine")
-        os.kill(workspace.serving(), signal.SIGTERM)
+        os.kill(workspace.serve_process(), signal.SIGTERM)
         wait_for(lambda: not workspace.survivors(), seconds=5, what="the end of the round")
     assert "stopped: the schedule is paused" in output.read_text()
     ours = {"flow_runs": {"deployment_id": {"any_": [found["id"]]}}}
@@ -89,7 +89,7 @@ def test_a_hung_a_crashed_and_a_failed_round_reach_a_webhook(server: tuple[str, 
             "reason": "it has not ended 0.003 hours after it began",
         }
         assert told.pop() == late
-        served = workspace.serving()
+        served = workspace.serve_process()
         for pid in workspace.survivors():
             parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
             if parent == served and b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():

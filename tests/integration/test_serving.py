@@ -141,7 +141,7 @@ def test_a_round_under_way_ends_with_the_process_that_serves_it(workspace: Works
         call(f"{page}/api/deployments/{found['id']}/create_flow_run", {})
         begun = workspace.run_dir / "logs" / "sampler.log"
         wait_for(lambda: begun.exists() and begun.stat().st_size > 0, seconds=200, what="the engine")
-        os.kill(workspace.serving(), signal.SIGKILL)
+        os.kill(workspace.serve_process(), signal.SIGKILL)
         wait_for(lambda: not workspace.survivors(), seconds=20, what="the end of the round")
 
 
