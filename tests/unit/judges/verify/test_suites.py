@@ -28,6 +28,7 @@ def test_names_are_the_programs_unless_the_library_or_the_tests_have_them() -> N
     assert read_suite("assert sum(sorted(1, 2)) == 3", "t").names == {}
     own = "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(sum(1, 2), 3)"
     assert read_suite(own, "t").names == {"sum": ""}
+    assert read_suite("from solution import board\nassert sum(board) == 3", "t").names == {}
     assert read_suite("def check(candidate): assert sum(candidate(1)) == 3", "t", "sum").names == {}
 
 
