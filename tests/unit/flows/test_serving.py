@@ -68,6 +68,7 @@ def test_a_number_out_of_range_is_refused_with_its_key(config: Config) -> None:
         ({"timezone": "../etc/passwd", "cron": "0 2 * * *"}, "not a time zone"),
         ({"cron": "every night"}, "--cron 'every night': not a cron string"),
         ({"name": "a/b"}, "--name 'a/b': a deployment's name has no / and no %"),
+        ({"name": ".."}, "--name '..': a deployment's name has no"),
         ({"rounds": 0}, "--add 0: a trigger adds at least one round"),
         ({"hung_after": 0.0}, "--hung-after 0: not a number of hours"),
         ({"hung_after": float("nan")}, "--hung-after nan: not a number of hours"),
