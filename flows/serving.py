@@ -79,7 +79,7 @@ def serve(
 
     name = name or Path(config.run_dir).name
     if "/" in name or "%" in name or name in ("", ".", ".."):
-        raise ConfigError(f"--name {name!r}: a deployment's name has no / and no %, and is neither empty nor dots alone")
+        raise ConfigError(f"--name {name!r}: a deployment's name has no / and no %, and is not .. or empty")
     if rounds < 1:
         raise ConfigError(f"--add {rounds}: a trigger adds at least one round")
     if not 0 < hung_after < math.inf:
