@@ -1,4 +1,4 @@
-"""The command line: `iterdpo quickstart | run | train | serve | judge | show | report | status | export | verify`.
+"""The command line: `iterdpo quickstart | run | train | serve | judge | show | report | status | runs | export | verify`.
 
 Exit status: 0 done, 1 a run failed (finished work is kept), 2 bad input.
 """
@@ -260,6 +260,24 @@ def status(run_dir: RunDirectory, /) -> int:
     from flows.plan import describe_status
 
     print(describe_status(run_dir))
+    return 0
+
+
+@app.command
+def runs(
+    root: Annotated[str, Parameter(help="a folder with run directories, at any depth")] = "runs",
+    /,
+    *,
+    json: Annotated[bool, Parameter(help="print JSON")] = False,
+) -> int:
+    """List the runs below a folder: rounds, promoted policy, score, state, next trigger."""
+    from dataclasses import asdict
+    from json import dumps
+
+    from flows.runs import as_table, lineages
+
+    found = lineages(root)
+    print(dumps([asdict(lineage) for lineage in found], indent=2) if json else as_table(found))
     return 0
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from flows import alarms
 from flows.deployment import FLOW, MOST_MISSED, close, missed_triggers, trigger
+from flows.runs import noted_schedule
 from flows.server import PrefectAPI, only_once, prefect_api
 from iterdpo.config import Config, assign, parse_config
 from iterdpo.errors import ChildFailed, ConfigError, RunFailed
@@ -89,7 +90,8 @@ def serve(
     alarms.check_targets(notify)
     check_surroundings(open_run(config), prefect=True)  # what can be wrong is said now, not at two in the night
     log = RunDir(config.run_dir).log_path("prefect")
-    with only_once(name) as port, prefect_api(log, port=port) as api:
+    clock = noted_schedule(config.run_dir, name, cron=cron, timezone=timezone)
+    with only_once(name) as port, prefect_api(log, port=port) as api, clock:
         from prefect.runner import Runner
 
         alarms.remove(name)

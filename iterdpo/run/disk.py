@@ -82,6 +82,18 @@ def lock(file: IO[bytes] | IO[str] | int, operation: int, where: str) -> None:
         ) from None
 
 
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock of a file. False if there is no such file, or its file system has no locks."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def _is_full(root: Path) -> bool:
     try:
         return shutil.disk_usage(root).free < LITTLE
