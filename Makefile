@@ -11,7 +11,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed-$(EXTRA)
 ARGS ?=
 
-.PHONY: quickstart test lint format lock clean
+.PHONY: install quickstart test lint format lock clean
+
+install: $(INSTALLED)
 
 quickstart: $(INSTALLED)
 	$(BIN)/iterdpo quickstart $(ARGS)
