@@ -239,7 +239,7 @@ def _in_the_loop(job: Sampling) -> dict[str, float]:
     engine = EngineConfig(max_num_seqs=settings["max_num_seqs"])
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "sampler.log"
-        sampler = VLLMSampler(max_model_len=settings["max_model_len"], log=log, engine=engine)
+        sampler = VLLMSampler(max_model_len=lambda: settings["max_model_len"], log=log, engine=engine)
         found = {}
 
         def timed(name: str, work: Callable[..., Any], *arguments: Any) -> None:

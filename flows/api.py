@@ -76,12 +76,13 @@ def open_run(
 def check_surroundings(run: IterativeRun, *, prefect: bool) -> None:
     """Try once, before anything heavy begins, what a run needs from outside its configuration.
 
-    The user's code is imported, an endpoint is asked a question, as is the Prefect server that is configured, and the
-    free disk is held against the estimate.
+    transformers makes a model of the checkpoint, without its weights. The user's code is imported, an endpoint is asked a
+    question, as is the Prefect server that is configured, and the free disk is held against the estimate.
 
     Raises:
         UserError: the first of these that fails.
     """
+    run.check_model()
     run.check_space()
     if prefect:
         from flows.server import check_api
@@ -134,13 +135,14 @@ def continue_run(run: IterativeRun, *, prefect: bool = True, wait: bool = False)
             if not (run.dir.root / "run.json").exists():  # it was damaged, and was deleted
                 run.dir.write_config(run.config.model_dump())
             return False
+        run.warm_up()
+        run.check_model()  # before the prompts are tokenized: a tokenizer of an unknown model may fail in any way
         max_tokens = run.max_model_len  # a prompt that is too long is found here
         check_surroundings(run, prefect=prefect)
         run.dir.write_config(run.config.model_dump())
         rounds = f"{run.config.rounds} round{'s'[: run.config.rounds > 1]}"
         run.progress.say(f"run {run.dir.root}: from {pending} on, {rounds}, context {max_tokens:,} tokens")
         run.progress.say(f"  {'prompts':<9} {run.prompts.summary()}")
-        run.warm_up()
         if prefect:
             from flows.iterative_dpo import run_under_prefect
 

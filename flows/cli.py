@@ -301,6 +301,7 @@ def _run_config(config: Config, options: RunOptions) -> int:
     progress = Progress(sys.stdout)
     run = open_run(config, progress=progress, redo=options.redo)
     if options.dry_run:
+        run.check_model()
         plan = describe_plan(run)
         if describe_pending(run):
             check_surroundings(run, prefect=not options.no_prefect)

@@ -128,8 +128,8 @@ def add_rounds_flow(config: Config) -> Flow[..., str]:
             ):
                 logger.info("round %d to %d, first %s", done + 1, done + rounds, first_pending(run))
                 directory.write_config(settings.model_dump())
-                check_surroundings(run, prefect=False)
                 run.warm_up()
+                check_surroundings(run, prefect=False)
                 records = iterate(run, alarms)
             if directory.record(first) is None:  # the gate has stopped the run before
                 alarms.tell(ENDED, first)

@@ -109,6 +109,7 @@ def _groups(prompts: PromptFile, completions: int, max_tokens: int) -> list[Comp
 def describe_offline_plan(config: OfflineConfig) -> str:
     """The plan of `iterdpo train --dry-run`. Reads the data, tokenizes the first rows and checks the checkpoint."""
     with OfflineRun(config) as run:
+        run.check_model()
         path, tokenizer, thinking = run.model_path, run.tokenizer, run.thinking
         run.check_space()
     section = config.data

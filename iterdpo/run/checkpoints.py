@@ -92,17 +92,26 @@ def check_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> dic
         raise ConfigError(f"{where}: needs its own Python code; read it, then set model.trust_remote_code=true")
     _check_code(where, directory, config)
     _refuse_quantized(where, directory, config)
-    _check_known(where, config)
     if not (directory / "tokenizer_config.json").exists() and not (directory / "tokenizer.json").exists():
         raise ConfigError(f"{where}: has no tokenizer; save one there with tokenizer.save_pretrained(...)")
     for name in ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
         if (directory / name).exists():
             _read_object(where, directory / name)
-    shapes = _check_weights(where, directory, config, weight_files(directory))
-    if not config.get("auto_map"):
-        _check_shapes(where, directory, shapes)
-    _check_generation(where, directory)
+    _check_weights(where, directory, config, weight_files(directory))
     return config
+
+
+def check_model(directory: Path, config: dict[str, Any]) -> None:
+    """Hold a checkpoint against the model that transformers makes of its config.json, without loading it.
+
+    The imports take seconds. A ConfigError if transformers has no such model, if the weights are not those of it, or if
+    the settings for generation are refused.
+    """
+    where = f"model.path {directory}"
+    if not config.get("auto_map"):
+        _check_known(where, config)
+        _check_shapes(where, directory, weight_shapes(weight_files(directory), refused=()))
+    _check_generation(where, directory)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -314,9 +323,7 @@ def _quantized(where: str, how: str) -> str:
 
 
 def _check_known(where: str, config: dict[str, Any]) -> None:
-    """Refuse a type of model that transformers does not have, unless its code comes with the checkpoint."""
-    if config.get("auto_map"):
-        return
+    """Refuse a type of model that transformers does not have."""
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise ConfigError(
@@ -332,17 +339,13 @@ def _check_known(where: str, config: dict[str, Any]) -> None:
         )
 
 
-def _check_weights(
-    where: str, directory: Path, config: dict[str, Any], weights: list[Path]
-) -> dict[str, tuple[int, ...]]:
+def _check_weights(where: str, directory: Path, config: dict[str, Any], weights: list[Path]) -> None:
     text = config.get("text_config") or {}
     vocabulary, layers = (config.get(key, text.get(key)) for key in ("vocab_size", "num_hidden_layers"))
     there = -1
-    shapes: dict[str, tuple[int, ...]] = {}
     described = any(section.get("quantization_config") for section in (config, text))
     for file in weights:
-        shapes |= (in_file := weight_shapes([file], refused=INTEGERS if described else INTEGERS + SHORT))
-        for name, shape in in_file.items():
+        for name, shape in weight_shapes([file], refused=INTEGERS if described else INTEGERS + SHORT).items():
             if found := LAYER.search(name):
                 there = max(there, int(found[1]))
             if name.endswith(EMBEDDINGS) and vocabulary is not None and shape[0] != vocabulary:
@@ -356,7 +359,7 @@ def _check_weights(
             "be random; download it again"
         )
     if vocabulary is None:
-        return shapes
+        return
     if (directory / "tokenizer.json").exists():
         from tokenizers import Tokenizer
 
@@ -376,7 +379,6 @@ def _check_weights(
                 f"{where}: the tokenizer has ids up to {highest:,}, but the model embeds {vocabulary:,} tokens "
                 "(config.json, vocab_size); use the tokenizer that the model was trained with"
             )
-    return shapes
 
 
 def _check_shapes(where: str, directory: Path, shapes: dict[str, tuple[int, ...]]) -> None:

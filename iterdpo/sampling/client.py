@@ -40,7 +40,7 @@ class VLLMSampler(Sampler):
     dies.
 
     Args:
-        max_model_len: longest prompt and completion together, in tokens.
+        max_model_len: gives the longest prompt and completion together, in tokens; called when the engine is built.
         log: file for everything that vLLM prints.
         engine: its other settings.
         adapter_rank: rank of the adapters that will be loaded. None: the engine is built without room for adapters,
@@ -53,7 +53,7 @@ class VLLMSampler(Sampler):
     def __init__(
         self,
         *,
-        max_model_len: int,
+        max_model_len: Callable[[], int],
         log: Path,
         engine: EngineConfig,
         adapter_rank: int | None = None,
@@ -159,7 +159,7 @@ class VLLMSampler(Sampler):
 
     def _start_engine(self, policy: Path) -> None:
         scratch = str(self.log.absolute().parent / ".merged")
-        model = (self._max_model_len, self._trust_remote_code, self._lora, self._adapter_rank)
+        model = (self._max_model_len(), self._trust_remote_code, self._lora, self._adapter_rank)
         start = Start(str(policy), self._engine, *model, scratch, self._reproducible)
         started = self._call(start, Started)
         self._in_flight = started.in_flight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib.metadata
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +24,7 @@ from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
 from iterdpo.run.checkpoints import (
     check_adapter_targets,
     check_checkpoint,
+    check_model,
     check_whole_modules,
     context_length,
     resolve_checkpoint,
@@ -72,6 +74,11 @@ class OfflineRun:
             tied, whole = bool(self.model_config.get("tie_word_embeddings")), adapter.modules_to_save or []
             merged = self._merges_adapters
             check_adapter_targets(self.model_path, adapter.target_modules, whole, tied=tied, merged=merged)
+
+    def check_model(self) -> None:
+        """Hold the checkpoint against the model that transformers makes of it. Takes seconds; noted like the digest."""
+        version = importlib.metadata.version("transformers")
+        self._noted(f"transformers {version}", lambda: check_model(self.model_path, self.model_config))
 
     @cached_property
     def initial(self) -> PolicyCheckpoint:
@@ -309,7 +316,7 @@ class IterativeRun(OfflineRun):
         """The sampler that was given, or the configuration's engine. Made at its first use."""
         adapter = self.config.dpo.adapter
         return VLLMSampler(
-            max_model_len=self.max_model_len,
+            max_model_len=lambda: self.max_model_len,
             engine=self.config.sampling.engine,
             log=self.dir.log_path("sampler"),
             trust_remote_code=self.config.model.trust_remote_code,

@@ -32,7 +32,7 @@ def other(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 @pytest.fixture(scope="module")
 def sampler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMSampler]:
     log = tmp_path_factory.mktemp("sampler") / "sampler.log"
-    made = VLLMSampler(max_model_len=64, log=log, engine=SMALL)
+    made = VLLMSampler(max_model_len=lambda: 64, log=log, engine=SMALL)
     yield made
     made.close()
 

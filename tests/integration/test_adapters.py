@@ -121,7 +121,7 @@ def test_the_engine_moves_between_adapters_and_their_base(tmp_path: Path) -> Non
     }
     log = tmp_path / "sampler.log"
     engine = EngineConfig(dtype="float32", lora="vllm")
-    sampler = VLLMSampler(max_model_len=64, log=log, engine=engine, adapter_rank=4)
+    sampler = VLLMSampler(max_model_len=lambda: 64, log=log, engine=engine, adapter_rank=4)
     try:
         sampled: dict[str, Any] = {}
         for name in ("first", "base", "head", "base", "second", "first"):

@@ -23,7 +23,7 @@ PARAMETERS = SamplingParameters(n=3, temperature=1.0, max_tokens=12)
 @pytest.fixture(scope="module")
 def sampler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMSampler]:
     log = tmp_path_factory.mktemp("sampler") / "sampler.log"
-    engine = VLLMSampler(max_model_len=64, log=log, engine=EngineConfig(dtype="float32"))
+    engine = VLLMSampler(max_model_len=lambda: 64, log=log, engine=EngineConfig(dtype="float32"))
     yield engine
     engine.close()
 
@@ -116,7 +116,7 @@ def test_a_completion_ends_with_the_first_of_the_stop_tokens(sampler: VLLMSample
 def test_an_engine_that_cannot_start_says_why_and_where_its_log_is(tmp_path: Path) -> None:
     from iterdpo.errors import ChildFailed
 
-    broken = VLLMSampler(max_model_len=64, log=tmp_path / "sampler.log", engine=EngineConfig())
+    broken = VLLMSampler(max_model_len=lambda: 64, log=tmp_path / "sampler.log", engine=EngineConfig())
     with pytest.raises(ChildFailed, match=r"(?s)sampler, start: .*sampler\.log"):
         broken.load(tmp_path / "missing", "none")
     assert broken._worker is None

@@ -22,7 +22,7 @@ class Scripted(VLLMSampler):
     def __init__(self, *replies: Any, log: Path, lora: Any = "auto") -> None:
         self.said: list[str] = []
         engine = EngineConfig(lora=lora)
-        super().__init__(max_model_len=64, log=log, engine=engine, adapter_rank=4, say=self.said.append)
+        super().__init__(max_model_len=lambda: 64, log=log, engine=engine, adapter_rank=4, say=self.said.append)
         self.replies, self.asked = list(replies), []
 
     def warm_up(self) -> None:
@@ -148,6 +148,8 @@ def test_the_engine_has_a_process_of_its_own_on_a_gpu(
     if given is not None:
         monkeypatch.setenv(OWN_PROCESS, given)
     monkeypatch.setattr("iterdpo.sampling.client.visible_gpus", lambda: gpus)
-    sampler = VLLMSampler(max_model_len=64, log=tmp_path / "s.log", engine=EngineConfig(), reproducible=reproducible)
+    sampler = VLLMSampler(
+        max_model_len=lambda: 64, log=tmp_path / "s.log", engine=EngineConfig(), reproducible=reproducible
+    )
     assert sampler._env[OWN_PROCESS] == own
     assert sampler._env.get("VLLM_BATCH_INVARIANT") == invariant

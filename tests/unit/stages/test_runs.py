@@ -66,6 +66,23 @@ def test_the_policy_after_a_round_is_the_one_that_its_record_names(room: Room) -
         run.policy_after(2)
 
 
+def test_a_checkpoint_is_held_against_its_model_again_only_if_it_has_changed(room: Room, tmp_path: Path) -> None:
+    model = build_tiny_checkpoint(tmp_path / "model")
+    changes: dict[str, Any] = {"model": {"path": str(model)}}
+    room.open(**changes).dir.root.mkdir()
+    config = read_json(model / "config.json")
+
+    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "no such function"}))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="transformers makes no model of it"):
+            room.open(**changes).check_model()
+    (model / "config.json").write_text(json.dumps(config))
+    room.open(**changes).check_model()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("iterdpo.stages.runs.check_model", lambda *_: pytest.fail("it was checked"))
+        room.open(**changes).check_model()
+
+
 def test_the_digest_of_the_initial_policy_is_noted_with_what_it_was_taken_of(room: Room, tmp_path: Path) -> None:
     model = build_tiny_checkpoint(tmp_path / "model")
     changes: dict[str, Any] = {"model": {"path": str(model)}}
