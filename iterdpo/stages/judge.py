@@ -22,6 +22,7 @@ def judge(
     """The judge's scores of the completions. Judgments that a `streaming` judge made during sampling are reused."""
     step = run.dir.step(round, "judgments", inputs(completions.digest, by))
     if (manifest := step.manifest()) is None:
+        run.warm_up_trainer(round)
         manifest = _judge(run, step, completions, by, streaming or run.streaming_judge(round))
     return Judgments.of(step.path, manifest)
 

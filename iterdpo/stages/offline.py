@@ -36,6 +36,7 @@ def train_round(config: OfflineConfig, *, progress: Progress, redo: bool = False
     run = OfflineRun(config, progress=progress, redo=redo)
     with run.dir.lock(), run.dir.noting_failures(), run:
         run.dir.refresh()
+        run.warm_up_trainer(1)
         run.check_model()
         run.check_space()
         prepared = prepare_pairs(config, run)

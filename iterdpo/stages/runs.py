@@ -43,9 +43,10 @@ from iterdpo.run.rundir import (
     read_object,
     write_json,
 )
+from iterdpo.run.supervise import Child
 from iterdpo.run.trackers import Trackers, flat
 from iterdpo.sampling import Sampler, VLLMSampler
-from iterdpo.training.launch import check_training
+from iterdpo.training.launch import check_training, warm_up
 from iterdpo.types import Prompt
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class OfflineRun:
         self.dir = RunDir(config.run_dir, redo=redo)
         self.progress = progress or Progress()
         self._open = ExitStack()
+        self._trainer: Child | None = None
         self._sums: dict[str, str] = {}  # of the initial policy's files
         check_training(config.dpo)
         check_devices(config.dpo.processes, "dpo.processes")
@@ -74,6 +76,18 @@ class OfflineRun:
             tied, whole = bool(self.model_config.get("tie_word_embeddings")), adapter.modules_to_save or []
             merged = self._merges_adapters
             check_adapter_targets(self.model_path, adapter.target_modules, whole, tied=tied, merged=merged)
+
+    def warm_up_trainer(self, round: int) -> None:
+        """Begin the start of the round's trainer, if there is one to come: it imports torch while other work goes on."""
+        if self._trainer is None and read_manifest(self.dir.round_dir(round) / "policy") is None:
+            self._trainer = warm_up(self.settings.dpo, log=self.dir.log_path("train"), reserved=self.reserved)
+            if self._trainer is not None:
+                self._open.callback(self._trainer.kill)
+
+    def take_trainer(self) -> Child | None:
+        """The trainer that `warm_up_trainer` began, for one round."""
+        taken, self._trainer = self._trainer, None
+        return taken
 
     def check_model(self) -> None:
         """Hold the checkpoint against the model that transformers makes of it. Takes seconds; noted like the digest."""

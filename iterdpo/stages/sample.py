@@ -19,6 +19,7 @@ from iterdpo.run.artifacts import (
     write_card,
     write_completion_shard,
 )
+from iterdpo.run.devices import visible_gpus
 from iterdpo.sampling import SamplingParameters
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.runs import IterativeRun, OfflineRun, batches
@@ -38,6 +39,8 @@ def sample(
         directory = step.begin()
         run.prompts.pin(round)
         sampling = run.config.sampling
+        if visible_gpus():  # else the engine needs all cores
+            run.warm_up_trainer(round)
         if streaming is not None:
             streaming.start()
         counts = sample_shards(

@@ -116,6 +116,7 @@ def _train(
             log=run.dir.log_path("train"),
             on_step=on_step,
             reserved=run.reserved,
+            child=run.take_trainer(),
         )
 
 

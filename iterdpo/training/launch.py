@@ -25,6 +25,7 @@ from iterdpo.run.rundir import write_json
 
 TRAIN_LOG = "train_log.jsonl"
 OPTIMIZER_STATE = "optimizer.pt"
+WAITING = "-"  # in place of a specification's path: it comes on standard input
 MALLOC = {"hugetlb": 1, "trim_threshold": 16 << 30, "mmap_threshold": 32 << 20, "top_pad": 64 << 20}
 
 
@@ -98,6 +99,16 @@ def check_training(dpo: DPOConfig) -> None:
             raise ConfigError(f"{path}: {problem}; set both to the number of GPUs")
 
 
+def warm_up(dpo: DPOConfig, *, log: Path, reserved: Sequence[int] = ()) -> supervise.Child | None:
+    """A trainer that imports torch and transformers, and then waits for its specification: `launch_training(child=)`.
+
+    None if there is no such: several processes have a launcher, which starts them when it knows the work.
+    """
+    if dpo.processes > 1 or dpo.accelerate_config is not None:
+        return None
+    return supervise.start(command(dpo, WAITING), log=log, env=environment(processes=1), pipes=True, reserved=reserved)
+
+
 def launch_training(
     spec: TrainSpec,
     *,
@@ -105,17 +116,24 @@ def launch_training(
     log: Path,
     on_step: Callable[[dict[str, Any]], None],
     reserved: Sequence[int] = (),
+    child: supervise.Child | None = None,
 ) -> None:
     """Run the round in a child process, and return when its policy is written. The child dies with this process.
 
-    `reserved` are descriptors of `devices.reserved_gpus`. `on_step` gets each line of the training log soon after it is
-    written; those of an earlier start come first. Raises ChildFailed with the reason.
+    `reserved` are descriptors of `devices.reserved_gpus`. `child` is one of `warm_up`. `on_step` gets each line of the
+    training log soon after it is written; those of an earlier start come first. Raises ChildFailed with the reason.
     """
     write_json(spec_path, spec.model_dump(mode="json"))
     steps, seen = spec.output / TRAIN_LOG, 0
     status: int | None = None
-    env = environment(processes=spec.dpo.processes)
-    with supervise.start(command(spec, spec_path), log=log, env=env, reserved=reserved) as child:
+    if child is None:
+        env = environment(processes=spec.dpo.processes)
+        child = supervise.start(command(spec.dpo, str(spec_path)), log=log, env=env, reserved=reserved)
+    else:
+        assert child.process.stdin is not None
+        with suppress(BrokenPipeError), child.process.stdin as told:  # else it has ended, and its log says why
+            told.write(f"{spec_path}\n".encode())
+    with child:
         while status is None:
             time.sleep(0.2)
             status = child.poll()
@@ -131,19 +149,19 @@ def launch_training(
         shutil.rmtree(left)
 
 
-def command(spec: TrainSpec, spec_path: Path) -> list[str]:
+def command(dpo: DPOConfig, spec: str) -> list[str]:
     """The trainer itself, several of them under torchrun, or `accelerate launch` with the user's file.
 
     Without such a file, `accelerate launch` takes settings from the one that `accelerate config` wrote for other work.
     """
-    processes, module = spec.dpo.processes, ["-m", "iterdpo.training.train", str(spec_path)]
-    if spec.dpo.accelerate_config is not None:
+    processes, module = dpo.processes, ["-m", "iterdpo.training.train", spec]
+    if dpo.accelerate_config is not None:
         return [
             sys.executable,
             "-m",
             "accelerate.commands.launch",
             "--config_file",
-            spec.dpo.accelerate_config,
+            dpo.accelerate_config,
             *module,
         ]
     if processes > 1:

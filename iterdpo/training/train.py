@@ -1,4 +1,5 @@
-"""One DPO round: the process that `launch.py` starts, with a specification file as its only argument.
+"""One DPO round: the process that `launch.py` starts, with a specification file as its only argument. With `-` it
+imports what it needs, and reads the file's path from its standard input.
 
     reference log-probabilities, once, before the first step      -> <round>/reference/            reference.py
     AdamW on the loss, step by step                               -> train_log.jsonl               step.py
@@ -32,7 +33,7 @@ from iterdpo.run.rundir import read_json, write_json
 from iterdpo.run.supervise import REASON
 from iterdpo.training.checkpoint import drop_frozen, resume, save_checkpoint, save_policy
 from iterdpo.training.collate import RoundPairs
-from iterdpo.training.launch import TRAIN_LOG, TrainSpec
+from iterdpo.training.launch import TRAIN_LOG, WAITING, TrainSpec
 from iterdpo.training.logps import LogpPath, Scorer, select_logp_path
 from iterdpo.training.models import ADAPTER_CONFIG, adapter_base, load_policy, whole_modules, with_new_adapter
 from iterdpo.training.reference import reference_logps
@@ -44,11 +45,20 @@ log = logging.getLogger(__name__)
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
-        train(TrainSpec.model_validate(read_json(Path(sys.argv[1]))))
+        if path := sys.argv[1] if sys.argv[1] != WAITING else _told():
+            train(TrainSpec.model_validate(read_json(Path(path))))
     except Exception as error:
         traceback.print_exc()
         print(f"{REASON}{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def _told() -> str:
+    """The path that the parent writes once it knows the work. Empty if there is none."""
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the log: nobody reads the pipe
+    from transformers.models.auto import modeling_auto  # noqa: F401  # takes longer than torch
+
+    return sys.stdin.readline().strip()
 
 
 def train(spec: TrainSpec) -> None:

@@ -8,9 +8,19 @@ from typing import Any
 import pytest
 
 from iterdpo.config import DPOConfig
-from iterdpo.errors import ConfigError
+from iterdpo.errors import ChildFailed, ConfigError
 from iterdpo.run.rundir import read_json, write_json
-from iterdpo.training.launch import ReferenceInputs, TrainSpec, check_training, command, environment, threads
+from iterdpo.run.supervise import Child
+from iterdpo.training.launch import (
+    ReferenceInputs,
+    TrainSpec,
+    check_training,
+    command,
+    environment,
+    launch_training,
+    threads,
+    warm_up,
+)
 
 
 def spec(**dpo: Any) -> TrainSpec:
@@ -65,13 +75,13 @@ def test_a_specification_with_a_key_that_there_is_not_is_refused(tmp_path: Path)
 @pytest.mark.parametrize("devices", ["gpus", "cpus"])
 def test_one_process_is_the_trainer_itself(request: pytest.FixtureRequest, devices: str) -> None:
     request.getfixturevalue(devices)
-    assert command(spec(), Path("/train.json"))[1:] == ["-m", "iterdpo.training.train", "/train.json"]
+    assert command(spec().dpo, "/train.json")[1:] == ["-m", "iterdpo.training.train", "/train.json"]
 
 
 @pytest.mark.parametrize("devices", ["gpus", "cpus"])
 def test_several_processes_are_started_by_torchrun(request: pytest.FixtureRequest, devices: str) -> None:
     request.getfixturevalue(devices)
-    words = command(spec(processes=2), Path("/train.json"))
+    words = command(spec(processes=2).dpo, "/train.json")
     assert words[1:3] == ["-m", "torch.distributed.run"]
     assert "--nproc-per-node=2" in words
     assert words[-3:] == ["-m", "iterdpo.training.train", "/train.json"]
@@ -79,7 +89,7 @@ def test_several_processes_are_started_by_torchrun(request: pytest.FixtureReques
 
 @pytest.mark.usefixtures("cpus")
 def test_an_accelerate_configuration_says_everything() -> None:
-    words = command(spec(accelerate_config="/fsdp.yaml", processes=2), Path("/train.json"))
+    words = command(spec(accelerate_config="/fsdp.yaml", processes=2).dpo, "/train.json")
     assert words[1:] == [
         "-m",
         "accelerate.commands.launch",
@@ -120,3 +130,31 @@ def test_an_accelerate_configuration_must_exist_and_mean_as_many_processes(tmp_p
     with pytest.raises(ConfigError, match=r"num_processes is 4, but dpo\.processes is 1"):
         check_training(DPOConfig(accelerate_config=str(path)))
     check_training(DPOConfig(accelerate_config=str(path), processes=4))
+
+
+def test_a_trainer_that_waits_reads_its_round_from_its_input_or_ends_without_one(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    with open_trainer(log) as idle:
+        assert idle.process.stdin is not None
+        idle.process.stdin.close()
+        assert idle.wait(120) == 0
+    told = open_trainer(log)
+    with pytest.raises(ChildFailed, match=r"training failed: FileNotFoundError: .*/no-such-file"):
+        launch_training(
+            spec().model_copy(update={"output": tmp_path, "pairs": Path("/no-such-file")}),
+            spec_path=tmp_path / "train.json",
+            log=log,
+            on_step=lambda row: None,
+            child=told,
+        )
+
+
+def open_trainer(log: Path) -> Child:
+    child = warm_up(spec().dpo, log=log)
+    assert child is not None
+    return child
+
+
+def test_processes_that_a_launcher_starts_do_not_wait(tmp_path: Path) -> None:
+    assert warm_up(spec(processes=2).dpo, log=tmp_path / "train.log") is None
+    assert not (tmp_path / "train.log").exists()
