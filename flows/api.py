@@ -65,11 +65,12 @@ def open_run(
             columns = evaluated if section is config.evaluation.judge else evaluated & trained
             check_columns(section.use, columns, section.args)
             score = f"score/{'train' if section is config.judge else 'heldout'}_judge"
-            if config.gate.metric.startswith(score) and compares(section.use, section.args):
-                raise ConfigError(
-                    f"gate.metric = {config.gate.metric!r}: {section.use} compares completions, and gives none a score of its "
-                    "own, so no round would be promoted; choose win_rate/vs_previous or win_rate/vs_initial"
-                )
+            for key, metric in config.gate.metrics():
+                if metric.startswith(score) and compares(section.use, section.args):
+                    raise ConfigError(
+                        f"{key} = {metric!r}: {section.use} compares completions, and gives none a score of its own, so no "
+                        "round would be promoted; choose win_rate/vs_previous or win_rate/vs_initial"
+                    )
     return run
 
 

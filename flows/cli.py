@@ -296,6 +296,7 @@ def verify(run_dir: RunDirectory, /) -> int:
 def _run_config(config: Config, options: RunOptions) -> int:
     from flows.api import check_surroundings, continue_run, describe, open_run
     from flows.plan import describe_plan
+    from iterdpo.gate import best_record
     from iterdpo.stages.plan import describe_pending
 
     progress = Progress(sys.stdout)
@@ -315,7 +316,8 @@ def _run_config(config: Config, options: RunOptions) -> int:
     if records[-1].decision == "stop":
         progress.say(f"stopped by the gate in round {records[-1].round}: {records[-1].reason}")
     progress.say(f"report: {run.dir.root / 'report.html'}")
-    initial = " (the initial one: no round was promoted)" if records[-1].policy_round == 0 else ""
+    best = best_record(records)
+    initial = " (the initial one: no round was promoted)" if best.policy_round == 0 else ""
     progress.say(f"policy: {run.dir.root / 'policy'}{initial}")
     return 0
 

@@ -11,6 +11,7 @@ from typing import Literal, cast
 
 from iterdpo.errors import ConfigError, RunFailed, UserError
 from iterdpo.escape import printable
+from iterdpo.gate import best_record
 from iterdpo.report.card import pairs_card, policy_card
 from iterdpo.run.read import Run, read_run
 from iterdpo.run.rundir import check_step, fsync, read_json, sync_tree, write_json
@@ -29,7 +30,7 @@ def export_policy(
     merge: bool = False,
     dtype: Dtype | None = None,
 ) -> Path:
-    """Write the policy of `round`, by default the one promoted last, to the new directory `output`, with a model card.
+    """Write the policy of `round`, by default that of the best promoted one, to the new directory `output`, with a model card.
 
     It has the weights, the tokenizer and its template, and the generation settings; every user of the machine may read
     it. `merge`: an adapter is added to its base, and a whole checkpoint comes of it. `dtype` of the weights: by default
@@ -137,7 +138,7 @@ def _policy(run: Run, round: int | None) -> tuple[int, Path]:
     if round is None:
         if not records:
             run.policy()  # says what there is
-        round = records[-1].policy_round
+        round = best_record(records).policy_round
     if round == 0:
         which = "no round was promoted, so the policy is" if records else "round 0 has"
         raise UserError(f"{run.root}: {which} the initial checkpoint; choose a round with --round")

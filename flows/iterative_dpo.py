@@ -30,7 +30,7 @@ from flows.review import waiting
 from flows.serving import overridden
 from iterdpo.config import Config
 from iterdpo.errors import ConfigError
-from iterdpo.report.page import refresh_report, write_report
+from iterdpo.report.page import refresh_report, rules, write_report
 from iterdpo.report.plots import as_png, figures
 from iterdpo.run.progress import Progress
 from iterdpo.run.read import read_run
@@ -55,6 +55,7 @@ TABLE_COLUMNS = (
     "pairs/kept",
     "time/round_s",
     "gate/decision",
+    "gate/reason",
 )
 
 
@@ -208,6 +209,8 @@ def report(run_dir: Path) -> str:
     rows = run.metrics.reset_index().to_dict("records")
     table = [{name: _cell(row.get(name)) for name in TABLE_COLUMNS} for row in rows]
     create_table_artifact(key=f"{key}-rounds", table=table, description=f"Rounds of {run_dir.name}")
+    if found := rules(run):
+        create_table_artifact(key=f"{key}-rules", table=found, description=f"Rules of the gate of {run_dir.name}")
     for name, figure in figures(run).items():
         picture = f"![{name}](data:image/png;base64,{base64.b64encode(as_png(figure)).decode()})"
         about = f"{name} of {run_dir.name}"

@@ -49,9 +49,9 @@ def dpo_round(run: Run, t: int, policy: PolicyCheckpoint, do: Stages = PLAIN) ->
     pairs = do.pair(run, t, completions, judgments)  # (x, y_w, y_l)
     reference = reference_policy(run, t, policy)  # pi_ref
     candidate = do.train(run, t, pairs, policy, reference)  # pi_{t+1} <- DPO(pi_t)
-    against = run.evaluations(initial=0, previous=policy.round)
+    against = run.baselines(t, policy)
     evaluation = do.evaluate(run, t, candidate, against)  # win rate, scores, KL, on held-out x
-    return do.gate(run, t, evaluation, candidate, policy)  # promote, keep or stop
+    return do.gate(run, t, evaluation, candidate, policy)  # promote, keep, lower the learning rate or stop
 
 
 def run_round(run: Run, t: int, do: Stages = PLAIN) -> RoundRecord:

@@ -14,6 +14,7 @@ from typing import Any
 
 from iterdpo.errors import UserError
 from iterdpo.escape import printable
+from iterdpo.gate import best_record
 from iterdpo.run.disk import is_locked
 from iterdpo.run.rundir import RunDir, read_object, write_json
 
@@ -93,14 +94,13 @@ def _lineage(path: Path) -> Lineage:
     except (UserError, OSError) as error:
         why = str(error).removeprefix(f"{path}: ")
         return Lineage(str(path), None, None, None, None, None, f"unreadable: {why}", None)
-    standing: dict[str, Any] = {}
-    if records:
-        standing = next((r.metrics for r in records if r.round == records[-1].policy_round), {})
+    best = best_record(records) if records else None
+    standing: dict[str, Any] = best.metrics if best is not None else {}
     return Lineage(
         str(path),
         sum(record.round > 0 for record in records),
         wanted,
-        records[-1].policy_round if records else None,
+        best.policy_round if best is not None else None,
         next((standing[name] for name in SCORES if standing.get(name) is not None), None),
         standing.get("win_rate/vs_initial"),
         state,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import DamagedError, RunFailed, RunLockedError, UserError
+from iterdpo.gate import best_record
 from iterdpo.run import disk
 from iterdpo.run.rundir import Manifest, RunDir, canonical, directory_digest, read_jsonl, read_object
 from iterdpo.run.sums import MANIFEST, RECORD, damages, record, recorded
@@ -170,10 +171,10 @@ def _check_records(run: RunDir, manifests: dict[tuple[int, str], Manifest], foun
             )
     _check_initial(config, manifests, found)
     if len(records) == len(list(run.root.glob("round-*/round.json"))) and records:
-        last = records[max(records)]
+        best = best_record(list(records.values()))
         link, metrics = run.root / "policy", run.root / "metrics.jsonl"
-        if not link.is_symlink() or str(link.readlink()) != last.policy:
-            found.add(DamagedError(link, f"it does not name {last.policy}"))
+        if not link.is_symlink() or str(link.readlink()) != best.policy:
+            found.add(DamagedError(link, f"it does not name {best.policy}"))
         text = "".join(canonical(known.metrics) + "\n" for known in records.values())
         if not metrics.exists() or metrics.read_bytes() != text.encode():
             found.add(DamagedError(metrics, "it does not say what the rounds' records say"))
@@ -229,6 +230,9 @@ def _sources(
             yield "baselines.initial", digest_of("evaluation", 0)
             if before is not None:
                 yield "baselines.previous", digest_of("evaluation", before.policy_round)
+                best = best_record([record for r, record in sorted(records.items()) if r < round]).policy_round
+                if best != before.policy_round:
+                    yield "baselines.best", digest_of("evaluation", best)
 
 
 def _value(inputs: dict[str, Any], key: str) -> Any:

@@ -520,10 +520,54 @@ class EvaluationConfig(Section):
     """Bootstrap resamples of the held-out prompts for each interval."""
 
 
+BOUNDS = ("minimum", "maximum", "max_increase", "max_decrease")
+Otherwise = Literal["keep", "lower_learning_rate", "stop"]
+
+
+class RuleConfig(Section):
+    """A list of bounds beside `gate.metric`. A candidate is promoted if it keeps all of them. If it breaks several, the
+    strictest `otherwise` counts: `stop`, then `lower_learning_rate`, then `keep`. A rule has one bound.
+    """
+
+    metric: str
+    """A metric of [metrics.md](metrics.md#metricsjsonl) that is a number, or the `_low` or `_high` of one."""
+    minimum: float | None = None
+    """The metric must be at least this."""
+    maximum: float | None = None
+    """The metric must be at most this."""
+    max_increase: float | None = None
+    """The metric may be higher by this, in its own unit, than that of the policy in `against`."""
+    max_decrease: float | None = None
+    """The metric may be lower by this than that of the policy in `against`."""
+    against: Literal["initial", "previous", "best"] = "previous"
+    """What an increase or decrease is measured from: the initial policy, the one that the round started from, or that of the
+    best round so far."""
+    otherwise: Otherwise = "keep"
+    """What happens if the bound is broken: as in `gate.otherwise`."""
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> RuleConfig:
+        given = [name for name in BOUNDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"a rule has one of {', '.join(BOUNDS)}, not {found}; write a rule for each bound")
+        kind, bound = given[0], getattr(self, given[0])
+        if self.metric.startswith("win_rate/") and kind.startswith("max_"):
+            raise ValueError(
+                f"{kind}: {self.metric} compares with another policy already, and the initial one has none; give a minimum "
+                "or a maximum"
+            )
+        if self.metric.startswith("win_rate/") and not 0 <= bound <= 1:
+            raise ValueError(f"{kind} = {bound:g}: {self.metric} is between 0 and 1; half is 0.5")
+        return self
+
+
 class GateConfig(Section):
     metric: Literal[
         "win_rate/vs_previous",
         "win_rate/vs_previous_low",
+        "win_rate/vs_best",
+        "win_rate/vs_best_low",
         "win_rate/vs_initial",
         "win_rate/vs_initial_low",
         "score/heldout_judge",
@@ -537,8 +581,21 @@ class GateConfig(Section):
     lower."""
     max_kl: float | None = Field(None, gt=0)
     """Do not promote a candidate whose `kl/to_initial` (nats per completion) is above this."""
-    otherwise: Literal["keep", "stop"] = "keep"
-    """`keep`: the next round starts again from the last promoted policy, on fresh prompts. `stop`: the run ends."""
+    otherwise: Otherwise = "keep"
+    """`keep`: the next round starts again from the last promoted policy, on fresh prompts. `lower_learning_rate`: so it
+    does, and `dpo.learning_rate` is multiplied by `learning_rate_factor` from then on. `stop`: the run ends."""
+    rules: list[RuleConfig] = Field(default_factory=list, exclude_if=lambda rules: not rules)
+    """Further bounds, all of which a candidate must keep: [gate.rules](#gaterules)."""
+    patience: int | None = Field(None, ge=1, exclude_if=_unset)
+    """The run ends after this many rounds in a row without a promotion."""
+    learning_rate_factor: float = Field(0.5, gt=0, lt=1, exclude_if=lambda factor: factor == 0.5)
+    """The factor of `lower_learning_rate`."""
+
+    def metrics(self) -> Iterator[tuple[str, str]]:
+        """Every key that names a metric, with the metric."""
+        yield "gate.metric", self.metric
+        for number, rule in enumerate(self.rules):
+            yield f"gate.rules.{number}.metric", rule.metric
 
     @model_validator(mode="after")
     def _a_win_rate_is_a_share(self) -> GateConfig:
@@ -583,10 +640,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _the_gate_has_its_kl(self) -> Config:
-        if self.gate.max_kl is not None and self.evaluation.temperature == 0:
+        kl = "gate.max_kl" if self.gate.max_kl is not None else None
+        kl = next((key for key, metric in self.gate.metrics() if metric.startswith("kl/")), kl)
+        if kl is not None and self.evaluation.temperature == 0:
             raise ValueError(
-                "gate.max_kl: greedy completions (evaluation.temperature = 0) give no estimate of the KL; set another "
-                "temperature, or leave max_kl out"
+                f"{kl}: greedy completions (evaluation.temperature = 0) give no estimate of the KL; set another "
+                "temperature, or leave it out"
             )
         return self
 

@@ -6,6 +6,7 @@ several completions of one prompt are not independent.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,19 @@ Scores = Sequence[float | None]
 
 TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 """The token ids of one completion."""
+
+ENDS = ("", "_low", "_high")
+BASELINES = ("initial", "previous", "best")
+"""The policies compared with. The best round so far is mostly the previous one, and then has its figures."""
+OF_THOUGHTS = ("length/mean_reasoning_tokens", "length/unfinished_thoughts")
+"""Metrics of thinking models alone."""
+WITH_INTERVAL = (
+    "score/train_judge",
+    "score/heldout_judge",
+    *(f"win_rate/vs_{name}" for name in BASELINES),
+    "kl/to_initial",
+)
+WITHOUT = ("length/mean_tokens", "length/truncated", *OF_THOUGHTS, "distinct/1", "distinct/2", "evaluation/unjudged")
 
 HELD = 2**21
 """N-grams held at a time (8 bytes each, with their copies some 75 MB)."""
@@ -87,7 +101,10 @@ def evaluation_metrics(
     for role in ("train_judge", "heldout_judge"):
         value = mean_score(scores[role], **bootstrap) if role in scores else NOTHING
         metrics |= _interval_keys(f"score/{role}", value)
-    for name in ("initial", "previous"):
+    for name in BASELINES:
+        if name == "best" and name not in {*baselines, *duels.get(decider, {})}:
+            metrics |= {f"win_rate/vs_best{end}": metrics[f"win_rate/vs_previous{end}"] for end in ENDS}
+            continue
         value = NOTHING
         if name in duels.get(decider, {}):
             value = bootstrap_mean(duel_shares(duels[decider][name]), **bootstrap)
@@ -125,6 +142,23 @@ def evaluation_metrics(
         "evaluation/completions": completions,
         "evaluation/unjudged": unjudged,
     }
+
+
+def unmeasured(metric: str, *, heldout_judge: bool, thinking: bool) -> str | None:
+    """Why a held-out evaluation never measures `metric`, with the remedy; None if it does."""
+    known = [*(f"{name}{end}" for name in WITH_INTERVAL for end in ENDS), *WITHOUT]
+    if metric not in known:
+        near = difflib.get_close_matches(metric, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join((*WITH_INTERVAL, *WITHOUT))}"
+        return f"no metric of the held-out evaluation; {hint}"
+    if metric.startswith("score/heldout_judge") and not heldout_judge:
+        return (
+            "no held-out judge is configured, so it would never be measured, and no round promoted; set evaluation.judge, "
+            "or choose another metric"
+        )
+    if metric in OF_THOUGHTS and not thinking:
+        return "the policy is no thinking model, so it would never be measured, and no round promoted; choose another metric"
+    return None
 
 
 def outscored(scores: Iterable[Scores], unfinished: Iterable[Sequence[bool]]) -> Iterator[Scores]:
@@ -251,4 +285,4 @@ def _distinct(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _interval_keys(name: str, estimate: Estimate) -> dict[str, float | None]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    return dict(zip((f"{name}{end}" for end in ENDS), estimate[:3], strict=True))

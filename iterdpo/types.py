@@ -10,6 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+Action = Literal["promote", "keep", "lower_learning_rate", "stop"]
+"""What the gate decides about a candidate."""
+
 Message = dict[str, Any]
 """One chat turn: `{"role": "user", "content": "Who wrote Faust?"}`.
 
@@ -213,14 +216,16 @@ class RoundRecord:
     """How a round ended: `RoundRecord(round=2, decision="promote", reason="win_rate/vs_previous 0.61 >= 0.5", …)`.
 
     `policy` is the directory (relative to the run's) that the next round starts from, `policy_round` the round that
-    made it (0: the initial policy), `policy_digest` its content; `gate` has the settings that decided.
+    made it (0: the initial policy), `policy_digest` its content; `gate` has the settings that decided, and `checks`, if
+    the gate has rules, how each of them turned out (`iterdpo.gate.Check`).
     """
 
     round: int
-    decision: Literal["promote", "keep", "stop"]
+    decision: Action
     reason: str
     policy: str
     policy_round: int
     policy_digest: str
     gate: dict[str, Any]
     metrics: dict[str, Any]
+    checks: list[dict[str, Any]] = field(default_factory=list)

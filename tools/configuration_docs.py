@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from iterdpo.config import LOSSES, AdapterConfig, Config, DPOConfig, JudgeConfig, OfflineConfig, TagsConfig
+from iterdpo.config import LOSSES, AdapterConfig, Config, DPOConfig, JudgeConfig, OfflineConfig, RuleConfig, TagsConfig
 
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
@@ -100,8 +100,11 @@ def section(key: str, model: type[BaseModel]) -> list[str]:
         return [f"{model.__doc__}", table]
     if model is DPOConfig:
         return [f"### {key}", table, *loss_section(model.model_fields["loss"])]
-    optional = [f"{model.__doc__} `null` unless given."] if model is AdapterConfig else []
-    return [f"### {key}", *optional, table]
+    about = {
+        AdapterConfig: [f"{model.__doc__} `null` unless given."],
+        RuleConfig: [" ".join(f"{model.__doc__}".split())],
+    }
+    return [f"### {key}", *about.get(model, []), table]
 
 
 def loss_section(field: FieldInfo) -> list[str]:

@@ -6,8 +6,11 @@ and an interval that contains one half shows no difference, whatever the scores 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
+from iterdpo.gate import best_round
 from iterdpo.report.format import nats, number, percent
 from iterdpo.run.read import Run
 
@@ -32,11 +35,15 @@ def headline(run: Run) -> str:
 
     sentences = []
     if last["gate/decision"] == "stop":
-        sentences.append(f"The gate stopped the run in round {done} of {planned}.")
+        why = str(last.get("gate/reason") or "").removesuffix("; the run ends")
+        sentences.append(f"The gate stopped the run in round {done} of {planned}{f': {why}' if why else ''}.")
     elif planned and done < planned:
         sentences.append(f"Unfinished: {done} of {planned} rounds done.")
     promoted = [r for r in metrics.index if r > 0 and metrics.at[r, "gate/decision"] == "promote"]
-    final = metrics.loc[promoted[-1]] if promoted else last
+    gate = run.config.get("gate") or {}
+    best = best_round([{**row, "round": r} for r, row in metrics.iterrows()], gate)
+    shown: Any = best or (promoted[-1] if promoted else done)
+    final = metrics.loc[shown]
     comparison = _comparison(final, float(evaluation.get("confidence", 0.95)))
     if promoted:
         some = f", {_word(len(promoted))} of them promoted," if len(promoted) < done else ""
@@ -47,6 +54,9 @@ def headline(run: Run) -> str:
         none = f"None of {_word(done)} rounds was" if done > 1 else "The one round was not"
         sentences.append(f"{none} promoted: the policy is still the initial one. R{comparison[1:]}")
 
+    if promoted and best != promoted[-1]:
+        which = f"Round {best}" if best else "The initial policy"
+        sentences.append(f"{which} is the best by {gate['metric']}, and `policy` points to it.")
     high = value(final, "win_rate/vs_initial_high")
     if judge == "train":
         sentences.append(

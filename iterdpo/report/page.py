@@ -39,6 +39,7 @@ ROUNDS = (
     Column("Training judge", "score/train_judge", number),
     Column("Wins vs initial", "win_rate/vs_initial", percent),
     Column("Wins vs previous", "win_rate/vs_previous", percent),
+    Column("Wins vs best", "win_rate/vs_best", percent),
     Column("KL, nats", "kl/to_initial", "{:.1f}".format),
     Column("Tokens", "length/mean_tokens", number),
     Column("Truncated", "length/truncated", percent),
@@ -87,8 +88,9 @@ def write_report(run_dir: str | Path) -> Path:
         verdict=headline(run),
         settings=_settings(run.config),
         versions=run.versions,
-        rounds=_table(run.metrics, ROUNDS),
+        rounds=_table(_without_twin(run.metrics), ROUNDS),
         figures=list(_plots(run)),
+        rules=rules(run),
         left_out=_table(run.metrics, LEFT_OUT),
         rows=_rows_left_out(run),
         reasons=_reasons(run),
@@ -126,6 +128,21 @@ def page_template(package: str, name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
+def _without_twin(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The metrics without the comparison with the best round, if that was always the previous one."""
+    best, previous = "win_rate/vs_best", "win_rate/vs_previous"
+    return metrics.drop(columns=best) if best in metrics and metrics[best].equals(metrics[previous]) else metrics
+
+
+def rules(run: Run) -> list[dict[str, Any]]:
+    """How each rule of the gate turned out in each round: {round, rule, broken}. Empty if the gate has no rules."""
+    return [
+        {"round": record.round, "rule": check["finding"], "broken": "" if check["holds"] else check["otherwise"]}
+        for record in run.dir.records()
+        for check in record.checks
+    ]
+
+
 def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
     """The settings that decide a run, as (what, value), in the order of the loop. Those not set are left out."""
     offline, heldout = "data" in config, (config.get("evaluation") or {}).get("judge")
@@ -145,13 +162,24 @@ def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
         "Trained on": "{dpo[train_on]}",
         "Optimizer": "AdamW, learning rate {dpo[learning_rate]}, {dpo[pairs_per_step]} pairs per step, " + passes,
         "Gate": "promotes if {gate[metric]} is at least {gate[minimum]}, otherwise: {gate[otherwise]}",
+        "Rules of the gate": "; ".join(map(_rule, (config.get("gate") or {}).get("rules", []))),
+        "Patience": "{gate[patience]} rounds without a promotion",
         "Seed": "{seed}",
     }
     found = []
     for what, pattern in patterns.items():
         with contextlib.suppress(KeyError, TypeError):  # no such section, or an empty one
-            found.append((what, pattern.format_map(config)))
+            if pattern:
+                found.append((what, pattern.format_map(config)))
     return found
+
+
+def _rule(rule: dict[str, Any]) -> str:
+    """`kl/to_initial at most 20, otherwise: stop`."""
+    words = {"minimum": "at least", "maximum": "at most", "max_increase": "may rise by", "max_decrease": "may fall by"}
+    kind = next(kind for kind in words if rule[kind] is not None)
+    since = f" from the {rule['against']} policy" if kind.startswith("max_") else ""
+    return f"{rule['metric']} {words[kind]} {rule[kind]:g}{since}, otherwise: {rule['otherwise']}"
 
 
 def _reasons(run: Run) -> list[tuple[str, int]]:
@@ -197,7 +225,7 @@ def _table(metrics: pd.DataFrame, columns: Sequence[Column]) -> dict[str, Any]:
 def _plots(run: Run) -> Iterator[tuple[str, str, str, Markup]]:
     """Each plot as (name, title, explanation, SVG)."""
     confidence = percent((run.config.get("evaluation") or {}).get("confidence", 0.95))
-    hollow = " Hollow: not promoted." if "keep" in set(run.metrics.get("gate/decision", [])) else ""
+    hollow = " Hollow: not promoted." if set(run.metrics.get("gate/decision", [])) - {"promote"} else ""
     for name, fig in figures(run).items():
         title, explanation = CAPTIONS[name]
         yield name, title, explanation.format(confidence=confidence, hollow=hollow), Markup(as_svg(fig))

@@ -116,7 +116,7 @@ class Run:
         return Dataset(pq.read_table(self._step(round, "pairs/train.parquet")))  # no copy in the user's cache
 
     def policy(self, round: int | None = None) -> Path:
-        """The checkpoint that `round` trained; 0 is the initial policy, None the one promoted last.
+        """The checkpoint that `round` trained; 0 is the initial policy, None that of the best promoted round.
 
         The initial policy may be a hub id, and is then given as it was configured.
         """

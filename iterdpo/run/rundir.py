@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from iterdpo.errors import DamagedError, RunLockedError, StaleStepError, UserError, reason
+from iterdpo.gate import best_record
 from iterdpo.run import disk
 from iterdpo.run.sums import MANIFEST, check_files, known_sha256, note, read_checked, sha256_file
 from iterdpo.types import RoundRecord
@@ -247,17 +248,17 @@ class RunDir:
         if not (records := self.records()):
             return
         metrics, link, fresh = self.root / "metrics.jsonl", self.root / "policy", self.root / ".policy.new"
-        text = "".join(canonical(record.metrics) + "\n" for record in records)
+        text, best = "".join(canonical(record.metrics) + "\n" for record in records), best_record(records).policy
         if not metrics.exists() or metrics.read_bytes() != text.encode():
             write_text(metrics, text, record=self.root)
-        if not link.is_symlink() or os.readlink(link) != records[-1].policy:
+        if not link.is_symlink() or os.readlink(link) != best:
             if link.is_dir() and not link.is_symlink():
                 raise UserError(
                     f"{link}: a directory, in place of a link to the promoted policy; delete it (the policies themselves "
                     "are in the directories of the rounds)"
                 )
             fresh.unlink(missing_ok=True)
-            fresh.symlink_to(records[-1].policy)
+            fresh.symlink_to(best)
             os.replace(fresh, link)
             fsync(self.root)
 

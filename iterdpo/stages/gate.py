@@ -43,7 +43,10 @@ def decision_record(
         if differing:
             raise StaleStepError(f"round {round}", differing)
     metrics = round_metrics(run.dir, round)
-    decision = Decision("promote", "the initial policy") if previous is None else decide(metrics, **settings)
+    if previous is None:
+        decision = Decision("promote", "the initial policy")
+    else:
+        decision = decide(metrics, **settings, earlier=run.records_before(round))
     kept = candidate if previous is None or decision.action == "promote" else previous
     return round_record(run, round, decision, kept, settings, metrics)
 
@@ -61,4 +64,7 @@ def round_record(
     if path.is_relative_to(run.dir.root):
         path = path.relative_to(run.dir.root)
     metrics = metrics | {"gate/decision": decision.action, "gate/reason": decision.reason}
-    return RoundRecord(round, decision.action, decision.reason, str(path), kept.round, kept.digest, settings, metrics)
+    checks = [check._asdict() for check in decision.checks] if settings.get("rules") else []
+    return RoundRecord(
+        round, decision.action, decision.reason, str(path), kept.round, kept.digest, settings, metrics, checks
+    )

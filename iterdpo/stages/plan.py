@@ -68,8 +68,7 @@ def steps_of_round(run: IterativeRun, round: int) -> Iterator[Step]:
     pairs, reference = Pairs.of(paired.path, _done(paired)), reference_policy(run, round, policy)
     yield (trained := step("policy", train.inputs(run, round, pairs, policy, reference)))
     candidate = PolicyCheckpoint(trained.path, _done(trained).digest, round)
-    against = run.evaluations(initial=0, previous=policy.round)
-    yield step("evaluation", evaluate.inputs(run, candidate, against))
+    yield step("evaluation", evaluate.inputs(run, candidate, run.baselines(round, policy)))
 
 
 def _done(step: Step) -> Manifest:

@@ -18,6 +18,8 @@ from iterdpo.data.rendering import engine_ends, load_tokenizer, prompts_token_id
 from iterdpo.data.rows import SHOWN_ALIKE, BadRows
 from iterdpo.data.thinking import Tags, Thinking, find_tags
 from iterdpo.errors import ConfigError, DamagedError, DataError, RowError
+from iterdpo.evaluate import OF_THOUGHTS, unmeasured
+from iterdpo.gate import best_record, learning_rate
 from iterdpo.judging.judge import NamedJudge, RunJudge, Waiting
 from iterdpo.judging.shards import StreamingJudge
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
@@ -47,7 +49,7 @@ from iterdpo.run.supervise import Child
 from iterdpo.run.trackers import Trackers, flat
 from iterdpo.sampling import Sampler, VLLMSampler
 from iterdpo.training.launch import check_training, warm_up
-from iterdpo.types import Prompt
+from iterdpo.types import Prompt, RoundRecord
 
 T = TypeVar("T")
 LONGEST = 10_000
@@ -185,6 +187,10 @@ class OfflineRun:
         """The GPUs that sampling and training take turns on, reserved; waits for those that another run has."""
         return self._open.enter_context(reserved_gpus(self._devices, say=self.progress.say))
 
+    def learning_rate(self, round: int) -> float:
+        """The peak learning rate of `round`."""
+        return self.settings.dpo.learning_rate
+
     @property
     def _devices(self) -> int:
         return self.settings.dpo.processes
@@ -252,11 +258,10 @@ class IterativeRun(OfflineRun):
         self.config = config
         super().__init__(config, progress=progress, redo=redo)
         check_devices(config.sampling.engine.tensor_parallel_size, "sampling.engine.tensor_parallel_size")
-        if config.gate.metric.startswith("score/heldout_judge") and heldout_judge is None:
-            raise ConfigError(
-                f"gate.metric = {config.gate.metric!r}: no held-out judge is configured, so it would never be measured, and "
-                "no round promoted; set evaluation.judge, or choose another metric"
-            )
+        for key, metric in config.gate.metrics():
+            thinking = metric in OF_THOUGHTS and self.tags is not None
+            if why := unmeasured(metric, heldout_judge=heldout_judge is not None, thinking=thinking):
+                raise ConfigError(f"{key} = {metric!r}: {why}")
         self.waiting: Waiting = self._say_waiting
         """Prefect pauses the flow run meanwhile."""
         judges = [train_judge, *([heldout_judge] if heldout_judge else [])]
@@ -279,8 +284,21 @@ class IterativeRun(OfflineRun):
             raise DataError(f"{path}: not the policy that round {round} kept; {remedy}")
         return PolicyCheckpoint(path, record.policy_digest, record.policy_round)
 
-    def evaluations(self, **rounds: int) -> dict[str, Evaluation]:
-        """The finished evaluations of these rounds, by name: `evaluations(initial=0, previous=2)`."""
+    def records_before(self, round: int) -> list[RoundRecord]:
+        """How the rounds before `round` ended."""
+        return [record for r in range(round) if (record := self.dir.record(r)) is not None]
+
+    def learning_rate(self, round: int) -> float:
+        return learning_rate(super().learning_rate(round), self.records_before(round))
+
+    def baselines(self, round: int, policy: PolicyCheckpoint) -> dict[str, Evaluation]:
+        """The evaluations that the candidate of `round`, which starts from `policy`, is compared with, by name.
+
+        `initial`, `previous`, and `best`, if the best round so far is not the one of `policy`.
+        """
+        rounds = {"initial": 0, "previous": policy.round, "best": best_record(self.records_before(round)).policy_round}
+        if rounds["best"] == policy.round:
+            del rounds["best"]
         found = {}
         for name, round in rounds.items():
             path = self.dir.round_dir(round) / "evaluation"

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from iterdpo.config import DPOConfig
 from iterdpo.data.pairs import HELDOUT, TRAIN
 from iterdpo.run.artifacts import Pairs, PolicyCheckpoint
 from iterdpo.run.rundir import Step, check_step
@@ -49,11 +50,16 @@ def inputs(
     return {
         "model": run.initial.digest,
         "policy": policy.digest,
-        "dpo": run.settings.dpo.model_dump(exclude=SPEED_ONLY),
+        "dpo": _settings(run, round).model_dump(exclude=SPEED_ONLY),
         "reference": reference.digest,
         "pairs": pairs.digest,
         "seed": derive_seed(run.settings.seed, round, "train"),
     }
+
+
+def _settings(run: OfflineRun, round: int) -> DPOConfig:
+    """The section `dpo` with the learning rate of the round."""
+    return run.settings.dpo.model_copy(update={"learning_rate": run.learning_rate(round)})
 
 
 def _train(
@@ -65,7 +71,7 @@ def _train(
     check_step(place / "reference")
     for checkpoint in directory.glob("checkpoint-*"):
         check_files([checkpoint / name for name in record(checkpoint)])
-    dpo, seed = run.settings.dpo, step.inputs["seed"]
+    dpo, seed = _settings(run, round), step.inputs["seed"]
     heldout, carried = pairs.path / HELDOUT, policy.path / OPTIMIZER_STATE
     spec = TrainSpec(
         policy=policy.path,

@@ -16,8 +16,9 @@ from typing import get_args
 import pytest
 import yaml
 
-from iterdpo.config import LOSSES, DataConfig, SentinelsConfig
+from iterdpo.config import LOSSES, Config, DataConfig, SentinelsConfig, merge
 from iterdpo.data.preferences import PreferenceData
+from iterdpo.evaluate import unmeasured
 from judges.llm.server import ServerSettings
 from judges.llm.settings import Endpoint
 from judges.load import BUILT_IN
@@ -74,6 +75,18 @@ def test_the_code_in_the_page_about_judges_runs(tmp_path: Path, monkeypatch: pyt
     for block in blocks:
         if block not in file:
             exec(compile(block, "docs/judges.md", "exec"), namespace)
+
+
+def test_every_example_in_the_page_about_evaluation_is_a_configuration() -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    for block in blocks:
+        whole = {"run_dir": "r", "model": {"path": "m"}, "prompts": {"path": "p"}, "judge": {"use": "j:j"}}
+        config = Config.model_validate(merge(whole, yaml.safe_load(block)))
+        for _, metric in config.gate.metrics():
+            judge = config.evaluation.judge is not None
+            assert unmeasured(metric, heldout_judge=judge, thinking=False) is None
+    assert len(blocks) >= 4
 
 
 def test_every_example_row_in_the_page_about_data_is_read_as_the_format_of_its_heading(tmp_path: Path) -> None:

@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 
 from iterdpo.evaluate import (
+    ENDS,
+    WITH_INTERVAL,
+    WITHOUT,
     Bootstrap,
     Scores,
+    Thoughts,
     distinct_n,
     duel_shares,
     evaluation_metrics,
     logp_gap,
     mean_score,
     sequence_kl,
+    unmeasured,
     win_rate,
 )
 from iterdpo.stats import NOTHING, Estimate
@@ -155,6 +160,7 @@ def test_an_evaluation_has_the_figures_of_its_streams() -> None:
         "score/heldout_judge": 0.25,
         "win_rate/vs_initial": 0.5,  # both completions of the first prompt win, the judged one of the second loses
         "win_rate/vs_previous": None,
+        "win_rate/vs_best": None,
         "kl/to_initial": 0.5,  # (1 + 1) / 2 and 0
         "length/mean_tokens": 2.0,
         "length/truncated": 0.25,
@@ -179,3 +185,47 @@ def test_a_judge_that_compares_decides_by_its_duels_and_has_no_score() -> None:
     )
     assert (found["win_rate/vs_initial"], found["win_rate/vs_previous"]) == (1.0, 0.25)
     assert (found["score/train_judge"], found["kl/to_initial"], found["evaluation/unjudged"]) == (None, 0.0, 1)
+
+
+def test_the_best_round_has_figures_of_its_own_only_if_it_is_not_the_previous_one() -> None:
+    def found(**baselines: float) -> dict[str, float | None]:
+        scores = {name: {"train_judge": [[score], [1.0]]} for name, score in baselines.items()}
+        metrics = evaluation_metrics(
+            lambda: [[1], [2]], {"train_judge": [[1.0], [2.0]]}, scores, {}, None, prompts=2, truncated=0, bootstrap={}
+        )
+        return {name: metrics[f"win_rate/vs_{name}"] for name in ("initial", "previous", "best")}
+
+    assert found(initial=0.0, previous=1.0) == {"initial": 1.0, "previous": 0.75, "best": 0.75}
+    assert found(initial=0.0, previous=1.0, best=2.0) == {"initial": 1.0, "previous": 0.75, "best": 0.5}
+    assert found() == {"initial": None, "previous": None, "best": None}
+
+
+def test_every_metric_with_an_interval_or_a_rule_is_one_that_an_evaluation_has() -> None:
+    found = evaluation_metrics(
+        lambda: [[1]],
+        {"train_judge": [[1.0]], "heldout_judge": [[1.0]]},
+        {},
+        {},
+        None,
+        prompts=1,
+        truncated=0,
+        thoughts=Thoughts(0, [[False]], {}),
+        bootstrap={},
+    )
+    known = {f"{name}{end}" for name in WITH_INTERVAL for end in ENDS} | {*WITHOUT}
+    assert known == found.keys() - {"win_rate/judge", "evaluation/prompts", "evaluation/completions"}
+    assert all(unmeasured(name, heldout_judge=True, thinking=True) is None for name in known)
+
+
+@pytest.mark.parametrize(
+    ("metric", "why"),
+    [
+        ("kl/to_inital", "did you mean 'kl/to_initial'?"),
+        ("evaluation/prompts", "no metric of the held-out evaluation"),
+        ("pairs/kept", "no metric of the held-out evaluation; choose one of"),
+        ("score/heldout_judge_high", "set evaluation.judge"),
+        ("length/mean_reasoning_tokens", "no thinking model"),
+    ],
+)
+def test_a_metric_that_will_not_be_measured_is_known_with_the_remedy(metric: str, why: str) -> None:
+    assert why in (unmeasured(metric, heldout_judge=False, thinking=False) or "")

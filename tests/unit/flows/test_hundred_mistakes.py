@@ -194,6 +194,49 @@ CONFIGURATION = [
     ),
     Mistake("a KL of 0", ["gate.max_kl = 0"], ["gate.max_kl=0"]),
     Mistake(
+        "a rule about a metric that there is not",
+        ["gate.rules.0.metric = 'length/tokens'", "did you mean 'length/mean_tokens'?"],
+        ["gate.rules=[{metric: length/tokens, maximum: 9}]"],
+    ),
+    Mistake(
+        "a rule about a metric of no judge",
+        ["gate.rules.1.metric = 'score/heldout_judge_low'", "set evaluation.judge"],
+        ["gate.rules=[{metric: kl/to_initial, maximum: 9}, {metric: score/heldout_judge_low, minimum: 0}]"],
+    ),
+    Mistake(
+        "a rule about thoughts of a model that has none",
+        ["gate.rules.0.metric = 'length/unfinished_thoughts'", "no thinking model"],
+        ["gate.rules=[{metric: length/unfinished_thoughts, maximum: 0.1}]"],
+    ),
+    Mistake("a rule without a bound", ["gate.rules.0", "not none"], ["gate.rules=[{metric: kl/to_initial}]"]),
+    Mistake(
+        "a rule of two bounds",
+        ["gate.rules.0", "not minimum and maximum"],
+        ["gate.rules=[{metric: distinct/1, minimum: 0, maximum: 1}]"],
+    ),
+    Mistake(
+        "a rise of a win rate",
+        ["gate.rules.0", "max_increase", "minimum or a maximum"],
+        ["gate.rules=[{metric: win_rate/vs_initial, max_increase: 0.1}]"],
+    ),
+    Mistake(
+        "a rule of 55 in 100",
+        ["gate.rules.0", "minimum = 55", "half is 0.5"],
+        ["gate.rules=[{metric: win_rate/vs_initial, minimum: 55}]"],
+    ),
+    Mistake(
+        "an outcome that there is not",
+        ["gate.rules.0.otherwise = 'halt'", "lower_learning_rate"],
+        ["gate.rules=[{metric: distinct/1, minimum: 0, otherwise: halt}]"],
+    ),
+    Mistake("no patience", ["gate.patience = 0"], ["gate.patience=0"]),
+    Mistake("a learning rate that rises", ["gate.learning_rate_factor = 2"], ["gate.learning_rate_factor=2"]),
+    Mistake(
+        "a rule about the KL of greedy completions",
+        ["gate.rules.0.metric", "temperature"],
+        ["gate.rules=[{metric: kl/to_initial, maximum: 9}]", "evaluation.temperature=0"],
+    ),
+    Mistake(
         "a KL of greedy completions", ["gate.max_kl", "temperature"], ["gate.max_kl=5", "evaluation.temperature=0"]
     ),
     Mistake("no prompt a round", ["prompts.per_round = 0"], ["prompts.per_round=0"]),
@@ -439,6 +482,12 @@ JUDGE = [
         "a judge that only compares at the gate",
         ["gate.metric = 'score/train_judge'", "win_rate/vs_previous"],
         ["gate.metric=score/train_judge"],
+        put("judge.py", "def score(prompt, a, b): ...\n"),
+    ),
+    Mistake(
+        "a rule about the score of a judge that only compares",
+        ["gate.rules.0.metric = 'score/train_judge_low'", "win_rate/vs_previous"],
+        ["gate.rules=[{metric: score/train_judge_low, minimum: 0}]"],
         put("judge.py", "def score(prompt, a, b): ...\n"),
     ),
     Mistake(

@@ -68,6 +68,29 @@ def test_a_stopped_run_says_where(say: Judge) -> None:
     assert say(INITIAL, outcome(1), outcome(2, 0.3, "stop")).startswith("The gate stopped the run in round 2 of 3.")
 
 
+def test_a_stopped_run_says_why_in_the_gates_words(say: Judge) -> None:
+    why = {"gate/reason": "kl/to_initial 31.2 is above 20; the run ends"}
+    said = say(INITIAL, outcome(1), outcome(2, 0.3, "stop") | why)
+    assert said.startswith(
+        "The gate stopped the run in round 2 of 3: kl/to_initial 31.2 is above 20. Two rounds, one of"
+    )
+    why = {"gate/reason": "kl/to_initial 31.2 is above 20; the run ends after 2 rounds without a promotion"}
+    assert "is above 20; the run ends after 2 rounds without a promotion." in say(
+        INITIAL, outcome(1, 0.3, "stop") | why
+    )
+
+
+def test_the_best_round_is_the_one_judged_if_a_later_one_was_promoted(say: Judge) -> None:
+    config = ONLINE | {"gate": {"metric": "win_rate/vs_initial"}}
+    said = say(INITIAL, outcome(1, 0.8), outcome(2, 0.6), config=config)
+    assert "round 1 beats the initial policy on 80 %" in said
+    assert "Round 1 is the best by win_rate/vs_initial, and `policy` points to it." in said
+    assert "is the best by" not in say(INITIAL, outcome(1, 0.6), outcome(2, 0.8), config=config)
+    lower = ONLINE | {"gate": {"metric": "score/heldout_judge"}}
+    said = say(INITIAL | {"score/heldout_judge": 0.9}, outcome(1), config=lower)
+    assert "The initial policy is the best by score/heldout_judge, and `policy` points to it." in said
+
+
 def test_without_a_heldout_judge_the_training_judge_marks_its_own_work(say: Judge) -> None:
     row = outcome(1) | {"score/heldout_judge": None}
     said = say(INITIAL | {"score/heldout_judge": None}, row, config={"rounds": 1, "evaluation": {"judge": None}})

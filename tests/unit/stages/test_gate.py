@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 from iterdpo.errors import StaleStepError
-from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
+from iterdpo.run.artifacts import Evaluation, Pairs, PolicyCheckpoint
 from iterdpo.run.rundir import read_json, read_jsonl, write_json
 from iterdpo.stages.evaluate import inputs as evaluate_inputs
 from iterdpo.stages.gate import decision_record, gate
 from iterdpo.stages.runs import IterativeRun
+from iterdpo.stages.train import inputs as train_inputs
 from iterdpo.types import RoundRecord
 from tests.unit.stages.harness import Room, tree
 
-GATE = {"metric": "win_rate/vs_previous", "minimum": 0.5}
+PAIRS = Pairs(Path("pairs"), "9d20", kept=24)
+GATE: dict[str, Any] = {"metric": "win_rate/vs_previous", "minimum": 0.5}
 
 
 def evaluated(run: IterativeRun, round: int, **metrics: float) -> Evaluation:
@@ -33,6 +35,18 @@ def evaluated(run: IterativeRun, round: int, **metrics: float) -> Evaluation:
 
 def candidate_of(run: IterativeRun) -> PolicyCheckpoint:
     return PolicyCheckpoint(run.dir.round_dir(1) / "policy", "81f0", 1)
+
+
+def rounds_of(run: IterativeRun, **metrics: list[float]) -> list[RoundRecord]:
+    """Rounds 1, 2, … whose evaluations ended with these metrics; a policy is a directory of that name."""
+    records = [gate(run, 0, evaluated(run, 0), run.initial, None)]
+    for t, values in enumerate(zip(*metrics.values(), strict=True), 1):
+        before = records[-1]
+        previous = PolicyCheckpoint(run.dir.root / before.policy, before.policy_digest, before.policy_round)
+        candidate = PolicyCheckpoint(run.dir.round_dir(t) / "policy", f"81f{t}", t)
+        evaluation = evaluated(run, t, **dict(zip(metrics, values, strict=True)))
+        records.append(gate(run, t, evaluation, candidate, previous))
+    return records
 
 
 def sealed(run: IterativeRun, win_rate: float = 0.6) -> RoundRecord:
@@ -106,3 +120,45 @@ def test_other_settings_are_refused_and_with_redo_the_gate_decides_again(room: R
     assert sealed(run).decision == "keep"
     assert Path(os.readlink(run.dir.root / "policy")) == run.model_path
     assert not (run.dir.root / "attic").exists()  # the evaluations stay
+
+
+def test_a_record_has_how_each_rule_turned_out_and_one_of_a_gate_without_rules_has_none(room: Room) -> None:
+    assert sealed(room.open(gate=GATE)).checks == []
+    gated = {**GATE, "rules": [{"metric": "win_rate/vs_initial", "minimum": 0.7, "otherwise": "stop"}]}
+    run = room.open(gate=gated, redo=True)
+    record = sealed(run)
+    assert (record.decision, record.reason) == ("stop", "win_rate/vs_initial was not measured; the run ends")
+    assert [(check["metric"], check["holds"]) for check in record.checks] == [
+        ("win_rate/vs_previous", True),
+        ("win_rate/vs_initial", False),
+    ]
+    assert run.dir.record(1) == record == decision_record(run, 1, candidate_of(run), run.initial)
+
+
+def test_a_lowered_learning_rate_is_that_of_the_next_policies_and_comes_from_the_records(room: Room) -> None:
+    gated = {**GATE, "otherwise": "lower_learning_rate", "learning_rate_factor": 0.25}
+    run = room.open(gate=gated, dpo={"learning_rate": 1e-3})
+    records = rounds_of(run, vs_previous=[0.4, 0.6, 0.4])
+    assert [record.decision for record in records[1:]] == ["lower_learning_rate", "promote", "lower_learning_rate"]
+    assert [run.learning_rate(t) for t in range(1, 5)] == [1e-3, 2.5e-4, 2.5e-4, 6.25e-5]
+    keys = [train_inputs(run, t, PAIRS, run.initial, run.initial)["dpo"]["learning_rate"] for t in (1, 2, 4)]
+    assert keys == [1e-3, 2.5e-4, 6.25e-5]
+    assert room.open(gate=gated, dpo={"learning_rate": 1e-3}).learning_rate(4) == 6.25e-5
+
+
+def test_patience_counts_the_rounds_on_disk(room: Room) -> None:
+    records = rounds_of(room.open(gate={**GATE, "patience": 2}), vs_previous=[0.6, 0.4, 0.3])
+    assert [record.decision for record in records[1:]] == ["promote", "keep", "stop"]
+    assert records[-1].reason.endswith("the run ends after 2 rounds without a promotion")
+    assert records[-1].policy_round == 1
+
+
+def test_the_link_is_to_the_best_promoted_round_and_the_next_round_is_compared_with_it(room: Room) -> None:
+    run = room.open(gate={"metric": "win_rate/vs_initial", "minimum": 0.5})
+    records = rounds_of(run, vs_initial=[0.6, 0.8, 0.7])
+    assert [record.policy_round for record in records] == [0, 1, 2, 3]
+    assert os.readlink(run.dir.root / "policy") == "round-002/policy"
+    last = PolicyCheckpoint(run.dir.root / "round-003" / "policy", "81f3", 3)
+    assert {name: e.round for name, e in run.baselines(4, last).items()} == {"initial": 0, "previous": 3, "best": 2}
+    second = PolicyCheckpoint(run.dir.root / "round-002" / "policy", "81f2", 2)
+    assert {name: e.round for name, e in run.baselines(3, second).items()} == {"initial": 0, "previous": 2}

@@ -69,7 +69,7 @@ def test_a_run_is_followed_step_by_step(room: Room) -> None:
             note()
         candidate = without_training(run, t, pairs, policy, reference)
         note()
-        evaluation = evaluate(run, t, candidate, run.evaluations(initial=0, previous=policy.round))
+        evaluation = evaluate(run, t, candidate, run.baselines(t, policy))
         note()
         gate(run, t, evaluation, candidate, policy)
         policy = candidate
