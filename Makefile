@@ -1,6 +1,6 @@
 # make quickstart   the main job: improve a 135M model over three rounds of iterative DPO, on a CPU, in minutes
 # make test         the tests
-# make lint         ruff, mypy, the import contract
+# make lint         ruff, mypy, the import contract, hadolint
 # make lock         constraints/ from .venv, after the tests passed with it
 #
 # Each makes what it needs: .venv with uv, then the install, in the versions of constraints/. EXTRA=gpu or EXTRA=cpu overrides what the machine suggests.
@@ -26,6 +26,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

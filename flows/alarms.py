@@ -37,6 +37,19 @@ FORMS = (
 BLOCK = re.compile(r"([a-z0-9-]+)/([a-z0-9-]+)")
 
 
+class Told(NamedTuple):
+    """What a target is told, as templates of Prefect's, which are closed where they are used."""
+
+    alarm: str = "{{ event.payload.alarm"
+    run: str = "{{ event.payload.run"
+    round: str = "{{ event.payload.round"
+    reason: str = "{{ event.payload.reason"
+
+
+CRASHED = Told("{{ 'failed round'", "{{ flow_run.name", "{{ none", "{{ flow_run.state.message")
+"""Of a flow run that its worker reports as crashed. The round is not known to the server."""
+
+
 class Alarms(NamedTuple):
     """Where the events of a served deployment go. `Alarms(deployment.id, "nightly")`"""
 
@@ -86,17 +99,18 @@ def check_targets(notify: Sequence[str]) -> None:
 
 
 def remove(name: str) -> None:
-    """Remove the deployment's automations from the server."""
+    """Remove the automations of the deployment FLOW/NAME from the server."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        for kind in ("failed", "hung"):
+        for kind in ("failed", "hung", "crashed"):
             for automation in client.read_automations_by_name(_automation(name, kind)):
                 client.delete_automation(automation.id)
 
 
-def create(deployment: UUID, name: str, notify: Sequence[str], *, hung_after: float) -> None:
-    """Create the automations that tell each target of failed rounds, failed gates and rounds of more than `hung_after` hours.
+def create(deployment: UUID, name: str, notify: Sequence[str], *, hung_after: float, in_pool: bool = False) -> None:
+    """Create the automations of the deployment `name` that tell each target of failed rounds, failed gates and rounds of more
+    than `hung_after` hours. `in_pool`: also of a process that was killed, of which a worker tells the server alone.
 
     Raises:
         ConfigError: the server has no such block, or it cannot be used to tell anybody anything.
@@ -121,14 +135,29 @@ def create(deployment: UUID, name: str, notify: Sequence[str], *, hung_after: fl
         threshold=1,
         within=timedelta(hours=hung_after),
     )
+    of_deployment: Any = {
+        "prefect.resource.role": "deployment",
+        "prefect.resource.id": f"prefect.deployment.{deployment}",
+    }
+    crashed = EventTrigger(
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related=of_deployment,
+        for_each={"prefect.resource.id"},
+        expect={"prefect.flow-run.Crashed"},
+        posture=Posture.Reactive,
+        threshold=1,
+    )
     with get_client(sync_client=True) as client:
         blocks = [_block(client, target, f"iterdpo-{deployment}-{n}") for n, target in enumerate(notify)]
         late = f"it has not ended {hung_after:g} hours after it began"
-        for kind, trigger, alarm, why in (
-            ("failed", failed, "{{ event.payload.alarm", "{{ event.payload.reason"),
-            ("hung", hung, "{{ 'hung round'", f"{{{{ {late!r}"),
-        ):
-            actions = [_action(*block, alarm, why) for block in blocks]
+        kinds = [
+            ("failed", failed, Told()),
+            ("hung", hung, Told(alarm="{{ 'hung round'", reason=f"{{{{ {late!r}")),
+        ]
+        if in_pool:
+            kinds.append(("crashed", crashed, CRASHED))
+        for kind, trigger, told in kinds:
+            actions = [_action(*block, told) for block in blocks]
             client.create_automation(
                 AutomationCore(name=_automation(name, kind), trigger=trigger, actions=actions, enabled=True)
             )
@@ -160,21 +189,19 @@ def _block(client: SyncPrefectClient, target: str, name: str) -> tuple[UUID, boo
     return cast("UUID", block.save(name, overwrite=True)), not slack
 
 
-def _action(block: UUID, webhook: bool, alarm: str, why: str) -> ActionTypes:
-    """Tell a target; `alarm` and `why` begin as templates of Prefect's do, and are closed here."""
+def _action(block: UUID, webhook: bool, told: Told) -> ActionTypes:
+    """Tell a target."""
     from prefect.events.actions import CallWebhook, SendNotification
 
-    run, round = "{{ event.payload.run", "{{ event.payload.round"
     if webhook:
-        fields = {"alarm": alarm, "run": run, "round": round, "reason": why}
-        payload = ", ".join(f'"{name}": {template} | tojson }}}}' for name, template in fields.items())
+        payload = ", ".join(f'"{name}": {template} | tojson }}}}' for name, template in told._asdict().items())
         return CallWebhook(block_document_id=block, payload=f"{{{payload}}}")
-    subject = f"iterdpo: {run} }}}}, round {round} }}}}: {alarm} }}}}"
-    return SendNotification(block_document_id=block, subject=subject, body=f"{why} }}}}")
+    subject = f"iterdpo: {told.run} }}}}, round {told.round} }}}}: {told.alarm} }}}}"
+    return SendNotification(block_document_id=block, subject=subject, body=f"{told.reason} }}}}")
 
 
 def _automation(name: str, kind: str) -> str:
-    return f"iterdpo add_rounds/{name}: {kind}"
+    return f"iterdpo {name}: {kind}"
 
 
 def _resource(deployment: UUID | str) -> str:

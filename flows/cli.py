@@ -1,4 +1,4 @@
-"""The command line: `iterdpo quickstart | run | train | serve | judge | show | report | status | runs | export | verify`.
+"""The command line: `iterdpo quickstart | run | train | serve | deploy | judge | show | report | status | runs | export | verify`.
 
 Exit status: 0 done, 1 a run failed (finished work is kept), 2 bad input.
 """
@@ -30,6 +30,7 @@ OVERRIDES = "YAML files, merged left to right, and dotted overrides in any place
 JUDGED = "the round (default: the last with finished judgments)"
 CRON = 'schedule for new rounds: "0 2 * * *" is every night at two (default: only when triggered)'
 
+FOLDER = "configurations that triggers may name lie below this folder (default: the folder of CONFIG)"
 NOTIFY = (
     "tell this webhook (its URL) or block of the Prefect server (TYPE/NAME) of failed rounds; also in ITERDPO_NOTIFY"
 )
@@ -159,6 +160,49 @@ def serve(
     )
     sys.stdout.flush()
     os._exit(0)  # all is closed, and Python takes seconds to take torch down: a machine that shuts down may not wait
+
+
+@app.command
+def deploy(
+    config: Annotated[
+        str, Parameter(help="the configuration of a run, of an offline round (it has `data`), or of a judge")
+    ],
+    /,
+    *,
+    pool: Annotated[str, Parameter(help="the work pool; a process pool is created if there is none of this name")],
+    name: Annotated[str | None, Parameter(help="the deployment's name (default: that of the file)")] = None,
+    folder: Annotated[str | None, Parameter(help=FOLDER)] = None,
+    cron: Annotated[str | None, Parameter(help=CRON)] = None,
+    timezone: Annotated[str, Parameter(help="time zone of --cron")] = "UTC",
+    add: Annotated[int, Parameter(help="rounds that each trigger adds")] = 1,
+    if_busy: Annotated[Literal["wait", "drop"], Parameter(help="a trigger that finds a run at work")] = "wait",
+    check: Annotated[str | None, Parameter(help="check the judge on this file of labelled pairs instead")] = None,
+    notify: Annotated[list[str] | None, Parameter(help=NOTIFY)] = None,
+    hung_after: Annotated[float, Parameter(help="hours after which a round that has not ended is an alarm")] = 24.0,
+    remove: Annotated[bool, Parameter(help="delete the deployment and its alarms")] = False,
+) -> int:
+    """Deploy to a work pool of your Prefect server, whose workers run the rounds."""
+    from flows import deploy as deploying
+
+    progress = Progress(sys.stdout)
+    if remove:
+        deploying.remove(config, name=name, check=check is not None, progress=progress)
+        return 0
+    deploying.deploy(
+        config,
+        pool=pool,
+        folder=folder,
+        check=check,
+        name=name,
+        cron=cron,
+        timezone=timezone,
+        rounds=add,
+        if_busy=if_busy,
+        notify=notify or (),
+        hung_after=hung_after,
+        progress=progress,
+    )
+    return 0
 
 
 @judge_cli.app.command

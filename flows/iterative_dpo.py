@@ -10,7 +10,7 @@ import base64
 import functools
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -110,33 +110,42 @@ def add_rounds_flow(config: Config) -> Flow[..., str]:
         if os.getpid() != server:
             end_with(server)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both, and the server ends this process
-        watch()
-        if rounds < 1:
-            raise ConfigError(f"rounds = {rounds}: a trigger adds at least one")
-        logger = get_run_logger()
-        alarms = Alarms(deployment.id, directory.root.name)
-        logger.info("waiting for %s, which another run may be using", directory.root)
-        with directory.lock(wait=True), directory.noting_failures(), alarms.of_failures(directory):
-            first = directory.next_round()
-            alarms.tell(STARTED, first)
-            directory.refresh()
-            refresh_report(directory.root)
-            done = max((record.round for record in directory.records()), default=0)
-            settings = overridden(config, done + rounds, overrides)
-            with (
-                open(directory.log_path("rounds"), "a", encoding="utf-8") as log,
-                open_run(settings, progress=Progress(log)) as run,
-            ):
-                logger.info("round %d to %d, first %s", done + 1, done + rounds, first_pending(run))
-                directory.write_config(settings.model_dump())
-                run.warm_up()
-                check_surroundings(run, prefect=False)
-                records = iterate(run, alarms)
-            if directory.record(first) is None:  # the gate has stopped the run before
-                alarms.tell(ENDED, first)
-        return describe(records[-1].metrics)
+        get_run_logger().info("waiting for %s, which another run may be using", directory.root)
+        return add_rounds_to(config, rounds, overrides, wait=True)
 
     return add_rounds
+
+
+def add_rounds_to(config: Config, rounds: int, overrides: Mapping[str, float], *, wait: bool) -> str:
+    """Inside a flow run of a deployment: add `rounds` to the lineage of `config`. Returns the last round in one line.
+
+    Raises:
+        RunLockedError: another process is using the run directory, and `wait` is false.
+    """
+    watch()
+    if rounds < 1:
+        raise ConfigError(f"rounds = {rounds}: a trigger adds at least one")
+    directory = RunDir(config.run_dir)
+    alarms = Alarms(deployment.id, directory.root.name)
+    with directory.lock(wait=wait), directory.noting_failures(), alarms.of_failures(directory):
+        first = directory.next_round()
+        alarms.tell(STARTED, first)
+        directory.refresh()
+        refresh_report(directory.root)
+        done = max((record.round for record in directory.records()), default=0)
+        settings = overridden(config, done + rounds, overrides)
+        with (
+            open(directory.log_path("rounds"), "a", encoding="utf-8") as log,
+            open_run(settings, progress=Progress(log)) as run,
+        ):
+            get_run_logger().info("round %d to %d, first %s", done + 1, done + rounds, first_pending(run))
+            directory.write_config(settings.model_dump())
+            run.warm_up()
+            check_surroundings(run, prefect=False)
+            records = iterate(run, alarms)
+        if directory.record(first) is None:  # the gate has stopped the run before
+            alarms.tell(ENDED, first)
+    return describe(records[-1].metrics)
 
 
 def iterate(run: IterativeRun, alarms: Alarms | None = None) -> list[RoundRecord]:

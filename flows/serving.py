@@ -79,13 +79,12 @@ def serve(
     from flows.iterative_dpo import add_rounds_flow
 
     name = name or Path(config.run_dir).name
-    if "/" in name or "%" in name or name in ("", ".", ".."):
-        raise ConfigError(f"--name {name!r}: a deployment's name has no / and no %, and is not .. or empty")
+    check_name(name)
     if rounds < 1:
         raise ConfigError(f"--add {rounds}: a trigger adds at least one round")
     if not 0 < hung_after < math.inf:
         raise ConfigError(f"--hung-after {hung_after:g}: not a number of hours")
-    schedule = _schedule(cron, timezone)
+    schedule = schedule_of(cron, timezone)
     notify = [*notify, *alarms.targets()]
     alarms.check_targets(notify)
     check_surroundings(open_run(config), prefect=True)  # what can be wrong is said now, not at two in the night
@@ -94,14 +93,14 @@ def serve(
     with only_once(name) as port, prefect_api(log, port=port) as api, clock:
         from prefect.runner import Runner
 
-        alarms.remove(name)
+        alarms.remove(f"{FLOW}/{name}")
         missed = missed_triggers(name, scheduled=cron is not None)
         runner = Runner(name=name, pause_on_shutdown=False)  # `close` pauses it
         flow, parameters = add_rounds_flow(config), {"rounds": rounds, "overrides": {}}
         added = runner.add_flow(flow, name=name, parameters=parameters, schedule=schedule, paused=False)
         deployment = cast("UUID", added)
         if notify:
-            alarms.create(deployment, name, notify, hung_after=hung_after)
+            alarms.create(deployment, f"{FLOW}/{name}", notify, hung_after=hung_after)
         planned = f"{_first_planned(api, deployment):%Y-%m-%d %H:%M %Z}" if cron else "when triggered"
         sign_in = f'PREFECT_API_AUTH_STRING="$(cat {api.password})" ' if api.password else ""
         when = f"at {cron} ({timezone})" if cron else "when triggered"
@@ -126,7 +125,14 @@ def _count(missed: int) -> str:
     return f"{missed:,}{' or more' * (missed >= MOST_MISSED)} trigger{'s' * (missed != 1)}"
 
 
-def _schedule(cron: str | None, timezone: str) -> Schedule | None:
+def check_name(name: str) -> None:
+    """Raises a ConfigError if a deployment cannot have this name."""
+    if "/" in name or "%" in name or name in ("", ".", ".."):
+        raise ConfigError(f"--name {name!r}: a deployment's name has no / and no %, and is not .. or empty")
+
+
+def schedule_of(cron: str | None, timezone: str) -> Schedule | None:
+    """The schedule of a cron string, or None. Raises a ConfigError if it is none, or the time zone is unknown."""
     from prefect.schedules import Cron
 
     if timezone not in (zones := zoneinfo.available_timezones()):
@@ -148,7 +154,7 @@ def _close(api: PrefectAPI, deployment: UUID, name: str) -> None:
     import httpx
 
     try:
-        alarms.remove(name)
+        alarms.remove(f"{FLOW}/{name}")
         close(deployment)
     except httpx.HTTPError as error:
         raise RunFailed(

@@ -714,6 +714,11 @@ def load_offline_config(*paths: str | Path, overrides: list[str] | None = None) 
     return _load(OfflineConfig, paths, overrides or [])
 
 
+def load_any_config(path: str | Path) -> Config | OfflineConfig:
+    """The configuration in one file: of an offline round if it has a section `data`, of a run otherwise."""
+    return load_offline_config(path) if "data" in _read_yaml(Path(path)) else load_config(path)
+
+
 def load_judges_config(path: str | Path) -> JudgesConfig:
     """The judges in a configuration, which may be one of a run, or have a section `judge` alone.
 

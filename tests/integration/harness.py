@@ -131,12 +131,12 @@ def call(url: str, body: dict[str, Any] | None = None) -> Any:
 
 
 @contextmanager
-def users_server(workspace: Workspace) -> Iterator[str]:
+def users_server(workspace: Workspace, **settings: str) -> Iterator[str]:
     """The URL of the API of a Prefect server as `prefect server start` has it: without a password."""
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
-    environment = {**os.environ, "PREFECT_HOME": str(workspace.root / "prefect")}
+    environment = {**os.environ, "PREFECT_HOME": str(workspace.root / "prefect"), **settings}
     with supervise.start(command, log=workspace.root / "server.log", env=environment) as server:
         url = f"http://127.0.0.1:{port}/api"
         wait_for(lambda: server.poll() is not None or answers(f"{url}/health"), seconds=120, what="a Prefect server")

@@ -13,7 +13,7 @@ import pytest
 from prefect.server.utilities.user_templates import render_user_template_sync
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.alarms import Alarms, _action, check_targets, targets
+from flows.alarms import CRASHED, Alarms, Told, _action, check_targets, targets
 from iterdpo.errors import ConfigError
 from iterdpo.run.devices import free_port
 from iterdpo.run.rundir import RunDir
@@ -27,15 +27,22 @@ def rendered(template: str, **payload: Any) -> str:
 
 def test_a_webhook_gets_json_whatever_is_in_the_reason() -> None:
     alarm = {"alarm": "failed round", "run": "a {{ b }}", "round": 3, "reason": HOSTILE}
-    action: Any = _action(uuid4(), True, "{{ event.payload.alarm", "{{ event.payload.reason")
+    action: Any = _action(uuid4(), True, Told())
     assert json.loads(rendered(action.payload, **alarm)) == alarm
 
 
 def test_a_message_has_run_and_round_in_its_subject_and_the_reason_in_its_body() -> None:
-    action: Any = _action(uuid4(), False, "{{ 'hung round'", "{{ event.payload.reason")
+    action: Any = _action(uuid4(), False, Told(alarm="{{ 'hung round'"))
     alarm = {"run": "films", "round": 3, "reason": HOSTILE}
     assert rendered(action.subject, **alarm) == "iterdpo: films, round 3: hung round"
     assert rendered(action.body, **alarm) == HOSTILE
+
+
+def test_a_crash_that_a_worker_reports_is_a_failed_round_of_an_unknown_number() -> None:
+    action: Any = _action(uuid4(), True, CRASHED)
+    crashed = SimpleNamespace(name="films", state=SimpleNamespace(message=HOSTILE))
+    said = json.loads(render_user_template_sync(action.payload, {"flow_run": crashed}))
+    assert said == {"alarm": "failed round", "run": "films", "round": None, "reason": HOSTILE}
 
 
 @pytest.mark.parametrize("target", ["https://a.example/x?y=1", "http://127.0.0.1:80/", "slack-webhook/ops"])
