@@ -26,7 +26,7 @@ from iterdpo.run import disk, supervise
 from iterdpo.run.devices import answers, free_port, is_free
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.types import ASGIApp
 
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -191,8 +191,10 @@ def start_server(log: Path, *, port: int | None = None) -> Iterator[PrefectAPI]:
         yield PrefectAPI(f"{origin}/api", password, log, begun)
 
 
-def app() -> FastAPI:
+def app() -> ASGIApp:
     """The server's application, as uvicorn makes it. Refuses a Host that is not 127.0.0.1.
+
+    Around Prefect's application and no part of it: automations ask that one, in this process, under a Host of their own.
 
     A foreign page whose name an attacker's DNS has pointed at this machine has the same origin as the server, and its
     requests carry that name as Host.
@@ -200,10 +202,8 @@ def app() -> FastAPI:
     from prefect.server.api.server import create_app
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    application = create_app()
     logging.getLogger("docket").addHandler(_Failures(logging.ERROR))
-    application.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1"])
-    return application
+    return TrustedHostMiddleware(create_app(), allowed_hosts=["127.0.0.1"])
 
 
 class _Failures(logging.Handler):

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
 import sqlite3
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.integration.harness import Workspace, call, users_server, wait_for
+from tests.integration.harness import Workspace, call, users_server, wait_for, webhook
 from tests.integration.test_serving import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -108,20 +103,3 @@ def test_a_hung_a_crashed_and_a_failed_round_reach_a_webhook(server: tuple[str, 
     assert {m["alarm"] for m in told} == {"failed round"}
     status = workspace.iterdpo("status", str(workspace.run_dir)).stdout
     assert re.search(rf"last failure: \d{{4}}-\S+, round 0: .*{re.escape(str(judge))}", status)
-
-
-@contextmanager
-def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The URL of a webhook on this machine, and the JSON that is posted to it."""
-    told: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
-        threading.Thread(target=listening.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{listening.server_port}/alarm?key=1", told
-        listening.shutdown()

@@ -14,6 +14,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +22,11 @@ from typing import NamedTuple
 
 import pytest
 
-from flows.server import start_server
+from flows import alarms
+from flows.server import prefect_api, start_server
 from iterdpo.run.artifacts import read_groups
 from iterdpo.testing import build_tiny_checkpoint
-from tests.integration.harness import Workspace, call, users_server, wait_for
+from tests.integration.harness import Workspace, call, users_server, wait_for, webhook
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # several engines start, one after the other
 
@@ -169,11 +171,11 @@ def test_a_cron_string_that_is_none_is_refused_at_once(workspace: Workspace) -> 
     assert "not a cron string" in result.stderr
 
 
-def test_a_server_of_our_own_answers_to_its_password_its_origin_and_its_host_alone(
+def test_a_server_of_our_own_answers_to_its_password_origin_and_host_alone_and_sends_alarms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
-    with start_server(tmp_path / "server.log") as api:
+    with prefect_api(tmp_path / "server.log") as api:
         assert api.password is not None
         secret = f"Basic {base64.b64encode(api.password.read_bytes()).decode()}"
         host = api.url.split("/")[2]
@@ -202,6 +204,12 @@ def test_a_server_of_our_own_answers_to_its_password_its_origin_and_its_host_alo
                 )
             )
         assert preflight.value.code == 400
+        deployment = uuid.uuid4()
+        with webhook() as (target, told):
+            alarms.create(deployment, "nightly", [target], hung_after=24)
+            alarms.Alarms(deployment, "run").tell(alarms.FAILED, 3, alarm="failed round", reason="why")
+            wait_for(lambda: bool(told), seconds=60, what="the alarm")
+        assert told == [{"alarm": "failed round", "run": "run", "round": 3, "reason": "why"}]
 
 
 def test_a_deployment_on_the_users_server_runs_no_configuration_and_no_code_of_a_caller(workspace: Workspace) -> None:
