@@ -41,7 +41,7 @@ from judges.llm.transport import in_own_loop, run_each
 from judges.schedules import LOST_COIN_FLIP, Knockout, random_pairs
 
 Constrain = Literal["auto", "structured_outputs", "json_schema", "none"]
-REVISION = 4
+REVISION = 5
 """Number of the prompts' and parsers' revision, part of every version: raise it if scores could change."""
 REASONING_TOKENS = 512
 CUT = "cut off at max_tokens"

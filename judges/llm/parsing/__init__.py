@@ -41,7 +41,7 @@ THINKING = r"(?:think|thinking|thought|reasoning|reflection|scratchpad)"
 _BEGIN = rf"<{THINKING}>|\[THINK\]|<\|channel\|>\s*(?:analysis|commentary)[^<]*<\|message\|>"
 _END = rf"</{THINKING}>|\[/THINK\]|<\|channel\|>\s*final[^<]*<\|message\|>"
 # Of an object in which a key comes twice, the keys alone.
-_JSON = json.JSONDecoder(object_pairs_hook=lambda p: dict(p) if len(dict(p)) == len(p) else dict.fromkeys(dict(p)))
+_JSON = json.JSONDecoder(strict=False, object_pairs_hook=lambda p: dict.fromkeys(d) if p[len(d := dict(p)) :] else d)
 _FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}
 QUOTED = "[quoted]"
 _RULE = re.compile(r"[\s\-–—_=.,;·()\[\]{}]*|\s*(?:`{3,}|~{3,})\s*[\w+-]*\s*")
@@ -58,12 +58,12 @@ NOUN = (
 _PLACEHOLDER = re.compile(r"(?:<[^<>0-9]*>|\[[^\[\]\"0-9]+\]|\.\.\.)[.\s]*")  # `Verdict: <yours>`
 _CONCLUSION = (
     r"(?:(?:and|so)\s+)?(?:so|thus|therefore|hence|overall|finally|ultimately|conclusion|in conclusion|in summary"
-    r"|to conclude|in short|all in all|on balance)\b"
+    r"|to conclude|in short|all in all|on balance|επομένως|συνεπώς|συνολικά)\b"
 )
 _LEAD = re.compile(
-    rf"(?i)(?:[0-9]{{1,2}}[.)]\s*)?(?:(?:{_CONCLUSION}|and|but|however|no|yes|in my opinion)\s*[,:]?\s*"
-    r"|(?:after|based on|considering|given|weighing)\b(?:(?!\b(?:if|unless|whether|says?|claims?)\b)[^:]){0,100}?[,:]\s*)?"
-    r"(?:(?:i|we)\s+(?:would\s+)?(?:conclude|decide|think|believe|find|say)(?:\s+that)?\s*[,:]?\s*)?"
+    rf"(?i)(?:[0-9]{{1,2}}[.)]\s*)?(?:(?:{_CONCLUSION}|and|but|however|no|yes|in my opinion)\s*[,:]?\s*)?"
+    r"(?:(?:after|based on|considering|given|weighing|με βάση)\b(?:(?!\b(?:if|unless|whether|says?|claims?)\b)[^:]){0,100}?[,:]\s*)?"
+    r"(?:(?:i|we)\s+(?:would\s+|have\s+)?(?:conclude|decide|think|believe|find|say|rate|determined|come to the conclusion)(?:\s+that)?\s*[,:]?\s*)?"
     r"(?:(?:here|this) is\s+)?(?:(?:json|output|result)\b\s*:?\s*)?"
 )
 _TURN = re.compile(
@@ -78,9 +78,9 @@ LABEL, SENTENCE, FRAMED, SURE = range(1, 5)
 def frame_of(words: str, link: str = ":") -> re.Pattern[str]:
     """What stands before a value: `The final WORDS is: `. What follows those in a group `weak` may be no value."""
     return re.compile(
-        r"(?i)(?P<final>my\s+final\s+)?(?:(?:my|the|our|final|overall|ultimate|total|complete)\s+)*"
-        rf"(?:{words})\s*(?:\((?!worst)[^()]{{0,60}}\)\s*)?"
-        rf"(?:(?:is|would be|goes to|是|为)(?![a-z])\s*:?\s*(?:that\b)?|=>|->|→|=|\s[-–—]\s|{link}|\Z)\s*"
+        r"(?i)(?P<final>my\s+final\s+)?(?:(?:my|the|our|final|overall|ultimate|total|complete|mi|el|mon|le|mein|il|мой|η|μου|τελική)\s+)*"
+        rf"(?:{words})\s*(?:(?:final|finale)\s+)?(?:\((?!worst)[^()]{{0,60}}\)\s*)?"
+        rf"(?:(?:is|would be|goes to|es|est|è|é|lautet|είναι|是|为)(?![a-z])\s*:?\s*(?:that\b)?|=>|->|→|=|\s[-–—]\s|{link}|\Z)\s*"
     )
 
 
@@ -121,7 +121,7 @@ class Form(Generic[T]):
 
     def lines(self, text: str) -> list[str]:
         """The lines that say something, as plain text; JSON objects and tags as `key: value`, if the key is a frame."""
-        spellings = (text, text.replace("'", '"'))  # models write Python's dicts too
+        spellings = dict.fromkeys((text, text.replace("'", '"'), re.sub(r'\\[^"]', "  ", text)))  # Python's, LaTeX's
         done, position = "", 0
         for brace in re.finditer(r"\{", text):
             for spelled in spellings if brace.start() >= position else ():
@@ -190,6 +190,7 @@ class Form(Generic[T]):
         """What a sentence says. Brackets have to agree with the statement that is before them."""
         head, *brackets = _BRACKETS.split(sentence.lstrip(" \t-–—•·({`.,:"))
         value, weight = self._said(head.lstrip("["))
+        announced = head.rstrip().endswith(":") and value in (f"an unreadable {self.noun}", self.several)
         framed = (self.value(head[frame.end() :]) for frame in self.frame.finditer(head))
         if not isinstance(value, Unclear | None) and any(other not in (None, value) for other in framed):
             value = self.several  # Verdict: A, verdict: B
@@ -198,7 +199,6 @@ class Form(Generic[T]):
         last, *others = [self.value(bracket) for bracket in reversed(brackets)]
         if last is None or (value is None and not _LEAD.fullmatch(head)):
             return None, 0
-        announced = head.rstrip().endswith(":") and value == f"an unreadable {self.noun}"  # Verdict: A adds more: [[A]]
         agreed = all(other == last for other in others) and (announced or value in (None, CUT_OFF, last))
         return last if agreed else self.several, SURE
 

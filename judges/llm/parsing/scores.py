@@ -10,9 +10,9 @@ from judges.llm.parsing import NOUN, OPEN, SHUT, Form, Unclear, frame_of, only_e
 
 SEVERAL_SCORES, SEVERAL_RANKINGS = Unclear("several scores"), Unclear("several rankings")
 _NUMBER = r"[-+]?[0-9]+(?:\.[0-9]+)?"
+_GIVING = r"(?:i|we)(?:['’]d|\s+would|\s+will)?\s+(?:give|rate|score|assign)\b[^.0-9]{0,60}"
 _SCORED = re.compile(
-    r"(?i)(?:(?:i|we)(?:['’]d|\s+would|\s+will)?\s+(?:give|rate|score|assign)\b[^.0-9]{0,60}\s)?"
-    rf"{OPEN}(?P<score>{_NUMBER}){SHUT}(?:[(\[]?(?:/|out\s+of|von|sur|de|из)\s*(?P<of>{_NUMBER}))?"
+    rf"(?i)(?:{_GIVING}\s)?{OPEN}(?P<score>{_NUMBER}){SHUT}(?:[(\[]?(?:/|out\s+of|von|sur|de|из)\s*(?P<of>{_NUMBER}))?"
     rf"\s*(?:(?P<percent>%)|points?|stars?|分)?(?![\w%+/½¼¾]){SHUT}"
 )
 _ANOTHER = re.compile(r"(?i)\s*(?:or|to|and|bis|[-–—~→>,;.:]+)\s*[-+]?[0-9]")
@@ -34,7 +34,7 @@ def parse_scores(reply: str, criteria: Sequence[str], *, low: float, high: float
     `7/10` is Unclear on a scale that ends elsewhere, and so are `7 or 8`, `7-8`, `about 7`, `7,5`, and a number off the scale.
     """
     names = [re.escape(" ".join(criterion.replace("_", " ").split())) for criterion in criteria]
-    words = [f"(?P<named>{name})" for name in names] if len(names) > 1 else [f"{names[0]}|{_NAMES}"]
+    words = [f"(?P<named>{name})" for name in names] if len(names) > 1 else [f"{names[0]}|{_NAMES}|{_GIVING}(?=:|\\Z)"]
     frames = [frame_of(rf"(?:{word})(?:\s+(?:score|rating))?", r":|\|") for word in words]
     label = re.compile("(?!)" if len(names) > 1 else f"{_SCORED.pattern}[.!]?")
     apart = re.compile(rf"(?:[,;|]|(?<=[0-9])\s+and)\s+(?=(?:{'|'.join(names)})\b)", re.IGNORECASE)

@@ -11,7 +11,7 @@ from judges.llm.parsing import NOUN, OPEN, SHUT, Form, Unclear, frame_of, only_e
 ReplyVerdict = Literal["first", "second", "tie"]
 BOTH = Unclear("both verdicts")
 _FRAME = frame_of(
-    r"verdict|winner|(?P<weak>decision|choice|judge?ment|preference|pick|selection|vote|answer|conclusion|result"
+    r"verdict|winner|απόφαση|ετυμηγορία|(?P<weak>decision|choice|judge?ment|preference|pick|selection|vote|answer|conclusion|result"
     rf"|(?:better|best|preferred|stronger|superior|winning)(?:\s+(?:one|{NOUN}))?"
     r"|veredicto|veredito|ganador|vencedor|urteil|gewinner|вердикт|победитель|判决|裁决|判定|结论|最终判断|最终答案|答案"
     r"|結論|勝者|优胜者|الحكم|फैसला)"
@@ -19,7 +19,7 @@ _FRAME = frame_of(
 _LABEL = rf"{OPEN}(?:(?i:the)\s+)?(?:{NOUN}\s*)?{OPEN}([AB])(?:\+{{1,3}}|['’]s\s+{NOUN})?(?!\w)"
 _VERY = r"(?:(?:clearly|slightly|much|far|significantly|marginally|definitely|substantially|overall|still)\s+)"
 _BETTER = (
-    rf"(?:(?:(?:is|was|would be|does|did|performs|gives|provides|offers)\s+{_VERY}?|{_VERY})"
+    rf"(?:(?:(?:is|as|was|would be|does|did|performs|gives|provides|offers)\s+{_VERY}?|{_VERY})"
     rf"(?:(?:the|a)\s+)?(?:better|best|(?:clear\s+)?winner|preferred|preferable|superior|stronger|winning)(?:\s+(?:one|overall|{NOUN}))?"
     r"|wins)"
 )
@@ -51,7 +51,7 @@ def parse_verdict(reply: str) -> ReplyVerdict | Unclear:
     """
     lower = re.compile(rf"(?m)((?:{NOUN}|[:=]){OPEN})([ab])(?={SHUT}[.!]?$|\))")
     reply = lower.sub(lambda label: label[1] + label[2].upper(), reply)
-    reply = re.sub(rf"\A\W*{NOUN}\s*\(([AB])\)\W*\Z", r"\1", reply)
+    reply = re.sub(rf"\A\W*{NOUN}\s*\(([AB])\)\W*\Z|(?<=: \[\[C\]\]) for a tie\b", r"\1", reply)
     return read_with(reply, lambda text: _FORM.decide(_FORM.lines(text)), several=BOTH)
 
 
