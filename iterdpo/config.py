@@ -145,6 +145,9 @@ class EngineConfig(Section):
     """Share of the GPU's memory for the engine while it samples. It is released while the trainer runs."""
     tensor_parallel_size: int = Field(1, ge=1)
     """Number of GPUs for one engine."""
+    replicas: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Number of engines, each with `tensor_parallel_size` GPUs, or with its share of the cores. They sample the shards of one
+    queue. `auto`: as many as the visible GPUs allow, and one on a CPU."""
     lora: Literal["auto", "vllm", "merge"] = "auto"
     """`vllm`: the engine applies a LoRA policy's adapter. `merge`: it is merged into the initial policy's weights, on disk.
     `auto`: `vllm` on a GPU; `merge` on a CPU, where it is some 25 times faster."""
@@ -604,6 +607,21 @@ class GateConfig(Section):
         return self
 
 
+class SupervisionConfig(Section):
+    """What becomes of a sampler or trainer that hangs or is lost. A trainer that ends with an error is not started again."""
+
+    silence: float = Field(900, gt=0)
+    """Seconds without a sign of work (a decoding step, a micro-batch) after which the process counts as hung and is
+    ended. More than the policy takes to be saved."""
+    start: float = Field(3600, gt=0)
+    """The same while it starts, or takes new weights."""
+    restarts: int = Field(2, ge=0)
+    """How often a process that hangs, or that a signal ends, is started again in a stage. 0: the run ends."""
+
+
+SUPERVISED = SupervisionConfig()
+
+
 class Config(Section):
     """A run of iterative DPO."""
 
@@ -621,6 +639,7 @@ class Config(Section):
     dpo: DPOConfig = DPOConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
 
     @model_validator(mode="after")
     def _the_heldout_judge_is_another(self) -> Config:
@@ -688,6 +707,7 @@ class OfflineConfig(Section):
     model: ModelConfig
     data: DataConfig
     dpo: Annotated[DPOConfig, AfterValidator(_one_reference)] = DPOConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
 
 
 class JudgesConfig(Section):

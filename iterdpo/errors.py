@@ -114,6 +114,10 @@ class ChildFailed(RunFailed):
     """A worker process ended with an error; the message has the reason and the path of its log."""
 
 
+class ChildLost(ChildFailed):
+    """A worker process hung or was ended by a signal: another one may well succeed."""
+
+
 def reason(error: Exception) -> str:
     """Why something failed, for a reader: `KeyError: 'gold'`; of our own errors the message alone."""
     return str(error) if isinstance(error, UserError | RunFailed) else f"{type(error).__name__}: {error}"

@@ -17,7 +17,17 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from iterdpo.config import LOSSES, AdapterConfig, Config, DPOConfig, JudgeConfig, OfflineConfig, RuleConfig, TagsConfig
+from iterdpo.config import (
+    LOSSES,
+    AdapterConfig,
+    Config,
+    DPOConfig,
+    JudgeConfig,
+    OfflineConfig,
+    RuleConfig,
+    SupervisionConfig,
+    TagsConfig,
+)
 
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
@@ -103,6 +113,7 @@ def section(key: str, model: type[BaseModel]) -> list[str]:
     about = {
         AdapterConfig: [f"{model.__doc__} `null` unless given."],
         RuleConfig: [" ".join(f"{model.__doc__}".split())],
+        SupervisionConfig: [f"{model.__doc__}"],
     }
     return [f"### {key}", *about.get(model, []), table]
 

@@ -1,7 +1,7 @@
-"""The GPUs of this machine, visible and reserved among a user's runs, and its ports for servers.
+"""The GPUs of this machine, visible and shared in turns by a user's runs, and its ports for servers.
 
-A reservation is an flock for each GPU. The sampler and the trainer of a run share it and take turns on the GPU. Each
-guard of `iterdpo.run.supervise` inherits it, so that a GPU stays reserved until the last process that may use it ends.
+A run has its GPUs for the time of a stage, by an flock for each. Each guard of `iterdpo.run.supervise` inherits it, so
+that if the run is killed, a GPU stays locked until the last process that may use it has ended.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from iterdpo.errors import ConfigError
@@ -50,27 +51,72 @@ def _installed() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
-@contextmanager
-def reserved_gpus(count: int, *, say: Callable[[str], None]) -> Iterator[list[int]]:
-    """The first `count` visible GPUs, or as many as there are, reserved among the user's iterdpo runs while the context is open.
+class Turns:
+    """The first `count` visible GPUs, or as many as there are, which runs of this user take turns on.
 
-    Yields the descriptors that `supervise.start(reserved=...)` takes. They are taken in order, so that no two runs wait
-    for each other; `say` gets a line if a GPU has to be waited for.
+    `descriptors` go to `supervise.start(reserved=...)`: a child that has them has the turn too. `say` gets a line if a GPU
+    has to be waited for.
     """
-    descriptors: list[int] = []
-    with ExitStack() as opened:
+
+    def __init__(self, count: int, *, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._locks: list[tuple[str, Path, int]] = []
+        self._held, self._lock = 0, threading.RLock()
         for device in sorted(set(visible_gpus()[:count])):
             name = "".join(c if c.isalnum() else "-" for c in device)
             path = own_folder() / f"gpu-{name}.lock"
-            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o600)
-            opened.callback(os.close, descriptor)
+            self._locks.append((device, path, os.open(path, os.O_RDONLY | os.O_CREAT, 0o600)))
+
+    @property
+    def descriptors(self) -> list[int]:
+        return [descriptor for _, _, descriptor in self._locks]
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """A context in which the GPUs are this run's. They may be asked for again within it, in any thread."""
+        with self._lock:
+            if not self._held:
+                self._take()
+            self._held += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held -= 1
+                if not self._held:
+                    self._give()
+
+    @contextmanager
+    def between(self) -> Iterator[None]:
+        """A context in which others may have the GPUs, though a turn has not ended: it goes on afterwards."""
+        with self._lock:
+            held = self._held > 0
+            if held:
+                self._give()
+        try:
+            yield
+        finally:
+            with self._lock:
+                if held:
+                    self._take()
+
+    def close(self) -> None:
+        """Safe to call twice. Children that have the descriptors keep them, and their turn."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        self._locks = []
+
+    def _take(self) -> None:
+        for device, path, descriptor in self._locks:  # in order, so that no two runs wait for each other
             try:
                 disk.lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, str(path))
             except BlockingIOError:
-                say(f"waiting for GPU {device}, which another run is using")
+                self._say(f"waiting for GPU {device}, which another run is using")
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            descriptors.append(descriptor)
-        yield descriptors
+
+    def _give(self) -> None:
+        for descriptor in self.descriptors:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def free_port() -> int:

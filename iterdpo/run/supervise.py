@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
@@ -59,6 +59,7 @@ class Child:
     def __init__(self, process: subprocess.Popen[bytes], lifeline: int, log: Path, begun: int) -> None:
         self.process, self.log, self._begun = process, log, begun
         self._lifeline: int | None = lifeline
+        self._silent: float | None = None  # seconds, if it was ended because of them
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit status; 128 + N if signal N ended the command, negative if `kill` did."""
@@ -69,10 +70,55 @@ class Child:
 
     def kill(self) -> None:
         """End it and everything it started, and wait until it is gone. Safe to call twice."""
-        if self._lifeline is not None:
-            os.close(self._lifeline)
-            self._lifeline = None
+        lifeline, self._lifeline = self._lifeline, None
+        if lifeline is not None:
+            os.close(lifeline)
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGCONT)  # a guard that was stopped goes on, and does its work
         self.process.wait()
+
+    @property
+    def lost(self) -> bool:
+        """Whether it hung, or was ended by a signal."""
+        return self._silent is not None or bool(self._signals())
+
+    @contextlib.contextmanager
+    def watched(self, seconds: float | None) -> Iterator[Callable[[], None]]:
+        """End it if the function that this yields is not called for so many seconds; None: wait for ever."""
+        if seconds is None:
+            yield lambda: None
+            return
+        over, last = threading.Event(), time.monotonic()
+
+        def seen() -> None:
+            nonlocal last
+            last = time.monotonic()
+
+        def watch() -> None:
+            while not over.wait(max(0.0, last + seconds - time.monotonic())):
+                if time.monotonic() >= last + seconds:
+                    self.end_silent(seconds)
+                    return
+
+        thread = threading.Thread(target=watch, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield seen
+        finally:
+            over.set()
+
+    def end_silent(self, seconds: float) -> None:
+        """End it because it has shown no sign of work for so long."""
+        self._silent = seconds
+        self.kill()
+
+    def _signals(self) -> list[str]:
+        """Names of the signals that ended it, or what it had started, by its log and its status."""
+        status = self.poll()
+        found = [m[1] for line in self.said() if (m := SIGNALLED.search(line))]
+        if status is not None and (status < 0 or 128 < status < 160):
+            found.append(signal.Signals(-status if status < 0 else status - 128).name)
+        return found
 
     def said(self) -> list[str]:
         """The lines of its log since it was started, the last of many."""
@@ -85,12 +131,12 @@ class Child:
 
     def reason(self, longest: int = 500) -> str:
         """Why it ended, on one line, from its log and its exit status: `RuntimeError: step 3: the loss is not finite`."""
+        if self._silent is not None:
+            return f"no sign of work for {self._silent:g} seconds, so it was ended"
         lines, status = [line.strip() for line in self.said() if line.strip()], self.poll()
         own = [line.removeprefix(REASON) for line in lines if line.startswith(REASON)]
         raised = [m[1] for line in lines if (m := RAISED.search(line)) and not SECOND_HAND.search(line)]
-        signals = [m[1] for line in lines if (m := SIGNALLED.search(line))]
-        if status is not None and 128 < status < 160:
-            signals.append(signal.Signals(status - 128).name)
+        signals = self._signals()
         if own or (raised and not signals):
             reason = own[0] if own else raised[-1]
         elif signals:
@@ -118,7 +164,8 @@ def start(
     """Start `command` under guard. Its stderr (and its stdout, unless `pipes`) is appended to `log`.
 
     `env`: its environment, by default this process's; what `environment` leaves out is left out of either. `pipes`: its
-    stdin and stdout are pipes to the caller. `reserved`: descriptors from `devices.reserved_gpus`, held while it lives.
+    stdin and stdout are pipes to the caller. `reserved`: descriptors of
+    `devices.Turns`, open while it lives.
     """
     read_end, write_end = os.pipe()
     guard = [sys.executable, "-S", "-E", "-P", str(Path(__file__)), str(read_end), "--", *command]

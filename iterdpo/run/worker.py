@@ -1,6 +1,7 @@
 """A child process that answers requests, one at a time, over its pipes.
 
-`JsonLinesWorker` is the parent's end and `serve` the child's. A message is a dataclass: a request crosses as one line of
+`JsonLinesWorker` is the parent's end and `serve` the child's. While the child works on a request, an empty line from it
+says that it gets on. A message is a dataclass: a request crosses as one line of
 JSON, `{"request": "Load", "fields": {"policy": "/runs/1/policy", "reload": true}}`, and so does its reply. Whatever
 libraries in the child print goes to its log.
 
@@ -15,6 +16,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -42,7 +45,7 @@ class JsonLinesWorker:
         name: what error messages call it, such as "sampler".
         log: file that its output is appended to; by default nothing is kept.
         env: its environment; by default this process's.
-        reserved: descriptors of `devices.reserved_gpus`, held while it lives.
+        reserved: descriptors of `devices.Turns`, open while it lives.
     """
 
     def __init__(
@@ -57,21 +60,27 @@ class JsonLinesWorker:
         self.name = name
         self._child = supervise.start([sys.executable, "-m", module], log=log, env=env, pipes=True, reserved=reserved)
 
-    def call(self, request: Any, read: Callable[..., R]) -> R:
+    def call(self, request: Any, read: Callable[..., R], *, silence: float | None = None) -> R:
         """The reply to `request`, a dataclass: `read` is called with the reply's fields.
 
+        After `silence` seconds in which neither the reply nor a sign of work comes, the child is ended.
+
         Raises:
-            ChildFailed: the child reported an error or died. It is closed then; the message says why, and has its log.
+            ChildFailed: the child reported an error, died or hung. It is closed then; the message says why, and has its log.
         """
         process, kind = self._child.process, type(request).__name__
         assert process.stdin is not None
         assert process.stdout is not None
         line = b""
-        with contextlib.suppress(BrokenPipeError):
+        with (
+            contextlib.suppress(BrokenPipeError, ValueError),
+            self._child.watched(silence) as seen,
+        ):  # ValueError: closed
             fields = TypeAdapter(type(request)).dump_python(request, mode="json")
             process.stdin.write(json.dumps({"request": kind, "fields": fields}).encode() + b"\n")
             process.stdin.flush()
-            line = process.stdout.readline()
+            while (line := process.stdout.readline()) == b"\n":
+                seen()
         answer: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {"error": None}
         if "error" in answer:
             said, why = answer["error"], ""
@@ -95,6 +104,15 @@ class JsonLinesWorker:
                     pipe.close()
 
 
+_beats: list[Callable[[], None]] = []  # that of `serve`
+
+
+def beat() -> None:
+    """Tell the parent that the request which is worked on gets on. Cheap: it hears of it once a second."""
+    for tell in _beats:
+        tell()
+
+
 def serve(handlers: Mapping[type, Callable[[Any], Any]], *, prepare: Callable[[], object] = lambda: None) -> None:
     """Answer the parent's requests until it closes the pipe.
 
@@ -104,6 +122,20 @@ def serve(handlers: Mapping[type, Callable[[Any], Any]], *, prepare: Callable[[]
     """
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    lock, last = threading.Lock(), 0.0
+
+    def say(line: str) -> None:
+        nonlocal last
+        last = time.monotonic()
+        with lock:
+            replies.write(line + "\n")
+            replies.flush()
+
+    def beat_once() -> None:
+        if time.monotonic() > last + 1:
+            say("")
+
+    _beats.append(beat_once)
     prepare()
     handler_of: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
         kind.__name__: (TypeAdapter(kind).validate_python, handle) for kind, handle in handlers.items()
@@ -116,5 +148,4 @@ def serve(handlers: Mapping[type, Callable[[Any], Any]], *, prepare: Callable[[]
         except Exception as error:
             traceback.print_exc()
             answer = json.dumps({"error": f"{type(error).__name__}: {error}"})
-        replies.write(answer + "\n")
-        replies.flush()
+        say(answer)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
-from iterdpo.config import EngineConfig
+from iterdpo.config import SUPERVISED, EngineConfig, SupervisionConfig
 from iterdpo.errors import ChildFailed
 from iterdpo.run.devices import visible_gpus
 from iterdpo.run.worker import Done, JsonLinesWorker
@@ -47,8 +48,12 @@ class VLLMSampler(Sampler):
             and an adapter is merged into its base.
         reproducible: sample the same on a GPU too, batch by batch.
         say: called with a note for the user.
-        reserved: descriptors of `devices.reserved_gpus`, held while the worker lives.
+        reserved: descriptors of `devices.Turns`, open while the worker lives.
+        variables: more of its environment, such as those of `engine_share`.
+        supervision: when it counts as hung.
     """
+
+    MODULE = "iterdpo.sampling.worker"
 
     def __init__(
         self,
@@ -60,9 +65,11 @@ class VLLMSampler(Sampler):
         trust_remote_code: bool = False,
         reproducible: bool = False,
         reserved: Sequence[int] = (),
+        variables: Mapping[str, str] = MappingProxyType({}),
+        supervision: SupervisionConfig = SUPERVISED,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.log, self._say, self._reserved = log, say, reserved
+        self.log, self._say, self._reserved, self._supervision = log, say, reserved, supervision
         self._lora, self._adapter_rank = engine.lora, adapter_rank
         self._engine, self._max_model_len, self._trust_remote_code = engine, max_model_len, trust_remote_code
         on_gpu = bool(visible_gpus())
@@ -77,6 +84,7 @@ class VLLMSampler(Sampler):
             "VLLM_CPU_KVCACHE_SPACE": f"{engine.kv_cache_gib}",
             "VLLM_NO_USAGE_STATS": "1",
             "PYTHONUNBUFFERED": "1",
+            **variables,
         }
         self._reproducible = reproducible
         self._worker: JsonLinesWorker | None = None
@@ -88,7 +96,7 @@ class VLLMSampler(Sampler):
         """Start the worker and let it import vLLM, without waiting for it: seconds that other work can hide."""
         if self._worker is None:
             self._worker = JsonLinesWorker(
-                "iterdpo.sampling.worker", name="sampler", log=self.log, env=self._env, reserved=self._reserved
+                self.MODULE, name="sampler", log=self.log, env=self._env, reserved=self._reserved
             )
 
     def load(self, policy: Path, digest: str) -> None:
@@ -153,12 +161,12 @@ class VLLMSampler(Sampler):
             self._asleep = self._call(Release(), Released).asleep
 
     def close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-        self._worker, self._loaded, self._asleep = None, None, False
+        worker, self._worker, self._loaded, self._asleep = self._worker, None, None, False
+        if worker is not None:
+            worker.close()
 
     def _start_engine(self, policy: Path) -> None:
-        scratch = str(self.log.absolute().parent / ".merged")
+        scratch = str(self.log.absolute().parent / f".merged-{self.log.stem}")
         model = (self._max_model_len(), self._trust_remote_code, self._lora, self._adapter_rank)
         start = Start(str(policy), self._engine, *model, scratch, self._reproducible)
         started = self._call(start, Started)
@@ -171,12 +179,27 @@ class VLLMSampler(Sampler):
             self._start_engine(policy)
 
     def _call(self, request: Any, read: Callable[..., R]) -> R:
-        assert self._worker is not None
+        if (worker := self._worker) is None:  # another thread has closed it
+            raise ChildFailed("the sampler is closed")
+        works = isinstance(request, Sample | Finish)
+        silence = self._supervision.silence if works else self._supervision.start
         try:
-            return self._worker.call(request, read)
+            return worker.call(request, read, silence=silence)
         except ChildFailed:
             self.close()
             raise
+
+
+def engine_share(number: int, of: int, width: int) -> dict[str, str]:
+    """Variables that give engine `number` of `of` its `width` GPUs; without GPUs, its share of the cores."""
+    if of == 1:
+        return {}
+    if gpus := visible_gpus():
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[number * width : (number + 1) * width])}
+    cores = sorted(os.sched_getaffinity(0))
+    own = cores[number * len(cores) // of : (number + 1) * len(cores) // of] or [cores[number % len(cores)]]
+    parts = [own[rank * len(own) // width : (rank + 1) * len(own) // width] or own for rank in range(width)]
+    return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, part)) for part in parts)}
 
 
 def _groups(groups: list[list[dict[str, Any]]]) -> list[list[Completion]]:

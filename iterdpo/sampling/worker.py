@@ -22,7 +22,7 @@ from typing import Any, get_args
 
 from safetensors import safe_open
 
-from iterdpo.run.worker import Done, serve
+from iterdpo.run.worker import Done, beat, serve
 from iterdpo.sampling.base import (
     Enqueue,
     Finish,
@@ -100,6 +100,13 @@ class Worker:
             defaults |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": engine_rank(rank)}
         self.weights = adapter_base(request.policy) or request.policy
         self.llm = LLM(self.weights, seed=0, disable_log_stats=True, **{**defaults, **engine})
+        step = self.llm.llm_engine.step
+
+        def beating(*given: Any) -> Any:
+            beat()
+            return step(*given)
+
+        self.llm.llm_engine.step = beating
         if self.weights != request.policy:
             self._use(request.policy)
 

@@ -80,17 +80,18 @@ def _evaluate(
     )
     scores: dict[str, list[Scores]] = {}
     duels: dict[str, dict[str, Duels]] = {}
-    for judge in run.judges:
-        target = directory / "judgments" / judge.role
-        target.mkdir(parents=True, exist_ok=True)
-        judge.begin_stage()
-        if judge.load().comparative:
-            duels[judge.role] = {name: _duels(run, judge, completions, b, target) for name, b in against.items()}
-            continue
-        total = counts["completions"]
-        judge_with_progress(run, "score", judge, completion_shards(completions), target, total=total)
-        scores[judge.role] = _scores(target)
-    run.release_judges()
+    with run.turn_of(*run.judges):
+        for judge in run.judges:
+            target = directory / "judgments" / judge.role
+            target.mkdir(parents=True, exist_ok=True)
+            judge.begin_stage()
+            if judge.load().comparative:
+                duels[judge.role] = {name: _duels(run, judge, completions, b, target) for name, b in against.items()}
+                continue
+            total = counts["completions"]
+            judge_with_progress(run, "score", judge, completion_shards(completions), target, total=total)
+            scores[judge.role] = _scores(target)
+        run.release_judges()
     logps = _sequence_logps(run, directory / "logps.json", candidate, completions, counts["completions"])
     gap = None
     if logps is not None:
@@ -178,7 +179,7 @@ def _sequence_logps(
     if note.exists():
         return dict(read_json(note))
     logps = {}
-    with run.progress.stage("kl", 2 * total, "completions") as stage:
+    with run.devices.turn(), run.progress.stage("kl", 2 * total, "completions") as stage:
         for name, which in (("policy", policy), ("initial", run.initial)):
             flat = _logps(run, which, completions, stage)
             by_prompt = [[next(flat) for c in g.completions if c.token_ids] for g in read_groups(completions)]

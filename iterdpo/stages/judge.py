@@ -51,21 +51,22 @@ def _judge(
     run: IterativeRun, step: Step, completions: Completions, by: RunJudge, streaming: StreamingJudge
 ) -> Manifest:
     directory = step.begin()
-    if (streamed := streaming.join()) is None:
-        by.begin_stage()
     metrics = JudgeMetrics()
-    abstentions = judge_with_progress(
-        run,
-        "judge",
-        by,
-        completion_shards(completions.path),
-        directory,
-        total=completions.completions,
-        streamed=lambda name: streaming.path_of(completions.path / f"{name}.parquet"),
-        on_shard=metrics.add,
-    )
-    usage = by.used()
-    run.release_judges()
+    with run.turn_of(by):
+        if (streamed := streaming.join()) is None:
+            by.begin_stage()
+        abstentions = judge_with_progress(
+            run,
+            "judge",
+            by,
+            completion_shards(completions.path),
+            directory,
+            total=completions.completions,
+            streamed=lambda name: streaming.path_of(completions.path / f"{name}.parquet"),
+            on_shard=metrics.add,
+        )
+        usage = by.used()
+        run.release_judges()
     streaming.clear()
     write_card(directory, "shard-*.jsonl")
     counts = {**abstentions.result(), "metrics": metrics.result(), "usage": usage}

@@ -7,7 +7,7 @@ import gc
 import importlib.metadata
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from iterdpo.run.checkpoints import (
     resolve_checkpoint,
     training_bytes,
 )
-from iterdpo.run.devices import check_devices, reserved_gpus, visible_gpus
+from iterdpo.run.devices import Turns, check_devices, visible_gpus
 from iterdpo.run.disk import check_space
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import (
@@ -47,7 +47,8 @@ from iterdpo.run.rundir import (
 )
 from iterdpo.run.supervise import Child
 from iterdpo.run.trackers import Trackers, flat
-from iterdpo.sampling import Sampler, VLLMSampler
+from iterdpo.sampling import Pool, Sampler, VLLMSampler
+from iterdpo.sampling.client import engine_share
 from iterdpo.training.launch import check_training, warm_up
 from iterdpo.types import Prompt, RoundRecord
 
@@ -183,9 +184,11 @@ class OfflineRun:
         return tokenizer
 
     @cached_property
-    def reserved(self) -> list[int]:
-        """The GPUs that sampling and training take turns on, reserved; waits for those that another run has."""
-        return self._open.enter_context(reserved_gpus(self._devices, say=self.progress.say))
+    def devices(self) -> Turns:
+        """The GPUs that this run's stages take turns on with those of others."""
+        turns = Turns(self._devices, say=self.progress.say)
+        self._open.callback(turns.close)
+        return turns
 
     def learning_rate(self, round: int) -> float:
         """The peak learning rate of `round`."""
@@ -257,7 +260,10 @@ class IterativeRun(OfflineRun):
     ) -> None:
         self.config = config
         super().__init__(config, progress=progress, redo=redo)
-        check_devices(config.sampling.engine.tensor_parallel_size, "sampling.engine.tensor_parallel_size")
+        width = config.sampling.engine.tensor_parallel_size
+        check_devices(width, "sampling.engine.tensor_parallel_size")
+        if self._replicas > 1:
+            check_devices(width * self._replicas, "sampling.engine: replicas x tensor_parallel_size")
         for key, metric in config.gate.metrics():
             thinking = metric in OF_THOUGHTS and self.tags is not None
             if why := unmeasured(metric, heldout_judge=heldout_judge is not None, thinking=thinking):
@@ -265,7 +271,7 @@ class IterativeRun(OfflineRun):
         self.waiting: Waiting = self._say_waiting
         """Prefect pauses the flow run meanwhile."""
         judges = [train_judge, *([heldout_judge] if heldout_judge else [])]
-        self.judges = [RunJudge(named, self.dir.root, lambda message: self.waiting(message)) for named in judges]
+        self.judges = [RunJudge(named, self.dir.root, self._wait) for named in judges]
         self.train_judge = self.judges[0]
         self.prompts = RoundPrompts(config.prompts, self.dir, rounds=config.rounds, seed=config.seed)
         if sampler is not None:
@@ -345,22 +351,29 @@ class IterativeRun(OfflineRun):
 
     @cached_property
     def sampler(self) -> Sampler:
-        """The sampler that was given, or the configuration's engine. Made at its first use."""
-        adapter = self.config.dpo.adapter
+        """The sampler that was given, or the configuration's engines. Made at its first use."""
+        supervision = self.config.supervision
+        engines = [self._engine(number) for number in range(self._replicas)]
+        return Pool(engines, restarts=supervision.restarts, say=self.progress.say)
+
+    def _engine(self, number: int) -> VLLMSampler:
+        adapter, engine = self.config.dpo.adapter, self.config.sampling.engine
         return VLLMSampler(
             max_model_len=lambda: self.max_model_len,
-            engine=self.config.sampling.engine,
-            log=self.dir.log_path("sampler"),
+            engine=engine,
+            log=self.dir.log_path("sampler" + (f"-{number}" if number else "")),
             trust_remote_code=self.config.model.trust_remote_code,
             reproducible=self.config.sampling.reproducible,
             adapter_rank=adapter.r if adapter is not None and not adapter.modules_to_save else None,  # else merged
-            reserved=self.reserved,
+            reserved=self.devices.descriptors,
+            variables=engine_share(number, self._replicas, engine.tensor_parallel_size),
+            supervision=self.config.supervision,
             say=self.progress.say,
         )
 
     def warm_up(self) -> None:
-        """Begin what takes long to start, without waiting: the sampler's process imports vLLM meanwhile."""
-        if isinstance(self.sampler, VLLMSampler):
+        """Begin what takes long to start, without waiting: the sampler's processes import vLLM meanwhile."""
+        if isinstance(self.sampler, Pool):
             self.sampler.warm_up()
 
     def prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -412,7 +425,14 @@ class IterativeRun(OfflineRun):
 
     @property
     def _devices(self) -> int:
-        return max(self.config.sampling.engine.tensor_parallel_size, self.config.dpo.processes)
+        return max(self._replicas * self.config.sampling.engine.tensor_parallel_size, self.config.dpo.processes)
+
+    @property
+    def _replicas(self) -> int:
+        engine = self.config.sampling.engine
+        if engine.replicas != "auto":
+            return engine.replicas
+        return max(1, len(visible_gpus()) // engine.tensor_parallel_size)
 
     @property
     def _merges_adapters(self) -> bool:
@@ -424,6 +444,18 @@ class IterativeRun(OfflineRun):
     @property
     def _rounds(self) -> int:
         return self.config.rounds
+
+    @contextmanager
+    def _wait(self, message: str) -> Iterator[Callable[[], None] | None]:
+        """Around a judge's wait for a person: others may have the devices meanwhile."""
+        with self.devices.between(), self.waiting(message) as poll:
+            yield poll
+
+    @contextmanager
+    def turn_of(self, *judges: RunJudge) -> Iterator[None]:
+        """A context in which these judges work, with the devices if one of them may need one."""
+        with self.devices.turn() if any(judge.load().needs_device for judge in judges) else nullcontext():
+            yield
 
     @contextmanager
     def _say_waiting(self, message: str) -> Iterator[Callable[[], None] | None]:

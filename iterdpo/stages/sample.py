@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import tee
 from pathlib import Path
 from typing import Any
@@ -132,13 +132,14 @@ def sample_shards(
         paths = ((directory / f"{shard_name(number)}.parquet", *part) for number, part in together)
         here, ahead = tee((path, path.exists(), asked, ids) for path, asked, ids in paths)
         missing = ((ids, [seed_of(prompt.id) for prompt in asked]) for _, there, asked, ids in ahead if not there)
-        with closing(run.sampler.sample_batches(missing, parameters)) as sampled:
+        with ExitStack() as turn, closing(run.sampler.sample_batches(missing, parameters)) as sampled:
             for shard, there, asked, ids in here:
                 if there:
                     groups = read_completion_shard(shard)
                 else:
                     if not begun:
                         run.check(policy)
+                        turn.enter_context(run.devices.turn())
                         run.sampler.load(policy.path, policy.digest)
                         stage.begin()
                         begun = True
@@ -161,9 +162,10 @@ def sample_shards(
                 stage.to(counts["completions"])
                 if not begun:
                     stage.begin()
+            if begun:
+                sampled.close()
+                run.sampler.release()
         stage.remark = f"{counts['tokens'] / max(1, stage.done):.1f} tokens each"
         if unfinished := counts.get("unfinished_thoughts"):
             stage.remark += f"; unfinished thoughts: {unfinished:,}"
-    if begun:
-        run.sampler.release()
     return counts

@@ -8,6 +8,7 @@ from typing import Any
 
 from iterdpo.config import DPOConfig
 from iterdpo.data.pairs import HELDOUT, TRAIN
+from iterdpo.errors import ChildLost
 from iterdpo.run.artifacts import Pairs, PolicyCheckpoint
 from iterdpo.run.rundir import Step, check_step
 from iterdpo.run.sums import check_files, record
@@ -99,7 +100,19 @@ def _train(
         pairs_cache=place / "pairs.cache",
         optimizer=carried if dpo.optimizer_state == "carry" and carried.exists() else None,
     )
-    total = dpo.pairs_seen(pairs.kept)
+    for left in reversed(range(run.settings.supervision.restarts + 1)):
+        try:
+            with run.devices.turn():
+                _launch(run, round, spec, total=dpo.pairs_seen(pairs.kept))
+            break
+        except ChildLost as lost:
+            if not left:
+                raise
+            run.progress.say(f"starting the trainer again, from its last checkpoint: {lost}")
+
+
+def _launch(run: OfflineRun, round: int, spec: TrainSpec, *, total: int) -> None:
+    dpo, directory = spec.dpo, spec.output
     log = directory / TRAIN_LOG
     rows, earlier = itertools.count(), log.read_text().count("\n") if log.exists() else 0
     with run.progress.stage("train", total, "pairs") as stage:
@@ -121,8 +134,9 @@ def _train(
             spec_path=directory / "train.json",
             log=run.dir.log_path("train"),
             on_step=on_step,
-            reserved=run.reserved,
+            reserved=run.devices.descriptors,
             child=run.take_trainer(),
+            supervision=run.settings.supervision,
         )
 
 

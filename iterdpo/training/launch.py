@@ -16,8 +16,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
-from iterdpo.config import DPOConfig, Section
-from iterdpo.errors import ChildFailed, ConfigError
+from iterdpo.config import SUPERVISED, DPOConfig, Section, SupervisionConfig
+from iterdpo.errors import ChildFailed, ChildLost, ConfigError
 from iterdpo.escape import printable
 from iterdpo.run import supervise
 from iterdpo.run.devices import visible_gpus
@@ -117,15 +117,22 @@ def launch_training(
     on_step: Callable[[dict[str, Any]], None],
     reserved: Sequence[int] = (),
     child: supervise.Child | None = None,
+    supervision: SupervisionConfig = SUPERVISED,
 ) -> None:
     """Run the round in a child process, and return when its policy is written. The child dies with this process.
 
-    `reserved` are descriptors of `devices.reserved_gpus`. `child` is one of `warm_up`. `on_step` gets each line of the
-    training log soon after it is written; those of an earlier start come first. Raises ChildFailed with the reason.
+    `reserved` are descriptors of `devices.Turns`. `child` is one of `warm_up`. `on_step` gets each line of the training
+    log soon after it is written; those of an earlier start come first. Each micro-batch changes the time of the log, by
+    which a child that hangs is told.
+
+    Raises:
+        ChildFailed: with the reason. ChildLost if it hung, or a signal ended it: another one goes on from its checkpoint.
     """
     write_json(spec_path, spec.model_dump(mode="json"))
     steps, seen = spec.output / TRAIN_LOG, 0
+    steps.touch()
     status: int | None = None
+    beat, since, patience = steps.stat().st_mtime_ns, time.monotonic(), supervision.start
     if child is None:
         env = environment(processes=spec.dpo.processes)
         child = supervise.start(command(spec.dpo, str(spec_path)), log=log, env=env, reserved=reserved)
@@ -137,14 +144,20 @@ def launch_training(
         while status is None:
             time.sleep(0.2)
             status = child.poll()
-            lines = steps.read_bytes().splitlines(keepends=True) if steps.exists() else []
+            if (now := steps.stat().st_mtime_ns) != beat:
+                beat, since, patience = now, time.monotonic(), supervision.silence
+            elif time.monotonic() - since > patience:
+                child.end_silent(patience)
+                status = child.poll()
+            lines = steps.read_bytes().splitlines(keepends=True)
             for line in lines[seen:]:
                 if line.endswith(b"\n"):
                     seen += 1
                     with suppress(ValueError):  # a line that is damaged: training begins with the checkpoint's log
                         on_step(json.loads(line))
         if status != 0:
-            raise ChildFailed(f"training failed: {printable(child.reason())} (the whole log: {log})")
+            kind = ChildLost if child.lost else ChildFailed
+            raise kind(f"training failed: {printable(child.reason())} (the whole log: {log})")
     for left in spec.output.glob("checkpoint-*"):
         shutil.rmtree(left)
 

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -30,7 +31,7 @@ from torch import Tensor
 from iterdpo.config import AdapterConfig, DPOConfig
 from iterdpo.data.pairs import TokenPairs
 from iterdpo.run.rundir import read_json, write_json
-from iterdpo.run.supervise import REASON
+from iterdpo.run.supervise import REASON, end_with
 from iterdpo.training.checkpoint import drop_frozen, resume, save_checkpoint, save_policy
 from iterdpo.training.collate import RoundPairs
 from iterdpo.training.launch import TRAIN_LOG, WAITING, TrainSpec
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
+    end_with(os.getppid())  # a launcher between the guard and this process may be killed
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
         if path := sys.argv[1] if sys.argv[1] != WAITING else _told():
@@ -128,7 +130,7 @@ def _trainer(spec: TrainSpec, accelerator: Accelerator, pairs: RoundPairs) -> Tr
         accelerator.free_memory()
     model = _policy_to_train(spec)
     compute = compute or _compute(spec, accelerator, model, pairs)
-    scorer = Scorer(model, compute.path)
+    scorer = _beating(Scorer(model, compute.path), spec)
     scorer.train()
     optimizer = _optimizer(dpo, parameter_groups(scorer, dpo.weight_decay))
     if spec.optimizer is not None:
@@ -148,8 +150,22 @@ def _foreign_reference(
     """Log-probabilities under a reference that is another checkpoint, which is in memory only while this runs."""
     model = load_policy(path, trust_remote_code=spec.trust_remote_code)
     compute = _compute(spec, accelerator, model, pairs)
-    scorer = Scorer(model, compute.path).to(accelerator.device).eval()
+    scorer = _beating(Scorer(model, compute.path).to(accelerator.device).eval(), spec)
     return compute, reference_logps(spec, compute, scorer, pairs)
+
+
+def _beating(scorer: Scorer, spec: TrainSpec) -> Scorer:
+    """With a sign of work for `launch_training` at each micro-batch, once a second."""
+    last = 0.0
+
+    def beat(*_: Any) -> None:
+        nonlocal last
+        if time.monotonic() > last + 1:
+            last = time.monotonic()
+            os.utime(spec.output / TRAIN_LOG)
+
+    scorer.register_forward_pre_hook(beat)
+    return scorer
 
 
 def _policy_to_train(spec: TrainSpec) -> Any:

@@ -96,42 +96,63 @@ def held(file: Path) -> bool:
         return False
 
 
-def test_the_first_gpus_are_reserved_while_the_context_is_open(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def turns(count: int) -> contextlib.closing[devices.Turns]:
+    return contextlib.closing(devices.Turns(count, say=print))
+
+
+def test_the_first_gpus_are_locked_during_a_turn(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,0,3,1")
     files = [locks / f"gpu-{number}.lock" for number in (0, 3, 1)]
-    with devices.reserved_gpus(3, say=print) as descriptors:
-        assert len(descriptors) == 2
-        assert [held(file) for file in files] == [True, True, False]
-    assert not any(held(file) for file in files)
+    with turns(3) as ours:
+        assert len(ours.descriptors) == 2
+        assert not any(held(file) for file in files)
+        with ours.turn():
+            with ours.turn():  # of a judge that works beside the sampler
+                pass
+            assert [held(file) for file in files] == [True, True, False]
+            with ours.between():
+                assert not any(held(file) for file in files)
+            assert held(files[0])
+        with ours.between():
+            pass
+        assert not any(held(file) for file in files)
 
 
-def test_a_reservation_lasts_until_the_last_child_that_has_it_is_gone(
+def test_without_gpus_a_turn_locks_nothing(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with turns(1) as ours, ours.turn(), ours.between():
+        assert ours.descriptors == []
+    assert list(locks.iterdir()) == []
+
+
+def test_a_turn_lasts_until_the_last_child_of_a_process_that_is_killed_has_ended(
     locks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f2e/1")
-    with contextlib.ExitStack() as reservation, contextlib.ExitStack() as children:
-        descriptors = reservation.enter_context(devices.reserved_gpus(1, say=print))
+    with contextlib.ExitStack() as run, contextlib.ExitStack() as children:
+        ours = devices.Turns(1, say=print)
+        run.enter_context(ours.turn())
         (file,) = locks.glob("gpu-*.lock")
-        children.enter_context(supervise.start(["sleep", "1000"], log=Path("log"), reserved=descriptors))
-        with supervise.start(["sleep", "1000"], log=Path("log"), reserved=descriptors):
-            reservation.close()
+        children.enter_context(supervise.start(["sleep", "1000"], log=Path("log"), reserved=ours.descriptors))
+        with supervise.start(["sleep", "1000"], log=Path("log"), reserved=ours.descriptors):
+            ours.close()  # as the end of the process does
             assert held(file)
         assert held(file)
         children.close()
         assert not held(file)
 
 
-def test_a_reservation_ends_with_a_process_that_is_killed(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turn_ends_with_a_process_that_is_killed(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     code = f"""
 import os, signal, sys, tempfile
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from iterdpo.errors import ConfigError
 from iterdpo.run import devices, supervise
 tempfile.tempdir = {str(locks.parent)!r}
-with devices.reserved_gpus(1, say=print) as gpus:
-    supervise.start(["sh", "-c", "echo $$ > pid.txt; exec sleep 1000"], log=Path("log"), reserved=gpus)
+turns = devices.Turns(1, say=print)
+with turns.turn():
+    supervise.start(["sh", "-c", "echo $$ > pid.txt; exec sleep 1000"], log=Path("log"), reserved=turns.descriptors)
     while not Path("pid.txt").exists():
         pass
     os.kill(os.getpid(), signal.SIGKILL)
@@ -140,24 +161,33 @@ with devices.reserved_gpus(1, say=print) as gpus:
     wait_for(lambda: not held(locks / "gpu-3.lock"), "the release")
 
 
+def test_a_turn_ends_though_a_child_that_sleeps_lives_on(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with turns(1) as ours, supervise.start(["sleep", "1000"], log=Path("log"), reserved=ours.descriptors):
+        for _ in range(2):
+            with ours.turn():
+                assert held(locks / "gpu-3.lock")
+            assert not held(locks / "gpu-3.lock")
+
+
 def test_a_run_that_needs_a_gpu_in_use_says_so_and_waits_until_it_is_free(
     locks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    reserved, done = threading.Event(), threading.Event()
+    has_it, done = threading.Event(), threading.Event()
 
     def second() -> None:
-        with devices.reserved_gpus(2, say=said.append):
-            reserved.set()
+        with contextlib.closing(devices.Turns(2, say=said.append)) as theirs, theirs.turn():
+            has_it.set()
             done.wait(20)
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
-    with devices.reserved_gpus(1, say=print):
+    with turns(1) as ours, ours.turn():
         thread = threading.Thread(target=second, daemon=True)
         thread.start()
         wait_for(lambda: bool(said), "the message")
-        assert not reserved.wait(0.1)
-    assert reserved.wait(20)
+        assert not has_it.wait(0.1)
+    assert has_it.wait(20)
     assert said == ["waiting for GPU 3, which another run is using"]  # 4 was free
     assert held(locks / "gpu-3.lock")
     done.set()

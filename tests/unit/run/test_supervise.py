@@ -327,3 +327,47 @@ def test_a_reason_is_cut_where_a_screen_would_be_full(tmp_path: Path) -> None:
 
 
 # GPUs
+
+
+def test_a_child_that_was_not_seen_in_time_is_ended_and_says_why() -> None:
+    with start("sleep 1000") as child:
+        assert not child.lost
+        with child.watched(0.2):
+            assert child.wait(10) < 0
+        assert child.lost
+        assert child.reason() == "no sign of work for 0.2 seconds, so it was ended"
+
+
+def test_a_child_that_is_seen_is_left_alone() -> None:
+    with start("sleep 1000") as child:
+        with child.watched(2) as seen:
+            for _ in range(40):
+                time.sleep(0.1)
+                seen()
+        with child.watched(None) as seen:
+            seen()
+        time.sleep(0.1)
+        assert child.poll() is None
+
+
+@pytest.mark.parametrize(("script", "lost"), [("kill -KILL $$", True), ("exit 1", False), ("exit 0", False)])
+def test_a_child_that_a_signal_ended_is_lost(script: str, lost: bool) -> None:
+    with start(script) as child:
+        child.wait(10)
+        assert child.lost is lost
+
+
+def test_a_guard_that_is_killed_or_stopped_leaves_nothing(tmp_path: Path) -> None:
+    with start("echo $$ > pids.txt; echo >> pids.txt; exec sleep 1000") as child:
+        found = pids(tmp_path)
+        os.kill(child.process.pid, signal.SIGKILL)
+        assert child.wait(10) == -signal.SIGKILL
+        assert child.lost
+        assert child.reason() == "it was ended by SIGKILL, as Linux does if memory is short"
+        gone(found)
+    (tmp_path / "pids.txt").unlink()
+    with start(FAMILY) as child:
+        found = pids(tmp_path)
+        os.kill(child.process.pid, signal.SIGSTOP)
+        child.kill()
+        gone(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 from iterdpo.errors import ChildFailed
-from iterdpo.run.worker import Done, JsonLinesWorker, serve
+from iterdpo.run import supervise
+from iterdpo.run.worker import Done, JsonLinesWorker, beat, serve
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class Die:
     how: str
 
 
+@dataclass(frozen=True)
+class Work:
+    seconds: float
+    beats: bool
+
+
 def double(request: Double) -> Doubled:
     print("a library prints this")
     points: Any = [Point(2 * point.x) for point in request.points]
@@ -47,6 +55,15 @@ def die(request: Die) -> Done:
     if request.how == "at once":
         os._exit(3)
     raise RuntimeError(request.how)
+
+
+def work(request: Work) -> Done:
+    until = time.monotonic() + request.seconds
+    while time.monotonic() < until:
+        time.sleep(0.01)
+        if request.beats:
+            beat()
+    return Done()
 
 
 @pytest.fixture
@@ -96,5 +113,28 @@ def test_closing_ends_a_child_that_waits(start: Any) -> None:
     assert worker._child.poll() is not None
 
 
+def test_a_child_that_shows_no_sign_of_work_is_ended(start: Any) -> None:
+    worker = start()
+    with pytest.raises(ChildFailed, match=r"doubler, work: .*no sign of work for 1 seconds, so it was ended"):
+        worker.call(Work(1000, beats=False), Done, silence=1)
+    assert worker._child.poll() is not None
+
+
+def test_a_child_that_is_stopped_is_ended_even_before_it_reads_its_request(start: Any) -> None:
+    worker = start()
+    worker.call(Double("", []), Doubled)
+    for pid in supervise._descendants(worker._child.process.pid):
+        os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(ChildFailed, match="no sign of work"):
+        worker.call(Double("x" * 10_000_000, []), Doubled, silence=0.5)  # more than the pipe holds
+    assert worker._child.poll() is not None
+
+
+def test_a_child_that_works_long_and_says_so_is_waited_for(start: Any) -> None:
+    worker = start()
+    assert worker.call(Work(5, beats=True), Done, silence=4) == Done()
+    assert worker.call(Double("a", []), Doubled) == Doubled("aa", [])
+
+
 if __name__ == "__main__":
-    serve({Double: double, Die: die}, prepare=lambda: time.sleep(0.01))
+    serve({Double: double, Die: die, Work: work}, prepare=lambda: time.sleep(0.01))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from iterdpo.errors import ConfigError, DataError, UserError
 from iterdpo.judging.judge import JudgeBase, NamedJudge
+from iterdpo.run import devices
 from iterdpo.run.artifacts import PolicyCheckpoint
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import directory_digest, read_json, write_json
@@ -140,8 +143,46 @@ def test_the_engine_is_made_once_at_its_first_use_and_again_if_that_fails(
             _ = run.sampler
         assert made == []
         fails = False
-        assert run.sampler is run.sampler is made[0]
+        assert run.sampler is run.sampler
+        assert run.sampler.engines == made  # type: ignore[attr-defined]
     assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("replicas", "gpus", "width", "expected"),
+    [
+        (2, [], 1, ["0", "1"]),
+        (1, [], 1, [None]),
+        ("auto", [], 1, [None]),
+        ("auto", ["4", "5", "7"], 1, ["4", "5", "7"]),
+        ("auto", ["4", "5", "7"], 2, [None]),
+        (2, ["4", "5", "6", "7"], 2, ["4,5", "6,7"]),
+    ],
+)
+def test_each_engine_of_a_pool_has_its_own_gpus_or_cores_and_its_log(
+    room: Room, monkeypatch: pytest.MonkeyPatch, replicas: Any, gpus: list[str], width: int, expected: list[str | None]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(room.root))
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(devices, "_installed", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(gpus))
+    room.sampler = None  # type: ignore[assignment]
+    engine = {"replicas": replicas, "tensor_parallel_size": width}
+    with room.open(sampling={"engine": engine}) as run:
+        engines: Any = run.sampler.engines  # type: ignore[attr-defined]
+        name = "CUDA_VISIBLE_DEVICES" if gpus else "VLLM_CPU_OMP_THREADS_BIND"
+        given = [dict(os.environ, **e._env) for e in engines]
+        none = os.environ.get(name)
+        assert [env.get(name) for env in given] == [none if own is None else own for own in expected]
+        assert len({e.log for e in engines}) == len(expected)
+        assert len(run.devices.descriptors) == min(len(gpus), len(expected) * width)
+
+
+def test_more_engines_than_devices_are_refused(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    with pytest.raises(ConfigError, match=r"replicas x tensor_parallel_size = 6: more than the 4 cores"):
+        room.open(sampling={"engine": {"replicas": 3, "tensor_parallel_size": 2}})
 
 
 def test_closing_a_run_ends_a_judge_that_streams(room: Room) -> None:
