@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -154,14 +154,21 @@ def value_of(field: FieldInfo) -> str:
     """What the field takes: `integer, ≥ 1`."""
     kinds = get_args(field.annotation) if NoneType in get_args(field.annotation) else (field.annotation,)
     named = " or ".join(kind_name(kind) for kind in kinds if kind is not NoneType)
-    signs = [(sign, getattr(m, name)) for m in field.metadata for name, sign in BOUNDS.items() if hasattr(m, name)]
     optional = ["or null"] if NoneType in kinds else []
-    return ", ".join([named, *(f"{sign} {bound:g}" for sign, bound in signs), *optional])
+    return ", ".join([named, *bounds(field.metadata), *optional])
+
+
+def bounds(metadata: Iterable[Any]) -> list[str]:
+    signs = [(sign, getattr(m, name)) for m in metadata for name, sign in BOUNDS.items() if hasattr(m, name)]
+    return [f"{sign} {bound:g}" for sign, bound in signs]
 
 
 def kind_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(kind))
+    if get_origin(kind) is Annotated:
+        inner, field = get_args(kind)
+        return ", ".join([kind_name(inner), *bounds(field.metadata)])
     if get_origin(kind) is tuple:
         return f"list of {len(get_args(kind))} numbers"
     if get_origin(kind) is list:
