@@ -50,6 +50,12 @@ def _argument(value: Any) -> Any:
     return value
 
 
+def _server(url: str) -> str:
+    if not re.fullmatch(r"https?://[^/\s@]+/?", url):
+        raise ValueError(f"{url!r} is no URL of a server; write http://HOST:PORT, without a path")
+    return url.rstrip("/")
+
+
 LocalPath = Annotated[str, AfterValidator(_local)]
 OptionalPath = Annotated[str | None, AfterValidator(lambda path: _local(path) if path else None)]
 RunDirectory = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser().absolute()))]
@@ -173,6 +179,19 @@ class SamplingConfig(Section):
     vLLM's batch invariance. Slower."""
     engine: EngineConfig = EngineConfig()
     """The vLLM engine."""
+    servers: list[Annotated[str, AfterValidator(_server)]] = Field(default_factory=list)
+    """URLs of vLLM servers (`http://10.0.0.7:8000`) that sample in place of engines of the run's own. They are started with
+    `VLLM_SERVER_DEV_MODE=1`, and see the run directory under the same path. See
+    [scaling.md](scaling.md#servers-that-are-there)."""
+    ray: str | None = None
+    """Address of a Ray cluster (`auto`, `HOST:PORT`) on whose nodes the engines run, `engine.replicas` of them. See
+    [scaling.md](scaling.md#ray)."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SamplingConfig:
+        if self.servers and self.ray is not None:
+            raise ValueError("servers and ray: the engines are in one place; leave one of the two out")
+        return self
 
 
 class JudgeConfig(Section):

@@ -167,8 +167,8 @@ def kind_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(kind))
     if get_origin(kind) is Annotated:
-        inner, field = get_args(kind)
-        return ", ".join([kind_name(inner), *bounds(field.metadata)])
+        inner, *more = get_args(kind)
+        return ", ".join([kind_name(inner), *bounds(m for part in more for m in getattr(part, "metadata", ()))])
     if get_origin(kind) is tuple:
         return f"list of {len(get_args(kind))} numbers"
     if get_origin(kind) is list:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from iterdpo.config import SUPERVISED, EngineConfig, SupervisionConfig
 from iterdpo.errors import ChildFailed
@@ -31,6 +31,14 @@ from iterdpo.types import Completion
 
 R = TypeVar("R")
 OWN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
+
+
+class WorkerProcess(Protocol):
+    """`JsonLinesWorker`, or one on another machine."""
+
+    def call(self, request: Any, read: Callable[..., R], *, silence: float | None = None) -> R: ...
+
+    def close(self) -> None: ...
 
 
 class VLLMSampler(Sampler):
@@ -87,7 +95,7 @@ class VLLMSampler(Sampler):
             **variables,
         }
         self._reproducible = reproducible
-        self._worker: JsonLinesWorker | None = None
+        self._worker: WorkerProcess | None = None
         self._loaded: str | None = None
         self._asleep = False
         self._in_flight = 0
@@ -95,9 +103,10 @@ class VLLMSampler(Sampler):
     def warm_up(self) -> None:
         """Start the worker and let it import vLLM, without waiting for it: seconds that other work can hide."""
         if self._worker is None:
-            self._worker = JsonLinesWorker(
-                self.MODULE, name="sampler", log=self.log, env=self._env, reserved=self._reserved
-            )
+            self._worker = self._new_worker()
+
+    def _new_worker(self) -> WorkerProcess:
+        return JsonLinesWorker(self.MODULE, name="sampler", log=self.log, env=self._env, reserved=self._reserved)
 
     def load(self, policy: Path, digest: str) -> None:
         self.warm_up()

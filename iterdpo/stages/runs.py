@@ -7,7 +7,7 @@ import gc
 import importlib.metadata
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -49,6 +49,8 @@ from iterdpo.run.supervise import Child
 from iterdpo.run.trackers import Trackers, flat
 from iterdpo.sampling import Pool, Sampler, VLLMSampler
 from iterdpo.sampling.client import engine_share
+from iterdpo.sampling.ray import RaySampler, connect
+from iterdpo.sampling.servers import ServerSampler
 from iterdpo.training.launch import check_training, warm_up
 from iterdpo.types import Prompt, RoundRecord
 
@@ -353,23 +355,49 @@ class IterativeRun(OfflineRun):
     def sampler(self) -> Sampler:
         """The sampler that was given, or the configuration's engines. Made at its first use."""
         supervision = self.config.supervision
-        engines = [self._engine(number) for number in range(self._replicas)]
-        return Pool(engines, restarts=supervision.restarts, say=self.progress.say)
+        return Pool(self._engines(), restarts=supervision.restarts, say=self.progress.say)
 
-    def _engine(self, number: int) -> VLLMSampler:
+    def _engines(self) -> Sequence[Sampler]:
+        sampling = self.config.sampling
+        if sampling.servers:
+            return [self._server(url) for url in sampling.servers]
+        if sampling.ray is None:
+            width = sampling.engine.tensor_parallel_size
+            shares = [engine_share(number, self._replicas, width) for number in range(self._replicas)]
+            return [VLLMSampler(**self._engine(n), variables=share) for n, share in enumerate(shares)]
+        there, width = connect(sampling.ray), sampling.engine.tensor_parallel_size
+        count = max(1, there // width) if sampling.engine.replicas == "auto" else sampling.engine.replicas
+        return [RaySampler(**self._engine(n), gpus=width if there else 0) for n in range(count)]
+
+    def _engine(self, number: int) -> dict[str, Any]:
+        """The arguments of a `VLLMSampler`."""
         adapter, engine = self.config.dpo.adapter, self.config.sampling.engine
-        return VLLMSampler(
+        return {
+            "max_model_len": lambda: self.max_model_len,
+            "engine": engine,
+            "log": self.dir.log_path("sampler" + (f"-{number}" if number else "")),
+            "trust_remote_code": self.config.model.trust_remote_code,
+            "reproducible": self.config.sampling.reproducible,
+            "adapter_rank": adapter.r if adapter is not None and not adapter.modules_to_save else None,  # else merged
+            "reserved": self.devices.descriptors,
+            "supervision": self.config.supervision,
+            "say": self.progress.say,
+        }
+
+    def _server(self, url: str) -> ServerSampler:
+        supervision = self.config.supervision
+        return ServerSampler(
+            url,
             max_model_len=lambda: self.max_model_len,
-            engine=engine,
-            log=self.dir.log_path("sampler" + (f"-{number}" if number else "")),
-            trust_remote_code=self.config.model.trust_remote_code,
             reproducible=self.config.sampling.reproducible,
-            adapter_rank=adapter.r if adapter is not None and not adapter.modules_to_save else None,  # else merged
-            reserved=self.devices.descriptors,
-            variables=engine_share(number, self._replicas, engine.tensor_parallel_size),
-            supervision=self.config.supervision,
-            say=self.progress.say,
+            silence=supervision.silence,
+            start=supervision.start,
         )
+
+    @property
+    def sampling_turn(self) -> AbstractContextManager[None]:
+        """A context in which the run samples: with its GPUs, unless others do it."""
+        return self.devices.turn() if self._replicas else nullcontext()
 
     def warm_up(self) -> None:
         """Begin what takes long to start, without waiting: the sampler's processes import vLLM meanwhile."""
@@ -429,7 +457,10 @@ class IterativeRun(OfflineRun):
 
     @property
     def _replicas(self) -> int:
+        """Engines on this machine."""
         engine = self.config.sampling.engine
+        if self.config.sampling.servers or self.config.sampling.ray is not None:
+            return 0
         if engine.replicas != "auto":
             return engine.replicas
         return max(1, len(visible_gpus()) // engine.tensor_parallel_size)

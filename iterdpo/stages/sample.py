@@ -139,7 +139,7 @@ def sample_shards(
                 else:
                     if not begun:
                         run.check(policy)
-                        turn.enter_context(run.devices.turn())
+                        turn.enter_context(run.sampling_turn)
                         run.sampler.load(policy.path, policy.digest)
                         stage.begin()
                         begun = True

@@ -185,6 +185,25 @@ def test_more_engines_than_devices_are_refused(room: Room, monkeypatch: pytest.M
         room.open(sampling={"engine": {"replicas": 3, "tensor_parallel_size": 2}})
 
 
+def test_servers_sample_in_place_of_engines_and_no_gpu_is_taken_for_them(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(room.root))
+    monkeypatch.setattr(devices, "_installed", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")
+    room.sampler = None  # type: ignore[assignment]
+    with room.open(sampling={"servers": ["http://a:1", "http://b:1/"]}) as run:
+        engines: Any = run.sampler.engines  # type: ignore[attr-defined]
+        assert [engine.url for engine in engines] == ["http://a:1", "http://b:1"]
+        assert len(run.devices.descriptors) == 1  # of the trainer
+        with run.sampling_turn:
+            assert run.devices._held == 0
+    with room.open() as run, run.sampling_turn:
+        assert run.devices._held == 1
+    with pytest.raises(ValueError, match="servers and ray"):
+        room.open(sampling={"servers": ["http://a:1"], "ray": "auto"})
+
+
 def test_closing_a_run_ends_a_judge_that_streams(room: Room) -> None:
     room.judge = Lengths(needs_device=False)
     with room.open() as run:

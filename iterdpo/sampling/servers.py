@@ -1,0 +1,176 @@
+"""Sampling from vLLM servers that somebody else has started: `sampling.servers`.
+
+A server needs `VLLM_SERVER_DEV_MODE=1`, whose endpoints change its weights, and must see the run directory under the same
+path. After a change it is told the digest of the policy as the version of its weights. Completions count only if it
+still has that version after them: a server that was started again, or that another run has changed, is noticed.
+
+    POST /collective_rpc reload_weights    the weights of a checkpoint, from its path
+    POST /v1/load_lora_adapter             an adapter, if the server was started with --enable-lora
+    POST /v1/completions                   token ids in; token ids with log-probabilities out
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Coroutine, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from iterdpo.errors import ChildFailed
+from iterdpo.escape import printable
+from iterdpo.sampling.base import Batch, Sampler, SamplingParameters
+from iterdpo.types import Completion
+
+R = TypeVar("R")
+AT_ONCE = 2
+"""Batches that a server has at once, so that it is not idle while the slowest completion of one ends."""
+
+
+class ServerSampler(Sampler):
+    """One vLLM server. What fails there is a ChildFailed, with the server's URL; the next `load` tries again.
+
+    Args:
+        url: without a path, such as `http://10.0.0.7:8000`.
+        max_model_len: called for the longest prompt and completion together, in tokens, which the server must hold.
+        reproducible: send seeds.
+        silence, start: seconds that a request for completions, or for new weights, may take.
+    """
+
+    def __init__(self, url: str, *, max_model_len: Any, reproducible: bool, silence: float, start: float) -> None:
+        self.url, self._max_model_len, self._reproducible = url.rstrip("/"), max_model_len, reproducible
+        self._silence, self._start = silence, start
+        self._model: str | None = None  # as requests name it
+        self._version = ""
+        self._adapter = False
+        self._running: set[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = set()
+
+    def load(self, policy: Path, digest: str) -> None:
+        self._run(self._load(policy, digest))
+
+    def sample(
+        self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
+    ) -> list[list[Completion]]:
+        assert self._model is not None, "load a policy first"
+        return self._run(self._sample(prompt_ids, seeds, parameters))
+
+    def sample_batches(
+        self, batches: Iterable[Batch], parameters: SamplingParameters
+    ) -> Generator[list[list[Completion]]]:
+        """In order, a few at once."""
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            flying = deque[Any]()
+            for batch in batches:
+                flying.append(threads.submit(self.sample, *batch, parameters))
+                if len(flying) == AT_ONCE:
+                    yield flying.popleft().result()
+            while flying:
+                yield flying.popleft().result()
+
+    def release(self) -> None:
+        """The server is not ours."""
+
+    def close(self) -> None:
+        """End the requests that are on their way."""
+        for loop, task in list(self._running):
+            loop.call_soon_threadsafe(task.cancel)
+
+    async def _load(self, policy: Path, digest: str) -> None:
+        served = (await self._ask("GET", "/v1/models", seconds=self._start))["data"]
+        base = next(model for model in served if not model.get("parent"))
+        needed, there = self._max_model_len(), base.get("max_model_len")
+        if there is not None and there < needed:
+            raise self._failed(f"it holds {there} tokens, but this run needs {needed}; start it with --max-model-len")
+        path = str(policy.resolve())
+        self._adapter, self._version = (policy / "adapter_config.json").exists(), digest
+        if self._adapter:
+            self._model = f"iterdpo-{digest}"
+            if all(model["id"] != self._model for model in served):
+                await self._ask(
+                    "POST", "/v1/load_lora_adapter", lora_name=self._model, lora_path=path, seconds=self._start
+                )
+            return
+        self._model = base["id"]
+        if await self._served() == digest:
+            return
+        weights = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+        await self._ask("POST", "/collective_rpc", **weights, seconds=self._start)
+        await self._ask("POST", "/reset_prefix_cache", seconds=self._start)
+        await self._ask("POST", "/update_weight_version", new_version=digest, seconds=self._start)
+
+    async def _served(self) -> str:
+        """The version of the server's weights."""
+        return str((await self._ask("GET", "/weight_info", seconds=self._start))["weight_version"])
+
+    async def _sample(
+        self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
+    ) -> list[list[Completion]]:
+        """All prompts at once."""
+        body = {
+            "model": self._model,
+            "n": parameters.n,
+            "temperature": parameters.temperature,
+            "top_p": parameters.top_p,
+            "top_k": parameters.top_k,
+            "max_tokens": parameters.max_tokens,
+            "stop_token_ids": list(parameters.stop_token_ids),
+            # a server takes what is not said from the model's generation_config.json
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
+        given: list[dict[str, Any]] = [{"seed": seed} if self._reproducible else {} for seed in seeds]
+        replies = await asyncio.gather(
+            *(
+                self._ask("POST", "/v1/completions", prompt=ids, **body, **seed, seconds=self._silence)
+                for ids, seed in zip(prompt_ids, given, strict=True)
+            )
+        )
+        if not self._adapter and (served := await self._served()) != self._version:
+            raise self._failed(f"its weights are no longer those of the policy, but of {printable(served)[:80]}")
+        return [[_completion(choice) for choice in reply["choices"]] for reply in replies]
+
+    async def _ask(self, method: str, path: str, *, seconds: float, **body: Any) -> Any:
+        import aiohttp
+
+        try:
+            timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=30)
+            async with (
+                aiohttp.ClientSession(timeout=timeout) as session,
+                session.request(method, self.url + path, json=body or None) as reply,
+            ):
+                text = await reply.text()
+                if reply.status == 404:
+                    raise self._failed(f"it has no {path}; start it with VLLM_SERVER_DEV_MODE=1 (and --enable-lora)")
+                if reply.status != 200:
+                    raise self._failed(f"{path}: status {reply.status}: {printable(' '.join(text.split()))[:400]}")
+                return await reply.json() if reply.content_type == "application/json" else None
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise self._failed(f"{path}: {type(error).__name__} {printable(str(error))[:200]}") from error
+
+    def _failed(self, why: str) -> ChildFailed:
+        return ChildFailed(f"the server {self.url}: {why}")
+
+    def _run(self, work: Coroutine[Any, Any, R]) -> R:
+        async def run() -> R:
+            task = asyncio.current_task()
+            assert task is not None
+            entry = (asyncio.get_running_loop(), task)
+            self._running.add(entry)
+            try:
+                return await work
+            finally:
+                self._running.discard(entry)
+
+        try:
+            return asyncio.run(run())
+        except asyncio.CancelledError:
+            raise self._failed("closed") from None
+
+
+def _completion(choice: dict[str, Any]) -> Completion:
+    ids, logprobs = list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])
+    assert len(ids) == len(logprobs)
+    return Completion(choice["text"], ids, logprobs, "length" if choice["finish_reason"] == "length" else "stop")
