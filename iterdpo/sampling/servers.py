@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine, Generator, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,7 +38,9 @@ class ServerSampler(Sampler):
         silence, start: seconds that a request for completions, or for new weights, may take.
     """
 
-    def __init__(self, url: str, *, max_model_len: Any, reproducible: bool, silence: float, start: float) -> None:
+    def __init__(
+        self, url: str, *, max_model_len: Callable[[], int], reproducible: bool, silence: float, start: float
+    ) -> None:
         self.url, self._max_model_len, self._reproducible = url.rstrip("/"), max_model_len, reproducible
         self._silence, self._start = silence, start
         self._model: str | None = None  # as requests name it
@@ -94,7 +96,7 @@ class ServerSampler(Sampler):
         self._model = base["id"]
         if await self._served() == digest:
             return
-        weights = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+        weights: dict[str, Any] = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         await self._ask("POST", "/collective_rpc", **weights, seconds=self._start)
         await self._ask("POST", "/reset_prefix_cache", seconds=self._start)
         await self._ask("POST", "/update_weight_version", new_version=digest, seconds=self._start)
@@ -107,7 +109,7 @@ class ServerSampler(Sampler):
         self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
     ) -> list[list[Completion]]:
         """All prompts at once."""
-        body = {
+        body: dict[str, Any] = {
             "model": self._model,
             "n": parameters.n,
             "temperature": parameters.temperature,

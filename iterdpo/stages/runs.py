@@ -85,7 +85,9 @@ class OfflineRun:
     def warm_up_trainer(self, round: int) -> None:
         """Begin the start of the round's trainer, if there is one to come: it imports torch while other work goes on."""
         if self._trainer is None and read_manifest(self.dir.round_dir(round) / "policy") is None:
-            self._trainer = warm_up(self.settings.dpo, log=self.dir.log_path("train"), reserved=self.reserved)
+            self._trainer = warm_up(
+                self.settings.dpo, log=self.dir.log_path("train"), reserved=self.devices.descriptors
+            )
             if self._trainer is not None:
                 self._open.callback(self._trainer.kill)
 

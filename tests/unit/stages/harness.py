@@ -81,6 +81,7 @@ class Room:
             "dpo": {"precision": "fp32"},
             "evaluation": {"max_logp_gap": 100, "bootstrap_samples": 100},  # the sampler is no engine
             "gate": {"minimum": 0.0},
+            "supervision": {},
         }
         self.sampler, self.judge = NotingSampler(), Lengths()
 

@@ -7,12 +7,17 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows.loop import run_loop, run_round
 from iterdpo.errors import ConfigError, DataError, UserError
 from iterdpo.judging.judge import JudgeBase, NamedJudge
 from iterdpo.run import devices
@@ -24,8 +29,9 @@ from iterdpo.stages.judge import judge as judge_stage
 from iterdpo.stages.runs import IterativeRun, batches
 from iterdpo.stages.sample import sample
 from iterdpo.testing import CHATML, FakeSampler, build_tiny_checkpoint
-from iterdpo.types import CompletionGroup, Judgment, Prompt, RoundRecord
-from tests.unit.stages.harness import Lengths, Room
+from iterdpo.training.launch import TrainSpec
+from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt, RoundRecord
+from tests.unit.stages.harness import Lengths, NotingSampler, Room
 
 
 class Closing(Lengths):
@@ -202,6 +208,64 @@ def test_servers_sample_in_place_of_engines_and_no_gpu_is_taken_for_them(
         assert run.devices._held == 1
     with pytest.raises(ValueError, match="servers and ray"):
         room.open(sampling={"servers": ["http://a:1"], "ray": "auto"})
+
+
+def test_two_runs_on_one_gpu_take_turns_by_stage(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is pretended, its lock is real; who trains, samples or judges holds it alone."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(devices, "_installed", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    using: list[str] = []
+    turns: list[str] = []
+
+    @contextmanager
+    def use(who: str) -> Iterator[None]:
+        using.append(who)
+        time.sleep(0.05)
+        assert using == [who]
+        turns.append(who)
+        yield
+        using.remove(who)
+
+    class Sampling(NotingSampler):
+        who = ""
+
+        def sample(self, *given: Any) -> list[list[Completion]]:
+            with use(self.who):
+                return super().sample(*given)
+
+    class Judging(Lengths):
+        who = ""
+
+        def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+            with use(self.who):
+                return super().judge(groups)
+
+    def launch(spec: TrainSpec, **_: Any) -> None:
+        with use(spec.output.parents[2].name):
+            build_tiny_checkpoint(spec.output, seed=1)
+
+    monkeypatch.setattr("iterdpo.stages.train.launch_training", launch)
+    monkeypatch.setattr(module, "warm_up", lambda *_, **more: None)
+    said = {name: io.StringIO() for name in ("ann", "ben")}
+
+    def work(name: str) -> None:
+        (tmp_path / name).mkdir()
+        with ExitStack() as stack:
+            room = Room(tmp_path / name, tiny_model, stack)
+            room.sampler, room.judge = Sampling(), Judging()
+            room.sampler.who = room.judge.who = name
+            run = room.open(rounds=1, progress=Progress(said[name]))
+            list(run_loop(run, lambda t: run_round(run, t)))
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(work, name) for name in said]:
+            done.result()
+    assert "waiting for GPU 0, which another run is using" in said["ann"].getvalue() + said["ben"].getvalue()
+    changes = sum(before != after for before, after in pairwise(turns))
+    assert changes > 3, turns  # not one run after the other
 
 
 def test_closing_a_run_ends_a_judge_that_streams(room: Room) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from iterdpo.errors import StaleStepError
+from iterdpo.errors import ChildFailed, ChildLost, StaleStepError
 from iterdpo.run.artifacts import Pairs, PolicyCheckpoint
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import directory_digest, read_jsonl, read_manifest
@@ -205,6 +205,44 @@ def test_the_rate_of_training_leaves_out_the_steps_of_an_earlier_start(
     for line, count in ((first, "12 pairs"), (second, "24 pairs")):
         assert count in line
         assert "64.0 s, 60.0 s to start, 2.0 pairs/s" in line
+
+
+@pytest.mark.parametrize(("losses", "started"), [(1, 2), (2, 3), (5, 3)])
+def test_a_trainer_that_is_lost_is_started_again_a_bounded_number_of_times(
+    room: Room, monkeypatch: pytest.MonkeyPatch, losses: int, started: int
+) -> None:
+    starts = 0
+
+    def launch(spec: TrainSpec, **_: Any) -> None:
+        nonlocal starts
+        starts += 1
+        if starts <= losses:
+            raise ChildLost("training failed: it was ended by SIGKILL")
+
+    monkeypatch.setattr(stage, "launch_training", launch)
+    screen = io.StringIO()
+    run = room.open(progress=Progress(screen), supervision={"restarts": 2})
+    if losses > 2:
+        with pytest.raises(ChildLost, match="SIGKILL"):
+            train(run, 1, PAIRS, POLICY, POLICY)
+    else:
+        train(run, 1, PAIRS, POLICY, POLICY)
+    assert starts == started
+    again = "starting the trainer again, from its last checkpoint: training failed: it was ended by SIGKILL"
+    assert screen.getvalue().count(again) == started - 1
+
+
+def test_a_trainer_that_ends_with_an_error_is_not_started_again(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[TrainSpec] = []
+
+    def launch(spec: TrainSpec, **_: Any) -> None:
+        starts.append(spec)
+        raise ChildFailed("training failed: the loss is not finite")
+
+    monkeypatch.setattr(stage, "launch_training", launch)
+    with pytest.raises(ChildFailed, match="not finite"):
+        train(room.open(), 1, PAIRS, POLICY, POLICY)
+    assert len(starts) == 1
 
 
 def test_alarms_and_steps_that_were_not_finite_are_shown(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from iterdpo.config import DPOConfig
-from iterdpo.errors import ChildFailed, ConfigError
+from iterdpo.config import DPOConfig, SupervisionConfig
+from iterdpo.errors import ChildFailed, ChildLost, ConfigError
 from iterdpo.run.rundir import read_json, write_json
 from iterdpo.run.supervise import Child
 from iterdpo.training.launch import (
@@ -158,3 +158,44 @@ def open_trainer(log: Path) -> Child:
 def test_processes_that_a_launcher_starts_do_not_wait(tmp_path: Path) -> None:
     assert warm_up(spec(processes=2).dpo, log=tmp_path / "train.log") is None
     assert not (tmp_path / "train.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("sleep 1000", "no sign of work for 2 seconds"),  # of its start
+        ("sleep 1; touch train_log.jsonl; sleep 1000", "no sign of work for 1 seconds"),
+        ("kill -KILL $$", "ended by SIGKILL"),
+        ("kill -TERM $$", "ended by SIGTERM"),
+    ],
+)
+def test_a_trainer_that_hangs_or_that_a_signal_ends_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("iterdpo.training.launch.command", lambda dpo, path: ["sh", "-c", script])
+    with pytest.raises(ChildLost, match=f"training failed: .*{reason}"):
+        launch_training(
+            spec().model_copy(update={"output": tmp_path}),
+            spec_path=tmp_path / "train.json",
+            log=tmp_path / "train.log",
+            on_step=lambda row: None,
+            supervision=SupervisionConfig(silence=1, start=2),
+        )
+
+
+def test_a_trainer_that_works_long_and_ends_with_an_error_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = "for i in 1 2 3 4 5 6 7 8; do sleep 0.5; touch train_log.jsonl; done; echo RuntimeError: no luck; exit 1"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("iterdpo.training.launch.command", lambda dpo, path: ["sh", "-c", script])
+    with pytest.raises(ChildFailed, match="RuntimeError: no luck") as failed:
+        launch_training(
+            spec().model_copy(update={"output": tmp_path}),
+            spec_path=tmp_path / "train.json",
+            log=tmp_path / "train.log",
+            on_step=lambda row: None,
+            supervision=SupervisionConfig(silence=3, start=3),
+        )
+    assert not isinstance(failed.value, ChildLost)
