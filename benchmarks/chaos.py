@@ -1,6 +1,6 @@
 """Every way to stop a run, times its stages: what stays behind, how soon it is gone, what is done again, what comes out.
 
-    nice -n 19 python -m benchmarks.chaos --stops 200 [--root runs/chaos] [--engine vllm]
+    nice -n 19 python -m benchmarks.chaos --stops 200 [--root runs/chaos] [--engine vllm] [--prefect yes]
 
 Runs of a tiny model are stopped again and again, inside sampling and training: the whole run by a signal, or one of its
 processes, which the run must notice and replace. A full disk is a small file system of its own, which needs root. Each
@@ -8,7 +8,7 @@ run is held against one that was never stopped. Every stop is a line of ROOT/sto
 prints the table of all stops so far.
 
 `--engine pretended` has a sampler without vLLM (chaos_engine.py) under the same guard, because vLLM takes longer to start
-than all the rest; everything else is real.
+than all the rest; everything else is real. `--prefect yes` runs under a Prefect server, which is killed too.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ CHILD = {
     stage: [Way(who, how) for how in ("SIGTERM", "SIGKILL", "SIGSTOP") for who in (child, f"{child}'s guard")][:5]
     for stage, child in (("sample", "engine"), ("train", "trainer"))
 }  # a guard that is stopped stops nothing
+SERVER = [Way("Prefect's server", how) for how in ("SIGTERM", "SIGKILL")]
 FULL = Way("disk", "fullness")
 ENDING = {*FLOW, FULL}
 """Those after which the run must be started again."""
@@ -73,11 +74,12 @@ def main(
     stops: int = 200,
     root: Path = Path("runs/chaos"),
     engine: Literal["pretended", "vllm"] = "pretended",
+    prefect: Literal["yes", "no"] = "no",
     seed: int = 0,
 ) -> None:
     root = root.absolute()
     root.mkdir(parents=True, exist_ok=True)
-    chaos = Chaos(root, engine, random.Random(f"{seed} {time.time_ns()}"))
+    chaos = Chaos(root, engine, prefect == "yes", random.Random(f"{seed} {time.time_ns()}"))
     try:
         while len(chaos.rows) < stops:
             chaos.lineage(stops)
@@ -87,8 +89,8 @@ def main(
 
 
 class Chaos:
-    def __init__(self, root: Path, engine: str, draw: random.Random) -> None:
-        self.root, self.engine, self.draw = root, engine, draw
+    def __init__(self, root: Path, engine: str, prefect: bool, draw: random.Random) -> None:
+        self.root, self.engine, self.prefect, self.draw = root, engine, prefect, draw
         self.rows = read(root / "stops.jsonl")
         self.model = root / "model"
         if not self.model.exists():
@@ -97,6 +99,8 @@ class Chaos:
             prompts = [{"prompt": f"Tale {i}, of the sea"} for i in range(400)]
             (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
         self.flow: subprocess.Popen[bytes] | None = None
+        self.struck_flow = False
+        self.shards: dict[str, int] = {}  # at the last stop
         self.disk = root / "disk"
         self.disk.mkdir(exist_ok=True)
         mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(self.disk)]
@@ -123,9 +127,11 @@ class Chaos:
     def start(self, run: Path) -> None:
         """The run, in a process of its own; its output is in a file beside its directory."""
         environment = {**os.environ, "CHAOS": str(self.root), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        environment |= {"PREFECT_HOME": str(self.root / "prefect"), "PREFECT_LOGGING_LEVEL": "ERROR"}
         code = PRETENDED if self.engine == "pretended" else MAIN
         with open(run.with_suffix(".log"), "ab") as log:
-            command = [sys.executable, "-c", code, "run", str(self.write(run)), "--no-prefect"]
+            command = [sys.executable, "-c", code, "run", str(self.write(run))]
+            command += [] if self.prefect else ["--no-prefect"]
             self.flow = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def end(self) -> None:
@@ -164,8 +170,6 @@ class Chaos:
         if identical:
             shutil.rmtree(run)
 
-    struck_flow = False
-
     def strike(self, run: Path) -> bool:
         """Wait for a moment inside a stage and stop something. Whether the run was still at work."""
         assert self.flow is not None
@@ -188,10 +192,11 @@ class Chaos:
         assert stage is not None
         if now != where(run) and (where(run) or (None,))[0] != stage:
             return True
-        way = self.choose(stage)
-        victims = self.victims(way)
-        if victims is None:
-            return True
+        found = next(
+            ((way, victims) for way in self.choices(stage) if (victims := self.victims(way)) is not None), None
+        )
+        assert found is not None  # the run itself
+        way, victims = found
         before, begun = shards(run), time.monotonic()
         steps, checkpoint = log_lines(run), last_checkpoint(run)
         family = mark(self.root) if way in ENDING else victims[1]
@@ -225,7 +230,7 @@ class Chaos:
             "gone": round(gone, 2),
             "left": left_after_5 or 0,
             "repeated": max(0, steps - checkpoint) if stage == "train" else 0,
-            "resampled": self.resampled(run, before),
+            "resampled": self.resampled(before),
         }
         self.rows.append(row)
         append(self.root / "stops.jsonl", row)
@@ -236,25 +241,25 @@ class Chaos:
             while True:
                 file.write(b"0" * 4096)
 
-    def resampled(self, run: Path, before: dict[str, int]) -> int:
+    def resampled(self, before: dict[str, int]) -> int:
         """Whole shards that were there at the last stop and have been written again since."""
-        earlier, self._shards = getattr(self, "_shards", {}), before
-        return sum(before.get(name, time_) != time_ for name, time_ in earlier.items())
+        earlier, self.shards = self.shards, before
+        return sum(before.get(name, written) != written for name, written in earlier.items())
 
-    def choose(self, stage: Stage) -> Way:
-        """The way that this stage was stopped least often; those of the flow take a start of it each."""
+    def choices(self, stage: Stage) -> list[Way]:
+        """First the way that this stage was stopped least often; those of the flow take a start of it each."""
         done = Counter(row["way"] for row in self.rows if row["stage"] == stage)
-        ways = [*FLOW, *([FULL] if self.small else []), *CHILD.get(stage, [])]
-        return min(ways, key=lambda way: (done[str(way)] * (2.0 if way in ENDING else 1.0), self.draw.random()))
+        ways = [*FLOW, *([FULL] if self.small else []), *CHILD.get(stage, []), *(SERVER if self.prefect else [])]
+        return sorted(ways, key=lambda way: (done[str(way)] * (2.0 if way in ENDING else 1.0), self.draw.random()))
 
     def victims(self, way: Way) -> tuple[int, list[int]] | None:
         """The process to stop, and those that must be gone: it, its guard and what is below it. None: it is not there."""
         assert self.flow is not None
         if way in ENDING:
             return self.flow.pid, []
-        module = (
-            "iterdpo.training.train" if "trainer" in way.target else "engine" if self.engine != "vllm" else "worker"
-        )
+        engine = "benchmarks.chaos_engine" if self.engine == "pretended" else "iterdpo.sampling.worker"
+        modules = {"trainer": "iterdpo.training.train", "engine": engine, "Prefect": "uvicorn"}
+        module = modules[way.target.split("'")[0]]
         for guard in supervise._descendants(self.flow.pid):
             below = supervise._descendants(guard)
             if "supervise.py" in command(guard) and below and module in command(guard):
@@ -283,7 +288,7 @@ def shards(run: Path) -> dict[str, int]:
     found = {}
     for path in run.glob("round-*/completions*/shard-*.parquet"):
         with suppress(OSError):
-            found[f"{path.parent.parent.name}/{path.name}"] = path.stat().st_mtime_ns
+            found[f"{run.name}/{path.parent.parent.name}/{path.name}"] = path.stat().st_mtime_ns
     return found
 
 
