@@ -28,10 +28,11 @@ Groups = list[list[Completion]]
 
 @dataclass
 class Job:
-    """A batch on its way: `Job(number=3, batch=([[1, 2]], [7]), lost=0)`."""
+    """A batch on its way: `Job(number=3, batch=([[1, 2]], [7]), engine=1, lost=0)`."""
 
     number: int
     batch: Batch
+    engine: int = -1
     lost: int = 0
     """How many engines have died with it."""
 
@@ -40,20 +41,26 @@ class Deal:
     """Which batch is next, and whose turn it is. Without threads, clocks or engines.
 
     `most` batches wait to be taken at any time. If the first result is late, no further batch is read once more results
-    are kept than a few times those on their way.
+    are kept than a few times those on their way. No engine takes many more than another has, so that at the end of a
+    stage none is idle while another has a row of them.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self.waiting: deque[Job] = deque()
         self._results: dict[int, Groups] = {}
-        self._read = self._given = self._flying = 0
+        self._read = self._given = 0
+        self.held: dict[int, int] = {}  # how many batches each engine has that is at work
         self.ended = False
 
     def hungry(self) -> bool:
         """Whether another batch should be read."""
-        few = len(self.waiting) < self._most and len(self._results) <= 4 * self._most + 2 * self._flying
+        few = len(self.waiting) < self._most and len(self._results) <= 4 * self._most + 2 * self.flying
         return few and not self.ended
+
+    @property
+    def flying(self) -> int:
+        return sum(self.held.values())
 
     def add(self, batch: Batch | None) -> None:
         """The next batch that was read; None: there are no more."""
@@ -63,24 +70,27 @@ class Deal:
             self.waiting.append(Job(self._read, batch))
             self._read += 1
 
-    def take(self) -> Job | None:
-        """The batch that waits the longest, for an engine; None: none waits."""
-        if not self.waiting:
+    def take(self, engine: int) -> Job | None:
+        """The batch that waits the longest, for an engine; None: none waits, or the engine has more than others."""
+        held = self.held.setdefault(engine, 0)
+        if not self.waiting or held > min(self.held.values()) + 1:
             return None
-        self._flying += 1
-        return self.waiting.popleft()
+        self.held[engine] += 1
+        job = self.waiting.popleft()
+        job.engine = engine
+        return job
 
     def put(self, job: Job, groups: Groups) -> None:
         assert job.number >= self._given
         assert job.number not in self._results
-        self._flying -= 1
+        self.held[job.engine] -= 1
         self._results[job.number] = groups
 
-    def give_back(self, jobs: Sequence[Job]) -> None:
-        """Of an engine that died with them. They are the next ones to be taken."""
+    def give_back(self, engine: int, jobs: Sequence[Job]) -> None:
+        """All that an engine has, because it died. They are the next ones to be taken."""
+        self.held.pop(engine, None)
         for job in reversed(jobs):
             job.lost += 1
-            self._flying -= 1
             self.waiting.appendleft(job)
 
     def next_result(self) -> Groups | None:
@@ -91,7 +101,7 @@ class Deal:
 
     def over(self) -> bool:
         """Whether no engine will be needed again."""
-        return self.ended and not self.waiting and not self._flying
+        return self.ended and not self.waiting and not self.flying
 
     def due(self) -> bool:
         return self._given in self._results
@@ -135,7 +145,7 @@ class Queue:
         finally:
             self.stop()
 
-    def take(self, *, idle: bool) -> Job | None:
+    def take(self, engine: int, *, idle: bool) -> Job | None:
         """The next batch, for an engine that has none (`idle`), or has others on their way; None: there is none now.
 
         An idle engine waits until all are done: another may die with its batches.
@@ -149,7 +159,7 @@ class Queue:
 
         with self._changed:
             self._changed.wait_for(settled)
-            job = None if self.stopped else deal.take()
+            job = None if self.stopped else deal.take(engine)
             self._changed.notify_all()
             return job
 
@@ -158,9 +168,9 @@ class Queue:
             self._deal.put(job, groups)
             self._changed.notify_all()
 
-    def give_back(self, jobs: Sequence[Job]) -> None:
+    def give_back(self, engine: int, jobs: Sequence[Job]) -> None:
         with self._changed:
-            self._deal.give_back(jobs)
+            self._deal.give_back(engine, jobs)
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
@@ -267,7 +277,7 @@ class Pool(Sampler):
         engine = self.engines[number]
 
         def dealt() -> Iterator[Batch]:
-            while (job := queue.take(idle=not taken)) is not None:
+            while (job := queue.take(number, idle=not taken)) is not None:
                 taken.append(job)
                 yield job.batch
 
@@ -281,7 +291,7 @@ class Pool(Sampler):
             taken.clear()
             if any(job.lost >= self._restarts for job in lost):
                 raise
-            queue.give_back(lost)
+            queue.give_back(number, lost)
             prompts = sum(len(job.batch[0]) for job in lost)
             self._say(f"an engine is lost, and {prompts} prompts are dealt again: {failed}")
             gone = self._load_one(number)

@@ -134,14 +134,14 @@ class ServerSampler(Sampler):
             raise self._failed(f"its weights are no longer those of the policy, but of {printable(served)[:80]}")
         return [[_completion(choice) for choice in reply["choices"]] for reply in replies]
 
-    async def _ask(self, method: str, path: str, *, seconds: float, **body: Any) -> Any:
+    async def _ask(self, verb: str, path: str, /, *, seconds: float, **body: Any) -> Any:
         import aiohttp
 
         try:
             timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=30)
             async with (
                 aiohttp.ClientSession(timeout=timeout) as session,
-                session.request(method, self.url + path, json=body or None) as reply,
+                session.request(verb, self.url + path, json=body or None) as reply,
             ):
                 text = await reply.text()
                 if reply.status == 404:

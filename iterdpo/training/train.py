@@ -162,7 +162,7 @@ def _beating(scorer: Scorer, spec: TrainSpec) -> Scorer:
         nonlocal last
         if time.monotonic() > last + 1:
             last = time.monotonic()
-            os.utime(spec.output / TRAIN_LOG)
+            (spec.output / TRAIN_LOG).touch()
 
     scorer.register_forward_pre_hook(beat)
     return scorer

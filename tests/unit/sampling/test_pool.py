@@ -197,9 +197,9 @@ def test_what_waits_in_memory_is_bounded_if_the_first_batch_is_late() -> None:
     deal, taken = Deal(most=4), 0
     while deal.hungry():
         deal.add(batches(1)[0])
-    first = deal.take()
+    first = deal.take(0)
     assert first is not None
-    while taken < 1000 and (job := deal.take()) is not None:
+    while taken < 1000 and (job := deal.take(1)) is not None:
         taken += 1
         deal.put(job, [])
         while deal.hungry():
@@ -209,6 +209,26 @@ def test_what_waits_in_memory_is_bounded_if_the_first_batch_is_late() -> None:
     assert deal.next_result() == []
     assert sum(deal.next_result() is not None for _ in range(taken)) == taken
     assert deal.hungry()
+
+
+def test_engines_that_take_many_batches_at_once_have_about_as_many() -> None:
+    deal = Deal(most=64)
+    for batch in [*batches(32), None]:
+        deal.add(batch)
+    for engine in range(4):
+        first = deal.take(engine)
+        assert first is not None
+    while any(deal.take(0) for _ in range(100)) or any(deal.take(engine) for engine in range(4)):
+        pass
+    assert max(deal.held.values()) - min(deal.held.values()) <= 2
+    assert sum(deal.held.values()) == 32
+    deal.give_back(1, [])  # one that died does not hold the others back
+    deal.ended = False
+    for batch in batches(8):
+        deal.add(batch)
+    while any(deal.take(engine) for engine in (0, 2, 3)):
+        pass
+    assert not deal.waiting
 
 
 def simulate(*, engines: int, shards: int, seed: int, lifetime: float = float("inf"), nodes: int = 4) -> float:
@@ -228,7 +248,7 @@ def simulate(*, engines: int, shards: int, seed: int, lifetime: float = float("i
         while deal.hungry():
             deal.add(next(source, None))
         for engine in range(engines):
-            if engine not in at_work and back[engine] <= now and (job := deal.take()) is not None:
+            if engine not in at_work and back[engine] <= now and (job := deal.take(engine)) is not None:
                 at_work[engine], began[engine], ticks = job, now, ticks + 1
                 heapq.heappush(events, (now + draw.uniform(1, 3), ticks, engine, life[engine]))
         while (groups := deal.next_result()) is not None:
@@ -247,7 +267,7 @@ def simulate(*, engines: int, shards: int, seed: int, lifetime: float = float("i
                 life[engine] += 1
                 back[engine] = now + 20
                 if engine in at_work:
-                    deal.give_back([at_work.pop(engine)])
+                    deal.give_back(engine, [at_work.pop(engine)])
             death = now + draw.expovariate(1 / lifetime)
         elif now == soonest:
             _, _, engine, lived = heapq.heappop(events)

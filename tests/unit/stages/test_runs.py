@@ -23,13 +23,13 @@ from iterdpo.judging.judge import JudgeBase, NamedJudge
 from iterdpo.run import devices
 from iterdpo.run.artifacts import PolicyCheckpoint
 from iterdpo.run.progress import Progress
-from iterdpo.run.rundir import directory_digest, read_json, write_json
+from iterdpo.run.rundir import directory_digest, read_json, write_json, write_jsonl
 from iterdpo.stages import runs as module
 from iterdpo.stages.judge import judge as judge_stage
 from iterdpo.stages.runs import IterativeRun, batches
 from iterdpo.stages.sample import sample
 from iterdpo.testing import CHATML, FakeSampler, build_tiny_checkpoint
-from iterdpo.training.launch import TrainSpec
+from iterdpo.training.launch import TRAIN_LOG, TrainSpec
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt, RoundRecord
 from tests.unit.stages.harness import Lengths, NotingSampler, Room
 
@@ -246,6 +246,7 @@ def test_two_runs_on_one_gpu_take_turns_by_stage(
     def launch(spec: TrainSpec, **_: Any) -> None:
         with use(spec.output.parents[2].name):
             build_tiny_checkpoint(spec.output, seed=1)
+            write_jsonl(spec.output / TRAIN_LOG, [{"step": 1, "loss": 0.5}])
 
     monkeypatch.setattr("iterdpo.stages.train.launch_training", launch)
     monkeypatch.setattr(module, "warm_up", lambda *_, **more: None)
