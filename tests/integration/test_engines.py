@@ -42,15 +42,11 @@ def test_two_engines_of_which_one_is_killed_sample_what_one_engine_does(tmp_path
         pool.load(tiny_model, "first")
         sampled = pool.sample_batches(BATCHES, PARAMETERS)
         found = [next(sampled)]
-        for number, engine in zip((signal.SIGKILL, signal.SIGSTOP), engines, strict=True):
-            for pid in family(engine):
-                os.kill(pid, number)
+        for pid in family(engines[1]):
+            os.kill(pid, signal.SIGKILL)
         found += sampled
-        assert len(said) == 2, said
-        assert any(
-            "prompts are dealt again: sampler, sample: the process died: it was ended by SIGKILL" in s for s in said
-        )
-        assert any("no sign of work for 5 seconds" in line for line in said)
+        [line] = said
+        assert "prompts are dealt again: sampler, sample: the process died: it was ended by SIGKILL" in line
 
         engines[0].load(tiny_model, "first")
         assert found == [engines[0].sample(*batch, PARAMETERS) for batch in BATCHES]
