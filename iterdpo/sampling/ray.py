@@ -72,6 +72,7 @@ class RayWorker:
         try:
             ready = self._actor.ready.remote()
             if not ray.wait([ready], timeout=self._start)[0]:
+                self.close()
                 raise ChildFailed(f"sampler: no node of the Ray cluster had room for it within {self._start:g} seconds")
             ray.get(ready)
             return read(**ray.get(self._actor.call.remote(request, silence)))

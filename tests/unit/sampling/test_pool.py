@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,7 +116,12 @@ def test_a_batch_that_every_engine_dies_with_ends_the_stage_with_the_reason() ->
 
 
 def test_an_engine_that_cannot_be_started_again_is_given_up_and_the_others_go_on() -> None:
-    first, second = Engine(*range(20), starts=1), Engine()
+    class Second(Engine):
+        def sample(self, *given: Any) -> list[list[Completion]]:
+            assert first.closed.wait(30)
+            return super().sample(*given)
+
+    first, second = Engine(*range(20), starts=1), Second()
     pool, said = pool_of(first, second)
     assert list(pool.sample_batches(batches(20), PARAMETERS)) == [completions(batch) for batch in batches(20)]
     assert len(second.sampled) == 20
