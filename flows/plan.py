@@ -8,7 +8,8 @@ from pathlib import Path
 
 from flows.api import describe
 from iterdpo.config import OfflineConfig
-from iterdpo.data.preferences import tokenize_pairs
+from iterdpo.data.mixing import further_pairs
+from iterdpo.data.preferences import preferences_of, tokenize_pairs
 from iterdpo.data.prompts import PromptFile
 from iterdpo.data.thinking import Thinking
 from iterdpo.errors import DamagedError
@@ -16,7 +17,7 @@ from iterdpo.escape import printable
 from iterdpo.run.checkpoints import training_bytes
 from iterdpo.run.disk import size
 from iterdpo.run.rundir import RunDir, read_manifest
-from iterdpo.stages.offline import check_account, check_kind, preferences_of
+from iterdpo.stages.offline import check_account, check_kind
 from iterdpo.stages.plan import describe_pending
 from iterdpo.stages.runs import IterativeRun, OfflineRun
 from iterdpo.types import Completion, CompletionGroup
@@ -27,7 +28,7 @@ from judges.load import compares
 LONGEST_REASON = 500
 SAMPLED = 32
 """Prompts from which the work of the judges is estimated."""
-STEPS = ("completions", "judgments", "pairs", "reference", "policy", "evaluation")
+STEPS = ("completions", "judgments", "others", "pairs", "reference", "policy", "evaluation")
 
 
 def describe_plan(run: IterativeRun) -> str:
@@ -36,13 +37,19 @@ def describe_plan(run: IterativeRun) -> str:
     per_round, heldout = config.prompts.per_round, len(run.prompts.heldout)
     completions = per_round * config.sampling.n
     evaluated = heldout * config.evaluation.n
+    source = config.pairing.other_side
+    others = per_round if source is not None and source.column is None else 0  # one a prompt
     each = 1
     if config.pairing.strategy == "all_pairs":
         combinations = math.comb(config.sampling.n, 2)
         each = min(combinations, config.pairing.max_pairs_per_prompt or combinations)
+    if source is not None:
+        each = config.sampling.n if config.pairing.strategy == "all_pairs" else 1
     pairs, rounds = per_round * each, config.rounds
+    share = config.pairing.offline.share if config.pairing.offline else 0.0
+    pairs += sum(further_pairs(pairs, replay=config.pairing.replay, offline=share))
     policy, checkpoint = training_bytes(run.model_path, config.dpo)
-    in_all = rounds * completions + (rounds + 1) * evaluated
+    in_all = rounds * (completions + others) + (rounds + 1) * evaluated
     return _table(
         model=run.model_path,
         **_thinking(
@@ -55,7 +62,7 @@ def describe_plan(run: IterativeRun) -> str:
         + run.prompts.summary(),
         context=f"{run.estimated_max_model_len():,} tokens",
         rounds=f"{rounds}; next: {describe_pending(run) or 'nothing, all are done'}",
-        completions=f"{completions:,} a round and {evaluated:,} an evaluation; {in_all:,} in all",
+        completions=f"{completions + others:,} a round and {evaluated:,} an evaluation; {in_all:,} in all",
         **_judge_calls(run),
         pairs=f"at most {pairs:,} a round",
         steps=f"at most {config.dpo.steps(pairs):,} optimizer steps a round of {config.dpo.pairs_per_step} pairs",

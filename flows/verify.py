@@ -220,6 +220,8 @@ def _sources(
         case "pairs":
             yield "judgments", digest_of("judgments")
             yield "completions", digest_of("completions")
+            if (round, "others") in manifests:
+                yield "others", digest_of("others")
         case "reference":
             yield "pairs", digest_of("pairs")
         case "policy":

@@ -136,6 +136,15 @@ class PromptsConfig(Section):
     before it begins; `skip` leaves them out, counted by reason."""
     reuse: bool = False
     """When all prompts have been used, start again in another order instead of refusing."""
+    choose: Literal["all", "untied"] = Field("all", exclude_if=lambda which: which == "all")
+    """With `reuse`: `untied` retires prompts whose scores tied in every round that sampled them. They teach nothing: all
+    completions are right, or all wrong (arXiv:2503.14476). They come back if too few others are left."""
+
+    @model_validator(mode="after")
+    def _prompts_come_again(self) -> PromptsConfig:
+        if self.choose == "untied" and not self.reuse:
+            raise ValueError("choose = 'untied': no prompt is sampled twice without reuse; set reuse=true")
+        return self
 
 
 class EngineConfig(Section):
@@ -166,6 +175,9 @@ class SamplingConfig(Section):
     """K, completions per prompt. At least two: a pair needs a chosen and a rejected one."""
     temperature: float = Field(1.0, gt=0)
     """1 samples from the policy itself. Lower values sharpen the distribution, and pairs become less diverse."""
+    temperatures: list[Annotated[float, Field(gt=0)]] | None = Field(None, min_length=2, exclude_if=_unset)
+    """In place of `temperature` for a round's prompts: each has one of these, at random, for all of its completions. (If
+    completions of a prompt had different ones, pairs would teach a temperature.) Evaluations are at `temperature`."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling; 1 is off."""
     top_k: int = Field(0, ge=0)
@@ -211,9 +223,67 @@ class JudgeConfig(Section):
     """Judge each shard while the next one is sampled. Default: true if the judge needs no accelerator."""
 
 
+class PreferenceFileConfig(Section):
+    path: LocalPath
+    """A JSON, JSONL, CSV or Parquet file (plain or .gz), a directory of them, or a hub data set id."""
+    split: str = "train"
+    """The split to read, if the data set has several."""
+    format: Literal["auto", "pairs", "hh", "unpaired", "sharegpt"] = "auto"
+    """One of the formats in [data.md](data.md). `auto` detects it from the first row's columns."""
+    limit: int | None = Field(None, ge=1)
+    """Read only this many rows, from the start."""
+    min_margin: float | None = Field(None, ge=0)
+    """Leave out pairs whose chosen completion is not scored higher than the rejected by at least this, in columns such as
+    `score_chosen` and `score_rejected`. Without it, pairs that their scores contradict are trained on, and counted."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What becomes of rows that cannot be used, such as those without a prompt: `error` names them all and ends the run
+    before training; `skip` leaves them out, counted by [reason](data.md#rows-that-cannot-be-used)."""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    """Longer prompts lose their beginning."""
+    max_completion_tokens: int = Field(1024, ge=1)
+    """Longer completions lose their end."""
+
+
+class DataConfig(PreferenceFileConfig):
+    heldout: int = Field(0, ge=0)
+    """Pairs kept out of training. Their loss, accuracy and margin are reported after training."""
+
+
+class OtherSideConfig(Section):
+    """Where one side of each pair comes from, if it is no completion of the round's policy. Exactly one of the keys."""
+
+    round: int | None = Field(None, ge=0, exclude_if=_unset)
+    """The policy that this round left; 0 is the initial one. Until that round has ended, the policy itself."""
+    model: OptionalPath = Field(None, exclude_if=_unset)
+    """Another checkpoint, or a hub id: of the policy's architecture, with its tokenizer."""
+    column: str | None = Field(None, exclude_if=_unset)
+    """A column of the prompts with a completion of each: text, or messages."""
+
+    @model_validator(mode="after")
+    def _it_is_one(self) -> OtherSideConfig:
+        if len(self.model_fields_set & {"round", "model", "column"}) != 1:
+            raise ValueError("name one of round, model and column")
+        return self
+
+
+class MixedDataConfig(PreferenceFileConfig):
+    """Preference pairs of a file to mix with a round's own."""
+
+    share: float = Field(gt=0, lt=1)
+    """Their share of a round's pairs. They are drawn at random for each round."""
+
+    @model_validator(mode="after")
+    def _they_are_pairs(self) -> MixedDataConfig:
+        if self.format == "unpaired":
+            raise ValueError("format = 'unpaired': only pairs can be mixed with a round's; remove it")
+        return self
+
+
 class PairingConfig(Section):
-    strategy: Literal["best_worst", "best_random", "all_pairs"] = "best_worst"
-    """Best completion against worst, best against a random worse one, or all pairs with different scores."""
+    strategy: Literal["best_worst", "best_random", "best_mean_2sd", "all_pairs"] = "best_worst"
+    """Best completion against worst, best against a random worse one, best against the one whose score is closest to the
+    prompt's mean - 2 standard deviations (arXiv:2502.16825), or all pairs with different scores. See
+    [pairs](training.md#pairs)."""
     min_margin: float = Field(0.0, ge=0)
     """Minimum difference of scores in a pair. Smaller differences count as ties. Equal scores always tie."""
     max_pairs_per_prompt: int | None = Field(None, ge=1)
@@ -221,6 +291,37 @@ class PairingConfig(Section):
     drop_truncated: bool = False
     """Leave out completions that reached `max_tokens`, and thoughts that have no end. Keep it off if completions are cut
     on purpose."""
+    chosen_from: OtherSideConfig | None = Field(None, exclude_if=_unset)
+    """Choose a completion of another source, without judging it, and reject one of the policy's: `{column: gold}` is SPIN
+    (arXiv:2401.01335). See [pairs across policies](training.md#pairs-across-policies)."""
+    rejected_from: OtherSideConfig | None = Field(None, exclude_if=_unset)
+    """Choose the policy's best completion, and reject one of another source, without judging it: delta learning
+    (arXiv:2507.06187)."""
+    replay: float = Field(0.0, ge=0, lt=1, exclude_if=lambda share: share == 0)
+    """Share of a round's pairs that come from earlier rounds, drawn at random. They are added to the fresh ones."""
+    offline: MixedDataConfig | None = Field(None, exclude_if=_unset)
+    """Pairs of a file, added to the fresh ones."""
+
+    @model_validator(mode="after")
+    def _sides_and_shares_fit(self) -> PairingConfig:
+        if self.chosen_from is not None and self.rejected_from is not None:
+            raise ValueError("chosen_from and rejected_from: one side is the policy's; set one of the two to null")
+        for name in ("chosen_from", "rejected_from"):
+            if getattr(self, name) is not None and self.min_margin:
+                raise ValueError(
+                    f"min_margin: a pair with {name} has one score, and so no margin; set one of the two to its default"
+                )
+        if self.offline is not None and self.replay + self.offline.share >= 1:
+            raise ValueError(
+                f"replay = {self.replay:g} and offline.share = {self.offline.share:g} leave no share for fresh pairs; their sum "
+                "must be below 1"
+            )
+        return self
+
+    @property
+    def other_side(self) -> OtherSideConfig | None:
+        """The source of the side that is not the policy's, if there is one."""
+        return self.chosen_from or self.rejected_from
 
 
 class AdapterConfig(Section):
@@ -677,6 +778,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _the_sampler_was_the_policy(self) -> Config:
+        pairing = self.pairing
+        if self.dpo.sampler_logps_tolerance is not None and (pairing.other_side or pairing.replay or pairing.offline):
+            raise ValueError(
+                "dpo.sampler_logps_tolerance: pairs of another policy, of earlier rounds or of a file have no "
+                "log-probabilities of this round's sampler; set it to null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_gate_has_its_kl(self) -> Config:
         kl = "gate.max_kl" if self.gate.max_kl is not None else None
         kl = next((key for key, metric in self.gate.metrics() if metric.startswith("kl/")), kl)
@@ -686,29 +797,6 @@ class Config(Section):
                 "temperature, or leave it out"
             )
         return self
-
-
-class DataConfig(Section):
-    path: LocalPath
-    """A JSON, JSONL, CSV or Parquet file (plain or .gz), a directory of them, or a hub data set id."""
-    split: str = "train"
-    """The split to read, if the data set has several."""
-    format: Literal["auto", "pairs", "hh", "unpaired", "sharegpt"] = "auto"
-    """One of the formats in [data.md](data.md). `auto` detects it from the first row's columns."""
-    limit: int | None = Field(None, ge=1)
-    """Read only this many rows, from the start."""
-    heldout: int = Field(0, ge=0)
-    """Pairs kept out of training. Their loss, accuracy and margin are reported after training."""
-    min_margin: float | None = Field(None, ge=0)
-    """Leave out pairs whose chosen completion is not scored higher than the rejected by at least this, in columns such as
-    `score_chosen` and `score_rejected`. Without it, pairs that their scores contradict are trained on, and counted."""
-    bad_rows: Literal["error", "skip"] = "error"
-    """What becomes of rows that cannot be used, such as those without a prompt: `error` names them all and ends the run
-    before training; `skip` leaves them out, counted by [reason](data.md#rows-that-cannot-be-used)."""
-    max_prompt_tokens: int = Field(1024, ge=1)
-    """Longer prompts lose their beginning."""
-    max_completion_tokens: int = Field(1024, ge=1)
-    """Longer completions lose their end."""
 
 
 def _one_reference(dpo: DPOConfig) -> DPOConfig:

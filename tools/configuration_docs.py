@@ -110,12 +110,24 @@ def section(key: str, model: type[BaseModel]) -> list[str]:
         return [f"{model.__doc__}", table]
     if model is DPOConfig:
         return [f"### {key}", table, *loss_section(model.model_fields["loss"])]
-    about = {
-        AdapterConfig: [f"{model.__doc__} `null` unless given."],
-        RuleConfig: [" ".join(f"{model.__doc__}".split())],
-        SupervisionConfig: [f"{model.__doc__}"],
-    }
-    return [f"### {key}", *about.get(model, []), table]
+    return [f"### {key}", *_optional(key, model), table]
+
+
+def _optional(key: str, model: type[BaseModel]) -> list[str]:
+    """What an optional section, or one of a list, is for: its own docstring, and that of the key."""
+    if model in (RuleConfig, SupervisionConfig):
+        return [" ".join(f"{model.__doc__}".split())]
+    owner = Config
+    *above, last = key.split(".")
+    for part in above:
+        owner = section_of(owner.model_fields[part]) if part in owner.model_fields else None
+    field = owner.model_fields.get(last) if owner is not None else None
+    if field is None or NoneType not in get_args(field.annotation):
+        return []
+    if model is AdapterConfig:
+        return [f"{model.__doc__} `null` unless given."]
+    said = [" ".join(text.split()) for text in (field.description, model.__doc__) if text]
+    return [" ".join([*said, "`null` unless given."])]
 
 
 def loss_section(field: FieldInfo) -> list[str]:

@@ -54,15 +54,17 @@ def write_pairs(
     pairs: Iterable[PreferencePair],
     *,
     heldout: Iterable[PreferencePair] = (),
+    further: Iterable[pa.Table] = (),
     summary: str | Callable[[], str],
     answers_alone: bool = False,
 ) -> None:
     """Write `train.parquet`, `heldout.parquet` if there are such pairs, and the card that names them.
 
-    A thousand pairs are in memory at a time. `summary` may be a function, which is called when all are written. With
-    `answers_alone`, training will not count the tokens of the reasoning.
+    A thousand pairs are in memory at a time. `further` are pairs to train on that are tables already; they are taken
+    when `pairs` are written. `summary` may be a function, which is called when all are written. With `answers_alone`,
+    training will not count the tokens of the reasoning.
     """
-    write_tables(directory / TRAIN, _tables(pairs, answers_alone))
+    write_tables(directory / TRAIN, chain(_tables(pairs, answers_alone), further))
     heldout = iter(heldout)
     if first := list(islice(heldout, 1)):
         write_tables(directory / HELDOUT, _tables(chain(first, heldout), answers_alone))
@@ -75,6 +77,37 @@ def _tables(pairs: Iterable[PreferencePair], answers_alone: bool) -> Iterator[pa
     yield pairs_table(list(islice(pairs, ROW_GROUP)), answers_alone=answers_alone)
     while group := list(islice(pairs, ROW_GROUP)):
         yield pairs_table(group, answers_alone=answers_alone)
+
+
+def drawn_rows(paths: Sequence[Path], counts: Sequence[int], number: int, *, seed: int) -> Iterator[pa.Table]:
+    """`number` rows, or as many as there are, drawn without replacement from the first `counts` rows of each file.
+
+    They have no sampler's log-probabilities: those are of the policy that sampled them.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    chosen = np.random.default_rng(seed).permutation(sum(counts))[:number]
+    start = 0
+    for path, count in zip(paths, counts, strict=True):
+        rows = np.sort(chosen[(chosen >= start) & (chosen < start + count)] - start)
+        start += count
+        with pq.ParquetFile(path) as file:
+            begin = 0
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                here = rows[(rows >= begin) & (rows < begin + size)] - begin
+                begin += size
+                if len(here):
+                    yield _without_logps(file.read_row_group(group).take(pa.array(here)))
+
+
+def _without_logps(table: pa.Table) -> pa.Table:
+    import pyarrow as pa
+
+    for name in SAMPLER_COLUMNS:
+        table = table.set_column(table.schema.get_field_index(name), name, pa.nulls(len(table), pa.float64()))
+    return table
 
 
 def write_card(directory: Path, summary: str) -> None:

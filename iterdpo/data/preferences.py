@@ -26,6 +26,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
+from iterdpo.config import PreferenceFileConfig
 from iterdpo.data.chats import COMPANIONS, EMPTY_PROMPT, LAST_TURN, content_of, messages_in, with_companions
 from iterdpo.data.files import Row
 from iterdpo.data.pairs import ABSENT, Kind, pairs_table
@@ -270,6 +271,12 @@ class PreferenceData:
             raise DataError(f"{account.source}: no pair can be used: {account.summary()}; see data.format{longer}")
 
 
+def preferences_of(data: PreferenceFileConfig) -> PreferenceData:
+    """The data that the configuration names, to be read."""
+    settings = data.model_dump(include={"split", "format", "limit", "min_margin", "bad_rows"})
+    return PreferenceData(data.path, **settings)
+
+
 def parse_rows(batch: Batch, format: Format, account: Account, min_margin: float | None = None) -> list[RawPair]:
     """The pairs of the rows, each recorded in `account`; one of the wrong shape as a bad row."""
     pairs = []
@@ -350,8 +357,8 @@ def tokenize_pairs(
         content = raw.prompt.content
         try:
             ids = prompt_token_ids(tokenizer, content)
-            chosen = _completion(tokenizer, content, ids, raw.chosen, max_completion_tokens, thinking)
-            rejected = _completion(tokenizer, content, ids, raw.rejected, max_completion_tokens, thinking)
+            chosen = given_completion(tokenizer, content, ids, raw.chosen, max_completion_tokens, thinking)
+            rejected = given_completion(tokenizer, content, ids, raw.rejected, max_completion_tokens, thinking)
         except TokenizerError as error:
             raise DataError(f"{raw.where}: {error}") from error
         except DataError as error:
@@ -701,7 +708,7 @@ def _nothing_to_compare(chosen: Completion, rejected: Completion) -> str | None:
     return IDENTICAL_ANSWERS if chosen.answer_ids == rejected.answer_ids else None
 
 
-def _completion(
+def given_completion(
     tokenizer: Any,
     prompt: Content,
     prompt_ids: list[int],
@@ -709,6 +716,11 @@ def _completion(
     limit: int,
     thinking: Thinking | None,
 ) -> Completion:
+    """A completion of the data as token ids, at most `limit` of them; `ABSENT` if there is none.
+
+    Raises:
+        DataError: it cannot be rendered; see `completion_token_ids`.
+    """
     if content is None:
         return ABSENT
     tags = () if thinking is None else (thinking.tags.start, thinking.tags.end)

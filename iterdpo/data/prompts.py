@@ -7,7 +7,9 @@ stay on disk, one line `[id, content, columns]` of canonical JSON a prompt; in m
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -27,8 +29,17 @@ from iterdpo.config import PromptsConfig
 from iterdpo.data.chats import EMPTY_PROMPT, LAST_TURN, check_encodable, content_of, with_companions
 from iterdpo.data.rows import BadRows, column_value, json_columns, located_rows, reasons, source_stamp, whole
 from iterdpo.errors import DamagedError, DataError, RowError
-from iterdpo.run.artifacts import number_lists
-from iterdpo.run.rundir import RunDir, canonical, digest, read_json, sync_tree, write_json, write_with
+from iterdpo.run.artifacts import number_lists, read_judgments
+from iterdpo.run.rundir import (
+    RunDir,
+    canonical,
+    digest,
+    read_json,
+    read_manifest,
+    sync_tree,
+    write_json,
+    write_with,
+)
 from iterdpo.run.sums import CHANGED, check_files, is_whole, note_all, recorded
 from iterdpo.seeds import derive_seeds
 from iterdpo.types import Content, Prompt, content_from_json, content_to_json
@@ -193,13 +204,20 @@ def _dropped(prompts: PromptFile, rows: int) -> dict[str, int]:
 
 
 def next_prompts(
-    prompts: PromptSet, used: Iterable[PromptFile], *, round: int, per_round: int, seed: int, reuse: bool
+    prompts: PromptSet,
+    used: Iterable[PromptFile],
+    *,
+    round: int,
+    per_round: int,
+    seed: int,
+    reuse: bool,
+    retired: Array | None = None,
 ) -> PromptFile:
     """The prompts of `round`: `per_round` of those used least so far, in a seeded order.
 
     `used` are the prompts of each round before; a prompt that is in none of them is new, even if it was added to the
-    file since. With `reuse`, every prompt has its turn before one comes again, in another order. If fewer unused
-    prompts are left than the round needs, that is a DataError.
+    file since. With `reuse`, every prompt has its turn before one comes again, in another order. Those with the ids
+    `retired` come last. If fewer unused prompts are left than the round needs, that is a DataError.
     """
     train = prompts.train
     times = _occurrences(train.ids, np.concatenate([np.zeros(0, np.uint64), *(earlier.ids for earlier in used)]))
@@ -209,10 +227,11 @@ def next_prompts(
             f"round {round} needs {per_round:,} prompts, but {fresh:,} of {total:,} are left after "
             f"{round - 1} rounds; add prompts, lower prompts.per_round, or set prompts.reuse=true"
         )
+    last = np.zeros(total, bool) if retired is None else _is_in(train.ids, retired)
     chosen = np.zeros(0, np.int64)
-    for turn in np.unique(times):
+    for apart, turn in itertools.product((False, True), np.unique(times)):
         if len(chosen) < per_round:
-            (at,) = np.nonzero(times == turn)
+            (at,) = np.nonzero((times == turn) & (last == apart))
             order = np.argsort(train.seeds(seed, "order", int(turn))[at], kind="stable")  # of equal ones, the file's
             chosen = np.concatenate([chosen, at[order]])
     return train._among(chosen[:per_round])
@@ -224,8 +243,11 @@ class RoundPrompts:
     Raises a DataError as `split_prompts` and `next_prompts` do.
     """
 
-    def __init__(self, section: PromptsConfig, run_dir: RunDir, *, rounds: int, seed: int) -> None:
-        self._section, self._run_dir, self._seed = section, run_dir, seed
+    def __init__(
+        self, section: PromptsConfig, run_dir: RunDir, *, rounds: int, seed: int, min_margin: float = 0.0
+    ) -> None:
+        self._section, self._run_dir, self._seed, self._min_margin = section, run_dir, seed, min_margin
+        self._tied: dict[int, tuple[Array, Array]] = {}
         # A large file's prompts are kept once a run has begun, so that it is not read again at every start.
         begun = (run_dir.root / "run.json").exists() and os.access(run_dir.root, os.W_OK)
         cache = run_dir.root / "prompts.cache" if begun else None
@@ -237,13 +259,47 @@ class RoundPrompts:
     def of(self, round: int) -> PromptFile:
         """What `round` samples: what it began with, if it has begun, else the next prompts not used before."""
         section = self._section
-        for t in range(len(self._rounds) + 1, round + 1):
-            pinned = self._pinned(t, section.per_round)
-            used = list(self._rounds.values())
-            self._rounds[t] = pinned or next_prompts(
-                self._set, used, round=t, per_round=section.per_round, seed=self._seed, reuse=section.reuse
+        if section.choose == "untied":  # what has not begun depends on judgments that there may be by now
+            self._rounds = {t: prompts for t, prompts in self._rounds.items() if self._file(t).exists()}
+        for t in range(1, round + 1):
+            if t in self._rounds:
+                continue
+            self._rounds[t] = self._pinned(t, section.per_round) or next_prompts(
+                self._set,
+                [self._rounds[earlier] for earlier in range(1, t)],
+                round=t,
+                per_round=section.per_round,
+                seed=self._seed,
+                reuse=section.reuse,
+                retired=self._retired(t),
             )
         return self._rounds[round]
+
+    def retired(self, round: int) -> int:
+        """How many prompts were retired when `round` began: all rounds that sampled one gave it equal scores."""
+        found = self._retired(round)
+        return 0 if found is None else len(found)
+
+    def _retired(self, round: int) -> Array | None:
+        """The ids (hashes) of prompts that have tied in each round before `round` that judged them."""
+        if self._section.choose != "untied":
+            return None
+        untied, tied = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
+        for t in range(1, round):
+            step = self._run_dir.round_dir(t) / "judgments"
+            if t not in self._tied and read_manifest(step) is not None:
+                ids, ties = [], []
+                for judgment in read_judgments(step):
+                    scores = [score for score in judgment.scores if score is not None]
+                    ids.append(_hash(judgment.prompt_id))
+                    spread = max(scores) - min(scores) if len(scores) > 1 else math.inf  # unjudged is no tie
+                    ties.append(spread == 0 or spread < self._min_margin)
+                self._tied[t] = np.array(ids, np.uint64), np.array(ties, bool)
+            if t in self._tied:
+                ids_, ties_ = self._tied[t]
+                tied.append(ids_[ties_])
+                untied.append(ids_[~ties_])
+        return np.setdiff1d(np.concatenate(tied), np.concatenate(untied))
 
     def pin(self, round: int) -> None:
         """Write down what the round samples (0: what is held out), so that prompts may be added to the file later."""

@@ -24,9 +24,16 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
         metrics |= read_json(directory / "evaluation" / "metrics.json")
     metrics["prompts/sampled"] = counts["completions"].get("prompts")
     metrics |= _left_out("prompts", counts["completions"])
+    if "retired" in counts["completions"]:
+        metrics["prompts/retired"] = counts["completions"]["retired"]
     metrics["completions/sampled"] = counts["completions"].get("completions")
     for name in ("kept", "tied", "unjudged", "identical", "truncated"):
         metrics[f"pairs/{name}"] = counts["pairs"].get(name)
+    for name in ("fresh", "replayed", "offline"):  # of a mixture
+        if name in counts["pairs"]:
+            metrics[f"pairs/{name}"] = counts["pairs"][name]
+    if counts["pairs"].get("unmatched"):
+        metrics["pairs/unmatched"] = counts["pairs"]["unmatched"]
     metrics |= _left_out("pairs", counts["pairs"])
     if "unfinished_thoughts" in counts["completions"]:  # of a thinking model
         metrics["completions/unfinished_thoughts"] = counts["completions"]["unfinished_thoughts"]
@@ -43,6 +50,8 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
     for stage, step in STAGES.items():
         metrics[f"time/{stage}_s"] = seconds[step]
     metrics["time/judge_streamed_s"] = steps["judgments"].seconds.get("streamed") if steps["judgments"] else None
+    if (others := read_manifest(directory / "others")) is not None:
+        metrics["time/others_s"] = seconds["others"] = others.seconds["total"]
     metrics["time/round_s"] = sum(s for s in seconds.values() if s is not None)
     return metrics
 

@@ -53,10 +53,15 @@ ROUNDS = (
 )
 LEFT_OUT = (  # not trained on, or not judged
     Column("Prompts", "prompts/sampled", count),
+    Column("Prompts retired", "prompts/retired", count),
     Column("Rows without a prompt", "prompts/left_out", count),
     Column("Completions", "completions/sampled", count),
     Column("Rows without a pair", "pairs/left_out", count),
     Column("Pairs kept", "pairs/kept", count),
+    Column("Fresh", "pairs/fresh", count),
+    Column("Replayed", "pairs/replayed", count),
+    Column("Offline", "pairs/offline", count),
+    Column("Unmatched", "pairs/unmatched", count),
     Column("Tied", "pairs/tied", count),
     Column("Unjudged", "pairs/unjudged", count),
     Column("Identical", "pairs/identical", count),

@@ -114,6 +114,31 @@ def check_model(directory: Path, config: dict[str, Any]) -> None:
     _check_generation(where, directory)
 
 
+def check_alike(directory: Path, policy: Path, key: str) -> None:
+    """Refuse a checkpoint that cannot take the place of `policy` in its engine, or whose token ids mean other texts.
+
+    Reads headers and tokenizers only.
+
+    Raises:
+        ConfigError: it has other tensors, or another vocabulary.
+    """
+    remedy = "write its completions into a column of the prompts, and name that: {column: NAME}"
+    if weight_shapes(weight_files(directory)) != weight_shapes(weight_files(policy)):
+        raise ConfigError(f"{key} {directory}: its weights have other names or shapes than those of {policy}; {remedy}")
+    if _vocabulary(directory) != _vocabulary(policy):
+        raise ConfigError(f"{key} {directory}: its tokenizer has another vocabulary than that of {policy}; {remedy}")
+
+
+def _vocabulary(directory: Path) -> Any:
+    """What tokenizer.json says of texts and their ids; None without that file."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        return None
+    tokenizer = _read_object(f"model.path {directory}", path)
+    added = [(token.get("id"), token.get("content")) for token in tokenizer.get("added_tokens") or []]
+    return tokenizer.get("model"), added
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold a checkpoint's weights.
 

@@ -16,12 +16,18 @@ class SamplingParameters:
     """How to sample: `SamplingParameters(n=4, temperature=1.0, top_p=1.0, top_k=0, max_tokens=256)`."""
 
     n: int
-    temperature: float = 1.0
+    temperature: float | tuple[float, ...] = 1.0
+    """Of several, a prompt's seed decides which it has; see `temperature_of`."""
     top_p: float = 1.0
     top_k: int = 0
     max_tokens: int = 256
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a completion beside the tokenizer's EOS. The completion includes its end token, its text does not."""
+
+    def temperature_of(self, seed: int) -> float:
+        """The temperature of all completions of a prompt with this seed."""
+        several = self.temperature
+        return several[seed % len(several)] if isinstance(several, tuple) else several
 
 
 Batch = tuple[list[list[int]], list[int]]
@@ -101,6 +107,7 @@ class Enqueue:
     """Begin to sample these prompts, without seeds, beside those that are in flight."""
 
     prompt_ids: list[list[int]]  # [prompts][T]
+    temperatures: list[float]  # [prompts]
     parameters: SamplingParameters
 
 

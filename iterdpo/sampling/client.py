@@ -144,7 +144,7 @@ class VLLMSampler(Sampler):
         def more() -> list[Enqueue]:
             fresh = []
             while sum(flying) < self._in_flight and (batch := next(batches, None)) is not None:
-                fresh.append(Enqueue(batch[0], parameters))
+                fresh.append(Enqueue(batch[0], list(map(parameters.temperature_of, batch[1])), parameters))
                 flying.append(len(batch[0]) * parameters.n)
             return fresh
 

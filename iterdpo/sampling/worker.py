@@ -165,14 +165,15 @@ class Worker:
 
     def sample(self, request: Sample) -> Sampled:
         self.llm.reset_prefix_cache()
-        settings = [_settings(request.parameters, seed) for seed in request.seeds]
+        parameters = request.parameters
+        settings = [_settings(parameters, parameters.temperature_of(seed), seed) for seed in request.seeds]
         outputs = self.llm.generate(_prompts(request), settings, use_tqdm=False, lora_request=self.adapter)
         return Sampled([[completion_of(c) for c in output.outputs] for output in outputs])
 
     def enqueue(self, request: Enqueue) -> Done:
         if not self.flying:
             self.llm.reset_prefix_cache()
-        settings = _settings(request.parameters, None)
+        settings = [_settings(request.parameters, temperature, None) for temperature in request.temperatures]
         ids = self.llm.enqueue(_prompts(request), settings, use_tqdm=False, lora_request=self.adapter)
         self.flying.append([name.partition("-")[0] for name in ids])  # outputs do without the random part
         return Done()
@@ -193,11 +194,11 @@ def _prompts(request: Sample | Enqueue) -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": ids} for ids in request.prompt_ids]
 
 
-def _settings(parameters: SamplingParameters, seed: int | None) -> Any:
+def _settings(parameters: SamplingParameters, temperature: float, seed: int | None) -> Any:
     """As vLLM's SamplingParams, with the log-probability of the sampled token, of the unmodified distribution."""
     from vllm import SamplingParams
 
-    arguments = {**asdict(parameters), "stop_token_ids": list(parameters.stop_token_ids)}
+    arguments = {**asdict(parameters), "temperature": temperature, "stop_token_ids": list(parameters.stop_token_ids)}
     return SamplingParams(**arguments, seed=seed, logprobs=0)
 
 

@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from iterdpo.config import DataConfig, OfflineConfig
+from iterdpo.config import OfflineConfig
 from iterdpo.data.pairs import hold_out, write_card, write_tables
-from iterdpo.data.preferences import Account, PreferenceData
+from iterdpo.data.preferences import Account, preferences_of
 from iterdpo.data.rows import source_digest
 from iterdpo.errors import ConfigError, DataError
 from iterdpo.gate import Decision
@@ -112,12 +112,6 @@ def prepare_pairs(config: OfflineConfig, run: OfflineRun, *, processes: int | No
             "left_out": account.left_out,
         }
     )
-
-
-def preferences_of(data: DataConfig) -> PreferenceData:
-    """The data that the configuration names, to be read."""
-    settings = data.model_dump(include={"split", "format", "limit", "min_margin", "bad_rows"})
-    return PreferenceData(data.path, **settings)
 
 
 def check_kind(config: OfflineConfig, kind: str) -> None:

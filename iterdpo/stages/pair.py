@@ -2,66 +2,170 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from iterdpo.data.mixing import drawn, further_pairs
 from iterdpo.data.pairing import PairCounts, build_pairs
-from iterdpo.data.pairs import write_pairs
+from iterdpo.data.pairs import TRAIN, drawn_rows, pairs_table, write_pairs
+from iterdpo.data.preferences import Account, preferences_of, tokenize_pairs
 from iterdpo.errors import DataError
 from iterdpo.run.artifacts import Completions, Judgments, Pairs, read_groups
+from iterdpo.run.rundir import Manifest, check_step, read_manifest
 from iterdpo.seeds import derive_seed
+from iterdpo.stages.others import other_completions, sampled_others
 from iterdpo.stages.runs import IterativeRun, OfflineRun, batches
-from iterdpo.types import PreferencePair
+from iterdpo.types import Completion, PreferencePair
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 AT_ONCE = 256
 """Groups in memory."""
 
 
+OPTIONS = {"strategy", "min_margin", "max_pairs_per_prompt", "drop_truncated"}
+"""Settings of `pairing` that `build_pairs` takes."""
+
+
 def pair(run: IterativeRun, round: int, completions: Completions, judgments: Judgments) -> Pairs:
-    """Preference pairs, as `pairing` says; a DataError if there is not one."""
-    step = run.dir.step(round, "pairs", inputs(run, judgments))
+    """Preference pairs, as `pairing` says; a DataError if there is not one of the round's own."""
+    section = run.config.pairing
+    sampled = sampled_others(run, round)
+    step = run.dir.step(round, "pairs", inputs(run, round, judgments, sampled.digest if sampled else None))
     if (manifest := step.manifest()) is None:
         directory = step.begin()
         with run.progress.stage("pair", 0, "pairs") as stage:
             options = {
-                **run.config.pairing.model_dump(),
+                **section.model_dump(include=OPTIONS),
                 "answers_alone": run.config.dpo.train_on == "answer",
                 "by_reasoning": run.config.judge.sees == "completion",
                 "seed": derive_seed(run.config.seed, round, "pair"),
             }
             counts = PairCounts()
+            mixed: Counter[str] = Counter()
 
             def pairs() -> Iterator[PreferencePair]:
                 nonlocal counts
-                for some in batches(zip(read_groups(completions.path, arrays=True), judgments, strict=True), AT_ONCE):
-                    found, more = build_pairs(*zip(*some, strict=True), **options)
+                groups = read_groups(completions.path, arrays=True)
+                for some in batches(zip(groups, judgments, strict=True), AT_ONCE):
+                    of_batch = dict(options)
+                    if section.other_side is not None:
+                        of_batch["others"] = list(islice(others, len(some)))
+                        of_batch["others_are"] = "chosen" if section.chosen_from else "rejected"
+                    found, more = build_pairs(*zip(*some, strict=True), **of_batch)
                     counts += more
                     yield from found
                     stage.to(counts.kept)
 
+            def further() -> Iterator[pa.Table]:
+                """Taken when the fresh ones are written."""
+                share = section.offline.share if section.offline else 0.0
+                replayed, offline = further_pairs(counts.kept, replay=section.replay, offline=share)
+                for name, tables in (
+                    ("replayed", _replayed(run, round, replayed)),
+                    ("offline", _offline(run, round, offline)),
+                ):
+                    for table in tables:
+                        mixed[name] += len(table)
+                        yield table
+
+            def summary() -> str:
+                added = "".join(f", {count:,} {name} added" for name, count in mixed.items())
+                return f"{counts.summary()}{added}"
+
+            others: Iterator[Completion | None] = iter(())
+            if section.other_side is not None:
+                others = other_completions(run, read_groups(completions.path, arrays=True), sampled)
             write_pairs(
                 directory,
                 pairs(),
-                summary=lambda: counts.summary(),
+                further=further(),
+                summary=summary,
                 answers_alone=run.config.dpo.train_on == "answer",
             )
-            stage.remark = counts.summary()
+            stage.remark = summary()
             if not counts.kept:
                 raise DataError(_nothing(round, counts.summary(), judgments))
-        manifest = step.finish(counts=asdict(counts))
+        found = asdict(counts)
+        if section.replay or section.offline:
+            found |= {"fresh": counts.kept, "replayed": mixed["replayed"], "offline": mixed["offline"]}
+            found["kept"] += mixed.total()
+        manifest = step.finish(counts=found)
     return Pairs.of(step.path, manifest)
 
 
-def inputs(run: IterativeRun, judgments: Judgments) -> dict[str, Any]:
+def inputs(run: IterativeRun, round: int, judgments: Judgments, others: str | None = None) -> dict[str, Any]:
+    """`others`: the digest of the other policy's completions."""
+    section = run.config.pairing.model_dump()
+    if run.config.pairing.offline is not None:
+        section["offline"] = {**section["offline"], "content": run.offline_content}
+        del section["offline"]["path"], section["offline"]["split"]
+    earlier = _earlier_pairs(run, round) if run.config.pairing.replay else []
     return {
-        "pairing": run.config.pairing.model_dump(),
+        "pairing": section,
         "judgments": judgments.digest,
         "completions": judgments.completions,
         "seed": run.config.seed,
         **train_on_key(run),
         **({"sees": run.config.judge.sees} if run.config.judge.sees != "answer" else {}),
+        **({"others": others} if others is not None else {}),
+        **({"replayed": [manifest.digest for _, manifest in earlier]} if earlier else {}),
     }
+
+
+def _earlier_pairs(run: IterativeRun, round: int) -> list[tuple[Path, Manifest]]:
+    """The steps `pairs` of the rounds before."""
+    paths = [run.dir.round_dir(t) / "pairs" for t in range(1, round)]
+    return [(path, manifest) for path in paths if (manifest := read_manifest(path)) is not None]
+
+
+def _replayed(run: IterativeRun, round: int, number: int) -> Iterator[pa.Table]:
+    """Pairs that were fresh in an earlier round. They come first in its file."""
+    earlier = _earlier_pairs(run, round) if number else []
+    for path, manifest in earlier:
+        check_step(path, manifest)
+    counts = [manifest.counts.get("fresh", manifest.counts["kept"]) for _, manifest in earlier]
+    seed = derive_seed(run.config.seed, round, "replay")
+    return drawn_rows([path / TRAIN for path, _ in earlier], counts, number, seed=seed)
+
+
+def _offline(run: IterativeRun, round: int, number: int) -> Iterator[pa.Table]:
+    """Pairs of the file `pairing.offline`."""
+    data = run.config.pairing.offline
+    if data is None or not number:
+        return
+    preferences = preferences_of(data)
+    raw = drawn(
+        (pair for batch in preferences.parsed() for pair in batch),
+        number,
+        seed=derive_seed(run.config.seed, round, "offline"),
+    )
+    if raw[0].prompt.conversational != next(iter(run.prompts.of(round))).conversational:
+        kinds = ("messages", "text") if raw[0].prompt.conversational else ("text", "messages")
+        raise DataError(
+            f"pairing.offline {data.path}: its prompts are {kinds[0]}, and those of the run are {kinds[1]}; give both as the "
+            "same kind"
+        )
+    alone = run.config.dpo.train_on == "answer"
+    account = Account(data.path)
+    tokenized = tokenize_pairs(
+        raw,
+        run.tokenizer,
+        account,
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_completion_tokens=data.max_completion_tokens,
+        thinking=run.thinking,
+        answers_alone=alone,
+    )
+    if data.bad_rows == "error":
+        account.check_rows("pairing.offline.bad_rows")
+    if tokenized:
+        yield pairs_table(tokenized, answers_alone=alone)
 
 
 def train_on_key(run: OfflineRun) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from iterdpo.run.artifacts import Judgments, Pairs, PolicyCheckpoint
 from iterdpo.run.rundir import Manifest, Step
 from iterdpo.stages import evaluate, judge, pair, sample, train
 from iterdpo.stages.gate import decision_record
+from iterdpo.stages.others import other_steps
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.train import reference_policy, reference_steps
 
@@ -63,7 +64,12 @@ def steps_of_round(run: IterativeRun, round: int) -> Iterator[Step]:
     policy = run.policy_after(round - 1)
     yield (sampled := step("completions", sample.inputs(run, policy, run.prompts.of(round))))
     yield (judged := step("judgments", judge.inputs(_done(sampled).digest, run.train_judge)))
-    yield (paired := step("pairs", pair.inputs(run, Judgments.of(judged.path, _done(judged)))))
+    sampled_others = None
+    for other in other_steps(run, round):
+        yield other
+        sampled_others = _done(other).digest
+    judgments = Judgments.of(judged.path, _done(judged))
+    yield (paired := step("pairs", pair.inputs(run, round, judgments, sampled_others)))
     yield from reference_steps(run, round, policy)
     pairs, reference = Pairs.of(paired.path, _done(paired)), reference_policy(run, round, policy)
     yield (trained := step("policy", train.inputs(run, round, pairs, policy, reference)))

@@ -12,10 +12,10 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from iterdpo.config import Config, OfflineConfig, TagsConfig
-from iterdpo.data.preferences import NOT_RENDERED
+from iterdpo.data.preferences import NOT_RENDERED, preferences_of
 from iterdpo.data.prompts import RoundPrompts, check_lengths, place_of
 from iterdpo.data.rendering import engine_ends, load_tokenizer, prompts_token_ids, turn_ends
-from iterdpo.data.rows import SHOWN_ALIKE, BadRows
+from iterdpo.data.rows import SHOWN_ALIKE, BadRows, source_digest
 from iterdpo.data.thinking import Tags, Thinking, find_tags
 from iterdpo.errors import ConfigError, DamagedError, DataError, RowError
 from iterdpo.evaluate import OF_THOUGHTS, unmeasured
@@ -25,6 +25,7 @@ from iterdpo.judging.shards import StreamingJudge
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
 from iterdpo.run.checkpoints import (
     check_adapter_targets,
+    check_alike,
     check_checkpoint,
     check_model,
     check_whole_modules,
@@ -277,10 +278,52 @@ class IterativeRun(OfflineRun):
         judges = [train_judge, *([heldout_judge] if heldout_judge else [])]
         self.judges = [RunJudge(named, self.dir.root, self._wait) for named in judges]
         self.train_judge = self.judges[0]
-        self.prompts = RoundPrompts(config.prompts, self.dir, rounds=config.rounds, seed=config.seed)
+        self.prompts = RoundPrompts(
+            config.prompts,
+            self.dir,
+            rounds=config.rounds,
+            seed=config.seed,
+            min_margin=config.pairing.min_margin,
+        )
+        self._check_pairing()
         if sampler is not None:
             self.sampler = sampler
         self._streaming: list[StreamingJudge] = []
+
+    def _check_pairing(self) -> None:
+        """What of the section `pairing` files show: the column, the other checkpoint, the data."""
+        section = self.config.pairing
+        if (source := section.other_side) is not None:
+            key = "chosen_from" if section.chosen_from else "rejected_from"
+            if source.column is not None and source.column not in (known := self.prompts.train.columns()):
+                raise ConfigError(
+                    f"pairing.{key}.column = {source.column!r}: the prompts have no such column; they have "
+                    f"{', '.join(sorted(known)) or 'none'}"
+                )
+            if source.model is not None:
+                other = resolve_checkpoint(source.model)
+                check_checkpoint(other, trust_remote_code=self.config.model.trust_remote_code)
+                check_alike(other, self.model_path, f"pairing.{key}.model")
+        if section.offline is not None and preferences_of(section.offline).account.kind == "unpaired":
+            raise ConfigError(
+                f"pairing.offline {section.offline.path}: unpaired data; only pairs can be mixed with a round's"
+            )
+
+    @cached_property
+    def other_model(self) -> PolicyCheckpoint:
+        """The checkpoint that `pairing.rejected_from` or `chosen_from` names."""
+        source = self.config.pairing.other_side
+        assert source is not None
+        assert source.model is not None
+        path = resolve_checkpoint(source.model)
+        return PolicyCheckpoint(path, directory_digest(path), 0)
+
+    @cached_property
+    def offline_content(self) -> str:
+        """What identifies the data of `pairing.offline`."""
+        data = self.config.pairing.offline
+        assert data is not None
+        return source_digest(data.path, data.split)
 
     def policy_after(self, round: int) -> PolicyCheckpoint:
         """The policy that stood when `round` had ended: the one that the next round starts from."""

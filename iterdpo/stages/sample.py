@@ -50,11 +50,13 @@ def sample(
             policy,
             run.prompts.of(round),  # as it was written down
             run.pinned_ids(round),
-            parameters_of(run, sampling.n, sampling.temperature),
+            parameters_of(run, sampling.n, temperature_of(run)),
             lambda prompt_id: derive_seed(run.config.seed, round, "sample", prompt_id),
             on_shard=streaming.put if streaming is not None else None,
         )
         write_card(directory, "shard-*.parquet")
+        if run.config.prompts.choose == "untied":
+            counts["retired"] = run.prompts.retired(round)
         manifest = step.finish(counts={**counts, "left_out": run.prompts.left_out()})
     return Completions.of(step.path, manifest)
 
@@ -65,7 +67,7 @@ def inputs(run: IterativeRun, policy: PolicyCheckpoint, prompts: PromptFile) -> 
         "model": run.initial.digest,
         "policy": policy.digest,
         "prompts": prompts_key(run, prompts),
-        "sampling": sampling_key(run, sampling.n, sampling.temperature),
+        "sampling": sampling_key(run, sampling.n, temperature_of(run)),
         "seed": run.config.seed,
     }
 
@@ -86,7 +88,12 @@ def thinking_key(run: OfflineRun) -> dict[str, Any]:
     return {"thinking": run.tags.to_json()} if run.tags is not None else {}
 
 
-def sampling_key(run: IterativeRun, n: int, temperature: float) -> dict[str, Any]:
+def temperature_of(run: IterativeRun) -> float | list[float]:
+    """Of a round's prompts: one, or several that are dealt over them."""
+    return run.config.sampling.temperatures or run.config.sampling.temperature
+
+
+def sampling_key(run: IterativeRun, n: int, temperature: float | list[float]) -> dict[str, Any]:
     section = run.config.sampling
     added = run.added_stops
     return {
@@ -100,10 +107,11 @@ def sampling_key(run: IterativeRun, n: int, temperature: float) -> dict[str, Any
     }
 
 
-def parameters_of(run: IterativeRun, n: int, temperature: float) -> SamplingParameters:
+def parameters_of(run: IterativeRun, n: int, temperature: float | list[float]) -> SamplingParameters:
     section = run.config.sampling.model_dump(include={"top_p", "top_k", "max_tokens"})
     stops = tuple(sorted(turn_ends(run.tokenizer) - {run.tokenizer.eos_token_id}))
-    return SamplingParameters(n, temperature, **section, stop_token_ids=stops)
+    several = tuple(temperature) if isinstance(temperature, list) else temperature
+    return SamplingParameters(n, several, **section, stop_token_ids=stops)
 
 
 def sample_shards(

@@ -198,6 +198,13 @@ def test_a_key_is_added_to_the_loss_that_an_earlier_file_names() -> None:
         ("sampling.n=1", "sampling.n = 1: input should be greater than or equal to 2"),
         ("sampling.n=2.5", "sampling.n = 2.5: input should be a valid integer"),
         ("sampling.temperature=0", "sampling.temperature = 0: input should be greater than 0"),
+        ("sampling.temperatures=[1.0]", "sampling.temperatures = [1.0]: list should have at least 2 items"),
+        (
+            "prompts.choose=untied",
+            "prompts: choose = 'untied': no prompt is sampled twice without reuse; set reuse=true",
+        ),
+        ("pairing.rejected_from={}", "pairing.rejected_from: name one of round, model and column"),
+        ("pairing.chosen_from={round: 0, column: x}", "pairing.chosen_from: name one of round, model and column"),
         ("pairing.strategy=best_wurst", "pairing.strategy = 'best_wurst': input should be 'best_worst', 'best_random'"),
         ("rounds=0", "rounds = 0: input should be greater than or equal to 1"),
         ("model.path=null", "model.path = None: input should be a valid string"),

@@ -15,7 +15,7 @@ from iterdpo.data.pairing import PairCounts, Strategy, build_pairs
 from iterdpo.types import Completion, CompletionGroup, Judgment, PreferencePair, Prompt
 
 Judged = tuple[CompletionGroup, Judgment]
-STRATEGIES: tuple[Strategy, ...] = ("best_worst", "best_random", "all_pairs")
+STRATEGIES: tuple[Strategy, ...] = ("best_worst", "best_random", "best_mean_2sd", "all_pairs")
 
 
 def judged(texts: Sequence[str], scores: Sequence[float | None], *, cut: Sequence[int] = (), id: str = "p-0") -> Judged:
@@ -62,6 +62,94 @@ def test_max_pairs_per_prompt_keeps_the_largest_margins_of_each_prompt(most: int
     pairs, counts = build(one, two, strategy="all_pairs", max_pairs_per_prompt=most)
     assert texts(pairs) == expected * 2
     assert (counts.groups_paired, counts.kept) == (2, 2 * len(expected))
+
+
+def test_best_mean_2sd_rejects_the_score_closest_to_two_deviations_below_the_mean() -> None:
+    # Nine of 1, one of -2 and one of -5: mean 2/11 = 0.18, variance 38/11 - 0.03 = 3.42, so that -3.52 is aimed at: -2 is
+    # 1.52 from it, and -5 1.48.
+    texts_, scores = "abcdefghijk", [1.0] * 9 + [-2.0, -5.0]
+    assert texts(build(judged(texts_, scores), strategy="best_mean_2sd")[0]) == ["a>k"]
+    # With -6 the aim is (1/11) - 2 sqrt(49/11 - 1/121) = -4.13: -2 is 2.13 from it and -6 1.87; with -7 the aim is
+    # 0 - 2 sqrt(62/11) = -4.75: -7 is 2.25 from it, -4 only 0.75.
+    assert texts(build(judged(texts_, [1.0] * 9 + [-4.0, -7.0]), strategy="best_mean_2sd")[0]) == ["a>j"]
+    assert texts(build(judged(texts_, [1.0] * 9 + [-4.0, -7.0]))[0]) == ["a>k"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(scores=st.lists(st.sampled_from([-1e9, -2.0, 0.0, 0.5, 3.0, 1e9]), min_size=2, max_size=5))
+def test_of_up_to_five_completions_mean_2sd_rejects_the_worst(scores: list[float]) -> None:
+    group = judged(
+        "abcde"[: len(scores)], scores
+    )  # of K numbers none is more than sqrt(K - 1) deviations from the mean
+    found = [build(group, strategy=strategy)[0] for strategy in ("best_worst", "best_mean_2sd")]
+    assert [p.rejected_score for p in found[0]] == [p.rejected_score for p in found[1]]
+
+
+def test_scores_at_the_ends_of_a_floats_range_have_a_mean_too() -> None:
+    group = judged("abc", [1e308, 1e308, -1e308])
+    assert texts(build(group, strategy="best_mean_2sd")[0]) == ["a>c"]
+
+
+def other(text: str, *, reason: str = "stop") -> Completion:
+    return Completion(text, [99], [], reason)  # type: ignore[arg-type]
+
+
+def test_the_best_is_chosen_against_another_sources_completion_although_all_tie() -> None:
+    pairs, counts = build(judged("abc", [0.5, 1.0, None]), judged("ab", [1.0, 1.0], id="p-1"), others=[other("z")] * 2)
+    assert texts(pairs) == ["b>z", "a>z"]
+    assert [(pair.chosen_score, pair.rejected_score) for pair in pairs] == [(1.0, None), (1.0, None)]
+    assert (counts.groups_paired, counts.kept) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "side", "expected"),
+    [
+        ("best_worst", "rejected", ["b>z"]),
+        ("all_pairs", "rejected", ["b>z", "c>z", "a>z"]),
+        ("best_worst", "chosen", ["z>a"]),
+        ("best_mean_2sd", "chosen", ["z>a"]),
+        ("all_pairs", "chosen", ["z>a", "z>c", "z>b"]),
+    ],
+)
+def test_the_strategy_says_which_completions_meet_that_of_another_source(
+    strategy: Strategy, side: str, expected: list[str]
+) -> None:
+    group = judged("abc", [0.0, 1.0, 0.5])
+    assert texts(build(group, others=[other("z")], others_are=side, strategy=strategy)[0]) == expected
+    assert (
+        texts(build(group, others=[other("z")], others_are=side, strategy=strategy, max_pairs_per_prompt=1)[0])
+        == (expected[:1])
+    )
+
+
+def test_best_random_rejects_any_completion_against_a_chosen_one_of_another_source() -> None:
+    groups = [judged("abc", [0.0, 1.0, 0.5], id=f"p-{i}") for i in range(40)]
+    pairs, _ = build(*groups, others=[other("z")] * 40, others_are="chosen", strategy="best_random")
+    assert {pair.rejected.text for pair in pairs} == set("abc")
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+@pytest.mark.parametrize(
+    ("given", "options", "reason"),
+    [
+        (None, {}, "unmatched"),
+        (other("a"), {}, "identical"),
+        (other("z", reason="length"), {"drop_truncated": True}, "truncated"),
+        (other("z", reason="thought"), {"drop_truncated": True}, "unfinished_thoughts"),
+    ],
+)
+def test_a_group_that_cannot_meet_another_sources_completion_is_counted_by_reason(
+    given: Completion | None, options: dict[str, Any], reason: str, side: str
+) -> None:
+    pairs, counts = build(judged("a", [1.0]), others=[given], others_are=side, **options)
+    assert (pairs, getattr(counts, reason), counts.groups_paired) == ([], 1, 0)
+    assert reason.replace("_", " ") in counts.summary()
+
+
+def test_an_unfinished_thought_of_another_source_may_be_rejected_and_is_never_chosen() -> None:
+    group, thought = judged("a", [1.0]), other("z", reason="thought")
+    assert texts(build(group, others=[thought])[0]) == ["a>z"]
+    assert build(group, others=[thought], others_are="chosen")[1].unfinished_thoughts == 1
 
 
 def test_best_random_draws_among_all_that_the_best_beats_and_never_always_the_first() -> None:

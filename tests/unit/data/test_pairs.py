@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from iterdpo.data import pairs
-from iterdpo.data.pairs import ABSENT, TokenPair, TokenPairs, pairs_table, write_pairs, write_tables
+from iterdpo.data.pairs import ABSENT, TokenPair, TokenPairs, drawn_rows, pairs_table, write_pairs, write_tables
 from iterdpo.types import Completion, Message, PreferencePair, Prompt
 
 PLAIN = "Once upon a time"
@@ -203,3 +203,25 @@ def test_a_mapped_pair_is_read_without_the_file_that_it_came_from(
     path.unlink()  # a row group would have to be decoded for each pair
     order = random.Random(0).sample(range(2000), 2000)
     assert [read[i] for i in order] == [written[i] for i in order]
+
+
+def test_drawn_rows_come_from_the_first_rows_of_each_file_without_the_samplers_logps(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("one.parquet", "two.parquet")]
+    for number, path in enumerate(paths):
+        write_tables(path, [pairs_table([pair(f"Tale {number}", 10 * number + k) for k in range(4)])])
+    everything = pa.concat_tables(drawn_rows(paths, [3, 4], 100, seed=0))
+    assert everything["chosen_token_ids"].to_pylist() == [
+        row
+        for path, count in zip(paths, (3, 4), strict=True)
+        for row in pq.read_table(path)["chosen_token_ids"].to_pylist()[:count]
+    ]
+    assert everything["chosen_sampler_logp"].null_count == everything["rejected_sampler_logp"].null_count == 7
+    assert everything.schema == pq.read_schema(paths[0])
+    some = [sum(map(len, drawn_rows(paths, [3, 4], 2, seed=seed))) for seed in range(5)]
+    assert some == [2] * 5
+    ids = {
+        tuple(t["chosen_token_ids"].to_pylist()[0])
+        for seed in range(40)
+        for t in drawn_rows(paths, [3, 4], 1, seed=seed)
+    }
+    assert len(ids) == 7

@@ -250,6 +250,19 @@ def test_a_round_larger_than_the_file_is_refused_even_with_reuse() -> None:
         rounds_of(prompt_set(10), 1, per_round=11, reuse=True)
 
 
+def test_retired_prompts_come_last_in_every_round() -> None:
+    prompts = prompt_set(10)
+    retired = prompts.train.ids[:4]
+    one, two = (
+        next_prompts(prompts, used, round=1, per_round=6, seed=0, reuse=True, retired=retired)
+        for used in ([], [prompts.train[4:]])
+    )
+    assert set(one.ids) == set(two.ids) == set(prompts.train.ids[4:])
+    more = next_prompts(prompts, [], round=1, per_round=8, seed=0, reuse=True, retired=retired)
+    assert set(more.ids[:6]) == set(one.ids)
+    assert len(set(more.ids)) == 8
+
+
 # Lengths
 
 

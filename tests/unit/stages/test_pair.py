@@ -29,7 +29,7 @@ def paired(run: IterativeRun) -> Pairs:
 
 
 def key(run: IterativeRun) -> dict[str, Any]:
-    return pair_inputs(run, Judgments(run.dir.root, "b07a", "5c1e"))
+    return pair_inputs(run, 1, Judgments(run.dir.root, "b07a", "5c1e"))
 
 
 def test_the_key_has_the_section_what_is_paired_and_the_seed(room: Room) -> None:

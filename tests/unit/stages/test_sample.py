@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from iterdpo.run.artifacts import Completions, PolicyCheckpoint, shard_name
 from iterdpo.run.rundir import read_manifest, write_json
 from iterdpo.sampling.base import Batch, SamplingParameters
 from iterdpo.seeds import derive_seed
+from iterdpo.stages.judge import judge
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.sample import inputs as sample_inputs
-from iterdpo.stages.sample import parameters_of, sample
+from iterdpo.stages.sample import parameters_of, sample, temperature_of
 from iterdpo.testing import CHATML, build_tiny_checkpoint
-from iterdpo.types import Completion
+from iterdpo.types import Completion, CompletionGroup, Judgment
 from tests.unit.stages.harness import PER_ROUND, SHARD_SIZE, K, Lengths, NotingSampler, Room
 
 stage = importlib.import_module("iterdpo.stages.sample")  # `iterdpo.stages` may have the function by this name
@@ -330,3 +332,37 @@ def test_values_for_the_template_are_part_of_the_key_if_there_are_any(room: Room
     room.sections["model"]["chat_template_kwargs"] = {}
     assert "chat_template_kwargs" not in key(room.open())["prompts"]
     assert list(room.open().pinned_ids(1)) != with_values
+
+
+def test_several_temperatures_are_in_the_key_and_reach_the_sampler(room: Room) -> None:
+    run = room.open(sampling={"temperatures": [0.7, 1.0]})
+    assert key(run)["sampling"]["temperature"] == [0.7, 1.0]
+    assert parameters_of(run, 2, temperature_of(run)).temperature == (0.7, 1.0)
+
+
+def test_prompts_that_tie_each_time_retire_and_are_counted(room: Room) -> None:
+    room.sections["prompts"] |= {"per_round": 12, "reuse": True, "choose": "untied"}  # of 36 to train on
+
+    class Some(Lengths):
+        """Ties every second prompt."""
+
+        def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+            found = super().judge(groups)
+            even = [int(group.prompt.text.removeprefix("Tale ")) % 2 == 0 for group in groups]
+            return [replace(j, scores=[1.0, 1.0]) if tie else j for j, tie in zip(found, even, strict=True)]
+
+    room.judge = Some()
+    run = room.open(rounds=5)
+    ties = sum(int(p.text.removeprefix("Tale ")) % 2 == 0 for p in run.prompts.train)
+    retired = []
+    for t in range(1, 6):
+        completions = sample(run, t, run.initial, run.prompts.of(t))
+        judge(run, t, completions, run.train_judge)
+        manifest = read_manifest(completions.path)
+        assert manifest is not None
+        retired.append(manifest.counts["retired"])
+        if t > 3:  # all have had their turn
+            assert all(int(p.text.removeprefix("Tale ")) % 2 for p in run.prompts.of(t))
+    assert retired[0] == 0
+    assert retired[3:] == [ties, ties]
+    assert room.open(rounds=5).prompts.of(4).digest() == run.prompts.of(4).digest()

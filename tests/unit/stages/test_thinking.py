@@ -168,9 +168,9 @@ def test_of_answers_alone_the_pairs_say_where_they_begin(room: Room, tmp_path: P
 def test_pairs_of_other_models_have_the_key_that_they_had(room: Room) -> None:
     run = room.open()
     judgments = judge(run, 1, sampled(run), run.train_judge)
-    assert pair_inputs(run, judgments).keys() == {"pairing", "judgments", "completions", "seed"}
-    assert pair_inputs(room.open(judge={"sees": "completion"}), judgments)["sees"] == "completion"
-    assert pair_inputs(room.open(dpo={"train_on": "answer"}), judgments)["train_on"] == "answer"
+    assert pair_inputs(run, 1, judgments).keys() == {"pairing", "judgments", "completions", "seed"}
+    assert pair_inputs(room.open(judge={"sees": "completion"}), 1, judgments)["sees"] == "completion"
+    assert pair_inputs(room.open(dpo={"train_on": "answer"}), 1, judgments)["train_on"] == "answer"
 
 
 def test_answers_alone_of_a_model_without_tags_are_refused(room: Room, tiny_model: Path) -> None:

@@ -1,0 +1,111 @@
+"""The side of a round's pairs that is not the policy's: one completion a prompt, of another policy or of a column."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from iterdpo.data.chats import content_of
+from iterdpo.data.preferences import given_completion
+from iterdpo.errors import DataError
+from iterdpo.run.artifacts import Completions, PolicyCheckpoint, read_groups, write_card
+from iterdpo.run.rundir import Step
+from iterdpo.seeds import derive_seed
+from iterdpo.stages.runs import IterativeRun
+from iterdpo.stages.sample import parameters_of, prompts_key, sample_shards, sampling_key, temperature_of
+from iterdpo.types import Completion, CompletionGroup
+
+
+def sampled_others(run: IterativeRun, round: int) -> Completions | None:
+    """One completion of each of the round's prompts by the other policy; None if no policy is the other source."""
+    for step in other_steps(run, round):
+        if (manifest := step.manifest()) is None:
+            directory, policy = step.begin(), _other_policy(run, round)
+            assert policy is not None
+            counts = sample_shards(
+                run,
+                directory,
+                "others",
+                policy,
+                run.prompts.of(round),
+                run.pinned_ids(round),
+                parameters_of(run, 1, temperature_of(run)),
+                lambda prompt_id: derive_seed(run.config.seed, round, "others", prompt_id),
+            )
+            write_card(directory, "shard-*.parquet")
+            manifest = step.finish(counts=counts)
+        return Completions.of(step.path, manifest)
+    return None
+
+
+def other_steps(run: IterativeRun, round: int) -> Iterator[Step]:
+    """The step of `sampled_others`, if the round has it."""
+    if (policy := _other_policy(run, round)) is not None:
+        inputs = {
+            "model": run.initial.digest,
+            "policy": policy.digest,
+            "prompts": prompts_key(run, run.prompts.of(round)),
+            "sampling": sampling_key(run, 1, temperature_of(run)),
+            "seed": run.config.seed,
+        }
+        yield run.dir.step(round, "others", inputs)
+
+
+def other_completions(
+    run: IterativeRun, groups: Iterator[CompletionGroup], sampled: Completions | None
+) -> Iterator[Completion | None]:
+    """The other source's completion for each group, in order; None if it has none."""
+    source = run.config.pairing.other_side
+    assert source is not None
+    if source.column is None:
+        assert sampled is not None
+        for group, other in zip(groups, read_groups(sampled.path, arrays=True), strict=True):
+            assert group.prompt.id == other.prompt.id
+            yield _unscored(other.completions[0])
+        return
+    for group in groups:
+        yield _of_column(run, group, source.column)
+
+
+def _of_column(run: IterativeRun, group: CompletionGroup, column: str) -> Completion | None:
+    """The completion in the prompt's column as token ids, at most `sampling.max_tokens` of them."""
+    where = f"prompt {group.prompt.id!r}, column {column!r}"
+    if (value := group.prompt.columns.get(column)) is None:
+        return None
+    content = content_of(value, where)
+    if not content or (isinstance(content, str) and not content.strip()):
+        return None
+    try:
+        return given_completion(
+            run.tokenizer,
+            group.prompt.content,
+            group.prompt_ids,
+            content,
+            run.config.sampling.max_tokens,
+            run.thinking,
+        )
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _unscored(completion: Completion) -> Completion:
+    """Without log-probabilities: they are another policy's than the pair's."""
+    return Completion(
+        completion.text,
+        completion.token_ids,
+        [],
+        completion.finish_reason,
+        completion.reasoning,
+        completion.reasoning_tokens,
+    )
+
+
+def _other_policy(run: IterativeRun, round: int) -> PolicyCheckpoint | None:
+    """The other policy of `round`; None if there is none, or its completions are in a column."""
+    match run.config.pairing.other_side:
+        case None:
+            return None
+        case source if source.round is not None:
+            return run.policy_after(min(source.round, round - 1))
+        case source if source.model is not None:
+            return run.other_model
+    return None

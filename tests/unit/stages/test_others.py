@@ -1,0 +1,153 @@
+"""Pairs of which one side is another policy's, or a column's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from flows.loop import run_loop, run_round
+from iterdpo.data.pairs import TRAIN
+from iterdpo.errors import ConfigError, DataError
+from iterdpo.run.rundir import read_manifest
+from iterdpo.stages.plan import first_pending
+from iterdpo.stages.runs import IterativeRun
+from iterdpo.testing import build_tiny_checkpoint
+from iterdpo.types import RoundRecord
+from tests.unit.stages.harness import PER_ROUND, STAGES, Room
+
+
+def finish(run: IterativeRun) -> list[RoundRecord]:
+    with run.dir.lock():
+        return list(run_loop(run, lambda t: run_round(run, t, STAGES)))
+
+
+def sides(run: IterativeRun, round: int) -> set[tuple[str, str]]:
+    rows = pq.read_table(run.dir.round_dir(round) / "pairs" / TRAIN).to_pylist()
+    return {(row["chosen"], row["rejected"]) for row in rows}
+
+
+def test_the_rejected_completion_is_sampled_from_the_named_round_with_seeds_of_its_own(room: Room) -> None:
+    run = room.open(pairing={"rejected_from": {"round": 0}})
+    finish(run)
+    assert sides(run, 1) == {("abab", "ab")}
+    table = pq.read_table(run.dir.round_dir(2) / "pairs" / TRAIN)
+    assert table["rejected_score"].null_count == table["rejected_sampler_logp"].null_count == PER_ROUND
+    assert table["chosen_score"].null_count == table["chosen_sampler_logp"].null_count == 0
+    step = read_manifest(run.dir.round_dir(2) / "others")
+    assert step is not None
+    assert step.inputs["policy"] == run.initial.digest  # round 1 was promoted, and is not what is rejected
+    pairs = read_manifest(run.dir.round_dir(2) / "pairs")
+    assert pairs is not None
+    assert pairs.inputs["others"] == step.digest
+    assert len(set(room.sampler.seeds)) == len(room.sampler.seeds) - 2 * 4  # only evaluations share theirs
+    assert first_pending(run) is None
+    assert "time/others_s" in run.dir.records()[-1].metrics
+
+
+def test_the_plan_names_the_other_policys_completions_before_the_pairs(room: Room) -> None:
+    run = room.open(rounds=1, pairing={"rejected_from": {"round": 0}})
+    finish(run)
+    (run.dir.round_dir(1) / "others").rename(room.root / "away")
+    assert first_pending(room.open(rounds=1, pairing={"rejected_from": {"round": 0}})) == "round-001/others"
+
+
+def test_another_checkpoint_of_the_same_shape_is_sampled_from(room: Room) -> None:
+    weaker = build_tiny_checkpoint(room.root / "weaker", seed=7)
+    run = room.open(rounds=1, pairing={"rejected_from": {"model": str(weaker)}})
+    finish(run)
+    assert run.other_model.digest in room.sampler.loaded
+    assert run.other_model.digest != run.initial.digest
+
+
+def test_a_checkpoint_of_another_shape_or_vocabulary_is_refused_at_once(room: Room) -> None:
+    wider = build_tiny_checkpoint(room.root / "wider", intermediate_size=256)
+    with pytest.raises(ConfigError, match=r"pairing\.rejected_from\.model .*names or shapes.*\{column: NAME\}"):
+        room.open(pairing={"rejected_from": {"model": str(wider)}})
+    other = build_tiny_checkpoint(room.root / "other")
+    text = json.loads((other / "tokenizer.json").read_text())
+    first, second = list(text["model"]["vocab"])[10:12]
+    vocabulary = text["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(ConfigError, match="another vocabulary"):
+        room.open(pairing={"chosen_from": {"model": str(other)}})
+
+
+def with_column(room: Room) -> None:
+    rows = [{"prompt": f"Tale {i}", "gold": f"gold {i}" if i % 4 else None} for i in range(40)]
+    Path(room.sections["prompts"]["path"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_columns_completion_is_chosen_in_the_policys_tokens_and_rows_without_are_counted(room: Room) -> None:
+    with_column(room)
+    run = room.open(rounds=1, pairing={"chosen_from": {"column": "gold"}})
+    record = finish(run)[-1]
+    rows = pq.read_table(run.dir.round_dir(1) / "pairs" / TRAIN).to_pylist()
+    assert {row["rejected"] for row in rows} == {"ab"}  # the worst of the policy's
+    assert all(row["chosen"].startswith("gold") for row in rows)
+    tokenizer = run.tokenizer
+    assert all(tokenizer.decode(row["chosen_token_ids"], skip_special_tokens=True) == row["chosen"] for row in rows)
+    assert all(row["chosen_token_ids"][-1] == tokenizer.eos_token_id for row in rows)
+    golds = sum(prompt.columns["gold"] is not None for prompt in run.prompts.of(1))
+    assert (len(rows), record.metrics.get("pairs/unmatched", 0)) == (golds, PER_ROUND - golds)
+    assert not (run.dir.round_dir(1) / "others").exists()
+
+
+def test_a_column_that_no_prompt_has_is_refused_at_once(room: Room) -> None:
+    with_column(room)
+    with pytest.raises(ConfigError, match=r"pairing\.chosen_from\.column = 'golden': .* they have gold"):
+        room.open(pairing={"chosen_from": {"column": "golden"}})
+
+
+def test_pairs_of_earlier_rounds_and_of_a_file_are_added_by_share(room: Room) -> None:
+    file = room.root / "offline.jsonl"
+    rows = [{"prompt": f"Old {i}", "chosen": f" yes {i}", "rejected": " no"} for i in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixture = {"replay": 0.25, "offline": {"path": str(file), "share": 0.25}}
+    run = room.open(rounds=3, pairing=mixture)
+    records = finish(run)
+    counts = [{k: r.metrics[f"pairs/{k}"] for k in ("kept", "fresh", "replayed", "offline")} for r in records[1:]]
+    assert counts == [
+        {"kept": 9, "fresh": 6, "replayed": 0, "offline": 3},  # of 12, a quarter each; nothing to replay yet
+        {"kept": 12, "fresh": 6, "replayed": 3, "offline": 3},
+        {"kept": 12, "fresh": 6, "replayed": 3, "offline": 3},
+    ]
+    prompts = [pq.read_table(run.dir.round_dir(t) / "pairs" / TRAIN)["prompt"].to_pylist() for t in (1, 2, 3)]
+    assert set(prompts[1][6:9]) <= set(prompts[0][:6])  # fresh ones of round 1, none of its offline pairs
+    assert set(prompts[2][6:9]) <= {*prompts[0][:6], *prompts[1][:6]}
+    assert all(text.startswith("Old") for t in prompts for text in t[-3:])
+    assert prompts[1][9:] != prompts[2][9:]  # drawn anew
+    assert first_pending(run) is None
+    chats = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in chats))
+    again = room.open(rounds=3, pairing=mixture, redo=True)
+    with pytest.raises(DataError, match="its prompts are messages, and those of the run are text"):
+        finish(again)
+
+
+def test_the_key_has_the_datas_content_and_the_replayed_pairs_but_no_path(room: Room) -> None:
+    file = room.root / "offline.jsonl"
+    file.write_text(json.dumps({"prompt": "Old", "chosen": " yes", "rejected": " no"}) + "\n")
+    run = room.open(rounds=2, pairing={"replay": 0.5, "offline": {"path": str(file), "share": 0.1}})
+    finish(run)
+    first, second = (read_manifest(run.dir.round_dir(t) / "pairs") for t in (1, 2))
+    assert first is not None
+    assert second is not None
+    assert "replayed" not in first.inputs
+    assert second.inputs["replayed"] == [first.digest]
+    assert not {"path", "split"} & second.inputs["pairing"]["offline"].keys()
+    file.write_text(json.dumps({"prompt": "Older", "chosen": " yes", "rejected": " no"}) + "\n")
+    assert (
+        room.open(pairing={"replay": 0.5, "offline": {"path": str(file), "share": 0.1}}).offline_content
+        != (first.inputs["pairing"]["offline"]["content"])
+    )
+
+
+def test_unpaired_data_cannot_be_mixed(room: Room) -> None:
+    file = room.root / "unpaired.jsonl"
+    file.write_text(json.dumps({"prompt": "Old", "completion": " yes", "label": True}) + "\n")
+    with pytest.raises(ConfigError, match="unpaired data; only pairs can be mixed"):
+        room.open(pairing={"offline": {"path": str(file), "share": 0.1}})
