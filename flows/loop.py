@@ -29,7 +29,7 @@ class Stages(NamedTuple):
     pair: Callable[[Run, int, Completions, Judgments], Pairs] = pair
     train: Callable[[Run, int, Pairs, PolicyCheckpoint, PolicyCheckpoint], PolicyCheckpoint] = train
     evaluate: Callable[[Run, int, PolicyCheckpoint, Mapping[str, Evaluation]], Evaluation] = evaluate
-    gate: Callable[[Run, int, Evaluation, PolicyCheckpoint, PolicyCheckpoint | None], RoundRecord] = gate
+    gate: Callable[[Run, int, Evaluation | None, PolicyCheckpoint, PolicyCheckpoint | None], RoundRecord] = gate
 
 
 PLAIN = Stages()
@@ -49,9 +49,11 @@ def dpo_round(run: Run, t: int, policy: PolicyCheckpoint, do: Stages = PLAIN) ->
     pairs = do.pair(run, t, completions, judgments)  # (x, y_w, y_l)
     reference = reference_policy(run, t, policy)  # pi_ref
     candidate = do.train(run, t, pairs, policy, reference)  # pi_{t+1} <- DPO(pi_t)
-    against = run.baselines(t, policy)
-    evaluation = do.evaluate(run, t, candidate, against)  # win rate, scores, KL, on held-out x
-    return do.gate(run, t, evaluation, candidate, policy)  # promote, keep, lower the learning rate or stop
+    standing, evaluation = run.standing(t), None  # the policy that was evaluated last
+    if run.evaluates(t):
+        against = run.baselines(t, standing)
+        evaluation = do.evaluate(run, t, candidate, against)  # win rate, scores, KL, on held-out x
+    return do.gate(run, t, evaluation, candidate, standing)  # promote, keep, lower the learning rate or stop
 
 
 def run_round(run: Run, t: int, do: Stages = PLAIN) -> RoundRecord:

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from flows.api import describe
-from iterdpo.config import OfflineConfig
+from iterdpo.config import Config, OfflineConfig
 from iterdpo.data.mixing import further_pairs
 from iterdpo.data.preferences import preferences_of, tokenize_pairs
 from iterdpo.data.prompts import PromptFile
@@ -49,7 +49,7 @@ def describe_plan(run: IterativeRun) -> str:
     share = config.pairing.offline.share if config.pairing.offline else 0.0
     pairs += sum(further_pairs(pairs, replay=config.pairing.replay, offline=share))
     policy, checkpoint = training_bytes(run.model_path, config.dpo)
-    in_all = rounds * (completions + others) + (rounds + 1) * evaluated
+    in_all = rounds * (completions + others) + (_evaluations(config) + 1) * evaluated
     return _table(
         model=run.model_path,
         **_thinking(
@@ -88,10 +88,10 @@ def _judge_calls(run: IterativeRun) -> dict[str, str]:
         if compares(judge.use, judge.args):
             # With the initial policy, and from the second round on with the previous one too.
             evaluation = estimate(judge.use, judge.args, compared) * (heldout * each / len(compared))
-            evaluated = evaluation * (2 * rounds - 1)
+            evaluated = evaluation * (2 * _evaluations(config) - 1)
         else:
             evaluation = estimate(judge.use, judge.args, scored) * (heldout / len(scored))
-            evaluated = evaluation * (rounds + 1)
+            evaluated = evaluation * (_evaluations(config) + 1)
         work, said = evaluated, f"{round(evaluation.calls):,} an evaluation"
         if role == "training":
             one = estimate(judge.use, judge.args, trained) * (config.prompts.per_round / len(trained))
@@ -104,6 +104,11 @@ def _judge_calls(run: IterativeRun) -> dict[str, str]:
     if (shared := shared_lineage(config.judge.args, config.model.path)) is not None:
         rows["warning"] = shared
     return rows
+
+
+def _evaluations(config: Config) -> int:
+    """Rounds that are evaluated, without round 0."""
+    return math.ceil(config.rounds / config.evaluation.every)
 
 
 def _groups(prompts: PromptFile, completions: int, max_tokens: int) -> list[CompletionGroup]:

@@ -170,6 +170,8 @@ def overridden(config: Config, rounds: int, overrides: Mapping[str, float]) -> C
         ConfigError: a key that a trigger may not set, or a value that is not a number or out of its range.
     """
     values: dict[str, Any] = {**config.model_dump(), "rounds": rounds}
+    if config.steps_per_round is not None:
+        values["total_steps"] = rounds * config.steps_per_round
     for key, value in overrides.items():
         if key not in OVERRIDABLE:
             raise ConfigError(f"overrides: {key!r} cannot be set by a trigger; {', '.join(OVERRIDABLE)} can")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import DamagedError, RunFailed, RunLockedError, UserError
-from iterdpo.gate import best_record
+from iterdpo.gate import best_record, was_evaluated
 from iterdpo.run import disk
 from iterdpo.run.rundir import Manifest, RunDir, canonical, directory_digest, read_jsonl, read_object
 from iterdpo.run.sums import MANIFEST, RECORD, damages, record, recorded
@@ -198,7 +198,11 @@ def _steps_of(round: int, config: dict[str, Any]) -> tuple[str, ...]:
     """The steps that a round has once it is decided."""
     if "prompts" not in config:
         return ()
-    return ("completions", "judgments", "pairs", "policy", "evaluation") if round else ("evaluation",)
+    if round == 0:
+        return ("evaluation",)
+    steps = ("completions", "judgments", "pairs", "policy")
+    every = (config.get("evaluation") or {}).get("every", 1)
+    return steps if round % every and round != config.get("rounds") else (*steps, "evaluation")
 
 
 def _sources(
@@ -230,10 +234,11 @@ def _sources(
         case "evaluation":
             yield "policy", digest_of("policy")
             yield "baselines.initial", digest_of("evaluation", 0)
-            if before is not None:
-                yield "baselines.previous", digest_of("evaluation", before.policy_round)
+            looked = [records[r] for r in sorted(records) if r < round and was_evaluated(records[r])]
+            if looked:
+                yield "baselines.previous", digest_of("evaluation", looked[-1].policy_round)
                 best = best_record([record for r, record in sorted(records.items()) if r < round]).policy_round
-                if best != before.policy_round:
+                if best != looked[-1].policy_round:
                     yield "baselines.best", digest_of("evaluation", best)
 
 

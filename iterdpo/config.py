@@ -369,6 +369,11 @@ class SentinelsConfig(Section):
     """Alarm if the gradient norm, before it is scaled down, is more than this many times the median of earlier steps."""
     grad_norm_action: Action = "warn"
     """See `grad_norm`."""
+    score_gap: float = Field(0.25, ge=0, lt=1)
+    """Alarm if the mean difference of scores in a round's pairs is less than this share of round 1's: chosen and rejected
+    become alike, and rounds stall (arXiv:2508.06026). `stop` ends the run before the round trains."""
+    score_gap_action: Action = "warn"
+    """See `score_gap`."""
     window: int = Field(5, ge=1)
     """Steps over which `chosen_drop` and `margin` are averaged."""
 
@@ -476,6 +481,28 @@ def _loss_with_type(value: Any) -> Any:
     return {"type": "sigmoid", **value} if isinstance(value, dict) else value
 
 
+class RoundScheduleConfig(Section):
+    """How the peak learning rate falls from round to round. It depends on the round alone, so that rounds can be added."""
+
+    schedule: Literal["linear", "cosine", "exponential"] = "linear"
+    """The curve from the full rate in round 1 to `final` of it."""
+    rounds: int = Field(ge=2)
+    """The round that has `final` of the rate, as do those after it. Independent of the run's `rounds`."""
+    final: float = Field(0.1, gt=0, le=1)
+    """Share of the rate that is left."""
+
+    def factor(self, round: int) -> float:
+        """The share of the learning rate that `round` has, which counts from 1."""
+        progress = min(1.0, (round - 1) / (self.rounds - 1))
+        match self.schedule:
+            case "linear":
+                return 1 - (1 - self.final) * progress
+            case "cosine":
+                return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+            case "exponential":
+                return float(self.final**progress)
+
+
 _WARMUP_RATIO = 0.1
 
 
@@ -512,6 +539,8 @@ class DPOConfig(Section):
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate of AdamW. Around 5e-7 to 5e-6 for billions of parameters, 1e-5 to 1e-4 for 100 million or
     for an adapter."""
+    learning_rate_over_rounds: RoundScheduleConfig | None = Field(None, exclude_if=_unset)
+    """A smaller peak in later rounds, which start closer to their goal."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
     """Decay after the warm-up, over the round's steps."""
     warmup_ratio: float = Field(_WARMUP_RATIO, ge=0, lt=1)
@@ -616,6 +645,13 @@ class DPOConfig(Section):
         """Whether the objective compares the policy with a reference."""
         return self.loss.uses_reference and self.reference != "none"
 
+    def of_round(self, round: int) -> DPOConfig:
+        """The settings of `round`, with the learning rate that it has."""
+        if (over_rounds := self.learning_rate_over_rounds) is None:
+            return self
+        rate = self.learning_rate * over_rounds.factor(round)
+        return self.model_copy(update={"learning_rate": rate, "learning_rate_over_rounds": None})
+
     def steps(self, pairs: int) -> int:
         """Optimizer steps of a round of `pairs`."""
         return self.max_steps or self.epochs * math.ceil(pairs / self.pairs_per_step)
@@ -639,6 +675,9 @@ class EvaluationConfig(Section):
     max_logp_gap: float = Field(0.05, gt=0)
     """Maximum mean difference, in nats per token, between the engine's log-probabilities and the checkpoint's. The run
     stops if it is exceeded. bf16 gives about 0.01; a quantized engine needs more."""
+    every: int = Field(1, ge=1, exclude_if=lambda rounds: rounds == 1)
+    """Evaluate each round of this number, and the last. The others are promoted without a gate. A candidate that the gate
+    refuses gives way to the policy that was evaluated before, not to the one of the round before."""
     bootstrap_samples: int = Field(10_000, ge=100)
     """Bootstrap resamples of the held-out prompts for each interval."""
 
@@ -742,6 +781,51 @@ class SupervisionConfig(Section):
 SUPERVISED = SupervisionConfig()
 
 
+ONE_RUN = {"lr_scheduler": "constant", "warmup_ratio": 0.0, "optimizer_state": "carry"}
+"""Defaults of `dpo` that make rounds of a few steps one training: short rounds have no schedule of their own."""
+
+
+def with_dial(values: Any) -> Any:
+    """The values of a configuration, with those that `steps_per_round` sets.
+
+    Raises:
+        ValueError: `total_steps` is missing or no multiple, or a key that is set has another value.
+    """
+    if not isinstance(values, dict):
+        return values
+    steps, total, dpo = values.get("steps_per_round"), values.get("total_steps"), values.get("dpo") or {}
+    if steps is None and total is not None:
+        raise ValueError("total_steps: needs steps_per_round; set it, or set rounds in place of total_steps")
+    if not all(type(number) is int and number > 0 for number in (steps, total) if number is not None) or steps is None:
+        return values  # what is no number is refused as such
+    if total is None or total % steps:
+        nearest = [d for d in range(1, (total or 0) + 1) if (total or 1) % d == 0]
+        said = (
+            f"no divisor of total_steps = {total}; such are {', '.join(map(str, nearest))}"
+            if total
+            else ("needs total_steps, the optimizer steps of the run")
+        )
+        raise ValueError(f"steps_per_round = {steps}: {said}")
+    if isinstance(dpo, DPOConfig):
+        dpo = dpo.model_dump(exclude_unset=True)
+    if not isinstance(dpo, dict) or not isinstance(prompts := values.get("prompts"), dict):
+        return values
+    per_step = dpo.get("pairs_per_step", DPOConfig().pairs_per_step)
+    sets = {"rounds": total // steps, "prompts.per_round": per_step * steps, "dpo.max_steps": steps}
+    given = {"rounds": values, "prompts.per_round": prompts, "dpo.max_steps": dpo}
+    for key, value in sets.items():
+        known = given[key].get(key.rpartition(".")[2])
+        if known not in (None, value):
+            raise ValueError(f"{key} = {known}: steps_per_round sets it to {value}; remove one of the two")
+    defaults = {k: v for k, v in ONE_RUN.items() if k != "warmup_ratio" or dpo.get("warmup_steps") is None}
+    return {
+        **values,
+        "rounds": sets["rounds"],
+        "prompts": {**prompts, "per_round": sets["prompts.per_round"]},
+        "dpo": {**defaults, **dpo, "max_steps": steps},
+    }
+
+
 class Config(Section):
     """A run of iterative DPO."""
 
@@ -749,6 +833,12 @@ class Config(Section):
     """The directory for all files of the run. Use the same directory again to resume, or to add rounds."""
     rounds: int = Field(3, ge=1)
     """Total number of rounds. Increase it to continue a finished run."""
+    steps_per_round: int | None = Field(None, ge=1, exclude_if=_unset)
+    """The dial from online to offline: optimizer steps between two samplings (the s of arXiv:2506.21495). 1 is fully online,
+    `total_steps` one round. Sets `rounds`, `prompts.per_round` and `dpo.max_steps`: see
+    [from online to offline](training.md#from-online-to-offline)."""
+    total_steps: int | None = Field(None, ge=1, exclude_if=_unset)
+    """Optimizer steps of the run, with `steps_per_round`; a multiple of it."""
     seed: int = 0
     """The source of every random choice of the run."""
     model: ModelConfig
@@ -760,6 +850,11 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
     supervision: SupervisionConfig = SupervisionConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_dial_sets_rounds(cls, values: Any) -> Any:
+        return with_dial(values)
 
     @model_validator(mode="after")
     def _the_heldout_judge_is_another(self) -> Config:

@@ -72,7 +72,8 @@ def decide(
     action, consequence = decisive.otherwise, "the policy before is kept"
     if action == "lower_learning_rate":
         consequence += f", and the learning rate is multiplied by {learning_rate_factor:g}"
-    waited = 1 + len(list(takewhile(lambda record: record.decision != "promote", reversed(earlier))))
+    looked = filter(was_evaluated, reversed(earlier))
+    waited = 1 + len(list(takewhile(lambda record: record.decision != "promote", looked)))
     if action == "stop":
         consequence = "the run ends"
     elif patience is not None and waited >= patience:
@@ -87,7 +88,8 @@ def best_round(rounds: Sequence[Mapping[str, Any]], gate: Mapping[str, Any]) -> 
     that are equal. If it compares with the round before, each promoted round has beaten the one before it, so that
     the last one is the best.
     """
-    promoted = [row for row in rounds if row.get("gate/decision") == "promote"] or rounds[-1:]
+    decided = [row for row in rounds if row.get("gate/evaluated", True) not in (False, 0)]  # the others had no gate
+    promoted = [row for row in decided if row.get("gate/decision") == "promote"] or decided[-1:]
     metric = str(gate.get("metric", "win_rate/vs_previous")).removesuffix("_low")
     if metric.partition("/vs_")[2] in ("previous", "best"):
         return int(promoted[-1]["round"])
@@ -107,6 +109,11 @@ def best_record(records: Sequence[RoundRecord]) -> RoundRecord:
     rows = [{**record.metrics, "round": record.round, "gate/decision": record.decision} for record in records]
     best = best_round(rows, records[-1].gate)
     return next(record for record in records if record.round == best)
+
+
+def was_evaluated(record: RoundRecord) -> bool:
+    """Whether the round had an evaluation and so a gate: with `evaluation.every`, some have neither."""
+    return record.metrics.get("gate/evaluated", True) is not False
 
 
 def learning_rate(initial: float, earlier: Sequence[RoundRecord]) -> float:
@@ -155,7 +162,8 @@ def _baseline(against: str, earlier: Sequence[RoundRecord]) -> RoundRecord:
             return earlier[0]
         case "best":
             return best_record(earlier)
-    return earlier[earlier[-1].policy_round]
+    last = next(filter(was_evaluated, reversed(earlier)))
+    return next(record for record in earlier if record.round == last.policy_round)
 
 
 def _all_tied(metrics: Mapping[str, Any], metric: str) -> bool:

@@ -152,6 +152,63 @@ def z_scores(scores: Sequence[float | None]) -> Scores:
     return [None if s is None else (s - center) / spread for s in scores]
 
 
+class ByTask(_JudgeOfJudges):
+    """One judge for each kind of prompt: a column says which. Verifiable and judged prompts go into one run so.
+
+    Pairs are made within a prompt, so the judges' scales do not matter to them. Held-out scores are means over all prompts:
+    give the judges scales that are alike (`clip`, a rubric from 0 to 1), or read win rates. A prompt whose task has no
+    judge abstains.
+
+    Args:
+        judges: the judges, by the value of the column: `{math: {use, args}, chat: {use, args}}`.
+        column: the column with the task.
+        otherwise: the judge of prompts with another value, or without the column.
+    """
+
+    def __init__(
+        self, judges: dict[str, dict[str, Any]], column: str = "task", otherwise: dict[str, Any] | None = None
+    ) -> None:
+        self.column = column
+        self.by_task = {task: load_judge(judge["use"], judge.get("args") or {}) for task, judge in judges.items()}
+        self.otherwise = load_judge(otherwise["use"], otherwise.get("args") or {}) if otherwise else None
+        super().__init__("by_task", [*self.by_task.values(), *([self.otherwise] if self.otherwise else [])])
+
+    @staticmethod
+    def check(judges: Any, column: Any = "task", otherwise: Any = None) -> None:
+        if not isinstance(judges, dict) or not judges or "use" in judges:
+            raise JudgeError("by_task: `judges` is a mapping of tasks to judges: {math: {use: ..., args: {...}}, ...}")
+        for judge in [*judges.values(), *([otherwise] if otherwise is not None else [])]:
+            _check_nested("by_task", judge)
+        if not isinstance(column, str) or not column:
+            raise JudgeError(f"by_task: column is {column!r}; it is the name of a column of the prompts")
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        tasks = [task_of(group, self.column) for group in groups]
+        found: dict[int, Judgment] = {}
+        for which in dict.fromkeys(task if task in self.by_task else None for task in tasks):
+            numbers = [i for i, task in enumerate(tasks) if (task if task in self.by_task else None) == which]
+            member = self.otherwise if which is None else self.by_task[which]
+            some = [groups[i] for i in numbers]
+            judged = self._unjudged(some) if member is None else checked_judgments(member, some)
+            found |= dict(zip(numbers, judged, strict=True))
+        return [found[i] for i in range(len(groups))]
+
+    def _unjudged(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        known = ", ".join(self.by_task)
+        reasons = [f"column {self.column!r} is {task_of(group, self.column)!r}, not {known}" for group in groups]
+        counts = [len(group.completions) for group in groups]
+        return [
+            Judgment(group.prompt.id, [None] * count, [reason] * count)
+            for group, count, reason in zip(groups, counts, reasons, strict=True)
+        ]
+
+
+def task_of(group: CompletionGroup, column: str) -> str | None:
+    """The task that a prompt's column names, as text; None without one."""
+    value = group.prompt.columns.get(column)
+    return None if value is None else str(value)
+
+
 class _Wrapper(_JudgeOfJudges):
     """A judge that changes the scores of another one, by `rescored`.
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from iterdpo.types import CompletionGroup
+from judges.combine import task_of
 from judges.llm.judges import LLMJudge
-from judges.load import built_in, compares, nested_judges
+from judges.load import built_in, check_judge, compares, nested_judges
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,15 @@ def estimate(use: str, args: dict[str, Any], groups: Sequence[CompletionGroup]) 
     Raises:
         JudgeError: what `check_judge` finds in the arguments of a language model.
     """
+    if use == "by_task":
+        check_judge(use, args)
+        judges, column, otherwise = args["judges"], args.get("column", "task"), args.get("otherwise")
+        tasks = [task_of(group, column) for group in groups]
+        of = {task: [g for g, t in zip(groups, tasks, strict=True) if t == task] for task in judges}
+        parts = [(judges[task], some) for task, some in of.items()]
+        if otherwise is not None:
+            parts.append((otherwise, [g for g, t in zip(groups, tasks, strict=True) if t not in judges]))
+        return sum((estimate(j["use"], j.get("args") or {}, some) for j, some in parts), Workload())
     if within := list(nested_judges(args)):
         return sum((estimate(j["use"], j.get("args") or {}, groups) for j in within), Workload())
     made = built_in(use)

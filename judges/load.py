@@ -50,6 +50,7 @@ BUILT_IN = {
     "code_tests": "judges.verify.code:CodeTests",
     "instructions": "judges.verify.ifeval:Instructions",
     "ensemble": "judges.combine:Ensemble",
+    "by_task": "judges.combine:ByTask",
     "length_penalty": "judges.combine:LengthPenalty",
     "length_regressed": "judges.combine:LengthRegressed",
     "clip": "judges.combine:Clip",
@@ -167,6 +168,13 @@ def check_columns(use: str, columns: Iterable[str], args: Iterable[str] = ()) ->
     Raises:
         JudgeError: naming the column, and the nearest that there is.
     """
+    columns = list(columns)
+    if isinstance(args, dict):
+        for inner in nested_judges(args):
+            check_columns(inner["use"], columns, inner.get("args") or {})
+        if use == "by_task" and (column := args.get("column", "task")) not in columns:
+            known = nearest(str(column), columns, "they have")
+            raise JudgeError(f"judge 'by_task': asks for a column {column!r} that the prompts do not have; {known}")
     source = None if use in BUILT_IN else _locate(use)
     if source is None or source.file is None:
         return

@@ -32,6 +32,8 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
     for name in ("fresh", "replayed", "offline"):  # of a mixture
         if name in counts["pairs"]:
             metrics[f"pairs/{name}"] = counts["pairs"][name]
+    if "score_gap" in counts["pairs"]:
+        metrics["pairs/score_gap"] = counts["pairs"]["score_gap"]
     if counts["pairs"].get("unmatched"):
         metrics["pairs/unmatched"] = counts["pairs"]["unmatched"]
     metrics |= _left_out("pairs", counts["pairs"])
@@ -42,7 +44,8 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
     for name in TRAINING:
         tail = [row[name] for row in log[len(log) // 2 :] if name in row]  # the second half: the first still learns
         metrics[name] = sum(tail) / len(tail) if tail else None
-    metrics["alarms"] = sum(len(row.get("alarms", [])) for row in log) if log else None
+    of_pairs = len(counts["pairs"].get("alarms", []))
+    metrics["alarms"] = sum(len(row.get("alarms", [])) for row in log) + of_pairs if log else None
     if (directory / "policy" / "eval_metrics.json").exists():
         metrics |= read_json(directory / "policy" / "eval_metrics.json")
     for name, value in (counts["judgments"].get("metrics", {}) | counts["judgments"].get("usage", {})).items():

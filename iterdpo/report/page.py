@@ -75,6 +75,7 @@ JUDGE = (  # how the training judge behaved
     Column("Abstained", "judge/abstained", percent),
     Column("Changed with the order", "judge/flip_rate", percent),
     Column("First position wins", "judge/first_position", percent),
+    Column("Gap of scores in pairs", "pairs/score_gap", number),
     Column("Longer wins", "judge/longer_wins", percent),
     Column("Length correlation", "judge/length_correlation", number),
     Column("Circular verdicts", "judge/intransitive", percent),

@@ -16,12 +16,15 @@ from iterdpo.types import RoundRecord
 def gate(
     run: IterativeRun,
     round: int,
-    evaluation: Evaluation,
+    evaluation: Evaluation | None,
     candidate: PolicyCheckpoint,
     previous: PolicyCheckpoint | None,
 ) -> RoundRecord:
-    """Seal the round. `previous` is the policy that it started from; round 0 has none, and promotes the initial one."""
-    assert evaluation.round == round
+    """Seal the round. `previous` is the policy that was evaluated last; round 0 has none, and promotes the initial one.
+
+    A round without an evaluation is promoted.
+    """
+    assert evaluation is None or evaluation.round == round
     record = decision_record(run, round, candidate, previous)
     if run.dir.record(round) != record:
         run.dir.write_record(record)
@@ -36,6 +39,7 @@ def decision_record(
 
     A StaleStepError if the round was sealed with other settings of the gate.
     """
+    evaluated = round == 0 or run.evaluates(round)
     settings = run.config.gate.model_dump()
     known = run.dir.record(round)
     if known is not None and not run.dir.redo:
@@ -45,8 +49,12 @@ def decision_record(
     metrics = round_metrics(run.dir, round)
     if previous is None:
         decision = Decision("promote", "the initial policy")
-    else:
+    elif evaluated:
         decision = decide(metrics, **settings, earlier=run.records_before(round))
+    else:
+        every = run.config.evaluation.every
+        decision = Decision("promote", f"not evaluated, so without a gate (evaluation.every = {every})")
+        metrics["gate/evaluated"] = False
     kept = candidate if previous is None or decision.action == "promote" else previous
     return round_record(run, round, decision, kept, settings, metrics)
 

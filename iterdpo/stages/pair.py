@@ -48,6 +48,7 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
             }
             counts = PairCounts()
             mixed: Counter[str] = Counter()
+            gaps: list[float] = [0.0, 0]  # their sum, and how many pairs have one
 
             def pairs() -> Iterator[PreferencePair]:
                 nonlocal counts
@@ -59,6 +60,10 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
                         of_batch["others_are"] = "chosen" if section.chosen_from else "rejected"
                     found, more = build_pairs(*zip(*some, strict=True), **of_batch)
                     counts += more
+                    for made in found:
+                        if made.chosen_score is not None and made.rejected_score is not None:
+                            gaps[0] += made.chosen_score - made.rejected_score
+                            gaps[1] += 1
                     yield from found
                     stage.to(counts.kept)
 
@@ -92,6 +97,10 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
             if not counts.kept:
                 raise DataError(_nothing(round, counts.summary(), judgments))
         found = asdict(counts)
+        if gaps[1]:
+            found["score_gap"] = gaps[0] / gaps[1]
+            if (alarm := _gap_alarm(run, round, found["score_gap"])) is not None:
+                found["alarms"] = [alarm]
         if section.replay or section.offline:
             found |= {"fresh": counts.kept, "replayed": mixed["replayed"], "offline": mixed["offline"]}
             found["kept"] += mixed.total()
@@ -166,6 +175,30 @@ def _offline(run: IterativeRun, round: int, number: int) -> Iterator[pa.Table]:
         account.check_rows("pairing.offline.bad_rows")
     if tokenized:
         yield pairs_table(tokenized, answers_alone=alone)
+
+
+def _gap_alarm(run: IterativeRun, round: int, gap: float) -> str | None:
+    """What the sentinel `score_gap` says of the mean difference of scores in a round's pairs; None if it is content.
+
+    Raises:
+        DataError: it says something, and is to stop.
+    """
+    watch = run.config.dpo.sentinels
+    first = read_manifest(run.dir.round_dir(1) / "pairs") if round > 1 else None
+    before = first.counts.get("score_gap") if first is not None else None
+    if watch.score_gap_action == "off" or before is None or gap >= watch.score_gap * before:
+        return None
+    said = (
+        f"chosen and rejected differ by {gap:.3g} in their scores, in round 1 by {before:.3g}: they become alike "
+        f"(dpo.sentinels.score_gap = {watch.score_gap:g})"
+    )
+    if watch.score_gap_action == "stop":
+        raise DataError(
+            f"round {round}: {said}. Take the rejected completion from an earlier policy (pairing.rejected_from), sample more "
+            "completions a prompt, or set dpo.sentinels.score_gap_action to warn"
+        )
+    run.progress.say(f"  {'alarm':<9} {said}")
+    return f"score_gap: {said}"
 
 
 def train_on_key(run: OfflineRun) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def first_pending_of(run: IterativeRun, round: int) -> str | None:
             return step.name
         if step.path.name == "policy":
             candidate = PolicyCheckpoint(step.path, manifest.digest, round)
-    previous = run.policy_after(round - 1) if round else None
+    previous = run.standing(round) if round else None
     if run.dir.record(round) != decision_record(run, round, candidate, previous):
         return f"{run.dir.round_dir(round).name}/round.json"
     return None
@@ -74,7 +74,8 @@ def steps_of_round(run: IterativeRun, round: int) -> Iterator[Step]:
     pairs, reference = Pairs.of(paired.path, _done(paired)), reference_policy(run, round, policy)
     yield (trained := step("policy", train.inputs(run, round, pairs, policy, reference)))
     candidate = PolicyCheckpoint(trained.path, _done(trained).digest, round)
-    yield step("evaluation", evaluate.inputs(run, candidate, run.baselines(round, policy)))
+    if run.evaluates(round):
+        yield step("evaluation", evaluate.inputs(run, candidate, run.baselines(round, run.standing(round))))
 
 
 def _done(step: Step) -> Manifest:

@@ -197,7 +197,7 @@ class OfflineRun:
 
     def learning_rate(self, round: int) -> float:
         """The peak learning rate of `round`."""
-        return self.settings.dpo.learning_rate
+        return self.settings.dpo.of_round(round).learning_rate
 
     @property
     def _devices(self) -> int:
@@ -336,6 +336,15 @@ class IterativeRun(OfflineRun):
             remedy = "restore it, or pass --redo to repeat the rounds after it"
             raise DataError(f"{path}: not the policy that round {round} kept; {remedy}")
         return PolicyCheckpoint(path, record.policy_digest, record.policy_round)
+
+    def evaluates(self, round: int) -> bool:
+        """Whether `round` is evaluated: as `evaluation.every` says, the last one, and one that was the last before."""
+        every, evaluated = self.config.evaluation.every, self.dir.round_dir(round) / "evaluation"
+        return round % every == 0 or round == self.config.rounds or evaluated.exists()
+
+    def standing(self, round: int) -> PolicyCheckpoint:
+        """The policy that stood after the last evaluation before `round`."""
+        return self.policy_after(max(t for t in range(round) if self.evaluates(t)))
 
     def records_before(self, round: int) -> list[RoundRecord]:
         """How the rounds before `round` ended."""

@@ -60,7 +60,7 @@ def inputs(
 
 def _settings(run: OfflineRun, round: int) -> DPOConfig:
     """The section `dpo` with the learning rate of the round."""
-    return run.settings.dpo.model_copy(update={"learning_rate": run.learning_rate(round)})
+    return run.settings.dpo.of_round(round).model_copy(update={"learning_rate": run.learning_rate(round)})
 
 
 def _train(

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import yaml
 
-from iterdpo.config import LOSSES, Config, OfflineConfig, load_config, load_offline_config, merge, parse_config
+from iterdpo.config import (
+    LOSSES,
+    Config,
+    DPOConfig,
+    OfflineConfig,
+    load_config,
+    load_offline_config,
+    merge,
+    parse_config,
+)
 from iterdpo.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -390,3 +399,45 @@ def test_vllm_is_not_asked_for_an_adapter_that_it_does_not_apply() -> None:
     assert "sampling.engine.lora = 'vllm': vLLM applies no adapter with dpo.adapter.modules_to_save" in refusal(
         *settings
     )
+
+
+@pytest.mark.parametrize(("steps", "rounds"), [(1, 96), (8, 12), (96, 1)])
+def test_the_dial_derives_rounds_prompts_and_steps_and_rounds_are_one_training(steps: int, rounds: int) -> None:
+    write("run.yaml", RUN | {"steps_per_round": steps, "total_steps": 96})
+    config = load_config("run.yaml", overrides=["dpo.pairs_per_step=4"])
+    assert (config.rounds, config.prompts.per_round, config.dpo.max_steps) == (rounds, 4 * steps, steps)
+    assert (config.dpo.lr_scheduler, config.dpo.warmup_ratio, config.dpo.optimizer_state) == ("constant", 0.0, "carry")
+    assert Config.model_validate(config.model_dump()) == config  # as run.json has it
+    given = load_config("run.yaml", overrides=["dpo.lr_scheduler=cosine", "dpo.warmup_steps=0"])
+    assert (given.dpo.lr_scheduler, given.dpo.warmup_steps, given.dpo.warmup_ratio) == ("cosine", 0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["total_steps=97"], "steps_per_round = 8: no divisor of total_steps = 97; such are 1, 97"),
+        (["rounds=3"], "rounds = 3: steps_per_round sets it to 12; remove one of the two"),
+        (["prompts.per_round=7"], "prompts.per_round = 7: steps_per_round sets it to 64; remove one of the two"),
+        (["dpo.max_steps=9"], "dpo.max_steps = 9: steps_per_round sets it to 8; remove one of the two"),
+        (["steps_per_round=0"], "steps_per_round = 0: input should be greater than or equal to 1"),
+        (["total_steps=many"], "total_steps = 'many': input should be a valid integer"),
+    ],
+)
+def test_a_dial_that_contradicts_other_keys_is_refused(overrides: list[str], message: str) -> None:
+    write("run.yaml", RUN | {"steps_per_round": 8, "total_steps": 96})
+    assert message in refusal(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [1, 0.7, 0.4, 0.1, 0.1]),
+        ("cosine", [1, 0.1 + 0.9 * 0.75, 0.1 + 0.9 * 0.25, 0.1, 0.1]),
+        ("exponential", [1, 10 ** (-1 / 3), 10 ** (-2 / 3), 0.1, 0.1]),
+    ],
+)
+def test_the_learning_rate_falls_over_rounds_to_its_final_share(schedule: str, expected: list[float]) -> None:
+    over_rounds = {"schedule": schedule, "rounds": 4, "final": 0.1}
+    dpo = DPOConfig.model_validate({"learning_rate": 2e-6, "learning_rate_over_rounds": over_rounds})
+    assert [dpo.of_round(t).learning_rate / 2e-6 for t in range(1, 6)] == pytest.approx(expected)
+    assert DPOConfig().of_round(3) == DPOConfig()

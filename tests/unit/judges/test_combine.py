@@ -18,6 +18,8 @@ from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
 from judges import check_judge, judge_version, load_judge
 from judges.audit.check import draw_again
 from judges.combine import disagreement, tied, within_slope, z_scores
+from judges.estimate import estimate
+from judges.load import check_columns
 
 MEMBER = '''
 class Field:
@@ -192,6 +194,56 @@ class TestEnsemble:
                 judge["use"] = field()["use"]
         with pytest.raises(JudgeError, match=complaint):
             check_judge("ensemble", args)
+
+
+class TestByTask:
+    def test_each_prompt_is_judged_by_the_judge_of_its_task_in_the_order_of_the_groups(self, field: Any) -> None:
+        groups = [make_group(f"x{i}", ["1;5", "0;-4"], task="chat" if i % 2 else "math") for i in range(4)]
+        found = judged("by_task", *groups, judges={"math": field(0), "chat": field(1)})
+        assert [j.scores for j in found] == [[1.0, 0.0], [5.0, -4.0]] * 2
+        assert [j.prompt_id for j in found] == [g.prompt.id for g in groups]
+
+    def test_another_task_goes_to_the_judge_for_the_rest_or_abstains_with_the_reason(self, field: Any) -> None:
+        groups = [make_group("x", ["1;5"], kind=3), make_group("y", ["2;6"])]
+        args = {"judges": {"math": field(0)}, "column": "kind"}
+        assert [j.scores for j in judged("by_task", *groups, **args, otherwise=field(1))] == [[5.0], [6.0]]
+        assert [j.abstentions for j in judged("by_task", *groups, **args)] == [
+            ["column 'kind' is '3', not math"],
+            ["column 'kind' is None, not math"],
+        ]
+
+    def test_it_compares_and_needs_a_device_if_any_of_its_judges_does(self, field: Any) -> None:
+        judge: Any = load_judge("by_task", {"judges": {"math": field(0)}, "otherwise": field(0, "Groups")})
+        assert judge.comparative
+        assert not load_judge("by_task", {"judges": {"math": field(0)}}).comparative
+
+    @pytest.mark.parametrize(
+        ("args", "complaint"),
+        [
+            ({"judges": []}, "a mapping of tasks to judges"),
+            ({"judges": {}}, "a mapping of tasks to judges"),
+            ({"judges": {"use": "math", "args": {}}}, "a mapping of tasks to judges"),
+            ({"judges": {"math": "math"}}, "is given as"),
+            ({"judges": {"math": {"use": "math"}}, "otherwise": "regex"}, "is given as"),
+            ({"judges": {"math": {"use": "nowhere.py:judge"}}}, "no such file nowhere.py"),
+            ({"judges": {"math": {"use": "exact_match", "args": {"column": "gold"}}}, "column": 3}, "column is 3"),
+        ],
+    )
+    def test_a_mistake_is_found_before_loading(self, args: dict[str, Any], complaint: str) -> None:
+        with pytest.raises(JudgeError, match=complaint):
+            check_judge("by_task", args)
+
+    def test_a_column_that_the_prompts_do_not_have_is_refused(self) -> None:
+        args = {"judges": {"math": {"use": "exact_match", "args": {"column": "gold"}}}, "column": "tusk"}
+        with pytest.raises(JudgeError, match=r"'by_task': asks for a column 'tusk' that the prompts do not have.*task"):
+            check_columns("by_task", ["gold", "task"], args)
+        check_columns("by_task", ["gold", "tusk"], args)
+
+    def test_the_work_is_that_of_each_tasks_prompts(self) -> None:
+        chat = {"use": "exact_match", "args": {"column": "gold"}}
+        groups = [make_group(f"x{i}", ["a", "b"], task=task) for i, task in enumerate(["math", "chat", "none"])]
+        assert estimate("by_task", {"judges": {"math": chat, "chat": chat}}, groups).calls == 4
+        assert estimate("by_task", {"judges": {"math": chat}, "otherwise": chat}, groups).calls == 6
 
 
 class TestZScore:
