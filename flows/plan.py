@@ -28,7 +28,7 @@ from judges.load import compares
 LONGEST_REASON = 500
 SAMPLED = 32
 """Prompts from which the work of the judges is estimated."""
-STEPS = ("completions", "judgments", "others", "pairs", "reference", "policy", "evaluation")
+STEPS = ("completions", "judgments", "others", "against", "pairs", "reference", "policy", "evaluation")
 
 
 def describe_plan(run: IterativeRun) -> str:
@@ -44,7 +44,7 @@ def describe_plan(run: IterativeRun) -> str:
         combinations = math.comb(config.sampling.n, 2)
         each = min(combinations, config.pairing.max_pairs_per_prompt or combinations)
     if source is not None:
-        each = config.sampling.n if config.pairing.strategy == "all_pairs" else 1
+        each = config.sampling.n if config.pairing.strategy == "all_pairs" and not config.pairing.against else 1
     pairs, rounds = per_round * each, config.rounds
     share = config.pairing.offline.share if config.pairing.offline else 0.0
     pairs += sum(further_pairs(pairs, replay=config.pairing.replay, offline=share))

@@ -224,8 +224,10 @@ def _sources(
         case "pairs":
             yield "judgments", digest_of("judgments")
             yield "completions", digest_of("completions")
-            if (round, "others") in manifests:
-                yield "others", digest_of("others")
+            for step in ("against", "others"):
+                if (round, step) in manifests:
+                    yield "others", digest_of(step)
+                    break
         case "reference":
             yield "pairs", digest_of("pairs")
         case "policy":

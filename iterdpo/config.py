@@ -297,6 +297,9 @@ class PairingConfig(Section):
     rejected_from: OtherSideConfig | None = Field(None, exclude_if=_unset)
     """Choose the policy's best completion, and reject one of another source, without judging it: delta learning
     (arXiv:2507.06187)."""
+    against: OtherSideConfig | None = Field(None, exclude_if=_unset)
+    """The policy's first completion against one of another source: the judge says which of the two is chosen. For XPO's
+    exploration, `{round: 0}` with `dpo.xpo_alpha`."""
     replay: float = Field(0.0, ge=0, lt=1, exclude_if=lambda share: share == 0)
     """Share of a round's pairs that come from earlier rounds, drawn at random. They are added to the fresh ones."""
     offline: MixedDataConfig | None = Field(None, exclude_if=_unset)
@@ -304,8 +307,9 @@ class PairingConfig(Section):
 
     @model_validator(mode="after")
     def _sides_and_shares_fit(self) -> PairingConfig:
-        if self.chosen_from is not None and self.rejected_from is not None:
-            raise ValueError("chosen_from and rejected_from: one side is the policy's; set one of the two to null")
+        sides = [name for name in ("chosen_from", "rejected_from", "against") if getattr(self, name) is not None]
+        if len(sides) > 1:
+            raise ValueError(f"{' and '.join(sides)}: a pair has one side of another source; set all but one to null")
         for name in ("chosen_from", "rejected_from"):
             if getattr(self, name) is not None and self.min_margin:
                 raise ValueError(
@@ -321,7 +325,12 @@ class PairingConfig(Section):
     @property
     def other_side(self) -> OtherSideConfig | None:
         """The source of the side that is not the policy's, if there is one."""
-        return self.chosen_from or self.rejected_from
+        return self.chosen_from or self.rejected_from or self.against
+
+    @property
+    def other_key(self) -> str:
+        """Which of the three keys names it."""
+        return next(name for name in ("chosen_from", "rejected_from", "against") if getattr(self, name) is not None)
 
 
 class AdapterConfig(Section):
@@ -518,6 +527,9 @@ class DPOConfig(Section):
     """Weight of the chosen completion's mean token loss, added to the objective (iterative RPO, arXiv:2404.19733)."""
     wpo: bool = False
     """Weight each pair by its probability under the policy (WPO, arXiv:2406.11827)."""
+    xpo_alpha: float = Field(0.0, ge=0, exclude_if=lambda alpha: alpha == 0)
+    """Weight of XPO's exploration term (arXiv:2405.21046, Algorithm 1): the log-probability of the other source's completion
+    of `pairing.against`, which is made smaller. See [XPO](losses.md#terms-that-can-be-added-to-a-loss)."""
     ld_alpha: float | None = Field(None, ge=0, le=1, exclude_if=_unset)
     """Weight of a completion's tokens beyond the length of the other completion of its pair (LD-DPO, arXiv:2409.06411):
     less reward for length. 0 leaves them out, 1 changes nothing."""
@@ -609,6 +621,11 @@ class DPOConfig(Section):
             raise ValueError(
                 "sampler_logps_tolerance: the sampler's log-probabilities are of whole completions, and ld_alpha weights "
                 "their tokens; set one of the two to null"
+            )
+        if self.xpo_alpha and not (self.loss.compares_completions and self.loss.uses_reference):
+            raise ValueError(
+                f"xpo_alpha: adds to a loss that compares two completions under a reference, and {self.loss.type} does not; "
+                "set xpo_alpha to 0"
             )
         if self.train_on == "answer" and self.sampler_logps_tolerance is not None:
             raise ValueError(
@@ -879,6 +896,15 @@ class Config(Section):
             raise ValueError(
                 "dpo.sampler_logps_tolerance: pairs of another policy, of earlier rounds or of a file have no "
                 "log-probabilities of this round's sampler; set it to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _exploration_has_the_other_completion(self) -> Config:
+        if self.dpo.xpo_alpha and self.pairing.against is None:
+            raise ValueError(
+                "dpo.xpo_alpha: needs pairs with a completion of another policy; set pairing.against to {round: 0}, the initial "
+                "policy"
             )
         return self
 

@@ -200,7 +200,8 @@ class PreferencePair:
 
     `PreferencePair(prompt, prompt_ids=[40, 8], chosen=y_3, rejected=y_1, chosen_score=0.97, rejected_score=0.12)`
 
-    Offline data has no scores, and its `logprobs` are empty: no sampler reported any.
+    Offline data has no scores, and its `logprobs` are empty: no sampler reported any. `other` is the side that is not the
+    policy's, if one is.
     """
 
     prompt: Prompt
@@ -209,6 +210,7 @@ class PreferencePair:
     rejected: Completion
     chosen_score: float | None = None
     rejected_score: float | None = None
+    other: Literal["chosen", "rejected"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from statistics import mean, pstdev
 from typing import Literal
 
@@ -70,6 +70,7 @@ def build_pairs(
     by_reasoning: bool = False,
     others: Sequence[Completion | None] | None = None,
     others_are: Side = "rejected",
+    second_is_other: bool = False,
     seed: int = 0,
 ) -> tuple[list[PreferencePair], PairCounts]:
     """The pairs of each group, in the order of the groups, and the account of what was left out.
@@ -88,7 +89,7 @@ def build_pairs(
 
     `others` are completions of another source, one a group, or None. If they are rejected, each group's highest score is
     chosen, and with `all_pairs` every completion. If they are chosen, the strategy says which of the group are rejected,
-    of all that have scores.
+    of all that have scores. With `second_is_other`, each group has two completions, and the second is another source's.
     """
     pairs: list[PreferencePair] = []
     counts: Counter[str] = Counter(groups=len(groups))
@@ -126,6 +127,9 @@ def build_pairs(
             counts[found] += 1
             continue
         counts["groups_paired"] += 1
+        if second_is_other:
+            of_other = group.completions[1]
+            found = [replace(pair, other="chosen" if pair.chosen is of_other else "rejected") for pair in found]
         pairs.extend(found[:max_pairs_per_prompt])
     return pairs, PairCounts(kept=len(pairs), **counts)
 
@@ -176,7 +180,9 @@ def _with_other(
             return "unfinished_thoughts"
         ranked = sorted(finished, key=lambda k: -scores[k])
         selected = ranked if strategy == "all_pairs" else ranked[:1]
-        return [PreferencePair(group.prompt, group.prompt_ids, ys[k], other, scores[k], None) for k in selected]
+        return [
+            PreferencePair(group.prompt, group.prompt_ids, ys[k], other, scores[k], None, "rejected") for k in selected
+        ]
     if other.unfinished:
         return "unfinished_thoughts"
     ranked = sorted(scores, key=lambda k: scores[k])
@@ -190,7 +196,7 @@ def _with_other(
             selected = [min(ranked, key=lambda k: (abs(scores[k] - low), scores[k]))]
         case "all_pairs":
             selected = ranked
-    return [PreferencePair(group.prompt, group.prompt_ids, other, ys[k], None, scores[k]) for k in selected]
+    return [PreferencePair(group.prompt, group.prompt_ids, other, ys[k], None, scores[k], "chosen") for k in selected]
 
 
 def _mean_2sd(scores: dict[int, float]) -> float:

@@ -35,6 +35,7 @@ Kind = Literal["pairs", "unpaired"]
 TRAIN, HELDOUT = "train.parquet", "heldout.parquet"
 TOKEN_COLUMNS = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 SAMPLER_COLUMNS = ("chosen_sampler_logp", "rejected_sampler_logp")
+OTHER_COLUMN = "other_side"
 GIVEN_COLUMNS = ("chosen_reasoning_tokens", "rejected_reasoning_tokens")
 ABSENT = Completion("", [], [], "stop")  # the side that an unpaired example does not have
 ROW_GROUP = 1000  # rows; what a reader or writer has in memory
@@ -172,10 +173,13 @@ def hold_out(source: Path, directory: Path, count: int, *, seed: int) -> int:
     return len(held) - count
 
 
-def pairs_table(pairs: Sequence[PreferencePair], kind: Kind = "pairs", *, answers_alone: bool = False) -> pa.Table:
+def pairs_table(
+    pairs: Sequence[PreferencePair], kind: Kind = "pairs", *, answers_alone: bool = False, others: bool = False
+) -> pa.Table:
     """A row each, in the columns that are written. A message is written as its role and its text, with any tool calls.
 
-    A completion's text begins with its reasoning.
+    A completion's text begins with its reasoning. The side that is another source's is a column if a pair has one, or
+    with `others`.
     """
     import pyarrow as pa
 
@@ -209,6 +213,8 @@ def pairs_table(pairs: Sequence[PreferencePair], kind: Kind = "pairs", *, answer
             **{f"{k}_finish_reason": finish_reasons(side) for k, side in sides.items()},
             **{f"{k}_sampler_logp": pa.array(values, pa.float64()) for k, values in logps.items()},
         }
+        if others or any(p.other is not None for p in pairs):
+            columns[OTHER_COLUMN] = pa.array([p.other for p in pairs], pa.string())
     else:
         labels = [bool(c.token_ids) for c in sides["chosen"]]
         only = [p.chosen if label else p.rejected for p, label in zip(pairs, labels, strict=True)]
@@ -247,6 +253,7 @@ class TokenPairs:
 
     groups: np.ndarray  # [N] int64, equal where the prompt_id is, numbered by first appearance
     sampler_logps: np.ndarray | None  # [N, 2], what the sampler reported of chosen and rejected; None where it did not
+    others: np.ndarray  # [N, 2] bool, whether chosen and rejected are another source's
 
     def __init__(self, path: Path, cache: Path) -> None:
         if path.stat().st_size < IN_MEMORY:
@@ -260,6 +267,7 @@ class TokenPairs:
         self._starts, self._lengths, self.groups = index[:3], index[3:6].astype(np.int32), index[6]
         self._given = index[7:9].astype(np.int32)
         self.sampler_logps = _sampler_logps(path)
+        self.others = _others(path, len(self.groups))
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -280,6 +288,16 @@ def _sampler_logps(path: Path) -> np.ndarray | None:
         logps = [file.read([column])[column].to_numpy() for column in SAMPLER_COLUMNS]
     found = np.stack(logps, axis=1).astype(np.float64)
     return None if np.isnan(found).any() else found
+
+
+def _others(path: Path, count: int) -> np.ndarray:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        if OTHER_COLUMN not in file.schema_arrow.names:
+            return np.zeros((count, 2), bool)
+        sides = file.read([OTHER_COLUMN])[OTHER_COLUMN].to_pylist()
+    return np.array([[side == "chosen", side == "rejected"] for side in sides], bool).reshape(count, 2)
 
 
 def _copy(path: Path, cache: Path) -> Path:

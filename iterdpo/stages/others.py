@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from iterdpo.data.chats import content_of
 from iterdpo.data.preferences import given_completion
 from iterdpo.errors import DataError
-from iterdpo.run.artifacts import Completions, PolicyCheckpoint, read_groups, write_card
+from iterdpo.judging.shards import NamedShard
+from iterdpo.judging.stats import JudgeMetrics
+from iterdpo.run.artifacts import Completions, Judgments, PolicyCheckpoint, read_groups, shard_name, write_card
 from iterdpo.run.rundir import Step
 from iterdpo.seeds import derive_seed
-from iterdpo.stages.runs import IterativeRun
+from iterdpo.stages.judge import judge_with_progress
+from iterdpo.stages.runs import IterativeRun, batches
 from iterdpo.stages.sample import parameters_of, prompts_key, sample_shards, sampling_key, temperature_of
 from iterdpo.types import Completion, CompletionGroup
 
@@ -50,6 +54,48 @@ def other_steps(run: IterativeRun, round: int) -> Iterator[Step]:
         yield run.dir.step(round, "others", inputs)
 
 
+def judged_against(run: IterativeRun, round: int, completions: Completions, sampled: Completions | None) -> Judgments:
+    """The training judge's scores of the policy's first completion and the other source's, of each prompt that has both."""
+    for step in against_steps(run, round, completions.digest, sampled.digest if sampled else None):
+        if (manifest := step.manifest()) is None:
+            directory = step.begin()
+            run.train_judge.begin_stage()
+            asked = batches(against(run, completions, sampled), run.config.sampling.shard_size)
+            total = 2 * completions.prompts
+            shards: Iterable[NamedShard] = ((shard_name(number), some) for number, some in enumerate(asked))
+            metrics = JudgeMetrics()
+            abstentions = judge_with_progress(
+                run, "against", run.train_judge, shards, directory, total=total, on_shard=metrics.add
+            )
+            usage = run.train_judge.used()
+            run.release_judges()
+            write_card(directory, "shard-*.jsonl")
+            manifest = step.finish(counts={**abstentions.result(), "metrics": metrics.result(), "usage": usage})
+        return Judgments.of(step.path, manifest)
+    raise AssertionError("pairing.against names the other source")
+
+
+def against_steps(run: IterativeRun, round: int, completions: str, sampled: str | None) -> Iterator[Step]:
+    """The step of `judged_against`, if the round has it; `completions` and `sampled` are digests."""
+    if run.config.pairing.against is not None:
+        inputs = {
+            "judge": run.train_judge.key,
+            "completions": completions,
+            "against": run.config.pairing.against.model_dump(include={"column"}),
+            **({"others": sampled} if sampled is not None else {}),
+        }
+        yield run.dir.step(round, "against", inputs)
+
+
+def against(run: IterativeRun, completions: Completions, sampled: Completions | None) -> Iterator[CompletionGroup]:
+    """A group of two for each prompt that has both: the policy's first completion, and the other source's."""
+    groups = read_groups(completions.path, arrays=True)
+    others = other_completions(run, read_groups(completions.path, arrays=True), sampled)
+    for group, other in zip(groups, others, strict=True):
+        if other is not None:
+            yield replace(group, completions=[group.completions[0], other])
+
+
 def other_completions(
     run: IterativeRun, groups: Iterator[CompletionGroup], sampled: Completions | None
 ) -> Iterator[Completion | None]:
@@ -74,6 +120,9 @@ def _of_column(run: IterativeRun, group: CompletionGroup, column: str) -> Comple
     content = content_of(value, where)
     if not content or (isinstance(content, str) and not content.strip()):
         return None
+    prompt = group.prompt.content
+    if not isinstance(content, str) and not isinstance(prompt, str) and content[: len(prompt)] == list(prompt):
+        content = content[len(prompt) :]  # the whole conversation
     try:
         return given_completion(
             run.tokenizer,
@@ -89,14 +138,7 @@ def _of_column(run: IterativeRun, group: CompletionGroup, column: str) -> Comple
 
 def _unscored(completion: Completion) -> Completion:
     """Without log-probabilities: they are another policy's than the pair's."""
-    return Completion(
-        completion.text,
-        completion.token_ids,
-        [],
-        completion.finish_reason,
-        completion.reasoning,
-        completion.reasoning_tokens,
-    )
+    return replace(completion, logprobs=[])
 
 
 def _other_policy(run: IterativeRun, round: int) -> PolicyCheckpoint | None:

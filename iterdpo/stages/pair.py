@@ -17,7 +17,7 @@ from iterdpo.errors import DataError
 from iterdpo.run.artifacts import Completions, Judgments, Pairs, read_groups
 from iterdpo.run.rundir import Manifest, check_step, read_manifest
 from iterdpo.seeds import derive_seed
-from iterdpo.stages.others import other_completions, sampled_others
+from iterdpo.stages.others import against, judged_against, other_completions, sampled_others
 from iterdpo.stages.runs import IterativeRun, OfflineRun, batches
 from iterdpo.types import Completion, PreferencePair
 
@@ -36,7 +36,9 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
     """Preference pairs, as `pairing` says; a DataError if there is not one of the round's own."""
     section = run.config.pairing
     sampled = sampled_others(run, round)
-    step = run.dir.step(round, "pairs", inputs(run, round, judgments, sampled.digest if sampled else None))
+    met = judged_against(run, round, completions, sampled) if section.against is not None else None
+    others_digest = met.digest if met else sampled.digest if sampled else None
+    step = run.dir.step(round, "pairs", inputs(run, round, judgments, others_digest))
     if (manifest := step.manifest()) is None:
         directory = step.begin()
         with run.progress.stage("pair", 0, "pairs") as stage:
@@ -52,10 +54,14 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
 
             def pairs() -> Iterator[PreferencePair]:
                 nonlocal counts
-                groups = read_groups(completions.path, arrays=True)
-                for some in batches(zip(groups, judgments, strict=True), AT_ONCE):
+                groups, judged = read_groups(completions.path, arrays=True), judgments
+                if met is not None:
+                    groups, judged = against(run, completions, sampled), met
+                for some in batches(zip(groups, judged, strict=True), AT_ONCE):
                     of_batch = dict(options)
-                    if section.other_side is not None:
+                    if met is not None:
+                        of_batch |= {"strategy": "best_worst", "second_is_other": True}
+                    elif section.other_side is not None:
                         of_batch["others"] = list(islice(others, len(some)))
                         of_batch["others_are"] = "chosen" if section.chosen_from else "rejected"
                     found, more = build_pairs(*zip(*some, strict=True), **of_batch)
@@ -84,7 +90,7 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
                 return f"{counts.summary()}{added}"
 
             others: Iterator[Completion | None] = iter(())
-            if section.other_side is not None:
+            if section.other_side is not None and met is None:
                 others = other_completions(run, read_groups(completions.path, arrays=True), sampled)
             write_pairs(
                 directory,
@@ -96,6 +102,10 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
             stage.remark = summary()
             if not counts.kept:
                 raise DataError(_nothing(round, counts.summary(), judgments))
+        if met is not None:
+            counts += PairCounts(
+                groups=completions.prompts - counts.groups, unmatched=completions.prompts - counts.groups
+            )
         found = asdict(counts)
         if gaps[1]:
             found["score_gap"] = gaps[0] / gaps[1]
@@ -109,7 +119,7 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
 
 
 def inputs(run: IterativeRun, round: int, judgments: Judgments, others: str | None = None) -> dict[str, Any]:
-    """`others`: the digest of the other policy's completions."""
+    """`others`: the digest of the other policy's completions, or of the judgments of both."""
     section = run.config.pairing.model_dump()
     if run.config.pairing.offline is not None:
         section["offline"] = {**section["offline"], "content": run.offline_content}
@@ -174,7 +184,7 @@ def _offline(run: IterativeRun, round: int, number: int) -> Iterator[pa.Table]:
     if data.bad_rows == "error":
         account.check_rows("pairing.offline.bad_rows")
     if tokenized:
-        yield pairs_table(tokenized, answers_alone=alone)
+        yield pairs_table(tokenized, answers_alone=alone, others=run.config.pairing.other_side is not None)
 
 
 def _gap_alarm(run: IterativeRun, round: int, gap: float) -> str | None:

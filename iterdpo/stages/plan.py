@@ -10,7 +10,7 @@ from iterdpo.run.artifacts import Judgments, Pairs, PolicyCheckpoint
 from iterdpo.run.rundir import Manifest, Step
 from iterdpo.stages import evaluate, judge, pair, sample, train
 from iterdpo.stages.gate import decision_record
-from iterdpo.stages.others import other_steps
+from iterdpo.stages.others import against_steps, other_steps
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.train import reference_policy, reference_steps
 
@@ -68,6 +68,9 @@ def steps_of_round(run: IterativeRun, round: int) -> Iterator[Step]:
     for other in other_steps(run, round):
         yield other
         sampled_others = _done(other).digest
+    for met in against_steps(run, round, _done(sampled).digest, sampled_others):
+        yield met
+        sampled_others = _done(met).digest
     judgments = Judgments.of(judged.path, _done(judged))
     yield (paired := step("pairs", pair.inputs(run, round, judgments, sampled_others)))
     yield from reference_steps(run, round, policy)

@@ -294,7 +294,7 @@ class IterativeRun(OfflineRun):
         """What of the section `pairing` files show: the column, the other checkpoint, the data."""
         section = self.config.pairing
         if (source := section.other_side) is not None:
-            key = "chosen_from" if section.chosen_from else "rejected_from"
+            key = section.other_key
             if source.column is not None and source.column not in (known := self.prompts.train.columns()):
                 raise ConfigError(
                     f"pairing.{key}.column = {source.column!r}: the prompts have no such column; they have "
@@ -311,7 +311,7 @@ class IterativeRun(OfflineRun):
 
     @cached_property
     def other_model(self) -> PolicyCheckpoint:
-        """The checkpoint that `pairing.rejected_from` or `chosen_from` names."""
+        """The checkpoint that `pairing.rejected_from`, `chosen_from` or `against` names."""
         source = self.config.pairing.other_side
         assert source is not None
         assert source.model is not None

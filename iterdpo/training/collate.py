@@ -233,6 +233,11 @@ class RoundPairs:
     def trees(self, numbers: np.ndarray) -> tuple[list[Tree], PairIndex]:
         return grow_trees(self[number] for number in numbers.tolist())
 
+    def others(self, numbers: np.ndarray) -> Tensor:
+        """[n, 2] bool: whether the chosen and the rejected completions of these pairs are another source's."""
+        held_out = [] if self.held_out is None else [self.held_out.others]
+        return torch.from_numpy(np.concatenate([self.training.others, *held_out])[numbers])
+
     def mismatched_trees(self, numbers: np.ndarray) -> list[Tree]:
         """A tree for each pair: its prompt with a completion of its partner's."""
         assert self.partners is not None

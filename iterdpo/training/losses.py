@@ -442,6 +442,15 @@ def kl_estimate(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
     return (policy_logps - reference_logps).mean().clamp(min=0).detach()
 
 
+def exploration_term(logps: Tensor, others: Tensor) -> Tensor:
+    """XPO's term of each pair, [B]: log pi(y~|x) of the completion y~ that is another source's, 0 without one.
+
+    Algorithm 1 of arXiv:2405.21046 minimizes alpha times it, with y~ of the initial policy, beside DPO: the policy moves
+    away from what it would say anyway. `logps` [B, 2] of chosen and rejected in nats, `others` [B, 2] which are y~.
+    """
+    return torch.where(others, logps, torch.zeros_like(logps)).sum(dim=1)
+
+
 def nll_term(chosen_logps: Tensor, chosen_tokens: Tensor) -> Tensor:
     """Iterative RPO's second term (arXiv:2404.19733): -log pi(y_w|x) / |y_w|, [B], a mean over tokens.
 

@@ -28,6 +28,7 @@ from iterdpo.training.losses import (
     PairLogps,
     RewardShift,
     aot_matches,
+    exploration_term,
     kl_estimate,
     nll_term,
     preference_loss,
@@ -132,6 +133,9 @@ class Trainer:
         if dpo.nll_coefficient:
             nll = nll_term(slots.gather(branches.logps, absent=math.nan)[0], chosen_tokens)
             losses = losses + dpo.nll_coefficient * torch.where(chosen_tokens > 0, nll, torch.zeros_like(nll))
+        if dpo.xpo_alpha:
+            others = self.pairs.others(pairs)[slots.local_pairs].to(chosen.device)
+            losses = losses + dpo.xpo_alpha * exploration_term(torch.stack((chosen, rejected), dim=1), others)
         none = torch.full_like(chosen, math.nan)
         if dpo.loss.type == "sft":
             chosen_rewards = rejected_rewards = none

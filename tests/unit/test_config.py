@@ -212,6 +212,18 @@ def test_a_key_is_added_to_the_loss_that_an_earlier_file_names() -> None:
             "prompts.choose=untied",
             "prompts: choose = 'untied': no prompt is sampled twice without reuse; set reuse=true",
         ),
+        (
+            "dpo.xpo_alpha=1e-5",
+            "dpo.xpo_alpha: needs pairs with a completion of another policy; set pairing.against to",
+        ),
+        (
+            "dpo={loss: simpo, xpo_alpha: 1}",
+            "dpo: xpo_alpha: adds to a loss that compares two completions under a reference",
+        ),
+        (
+            "pairing={against: {round: 0}, rejected_from: {round: 0}}",
+            "pairing: rejected_from and against: a pair has one side of another source; set all but one to null",
+        ),
         ("pairing.rejected_from={}", "pairing.rejected_from: name one of round, model and column"),
         ("pairing.chosen_from={round: 0, column: x}", "pairing.chosen_from: name one of round, model and column"),
         ("pairing.strategy=best_wurst", "pairing.strategy = 'best_wurst': input should be 'best_worst', 'best_random'"),

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from flows.loop import run_loop, run_round
+from flows.verify import verify
 from iterdpo.data.pairs import TRAIN
 from iterdpo.errors import ConfigError, DataError
 from iterdpo.run.rundir import read_manifest
 from iterdpo.stages.plan import first_pending
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.testing import build_tiny_checkpoint
-from iterdpo.types import RoundRecord
-from tests.unit.stages.harness import PER_ROUND, STAGES, Room
+from iterdpo.types import CompletionGroup, Judgment, RoundRecord
+from tests.unit.stages.harness import PER_ROUND, STAGES, Lengths, Room
 
 
 def finish(run: IterativeRun) -> list[RoundRecord]:
     with run.dir.lock():
+        run.dir.write_config(run.config.model_dump())
         return list(run_loop(run, lambda t: run_round(run, t, STAGES)))
 
 
@@ -128,6 +132,17 @@ def test_pairs_of_earlier_rounds_and_of_a_file_are_added_by_share(room: Room) ->
         finish(again)
 
 
+def test_pairs_across_policies_mix_with_those_of_a_file_and_of_earlier_rounds(room: Room) -> None:
+    file = room.root / "offline.jsonl"
+    rows = [{"prompt": f"Old {i}", "chosen": f" yes {i}", "rejected": " no"} for i in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixture = {"replay": 0.25, "offline": {"path": str(file), "share": 0.25}, "rejected_from": {"round": 0}}
+    run = room.open(pairing=mixture)
+    finish(run)
+    table = pq.read_table(run.dir.round_dir(2) / "pairs" / TRAIN)
+    assert table["other_side"].to_pylist() == ["rejected"] * 9 + [None] * 3
+
+
 def test_the_key_has_the_datas_content_and_the_replayed_pairs_but_no_path(room: Room) -> None:
     file = room.root / "offline.jsonl"
     file.write_text(json.dumps({"prompt": "Old", "chosen": " yes", "rejected": " no"}) + "\n")
@@ -151,3 +166,43 @@ def test_unpaired_data_cannot_be_mixed(room: Room) -> None:
     file.write_text(json.dumps({"prompt": "Old", "completion": " yes", "label": True}) + "\n")
     with pytest.raises(ConfigError, match="unpaired data; only pairs can be mixed"):
         room.open(pairing={"offline": {"path": str(file), "share": 0.1}})
+
+
+class PrefersTheOther(Lengths):
+    """Of two completions the second has the higher score, of one prompt in two."""
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        found = super().judge(groups)
+        odd = [int(group.prompt.text.removeprefix("Tale ")) % 2 for group in groups]
+        return [replace(j, scores=[0.0, 1.0] if o else [1.0, 0.0]) for j, o in zip(found, odd, strict=True)]
+
+
+def test_the_judge_chooses_between_the_policys_and_the_other_policys_completion(room: Room) -> None:
+    room.judge = PrefersTheOther()
+    room.sampler.reply = lambda ids, k: f"{len(room.sampler.loaded)} {k} " + "x" * len(room.sampler.asked)
+    against = {"pairing": {"against": {"round": 0}}, "dpo": {"xpo_alpha": 1e-5}}
+    run = room.open(rounds=1, **against)
+    finish(run)
+    rows = pq.read_table(run.dir.round_dir(1) / "pairs" / TRAIN).to_pylist()
+    assert len(rows) == PER_ROUND
+    for row in rows:
+        odd = int(row["prompt"].removeprefix("Tale ")) % 2
+        assert row["other_side"] == ("chosen" if odd else "rejected")
+        assert row[f"{row['other_side']}_sampler_logp"] is None
+        assert (row["chosen_score"], row["rejected_score"]) == (1.0, 0.0)
+    pairs, met = (read_manifest(run.dir.round_dir(1) / name) for name in ("pairs", "against"))
+    assert pairs is not None
+    assert met is not None
+    assert (pairs.inputs["others"], pairs.counts["groups"]) == (met.digest, PER_ROUND)
+    assert first_pending(run) is None
+    assert not verify(run.dir.root).problems
+    (run.dir.round_dir(1) / "against").rename(room.root / "away")
+    assert first_pending(room.open(rounds=1, **against)) == "round-001/against"
+
+
+def test_against_a_column_prompts_without_a_completion_are_unmatched(room: Room) -> None:
+    with_column(room)
+    run = room.open(rounds=1, pairing={"against": {"column": "gold"}})
+    record = finish(run)[-1]
+    golds = sum(prompt.columns["gold"] is not None for prompt in run.prompts.of(1))
+    assert (record.metrics["pairs/kept"], record.metrics.get("pairs/unmatched", 0)) == (golds, PER_ROUND - golds)

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -98,6 +100,23 @@ def test_the_chosen_completions_nll_is_added_with_its_coefficient(tmp_path: Path
     row = log_of(run(tmp_path, sharp, grouped, nll_coefficient=0.25, pairs_per_step=8))[0]
     nll = mean([-p[0] / p[2] for p in summed(sharp, grouped)])
     assert row["loss"] == pytest.approx(LOG_2 + 0.25 * nll, rel=1e-5)
+
+
+def test_xpo_adds_the_log_probability_of_the_other_sources_completion_whichever_side_it_is(
+    tmp_path: Path, sharp: Path, grouped: Path
+) -> None:
+    table = pq.read_table(grouped)
+    sides = [("chosen", "rejected", None)[i % 3] for i in range(len(table))]
+    marked = tmp_path / "marked.parquet"
+    pq.write_table(table.append_column("other_side", pa.array(sides, pa.string())), marked)
+    row = log_of(run(tmp_path, sharp, marked, xpo_alpha=0.01, pairs_per_step=8))[0]
+    of_other = [
+        {"chosen": w, "rejected": r, None: 0.0}[side]
+        for side, (w, r, _, _) in zip(sides, summed(sharp, grouped), strict=True)
+    ]
+    assert row["loss"] == pytest.approx(LOG_2 + 0.01 * mean(of_other), rel=1e-5)
+    again = log_of(run(tmp_path / "plain", sharp, grouped, xpo_alpha=0.01, pairs_per_step=8))[0]
+    assert again["loss"] == pytest.approx(LOG_2, rel=1e-5)  # no side is another source's
 
 
 def test_wpo_weighs_each_pair_by_how_likely_the_policy_is_to_sample_it(
