@@ -28,7 +28,7 @@ from judges.load import compares
 LONGEST_REASON = 500
 SAMPLED = 32
 """Prompts from which the work of the judges is estimated."""
-STEPS = ("completions", "judgments", "others", "against", "pairs", "reference", "policy", "evaluation")
+STEPS = ("completions", "judgments", "others", "against", "pairs", "reference", "policy", "evaluation", "benchmarks")
 
 
 def describe_plan(run: IterativeRun) -> str:

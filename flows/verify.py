@@ -233,6 +233,8 @@ def _sources(
         case "policy":
             yield "pairs", digest_of("pairs")
             yield "policy", start
+        case "benchmarks" if round:
+            yield "policy", digest_of("policy")
         case "evaluation":
             yield "policy", digest_of("policy")
             yield "baselines.initial", digest_of("evaluation", 0)

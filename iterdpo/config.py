@@ -679,6 +679,26 @@ class DPOConfig(Section):
         return passes * pairs + min(rest * self.pairs_per_step, pairs)
 
 
+class BenchmarksConfig(Section):
+    """Tasks of lm-evaluation-harness, run on the initial policy and on each candidate that is evaluated."""
+
+    tasks: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
+    """Names of tasks or groups, such as `[gsm8k, mmlu]`."""
+    include_path: OptionalPath = None
+    """A directory with tasks of your own."""
+    limit: int | None = Field(None, ge=1)
+    """Examples of each task. Default: all."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples in each prompt. Default: the task's own."""
+    apply_chat_template: bool = False
+    """Ask in the policy's chat template."""
+    batch_size: int = Field(8, ge=1)
+    """Examples in one forward pass."""
+    max_loss: float | None = Field(None, ge=0)
+    """Do not promote a candidate that has lost more than this, in the first metric of any task, against the initial policy
+    (`benchmark/max_loss`)."""
+
+
 class EvaluationConfig(Section):
     judge: JudgeConfig | None = None
     """The held-out judge, which is never used for training. Without it, only the training judge evaluates, and the
@@ -692,6 +712,8 @@ class EvaluationConfig(Section):
     max_logp_gap: float = Field(0.05, gt=0)
     """Maximum mean difference, in nats per token, between the engine's log-probabilities and the checkpoint's. The run
     stops if it is exceeded. bf16 gives about 0.01; a quantized engine needs more."""
+    benchmarks: BenchmarksConfig | None = Field(None, exclude_if=_unset)
+    """Benchmarks that a policy should not lose: see [benchmarks](operating.md#benchmarks)."""
     every: int = Field(1, ge=1, exclude_if=lambda rounds: rounds == 1)
     """Evaluate each round of this number, and the last. The others are promoted without a gate. A candidate that the gate
     refuses gives way to the policy that was evaluated before, not to the one of the round before."""

@@ -248,6 +248,7 @@ class RoundPrompts:
     ) -> None:
         self._section, self._run_dir, self._seed, self._min_margin = section, run_dir, seed, min_margin
         self._tied: dict[int, tuple[Array, Array]] = {}
+        self._judged = 0
         # A large file's prompts are kept once a run has begun, so that it is not read again at every start.
         begun = (run_dir.root / "run.json").exists() and os.access(run_dir.root, os.W_OK)
         cache = run_dir.root / "prompts.cache" if begun else None
@@ -259,8 +260,11 @@ class RoundPrompts:
     def of(self, round: int) -> PromptFile:
         """What `round` samples: what it began with, if it has begun, else the next prompts not used before."""
         section = self._section
-        if section.choose == "untied":  # what has not begun depends on judgments that there may be by now
-            self._rounds = {t: prompts for t, prompts in self._rounds.items() if self._file(t).exists()}
+        if section.choose == "untied":  # what has not begun depends on the judgments that there are by now
+            judged = sum(read_manifest(self._run_dir.round_dir(t) / "judgments") is not None for t in self._rounds)
+            if judged != self._judged:
+                self._judged = judged
+                self._rounds = {t: prompts for t, prompts in self._rounds.items() if self._file(t).exists()}
         for t in range(1, round + 1):
             if t in self._rounds:
                 continue

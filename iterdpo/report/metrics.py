@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from iterdpo.report.benchmarks import RESULTS, benchmark_metrics
 from iterdpo.run.rundir import RunDir, read_json, read_jsonl, read_manifest
 from iterdpo.training.launch import TRAIN_LOG
 
@@ -22,6 +23,7 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
     metrics: dict[str, Any] = {"round": round}
     if steps["evaluation"]:
         metrics |= read_json(directory / "evaluation" / "metrics.json")
+    metrics |= _benchmarks(run, round)
     metrics["prompts/sampled"] = counts["completions"].get("prompts")
     metrics |= _left_out("prompts", counts["completions"])
     if "retired" in counts["completions"]:
@@ -53,11 +55,18 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
     for stage, step in STAGES.items():
         metrics[f"time/{stage}_s"] = seconds[step]
     metrics["time/judge_streamed_s"] = steps["judgments"].seconds.get("streamed") if steps["judgments"] else None
-    for step in ("others", "against"):
+    for step in ("others", "against", "benchmarks"):
         if (manifest := read_manifest(directory / step)) is not None:
             metrics[f"time/{step}_s"] = seconds[step] = manifest.seconds["total"]
     metrics["time/round_s"] = sum(s for s in seconds.values() if s is not None)
     return metrics
+
+
+def _benchmarks(run: RunDir, round: int) -> dict[str, float | None]:
+    """Of a round with `evaluation.benchmarks`, compared with round 0."""
+    paths = [run.round_dir(t) / "benchmarks" for t in (round, 0)]
+    found = [read_json(path / RESULTS) if read_manifest(path) is not None else None for path in paths]
+    return benchmark_metrics(found[0], found[1] if round else None) if found[0] is not None else {}
 
 
 def left_out(counts: dict[str, Any]) -> dict[str, int] | None:

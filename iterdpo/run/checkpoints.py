@@ -30,8 +30,9 @@ DEQUANTIZED = ("fp8", "mxfp4")
 """Methods whose weights transformers turns into plain ones if it finds no GPU that computes with them."""
 
 
-def resolve_checkpoint(path: str, *, revision: str | None = None) -> Path:
-    """The directory of a checkpoint: `path` itself, or the snapshot of a hub id (downloaded if it is not cached).
+def resolve_checkpoint(path: str, *, revision: str | None = None, key: str = "model.path") -> Path:
+    """The directory of a checkpoint: `path` itself, or the snapshot of a hub id (downloaded if it is not cached). `key`
+    names it in messages.
 
     Raises:
         ConfigError: neither a directory nor a hub id that can be reached.
@@ -40,7 +41,7 @@ def resolve_checkpoint(path: str, *, revision: str | None = None) -> Path:
     if local.is_dir():
         return local.absolute()
     if path.startswith(("/", ".", "~")) or path.count("/") > 1 or local.suffix in (".gguf", ".bin", ".safetensors"):
-        raise ConfigError(f"model.path {path!r}: no such directory; give a checkpoint directory or a hub id")
+        raise ConfigError(f"{key} {path!r}: no such directory; give a checkpoint directory or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -51,7 +52,7 @@ def resolve_checkpoint(path: str, *, revision: str | None = None) -> Path:
     except (OSError, HFValidationError, RuntimeError) as error:  # not found, not reachable, not an id
         reason = str(error).strip().splitlines()[0][:200]
         problem = f"no such directory here, and not to be had from the hub ({reason})"
-        raise ConfigError(f"model.path {path!r}: {problem}; check the spelling and the network") from None
+        raise ConfigError(f"{key} {path!r}: {problem}; check the spelling and the network") from None
 
 
 def check_whole_modules(directory: Path, adapter: AdapterConfig | None) -> None:

@@ -14,6 +14,7 @@ from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_answer_ids,
 from iterdpo.run.progress import Stage
 from iterdpo.run.rundir import read_json, write_json
 from iterdpo.seeds import derive_seed
+from iterdpo.stages.benchmarks import benchmark
 from iterdpo.stages.judge import judge_with_progress
 from iterdpo.stages.runs import IterativeRun, batches
 from iterdpo.stages.sample import parameters_of, prompts_key, sample_shards, sampling_key
@@ -31,7 +32,7 @@ def evaluate(
 ) -> Evaluation:
     """The candidate on the held-out prompts, compared with the evaluations in `against` (`initial`, `previous`).
 
-    Raises ChildFailed if the engine does not sample from this policy.
+    Its benchmarks follow, if there are any. Raises ChildFailed if the engine does not sample from this policy.
     """
     step = run.dir.step(round, "evaluation", inputs(run, candidate, against))
     if (manifest := step.manifest()) is None:
@@ -39,6 +40,7 @@ def evaluate(
         if round == 0:
             run.prompts.pin(0)
         manifest = step.finish(counts=_evaluate(run, directory, candidate, against))
+    benchmark(run, round, candidate)
     return Evaluation(step.path, manifest.digest, round)
 
 
@@ -48,7 +50,7 @@ def inputs(run: IterativeRun, candidate: PolicyCheckpoint, against: Mapping[str,
         "policy": candidate.digest,
         "prompts": prompts_key(run, run.prompts.heldout),
         "sampling": sampling_key(run, *_sampling(run)),
-        "evaluation": run.config.evaluation.model_dump(exclude={"judge", "max_logp_gap", "every"}),
+        "evaluation": run.config.evaluation.model_dump(exclude={"judge", "max_logp_gap", "every", "benchmarks"}),
         "judges": {judge.role: judge.key for judge in run.judges},
         "baselines": {name: baseline.digest for name, baseline in against.items()},
         "seed": run.config.seed,

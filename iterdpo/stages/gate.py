@@ -40,7 +40,7 @@ def decision_record(
     A StaleStepError if the round was sealed with other settings of the gate.
     """
     evaluated = round == 0 or run.evaluates(round)
-    settings = run.config.gate.model_dump()
+    settings = gate_settings(run)
     known = run.dir.record(round)
     if known is not None and not run.dir.redo:
         differing = differing_keys({"gate": known.gate}, {"gate": settings})
@@ -57,6 +57,15 @@ def decision_record(
         metrics["gate/evaluated"] = False
     kept = candidate if previous is None or decision.action == "promote" else previous
     return round_record(run, round, decision, kept, settings, metrics)
+
+
+def gate_settings(run: IterativeRun) -> dict[str, Any]:
+    """The section `gate`, with the budget of the benchmarks as its last rule."""
+    settings, benchmarks = run.config.gate.model_dump(), run.config.evaluation.benchmarks
+    if benchmarks is None or benchmarks.max_loss is None:
+        return settings
+    budget = {"metric": "benchmark/max_loss", "maximum": benchmarks.max_loss, "otherwise": settings["otherwise"]}
+    return {**settings, "rules": [*settings.get("rules", []), budget]}
 
 
 def round_record(

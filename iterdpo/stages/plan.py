@@ -9,6 +9,7 @@ from iterdpo.errors import DamagedError
 from iterdpo.run.artifacts import Judgments, Pairs, PolicyCheckpoint
 from iterdpo.run.rundir import Manifest, Step
 from iterdpo.stages import evaluate, judge, pair, sample, train
+from iterdpo.stages.benchmarks import benchmark_steps
 from iterdpo.stages.gate import decision_record
 from iterdpo.stages.others import against_steps, other_steps
 from iterdpo.stages.runs import IterativeRun
@@ -60,6 +61,7 @@ def steps_of_round(run: IterativeRun, round: int) -> Iterator[Step]:
     step = functools.partial(run.dir.step, round)
     if round == 0:
         yield step("evaluation", evaluate.inputs(run, run.initial, {}))
+        yield from benchmark_steps(run, round, run.initial)
         return
     policy = run.policy_after(round - 1)
     yield (sampled := step("completions", sample.inputs(run, policy, run.prompts.of(round))))
@@ -79,6 +81,7 @@ def steps_of_round(run: IterativeRun, round: int) -> Iterator[Step]:
     candidate = PolicyCheckpoint(trained.path, _done(trained).digest, round)
     if run.evaluates(round):
         yield step("evaluation", evaluate.inputs(run, candidate, run.baselines(round, run.standing(round))))
+        yield from benchmark_steps(run, round, candidate)
 
 
 def _done(step: Step) -> Manifest:

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 from iterdpo.config import Config, OfflineConfig, TagsConfig
@@ -270,6 +271,8 @@ class IterativeRun(OfflineRun):
         if self._replicas > 1:
             check_devices(width * self._replicas, "sampling.engine: replicas x tensor_parallel_size")
         for key, metric in config.gate.metrics():
+            if metric.startswith("benchmark/") and config.evaluation.benchmarks is not None:
+                continue
             thinking = metric in OF_THOUGHTS and self.tags is not None
             if why := unmeasured(metric, heldout_judge=heldout_judge is not None, thinking=thinking):
                 raise ConfigError(f"{key} = {metric!r}: {why}")
@@ -286,6 +289,15 @@ class IterativeRun(OfflineRun):
             min_margin=config.pairing.min_margin,
         )
         self._check_pairing()
+        if (benchmarks := config.evaluation.benchmarks) is not None:
+            if benchmarks.include_path is not None and not Path(benchmarks.include_path).is_dir():
+                raise ConfigError(
+                    f"evaluation.benchmarks.include_path = {benchmarks.include_path!r}: no such directory"
+                )
+            if importlib.util.find_spec("lm_eval") is None:
+                raise ConfigError(
+                    "evaluation.benchmarks: the package 'lm_eval' is not installed; run: pip install 'iterdpo[benchmarks]'"
+                )
         if sampler is not None:
             self.sampler = sampler
         self._streaming: list[StreamingJudge] = []
@@ -301,7 +313,7 @@ class IterativeRun(OfflineRun):
                     f"{', '.join(sorted(known)) or 'none'}"
                 )
             if source.model is not None:
-                other = resolve_checkpoint(source.model)
+                other = resolve_checkpoint(source.model, key=f"pairing.{key}.model")
                 check_checkpoint(other, trust_remote_code=self.config.model.trust_remote_code)
                 check_alike(other, self.model_path, f"pairing.{key}.model")
         if section.offline is not None and preferences_of(section.offline).account.kind == "unpaired":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,22 @@ def test_a_gpu_has_batches_in_flight_and_gives_them_back_in_order(tmp_path: Path
     assert list(sampler.sample_batches(iter(BATCHES), PARAMETERS)) == [groups(number) for number in range(5)]
     assert (sampler.most, sampler.flying) == (8, [])  # the first two; then no more until the second has ended
     assert list(sampler.sample_batches([], PARAMETERS)) == []
+
+
+def test_a_gpu_is_told_the_temperature_of_each_prompt_that_its_seed_gives_it(tmp_path: Path) -> None:
+    told: list[list[float]] = []
+
+    class Noting(Flying):
+        def _call(self, request: Any, read: Any) -> Any:
+            if isinstance(request, Enqueue):
+                told.append(request.temperatures)
+            return super()._call(request, read)
+
+    sampler = Noting(tmp_path / "sampler.log")
+    sampler.load(tmp_path, "first")
+    several = replace(PARAMETERS, temperature=(0.5, 1.0))
+    list(sampler.sample_batches(iter(BATCHES), several))
+    assert told == [[several.temperature_of(seed) for seed in seeds] for _, seeds in BATCHES]
 
 
 def test_a_caller_who_stops_early_closes_the_engine(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from iterdpo.run.rundir import read_manifest
 from iterdpo.stages.plan import first_pending
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.types import CompletionGroup, Judgment, RoundRecord
-from tests.unit.stages.harness import STAGES, Lengths, Room
+from tests.unit.stages.harness import PER_ROUND, STAGES, Lengths, Room
 
 
 def finish(run: IterativeRun) -> list[RoundRecord]:
@@ -54,6 +54,14 @@ def test_rounds_added_later_leave_the_evaluation_of_the_former_last_round(room: 
     assert evaluated(run) == [0, 2, 3, 4, 5]
 
 
+def test_evaluating_every_round_afterwards_evaluates_and_decides_those_that_were_not(room: Room) -> None:
+    finish(room.open(rounds=2, evaluation={"every": 2}))
+    run = room.open(rounds=2)
+    assert first_pending(run) == "round-001/evaluation"
+    record = run_round(run, 1, STAGES)
+    assert (record.decision, record.gate) == ("promote", run.config.gate.model_dump())
+
+
 def test_a_refused_candidate_gives_way_to_the_policy_that_was_evaluated_last(room: Room) -> None:
     run = room.open(rounds=5, evaluation={"every": 3}, gate={"metric": "win_rate/vs_initial", "minimum": 0.9})
     records = finish(run)
@@ -85,11 +93,15 @@ def test_the_learning_rate_of_a_round_is_in_its_key_and_in_no_others(room: Room)
 
 
 class Converging(Lengths):
-    """The difference of scores is 1, then a fifth of it."""
+    """Two completions differ by 1 in the first round, then by a fifth of it."""
 
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
-        gap = 1.0 if len(self.asked) < 6 else 0.2
-        return [replace(j, scores=[0.0, gap]) for j in super().judge(groups)]
+        found, pairs = [], sum(len(g.completions) == 2 for asked in self.asked for g in asked)
+        for j in super().judge(groups):
+            gap = 1.0 if pairs < PER_ROUND else 0.2
+            found.append(replace(j, scores=[0.0, gap]) if len(j.scores) == 2 else j)
+            pairs += len(j.scores) == 2
+        return found
 
 
 def test_pairs_whose_scores_become_alike_raise_an_alarm_that_is_counted(room: Room) -> None:
