@@ -112,7 +112,6 @@ class ServerSampler(Sampler):
         body: dict[str, Any] = {
             "model": self._model,
             "n": parameters.n,
-            "temperature": parameters.temperature,
             "top_p": parameters.top_p,
             "top_k": parameters.top_k,
             "max_tokens": parameters.max_tokens,
@@ -123,11 +122,14 @@ class ServerSampler(Sampler):
             "logprobs": 0,
             "return_token_ids": True,
         }
-        given: list[dict[str, Any]] = [{"seed": seed} if self._reproducible else {} for seed in seeds]
+        given: list[dict[str, Any]] = [
+            {"temperature": parameters.temperature_of(seed), **({"seed": seed} if self._reproducible else {})}
+            for seed in seeds
+        ]
         replies = await asyncio.gather(
             *(
-                self._ask("POST", "/v1/completions", prompt=ids, **body, **seed, seconds=self._silence)
-                for ids, seed in zip(prompt_ids, given, strict=True)
+                self._ask("POST", "/v1/completions", prompt=ids, **body, **own, seconds=self._silence)
+                for ids, own in zip(prompt_ids, given, strict=True)
             )
         )
         if not self._adapter and (served := await self._served()) != self._version:

@@ -82,9 +82,9 @@ def _evaluated(run: IterativeRun, directory: Path, policy: PolicyCheckpoint, sec
     run.check(policy)
     log = run.dir.log_path("benchmarks")
     command = [sys.executable, "-m", "lm_eval", "run", "--config", str(config)]
-    with run.progress.stage("benchmarks", len(section.tasks), "tasks") as stage:
+    with run.devices.turn(), run.progress.stage("benchmarks", len(section.tasks), "tasks") as stage:
         stage.begin()
-        with supervise.start(command, log=log, reserved=run.reserved) as child:
+        with supervise.start(command, log=log, reserved=run.devices.descriptors) as child:
             status = child.wait()
         if status != 0:
             raise ChildFailed(f"lm_eval failed: {printable(child.reason())} (the whole log: {log})")

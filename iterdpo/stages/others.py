@@ -59,16 +59,17 @@ def judged_against(run: IterativeRun, round: int, completions: Completions, samp
     for step in against_steps(run, round, completions.digest, sampled.digest if sampled else None):
         if (manifest := step.manifest()) is None:
             directory = step.begin()
-            run.train_judge.begin_stage()
             asked = batches(against(run, completions, sampled), run.config.sampling.shard_size)
             total = 2 * completions.prompts
             shards: Iterable[NamedShard] = ((shard_name(number), some) for number, some in enumerate(asked))
             metrics = JudgeMetrics()
-            abstentions = judge_with_progress(
-                run, "against", run.train_judge, shards, directory, total=total, on_shard=metrics.add
-            )
-            usage = run.train_judge.used()
-            run.release_judges()
+            with run.turn_of(run.train_judge):
+                run.train_judge.begin_stage()
+                abstentions = judge_with_progress(
+                    run, "against", run.train_judge, shards, directory, total=total, on_shard=metrics.add
+                )
+                usage = run.train_judge.used()
+                run.release_judges()
             write_card(directory, "shard-*.jsonl")
             manifest = step.finish(counts={**abstentions.result(), "metrics": metrics.result(), "usage": usage})
         return Judgments.of(step.path, manifest)

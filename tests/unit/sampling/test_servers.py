@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,15 @@ def test_seeds_are_sent_if_sampling_must_be_reproducible(server: Server, tmp_pat
     sampler.load(tmp_path, "abc")
     sampler.sample(PROMPTS, SEEDS, PARAMETERS)
     assert sorted(body["seed"] for path, body in server.asked if path == "/v1/completions") == SEEDS
+
+
+def test_each_prompt_has_the_temperature_that_its_seed_gives_it(server: Server, tmp_path: Path) -> None:
+    several = replace(PARAMETERS, temperature=(0.5, 1.0))
+    sampler = sampler_of(server, reproducible=True)
+    sampler.load(tmp_path, "abc")
+    sampler.sample(PROMPTS, SEEDS, several)
+    told = {json.dumps(body["prompt"]): body["temperature"] for path, body in server.asked if path == "/v1/completions"}
+    assert told == {"[1, 2]": several.temperature_of(11), "[3]": several.temperature_of(12)}
 
 
 def test_an_adapter_is_loaded_under_a_name_of_its_own(server: Server, tmp_path: Path) -> None:

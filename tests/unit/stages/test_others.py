@@ -174,7 +174,8 @@ class PrefersTheOther(Lengths):
     def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
         found = super().judge(groups)
         odd = [int(group.prompt.text.removeprefix("Tale ")) % 2 for group in groups]
-        return [replace(j, scores=[0.0, 1.0] if o else [1.0, 0.0]) for j, o in zip(found, odd, strict=True)]
+        scores = [[0.0, 1.0] if o else [1.0, 0.0] for o in odd]
+        return [replace(j, scores=s) if len(j.scores) == 2 else j for j, s in zip(found, scores, strict=True)]
 
 
 def test_the_judge_chooses_between_the_policys_and_the_other_policys_completion(room: Room) -> None:
