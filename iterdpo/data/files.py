@@ -53,7 +53,10 @@ def file_rows(file: Path) -> Iterator[Numbered]:
     """
     kind = format_of(file)
     if kind not in FORMATS:
-        raise DataError(f"{file}: unknown kind of file; give .json, .jsonl, .csv (also .gz) or .parquet")
+        raise DataError(
+            f"{file}: unknown kind of file; give .json, .jsonl, .csv (also .gz) or .parquet, as pandas writes them with "
+            "df.to_json(path, orient='records', lines=True), df.to_csv(path, index=False) or df.to_parquet(path)"
+        )
     if kind == "parquet":
         yield from ((None, row if isinstance(row, RowError) else without_fill(row)) for row in _parquet_rows(file))
         return
@@ -114,7 +117,23 @@ def _json_rows(text: _Text) -> Iterator[Numbered]:
             except (ValueError, RecursionError) as error:
                 yield text.line, _invalid(where, error)
             else:
+                if text.line == 1:
+                    _refuse_frame(text.file, row)
                 yield text.line, _object(row, where, line)
+
+
+def _refuse_frame(file: Path, row: Any) -> None:
+    """A whole data frame in one object, in one of the other forms that pandas has."""
+    if not isinstance(row, dict) or not row:
+        return
+    keys = [list(value) if isinstance(value, dict) else [] for value in row.values()]
+    numbered = all(name.isdigit() for name in row) and all(keys)  # orient="index"
+    columns = all(keys) and all(names == keys[0] for names in keys) and all(name.isdigit() for name in keys[0])
+    if numbered or columns or row.keys() in ({"columns", "index", "data"}, {"schema", "data"}):
+        raise DataError(
+            f"{file}: the file is one object with all rows in it, as pandas writes a data frame by default; write it with "
+            "df.to_json(path, orient='records', lines=True)"
+        )
 
 
 def _json_items(text: _Text) -> Iterator[tuple[Any, str]]:

@@ -166,8 +166,11 @@ class Account:
     def _note_kind(self, first: dict[str, int]) -> None:
         self.first = first | self.first
         if len(self.first) > 1:
-            problem = f"the prompt is text in row {self.first['text']} and messages in row {self.first['messages']}"
-            raise DataError(f"{self.source}: {problem}; give all as the same kind")
+            raise DataError(
+                f"{self.source}: row {self.first['text']} is all text, and row {self.first['messages']} has messages; give "
+                'all rows as the same kind: as messages, a prompt of text is [{"role": "user", "content": TEXT}], and a '
+                'completion [{"role": "assistant", "content": TEXT}]'
+            )
 
     def summary(self) -> str:
         """`kept 2,303 of 2,312 pairs (5 diverge before the last turn, 4 have an empty completion)`."""
@@ -484,10 +487,15 @@ def _columns(row: dict[str, Any], format: Format, where: str) -> tuple[Content |
     remedy = "preference data has chosen, rejected and, if they do not repeat it, prompt"
     chosen = content_of(column_value(row, "chosen", where, remedy), f"{where}, column 'chosen'")
     rejected = content_of(column_value(row, "rejected", where, remedy), f"{where}, column 'rejected'")
+    if isinstance(chosen, list) and isinstance(rejected, str) and not rejected.strip():
+        rejected = []  # an empty field of CSV has no kind
+    if isinstance(rejected, list) and isinstance(chosen, str) and not chosen.strip():
+        chosen = []
     if isinstance(chosen, str) != isinstance(rejected, str):
-        problem = "one of chosen and rejected is text and the other messages"
+        text, messages = ("chosen", "rejected") if isinstance(chosen, str) else ("rejected", "chosen")
         raise RowError(
-            f"{where}: {problem}; give two of the same kind", "have one completion as text and one as messages"
+            f"{where}: {text} is text, and {messages} is messages; give two of the same kind",
+            "have one completion as text and one as messages",
         )
     names = ["prompt"]
     if format == "sharegpt":

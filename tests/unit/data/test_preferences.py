@@ -122,6 +122,8 @@ def test_without_a_prompt_column_plain_texts_part_between_words(
         ({"prompt": "x", "chosen": " y", "rejected": " y"}, "have identical completions"),
         ({"prompt": "x", "chosen": " \n", "rejected": " y"}, "have an empty completion"),
         ({"prompt": "x", "chosen": [], "rejected": [assistant("y")]}, "have an empty completion"),
+        ({"prompt": "x", "chosen": "", "rejected": [assistant("y")]}, "have an empty completion"),  # CSV
+        ({"prompt": "x", "chosen": [assistant("y")], "rejected": " "}, "have an empty completion"),
         ({"prompt": "x", "chosen": [assistant("")], "rejected": [assistant("y")]}, "have an empty completion"),
         ({"chosen": [user("x"), assistant("y")], "rejected": [user("x")]}, "have an empty completion"),
         ({"chosen": "yes", "rejected": "no"}, "share no prompt"),
@@ -183,7 +185,7 @@ def test_rows_are_counted_in_full_and_a_thousand_are_listed(tmp_path: Path) -> N
         ({"prompt": "", "chosen": " 4", "rejected": " 5"}, r"row 2, column 'prompt' is empty"),
         (
             {"prompt": "x", "chosen": [assistant("y")], "rejected": "z"},
-            r"row 2: one of chosen and rejected is text and the other messages",
+            r"row 2: rejected is text, and chosen is messages; give two of the same kind",
         ),
         (
             {"prompt": [user("x"), assistant("y")], "chosen": "w", "rejected": "z"},
@@ -605,7 +607,7 @@ def test_data_of_one_format_named_as_another_is_refused(
 
 def test_texts_and_messages_in_one_data_set_are_refused_with_a_row_of_each(tmp_path: Path) -> None:
     row = {"prompt": [user("2+2?")], "chosen": "4", "rejected": "5"}
-    with pytest.raises(DataError, match="the prompt is text in row 1 and messages in row 3; give all as the same kind"):
+    with pytest.raises(DataError, match="row 1 is all text, and row 3 has messages; give all rows as the same kind"):
         read(tmp_path, GOOD, {**GOOD, "chosen": " 5"}, row)
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -104,6 +105,7 @@ def test_a_directory_whose_names_tell_no_split_is_read_whole(tmp_path: Path) -> 
             r"a\.jsonl\.gz: cannot be read \(Compressed",
         ),
         ("a.parquet", b"PAR1 not", r"a\.parquet: cannot be read as Parquet"),
+        ("a.pkl", b"hello", r"a\.pkl: unknown kind of file.* as pandas writes them with df\.to_json\(path, orient="),
         ("a.txt", b"hello", r"a\.txt: unknown kind of file; give \.json, \.jsonl, \.csv"),
     ],
 )
@@ -207,3 +209,31 @@ def test_nulls_that_arrow_fills_in_are_left_out_of_messages_and_tools(tmp_path: 
     assert second["prompt"] == rows[1]["prompt"]
     assert (first["tools"], second["tools"]) == (rows[0]["tools"], rows[1]["tools"])
     assert first["gold"] == {"a": 1, "b": None}  # a judge reads it as it is in the file
+
+
+@pytest.mark.parametrize("orient", ["columns", "index", "split", "table"])
+def test_a_data_frame_that_pandas_wrote_as_one_object_is_refused_with_the_call_to_use(
+    tmp_path: Path, orient: Any
+) -> None:
+    frame = pd.DataFrame(ROWS)
+    frame.to_json(tmp_path / "a.json", orient=orient)
+    with pytest.raises(
+        DataError, match=r"one object with all rows in it.*df\.to_json\(path, orient='records', lines=True"
+    ):
+        list(load_rows(str(tmp_path / "a.json"), "train"))
+    frame.to_json(tmp_path / "a.json", orient="records", lines=True)
+    assert list(load_rows(str(tmp_path / "a.json"), "train")) == ROWS
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"}},
+        {"data": "x", "schema": "y", "prompt": "2+2?"},
+        {"0": "x"},
+        {"prompt": {}},
+        {},
+    ],
+)
+def test_a_row_of_objects_is_not_taken_for_a_data_frame(tmp_path: Path, row: dict[str, Any]) -> None:
+    assert list(load_rows(write_rows(tmp_path / "a.jsonl", [row]), "train")) == [row]
