@@ -51,6 +51,8 @@ Bound = functools.partial[Any]
 CONCURRENCY = 16
 METHODS = ("judge", "score", "compare")
 """The first of these that an object has is called; otherwise the object itself."""
+TEXTS = ("prompt", "prompts", "completion", "completions", "completion_ids", "a", "b", "groups")
+"""Parameters that no argument gives."""
 OPTIONAL_PARAMETERS = (
     *("messages", "prompt_id", "token_count", "finish_reason"),
     *("a_token_count", "b_token_count", "a_finish_reason", "b_finish_reason"),
@@ -58,7 +60,7 @@ OPTIONAL_PARAMETERS = (
 """What a function may name besides the texts. A column of the same name wins."""
 SHAPES = (
     "`prompt, completion` to score one completion, `prompt, a, b` to compare two, `prompts, completions` for a "
-    "TRL reward function, `groups` for the whole protocol"
+    "TRL reward function, `groups` for the full protocol"
 )
 WINNERS: dict[str, Literal["first", "second", "tie"]] = {"a": "first", "b": "second", "tie": "tie"}
 
@@ -230,7 +232,11 @@ def check_signature(
         raise JudgeError(f"judge {name!r}: its parameters ({', '.join(known)}) fit no form of judge. {remedy}")
     unknown = [arg for arg in args if arg not in known]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        raise JudgeError(f"judge {name!r}: unknown argument {unknown[0]!r}; {nearest(unknown[0], known, 'it accepts')}")
+        known = [parameter for parameter in known if kind is None or parameter not in TEXTS]
+        raise JudgeError(
+            f"judge {name!r}: unknown argument {unknown[0]!r}; {nearest(unknown[0], known, 'it accepts')} (arguments of "
+            "another judge stay if `use` alone changes: judge.args={} on the command line removes them)"
+        )
     return kind
 
 

@@ -37,7 +37,8 @@ HEADER = """\
 <!-- Written by tools/configuration_docs.py from iterdpo/config.py: edit the fields there, and run it again. -->
 
 A configuration is one or more YAML files, merged left to right, then `dotted.key=value` overrides, whose values are
-read as YAML. Mappings merge key by key; everything else, lists included, is replaced.
+read as YAML. Mappings of files merge key by key; everything else, lists included, is replaced. An override replaces all
+that its key holds: `judge.args={}` removes the arguments that a file gives.
 
 ```
 iterdpo run base.yaml site.yaml dpo.beta=0.2 prompts.heldout=256

@@ -390,6 +390,11 @@ class TestCoroutines:
     [
         (lambda prompt, response: 1.0, {}, r"its parameters \(prompt, response\) fit no form of judge"),
         (lambda completion, factor=1: 1.0, {"facto": 2}, "unknown argument 'facto'; did you mean 'factor'?"),
+        (
+            lambda prompt, completion, gold: 1.0,
+            {"model": "x"},
+            r"unknown argument 'model'; it accepts: gold \(arguments of another judge stay .*judge\.args=\{\}",
+        ),
         (type("Empty", (), {}), {}, "a Empty is not a judge"),
         (type("Empty", (), {}), {"x": 1}, "unknown argument 'x'; it accepts: nothing"),
         (3, {}, "a int is not a judge"),
