@@ -20,6 +20,7 @@ from iterdpo.escape import revealed
 from iterdpo.run.progress import Progress
 
 if TYPE_CHECKING:
+    from iterdpo.judging.judge import JudgeBase
     from judges.audit.check import Turn
     from judges.audit.labelled import LabelledGroup
 
@@ -101,7 +102,7 @@ def check(
     from judges.audit.labelled import read_labelled
     from judges.audit.lineage import shared_lineage
     from judges.audit.published import measure_groups
-    from judges.load import check_columns, check_judge, load_judge
+    from judges.load import check_columns, check_judge
 
     if data is None and not attack:
         remedy = "give --data with labelled pairs, or --attack to try attacks on the prompts that come with iterdpo"
@@ -120,7 +121,7 @@ def check(
         measured = [] if data is None else list(read_labelled(data, subset_column=subset_column, **how)[0])
         print(*_planned(use, judge_args, measured, repeats, list(attacked()) if attack else []), sep="\n")
         return 0
-    loaded = load_judge(use, judge_args)
+    loaded = _loaded(use, judge_args)
     unit: Literal["characters", "tokens"] = "characters" if how["tokenizer"] is None else "tokens"
     trained = policy or _policy(judge)
     lineage = None if trained is None else shared_lineage(judge_args, trained)
@@ -202,13 +203,13 @@ def compare(
     """The agreement of two judges, with examples of their differences."""
     from judges.audit.agreement import compare_judges, measure_agreement, read_samples
     from judges.audit.render import compare_sentence, compare_tables, difference_example
-    from judges.load import check_judge, load_judge
+    from judges.load import check_judge
 
     specs = [_judge_spec(a, args_a, role), _judge_spec(b, args_b, role)]
     for use, judge_args in specs:
         check_judge(use, judge_args)  # before the first has judged anything
     samples = partial(read_samples, data, round=number, seed=reading.seed, **reading.of(a, b))
-    load_a, load_b = (partial(load_judge, *spec) for spec in specs)
+    load_a, load_b = (partial(_loaded, *spec) for spec in specs)
     with Progress(sys.stderr).stage("judged", 2 * (reading.limit or 0), "prompts") as stage:
         done = compare_judges(load_a, load_b, samples, advance=stage.advance)
     judged = zip(specs, done.names, done.versions, strict=True)
@@ -255,10 +256,10 @@ def attempt(
     from iterdpo.run.rundir import digest
     from iterdpo.types import Prompt
     from judges.audit.labelled import tokenized
-    from judges.load import check_columns, load_judge
+    from judges.load import check_columns
 
     use, judge_args = _judge_spec(judge, args, role)
-    loaded = load_judge(use, judge_args)
+    loaded = _loaded(use, judge_args)
     if loaded.comparative and len(completions) < 2:
         raise JudgeError(f"judge {loaded.name!r} compares completions with each other; give it two or more")
     row = dict(map(_column, columns))
@@ -386,6 +387,16 @@ def _policy(judge: str) -> str | None:
 
     model = load_judges_config(judge).model if judge.endswith(YAML) else None
     return None if model is None else model.path
+
+
+def _loaded(use: str, args: dict[str, Any]) -> JudgeBase:
+    """The judge. If it starts a server first, that is said: nothing else happens for a while."""
+    from judges.load import load_judge
+
+    judge = load_judge(use, args)
+    if any(getattr(part, "server", None) is not None for part in judge.parts()):
+        print(f"starting a vLLM server for {judge.name} first, which takes a minute or more", file=sys.stderr)
+    return judge
 
 
 def _cost(turn: Turn) -> dict[str, Any]:

@@ -45,6 +45,8 @@ RAISED = re.compile(r"(?:^|[\]:)] )((?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interru
 SECOND_HAND = re.compile(r"CalledProcessError|ChildFailedError|See root cause above|SystemExit")
 SIGNALLED = re.compile(r"\b(?:Signals\.|Signal \d+ \()(SIG[A-Z]+)")
 
+VALIDATION = re.compile(r"\d+ validation errors? for [^:]*$")
+
 _withheld: set[str] = set()
 
 
@@ -135,10 +137,14 @@ class Child:
             return f"no sign of work for {self._silent:g} seconds, so it was ended"
         lines, status = [line.strip() for line in self.said() if line.strip()], self.poll()
         own = [line.removeprefix(REASON) for line in lines if line.startswith(REASON)]
-        raised = [m[1] for line in lines if (m := RAISED.search(line)) and not SECOND_HAND.search(line)]
+        raised = [
+            (number, m[1])
+            for number, line in enumerate(lines, 1)
+            if (m := RAISED.search(line)) and not SECOND_HAND.search(line)
+        ]
         signals = self._signals()
         if own or (raised and not signals):
-            reason = own[0] if own else raised[-1]
+            reason = own[0] if own else raised[-1][1] + _details(raised[-1][1], lines[raised[-1][0] :])
         elif signals:
             short = ", as Linux does if memory is short" if signals[-1] == "SIGKILL" else ""
             reason = f"it was ended by {signals[-1]}{short}"
@@ -151,6 +157,15 @@ class Child:
 
     def __exit__(self, *exc: object) -> None:
         self.kill()
+
+
+def _details(raised: str, following: Sequence[str]) -> str:
+    """The first message of an error of pydantic, which is on the lines after it, the place of the value first."""
+    if VALIDATION.search(raised):
+        for number, line in enumerate(following[:3], 1):
+            if " [type=" in line:
+                return ": " + ": ".join([*following[: number - 1], line.partition(" [type=")[0]])
+    return ""
 
 
 def start(

@@ -286,7 +286,8 @@ def _figures(report: dict[str, Any], rows: Sequence[Column], counted: str) -> Ta
 
 
 def _cost(cost: dict[str, Any], units: int, title: str = "Cost", unit: str = "pair") -> Table:
-    amounts = {"seconds": cost["seconds"], **cost["usage"]}
+    used = {"seconds of calls" if name == "seconds" else name: amount for name, amount in cost["usage"].items()}
+    amounts = {"seconds": cost["seconds"], **used}  # calls run at the same time
     each = {name: f"{amount / units:,.4g}" if units else "" for name, amount in amounts.items()}
     rows = [[name.replace("_", " "), f"{amount:,.6g}", each[name]] for name, amount in amounts.items()]
     return Table(title, ["", "in all", f"a {unit}"], rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,22 @@ def test_try_shows_what_a_language_model_was_asked_and_replied(here: Path, capsy
     assert "completion 0 before completion 1: first" in said
     assert "completion 1 before completion 0: first" in said
     assert "usage: calls 2" in said
+
+
+def test_check_says_that_a_server_starts_and_tells_its_own_seconds_from_those_of_the_calls(
+    here: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (f"model={tiny_model}", "serve={}", "constrain=none")
+    with FakeEndpoint(lambda body: "Verdict: A") as server:
+        monkeypatch.setattr("judges.llm.server.Server.start", lambda self: server.base_url)
+        assert judge("check", "pairwise", "--data", "pairs.jsonl", "--args", *arguments) == 0
+    said = capsys.readouterr()
+    assert f"starting a vLLM server for pairwise:{tiny_model.name} first" in said.err
+    assert [len(re.findall(rf"(?m)^{name}  ", said.out)) for name in ("seconds", "seconds of calls", "calls")] == [
+        1,
+        1,
+        1,
+    ]
 
 
 def test_a_configurations_judge_is_checked_with_overrides_laid_over_its_args(

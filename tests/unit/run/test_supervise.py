@@ -303,6 +303,18 @@ REASONS = [
     ("echo '[rank1]: RuntimeError: peer'; exit 1", "RuntimeError: peer"),
     ("echo '(Core pid=3) ERROR 11-26 [core.py:9] ValueError: why'; exit 1", "ValueError: why"),
     ("echo AssertionError; exit 1", "AssertionError"),
+    (
+        "echo 'a.ValidationError: 1 validation error for M'; echo '  Value error, too long [type=x, input]'; exit 1",
+        "a.ValidationError: 1 validation error for M: Value error, too long",
+    ),
+    (
+        "echo 'a.ValidationError: 2 validation errors for M'; echo seed; echo '  Not a number [type=x]'; exit 1",
+        "a.ValidationError: 2 validation errors for M: seed: Not a number",
+    ),
+    (
+        "echo 'a.ValidationError: 1 validation error for M'; echo 'and then'; exit 1",
+        "a.ValidationError: 1 validation error for M",
+    ),
     ("echo 'KeyError: 1'; echo 'subprocess.CalledProcessError: Command returned 1'; exit 1", "KeyError: 1"),
     ("echo 'ValueError: root'; echo 'RuntimeError: failed. See root cause above.'; exit 1", "ValueError: root"),
     ("echo 'iterdpo: failed: RuntimeError: first'; echo 'OSError: second'; exit 1", "RuntimeError: first"),
