@@ -38,6 +38,8 @@ STARTUP_SECONDS = 120.0
 CHECK_SECONDS = 10.0
 PASSWORD_FILE = "iterdpo-password"  # in PREFECT_HOME
 FAILED = "iterdpo: a background service of Prefect failed: "
+BUSY = "database is locked"
+"""What SQLite says after a wait of seconds, and what may work the next time."""
 FAILED_AGAIN_SECONDS = 180.0
 
 
@@ -207,14 +209,17 @@ def app() -> ASGIApp:
 
 
 class _Failures(logging.Handler):
-    """Prints a line for a background service that fails when one has failed before: a single one may be a busy database.
+    """Prints a line for a background service that fails when one has failed before: a single failure may pass.
 
-    Prefect goes on without them, and says so in its log alone.
+    Prefect goes on without them, and says so in its log alone. A database that is busy is no failure, however often:
+    whether it keeps rounds from being planned is seen from the rounds.
     """
 
     last = -math.inf
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and BUSY in str(record.exc_info[1]):
+            return
         before, self.last = self.last, record.created
         if record.exc_info and record.created - before < FAILED_AGAIN_SECONDS:
             error = record.exc_info[1]

@@ -89,6 +89,7 @@ def serve(
     alarms.check_targets(notify)
     check_surroundings(open_run(config), prefect=True)  # what can be wrong is said now, not at two in the night
     log = RunDir(config.run_dir).log_path("prefect")
+    progress.say(f"preparing {FLOW}/{name}: the first start of a Prefect server takes up to a minute")
     clock = noted_schedule(config.run_dir, name, cron=cron, timezone=timezone)
     with only_once(name) as port, prefect_api(log, port=port) as api, clock:
         from prefect.runner import Runner
