@@ -66,6 +66,7 @@ def describe_plan(run: IterativeRun) -> str:
         **_judge_calls(run),
         pairs=f"at most {pairs:,} a round",
         steps=f"at most {config.dpo.steps(pairs):,} optimizer steps a round of {config.dpo.pairs_per_step} pairs",
+        **_benchmarks(config),
         disk=f"about {size(rounds * policy)} of policies in {run.dir.root}, and {size(checkpoint)} more for a checkpoint",
     )
 
@@ -95,6 +96,9 @@ def _judge_calls(run: IterativeRun) -> dict[str, str]:
         work, said = evaluated, f"{round(evaluation.calls):,} an evaluation"
         if role == "training":
             one = estimate(judge.use, judge.args, trained) * (config.prompts.per_round / len(trained))
+            if config.pairing.against is not None:
+                met = _groups(run.prompts.of(1), 2, sampling.max_tokens)
+                one += estimate(judge.use, judge.args, met) * (config.prompts.per_round / len(met))
             work, said = work + one * rounds, f"{round(one.calls):,} a round and {said}"
         lines.append(f"{role} judge: {said}")
         total += work
@@ -104,6 +108,15 @@ def _judge_calls(run: IterativeRun) -> dict[str, str]:
     if (shared := shared_lineage(config.judge.args, config.model.path)) is not None:
         rows["warning"] = shared
     return rows
+
+
+def _benchmarks(config: Config) -> dict[str, str]:
+    """A row of the plan, if there are any."""
+    section = config.evaluation.benchmarks
+    if section is None:
+        return {}
+    limit = f", {section.limit:,} examples of each" if section.limit else ""
+    return {"benchmarks": f"{', '.join(section.tasks)}{limit}; {_evaluations(config) + 1} times"}
 
 
 def _evaluations(config: Config) -> int:

@@ -116,6 +116,21 @@ def test_the_calls_of_a_judge_that_scores_are_those_of_all_rounds_and_evaluation
     assert "judge tokens" not in rows
 
 
+def test_pairs_of_two_policies_and_evaluations_every_few_rounds_are_counted(model: Path, tmp_path: Path) -> None:
+    rows = planned(
+        model,
+        tmp_path,
+        judge={"use": f"{tmp_path}/judge.py:score"},
+        pairing={"against": {"round": 0}, "replay": 0.5},
+        evaluation={"n": 2, "every": 2},
+    )
+    # A round has 10 · 4 completions and 10 of the other policy, and 10 pairs of which both are judged again; rounds 0, 2
+    # and 3 are evaluated on 5 · 2. As many pairs as are fresh are replayed.
+    assert rows["completions"] == "50 a round and 10 an evaluation; 180 in all"
+    assert rows["judge calls"] == "training judge: 60 a round and 10 an evaluation; 210 in all"
+    assert rows["pairs"] == "at most 20 a round"
+
+
 def test_the_calls_of_judges_that_compare_count_both_orders_and_both_baselines(model: Path, tmp_path: Path) -> None:
     endpoint = {"base_url": "http://127.0.0.1:9/v1", "price_in": 1.0, "price_out": 10.0}
     llm = {"use": "pairwise", "args": {"model": "m", "endpoint": endpoint, "constrain": "none"}}
