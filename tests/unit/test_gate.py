@@ -270,3 +270,24 @@ def test_of_two_equal_rounds_the_later_is_the_best_and_round_0_is_it_before_any_
     assert best_round(rounds[:1], {"metric": "win_rate/vs_initial"}) == 0
     losing = [record(0).metrics, record(1, win=0.4).metrics]
     assert best_round(losing, {"metric": "win_rate/vs_initial"}) == 0  # half against itself
+
+
+def unevaluated(round: int) -> RoundRecord:
+    made = record(round)
+    return replace(made, metrics={**made.metrics, "gate/evaluated": False})
+
+
+def test_rounds_without_an_evaluation_end_no_patience_and_are_no_baseline() -> None:
+    earlier = [record(0, length=10.0), record(1, "keep", 0), unevaluated(2)]
+    assert decide({METRIC: 0.4}, metric=METRIC, minimum=0.5, patience=2, earlier=earlier).action == "stop"
+    longer = rule("length/mean_tokens", max_increase=5.0)
+    metrics = {METRIC: 0.9, "length/mean_tokens": 12.0}
+    decision = decide(metrics, metric=METRIC, minimum=0.5, rules=[longer], earlier=earlier)
+    assert decision.action == "promote"  # measured from round 0, not from round 2
+
+
+@pytest.mark.parametrize("metric", [METRIC, "score/heldout_judge"])
+def test_a_round_without_an_evaluation_is_never_the_best(metric: str) -> None:
+    rounds = [record(0, score=0.1), record(1, score=0.6), unevaluated(2)]
+    rows = [{**known.metrics, "round": known.round, "gate/decision": known.decision} for known in rounds]
+    assert best_round(rows, {"metric": metric}) == 1
