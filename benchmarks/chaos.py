@@ -38,7 +38,8 @@ from iterdpo.testing import build_tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
 JUDGE = "def vowels(prompt, completion):\n    return sum(letter in 'aeiou' for letter in completion)\n"
-SILENCE = 8.0
+SILENCE = 10.0
+ROUNDS = 2
 MAIN = "from flows.cli import main; main()"
 PRETENDED = f"from iterdpo.sampling.client import VLLMSampler as S; S.MODULE = 'benchmarks.chaos_engine'; {MAIN}"
 
@@ -96,7 +97,7 @@ class Chaos:
         if not self.model.exists():
             build_tiny_checkpoint(self.model)
             (root / "judge.py").write_text(JUDGE)
-            prompts = [{"prompt": f"Tale {i}, of the sea"} for i in range(400)]
+            prompts = [{"prompt": f"Tale {i}, of the sea"} for i in range(600)]
             (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
         self.flow: subprocess.Popen[bytes] | None = None
         self.struck_flow = False
@@ -110,13 +111,13 @@ class Chaos:
     def write(self, run: Path) -> Path:
         config = {
             "run_dir": str(run),
-            "rounds": 3,
+            "rounds": ROUNDS,
             "model": {"path": str(self.model)},
-            "prompts": {"path": str(self.root / "prompts.jsonl"), "per_round": 96, "heldout": 8},
+            "prompts": {"path": str(self.root / "prompts.jsonl"), "per_round": 240, "heldout": 8},
             "sampling": {"n": 4, "max_tokens": 12, "shard_size": 4},
             "judge": {"use": f"{self.root / 'judge.py'}:vowels"},
             "evaluation": {"max_logp_gap": 1000 if self.engine == "pretended" else 0.1},
-            "dpo": {"learning_rate": 1e-3, "pairs_per_step": 2, "checkpoint_every": 5, "precision": "fp32"},
+            "dpo": {"learning_rate": 1e-3, "pairs_per_step": 2, "checkpoint_every": 8, "precision": "fp32"},
             "gate": {"metric": "score/train_judge", "minimum": 0.0},
             "supervision": {"silence": SILENCE, "start": 300, "restarts": 1000},
         }
@@ -306,9 +307,8 @@ def last_checkpoint(run: Path) -> int:
 
 def last_policy(run: Path) -> str | None:
     """The digest of the last round's policy, if the run is done."""
-    if not (run / "round-003" / "round.json").exists():
-        return None
-    manifest = read_manifest(run / "round-003" / "policy")
+    last = run / f"round-{ROUNDS:03d}"
+    manifest = read_manifest(last / "policy") if (last / "round.json").exists() else None
     return None if manifest is None else manifest.digest
 
 

@@ -218,6 +218,7 @@ def _guard(arguments: list[str]) -> int:
     lifeline, command = int(arguments[0]), arguments[2:]
     os.set_inheritable(lifeline, False)
     prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_PDEATHSIG, signal.SIGCONT)  # a guard that was stopped goes on when its parent ends
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # what loses its parent below becomes the guard's child, in whatever session
 
     def watch() -> None:

@@ -84,6 +84,7 @@ ENDING
         ("sys.exit(0)", 0),
         ("os._exit(7)", 7),
         ("raise RuntimeError('crash')", 1),
+        ("os.kill(child.process.pid, signal.SIGSTOP); os.kill(os.getpid(), signal.SIGKILL)", -9),
     ],
 )
 def test_however_the_parent_ends_child_and_grandchild_are_gone(tmp_path: Path, ending: str, status: int) -> None:
