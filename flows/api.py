@@ -89,6 +89,7 @@ def check_surroundings(run: IterativeRun, *, prefect: bool) -> None:
         from flows.server import check_api
 
         check_api()
+    run.probe_sampler()
     for judge in run.judges:
         judge.named.probe()
 

@@ -49,7 +49,7 @@ def connect(address: str) -> int:
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False, configure_logging=False)
     except Exception as error:
-        why = " ".join(printable(str(error)).split())[:300]
+        why = printable(" ".join(str(error).split()))[:300]
         raise ConfigError(
             f"sampling.ray = {address!r}: no Ray cluster is there ({why}); start one: ray start --head"
         ) from None
@@ -83,7 +83,7 @@ class RayWorker:
             ) from None
         except ray.exceptions.RayError as error:
             self.close()
-            reason = " ".join(printable(str(error)).split())[:300]
+            reason = printable(" ".join(str(error).split()))[:300]
             raise ChildFailed(f"sampler: its node or its actor is lost: {reason}") from None
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib.metadata
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -34,7 +35,7 @@ from iterdpo.run.checkpoints import (
     resolve_checkpoint,
     training_bytes,
 )
-from iterdpo.run.devices import Turns, check_devices, visible_gpus
+from iterdpo.run.devices import Turns, answers, check_devices, visible_gpus
 from iterdpo.run.disk import check_space
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import (
@@ -464,6 +465,19 @@ class IterativeRun(OfflineRun):
     def sampling_turn(self) -> AbstractContextManager[None]:
         """A context in which the run samples: with its GPUs, unless others do it."""
         return self.devices.turn() if self._replicas else nullcontext()
+
+    def probe_sampler(self) -> None:
+        """Ask once for what samples, if it is not here: the servers, or the package for a cluster.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        sampling = self.config.sampling
+        for url in sampling.servers:
+            if not answers(f"{url}/health"):
+                raise ConfigError(f"sampling.servers: {url} does not answer; start the server, or correct the URL")
+        if sampling.ray is not None and importlib.util.find_spec("ray") is None:
+            raise ConfigError("sampling.ray: the package 'ray' is not installed; run: pip install 'iterdpo[ray]'")
 
     def warm_up(self) -> None:
         """Begin what takes long to start, without waiting: the sampler's processes import vLLM meanwhile."""

@@ -206,6 +206,11 @@ def test_servers_sample_in_place_of_engines_and_no_gpu_is_taken_for_them(
             assert run.devices._held == 0
     with room.open() as run, run.sampling_turn:
         assert run.devices._held == 1
+        with pytest.raises(ConfigError, match=r"sampling\.servers: http://a:1 does not answer; start the server"):
+            run.probe_sampler()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"sampling\.ray: the package 'ray' is not installed"):
+        room.open(sampling={"ray": "auto"}).probe_sampler()
     with pytest.raises(ValueError, match="servers and ray"):
         room.open(sampling={"servers": ["http://a:1"], "ray": "auto"})
 
