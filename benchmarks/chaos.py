@@ -203,11 +203,13 @@ class Chaos:
         family = mark(self.root) if way in ENDING else victims[1]
         if way == FULL:
             self.fill()
+            self.flow.wait(300)  # the run notices when it next writes
+            begun = time.monotonic()
         for number in way.how.split(", then ") if way != FULL else ():
             with suppress(ProcessLookupError):
                 os.kill(victims[0], getattr(signal, number))
             time.sleep(0.05)
-        limit = SILENCE + 20 if way.how == "SIGSTOP" else 120 if way == FULL else 20.0
+        limit = SILENCE + 20 if way.how == "SIGSTOP" else 20.0
         left_after_5 = None
         while running := [pid for pid in family if runs(pid)]:
             passed = time.monotonic() - begun

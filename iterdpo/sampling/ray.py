@@ -10,6 +10,7 @@ all on one node. Each node has iterdpo installed, and sees the run directory and
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,9 @@ def connect(address: str) -> int:
         raise ConfigError("sampling.ray: the package 'ray' is not installed; run: pip install 'iterdpo[ray]'") from None
     try:
         if not ray.is_initialized():
+            host, _, port = address.rpartition(":")
+            if port.isdecimal():  # Ray itself tries for minutes
+                socket.create_connection((host.rpartition("/")[2], int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False, configure_logging=False)
     except Exception as error:
         why = printable(" ".join(str(error).split()))[:300]

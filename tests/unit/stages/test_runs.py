@@ -198,15 +198,16 @@ def test_servers_sample_in_place_of_engines_and_no_gpu_is_taken_for_them(
     monkeypatch.setattr(devices, "_installed", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")
     room.sampler = None  # type: ignore[assignment]
-    with room.open(sampling={"servers": ["http://a:1", "http://b:1/"]}) as run:
+    urls = [f"http://127.0.0.1:{devices.free_port()}" for _ in range(2)]
+    with room.open(sampling={"servers": urls}) as run:
         engines: Any = run.sampler.engines  # type: ignore[attr-defined]
-        assert [engine.url for engine in engines] == ["http://a:1", "http://b:1"]
+        assert [engine.url for engine in engines] == urls
         assert len(run.devices.descriptors) == 1  # of the trainer
         with run.sampling_turn:
             assert run.devices._held == 0
     with room.open() as run, run.sampling_turn:
         assert run.devices._held == 1
-        with pytest.raises(ConfigError, match=r"sampling\.servers: http://a:1 does not answer; start the server"):
+        with pytest.raises(ConfigError, match=rf"sampling\.servers: {urls[0]} does not answer; start the server"):
             run.probe_sampler()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"sampling\.ray: the package 'ray' is not installed"):
