@@ -149,6 +149,8 @@ def test_the_gpus_of_the_cluster_are_counted(ray: FakeRay) -> None:
     assert connect("auto") == 0
     ray.gpus = 8.0
     assert connect("auto") == 8
+    with pytest.raises(ConfigError, match=r"sampling\.ray = '127\.0\.0\.1:1': no Ray cluster is there"):
+        connect("127.0.0.1:1")
     ray.lost = True
     with pytest.raises(
         ConfigError, match=r"sampling\.ray = 'auto': no Ray cluster is there \(nothing there\); start one"
