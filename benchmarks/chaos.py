@@ -78,6 +78,9 @@ def main(
     prefect: Literal["yes", "no"] = "no",
     seed: int = 0,
 ) -> None:
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it, and so would the run
     root = root.absolute()
     root.mkdir(parents=True, exist_ok=True)
     chaos = Chaos(root, engine, prefect == "yes", random.Random(f"{seed} {time.time_ns()}"))
@@ -220,7 +223,7 @@ class Chaos:
             time.sleep(0.005)
         gone = time.monotonic() - begun
         if way in ENDING:
-            self.flow.wait()
+            self.end()
             self.struck_flow = True
             (self.disk / "filler").unlink(missing_ok=True)
         for pid in running:
