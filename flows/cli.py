@@ -1,4 +1,4 @@
-"""The command line: `iterdpo quickstart | run | train | serve | deploy | judge | show | report | status | runs | export | verify`.
+"""The command line: `iterdpo quickstart | run | train | compare | serve | deploy | judge | show | report | status | …`.
 
 Exit status: 0 done, 1 a run failed (finished work is kept), 2 bad input.
 """
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 OVERRIDES = "YAML files, merged left to right, and dotted overrides in any place: dpo.beta=0.2 sampling.n=8"
+EXPERIMENT = (
+    "YAML files of an experiment, and dotted overrides of it or of what all arms have: seeds=[0,1] dpo.beta=0.2"
+)
 JUDGED = "the round (default: the last with finished judgments)"
 CRON = 'schedule for new rounds: "0 2 * * *" is every night at two (default: only when triggered)'
 
@@ -37,6 +40,7 @@ NOTIFY = (
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Word = Annotated[str, Parameter(name="CONFIG", required=True, help=OVERRIDES)]
+Experiment = Annotated[str, Parameter(name="EXPERIMENT", required=True, help=EXPERIMENT)]
 DryRun = Annotated[bool, Parameter(help="validate, print the plan, and stop")]
 Redo = Annotated[bool, Parameter(help="repeat steps that were made with other settings")]
 RunDirectory = Annotated[str, Parameter(help="the run directory")]
@@ -130,6 +134,28 @@ def train(*config: Word, dry_run: DryRun = False, redo: Redo = False) -> int:
             progress.say(f"  {name:<24} {metrics[name]:.4f}")
     progress.say(f"report: {run.root / 'report.html'}")
     progress.say(f"policy: {run.root / 'policy'}")
+    return 0
+
+
+@app.command
+def compare(
+    *experiment: Experiment,
+    out: Annotated[Path | None, Parameter(help="directory of its runs (default: runs/NAME)")] = None,
+    dry_run: DryRun = False,
+    redo: Redo = False,
+) -> int:
+    """Run the arms of an experiment with several seeds, and compare them on one page."""
+    from flows.compare import compare as run_experiment
+    from flows.compare import describe_experiment
+    from flows.experiment import load_experiment
+
+    files = [a for a in experiment if "=" not in a or Path(a).exists()]
+    loaded = load_experiment(*files, overrides=[a for a in experiment if a not in files], out=out)
+    if dry_run:
+        print(describe_experiment(loaded))
+        return 0
+    progress = Progress(sys.stdout)
+    progress.say(f"page: {run_experiment(loaded, progress=progress, redo=redo)}")
     return 0
 
 

@@ -994,7 +994,7 @@ def load_judges_config(path: str | Path) -> JudgesConfig:
 
     Of a run's configuration everything is checked, as by `load_config`. A ConfigError if something is wrong.
     """
-    values = _read_yaml(Path(path))
+    values = read_yaml(Path(path))
     if {"run_dir", "prompts", "data"} & values.keys():
         config = load_config(path)
         return JudgesConfig(judge=config.judge, evaluation=config.evaluation, model=config.model)
@@ -1028,9 +1028,9 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _load(schema: type[AnyConfig], paths: tuple[str | Path, ...], overrides: list[str]) -> AnyConfig:
     values: dict[str, Any] = {}
     for path in paths:
-        values = merge(_typed_loss(values), _read_yaml(Path(path)))
+        values = merge(typed_loss(values), read_yaml(Path(path)))
     for override in overrides:
-        values = assign(_typed_loss(values), override)
+        values = assign(typed_loss(values), override)
     source = " + ".join(map(str, paths)) or "the overrides"
     command, others = ("train", {"data"}) if schema is Config else ("run", {"judge", "prompts"})
     if found := sorted(others & values.keys()):
@@ -1038,7 +1038,7 @@ def _load(schema: type[AnyConfig], paths: tuple[str | Path, ...], overrides: lis
     return parse_config(schema, values, source=source)
 
 
-def _typed_loss(values: dict[str, Any]) -> dict[str, Any]:
+def typed_loss(values: dict[str, Any]) -> dict[str, Any]:
     """`dpo.loss: ipo` as `{type: ipo}`, so that later files and overrides can add keys to it."""
     match values:
         case {"dpo": {"loss": str(name)} as dpo}:
@@ -1054,7 +1054,8 @@ _FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys in a file; a ConfigError if it cannot be read, or is no mapping."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
@@ -1079,7 +1080,12 @@ def assign(values: dict[str, Any], override: str) -> dict[str, Any]:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
-    *sections, last = key.strip().split(".")
+    return with_key(values, key.strip(), value)
+
+
+def with_key(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """`values` with a dotted key set: `with_key({}, "dpo.beta", 0.2) == {"dpo": {"beta": 0.2}}`."""
+    *sections, last = key.split(".")
     target = values = dict(values)
     for part in sections:
         inner = target.get(part)

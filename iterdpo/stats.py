@@ -103,6 +103,47 @@ def clustered_bootstrap(
     return Estimate(float(value), *_percentiles(defined, confidence), len(prompts))
 
 
+def resampled_means(values: Floats, *, samples: int, generator: np.random.Generator) -> Floats:
+    """Means over prompts, [samples, M], after as many prompts as there are were drawn with replacement from [P, M]."""
+    count = len(values)
+    weights = generator.multinomial(count, np.full(count, 1 / count), size=samples)
+    return np.asarray(weights @ values / count, dtype=float)
+
+
+def nested_bootstrap(
+    values: Sequence[float], draws: Sequence[Floats], *, confidence: float = 0.95, seed: int = 0
+) -> Estimate:
+    """The mean of the runs' figures, with a percentile bootstrap interval over runs, and over prompts within each.
+
+    `values[i]` is the figure of run i, `draws[i]` [B] the same after its prompts were resampled. A draw takes as many
+    runs as there are, with replacement, and of each one of its draws. With few runs the interval is too narrow, since
+    their spread is estimated from few: `student_interval` is not.
+    """
+    if not len(values):
+        return NOTHING
+    pool = np.stack(list(draws))  # [runs, B]
+    runs, samples = pool.shape
+    generator = np.random.default_rng(seed)
+    which = generator.integers(runs, size=(samples, runs))
+    means = pool[which, generator.integers(samples, size=(samples, runs))].mean(axis=1)
+    return Estimate(float(np.mean(values)), *_percentiles(means, confidence), runs)
+
+
+def student_interval(values: Sequence[float], *, confidence: float = 0.95) -> Estimate:
+    """The mean of the runs' figures with Student's interval over runs. Without an interval if there is one run.
+
+    A run's figure has the luck of its training and of its prompts in it, so that both are covered if every run has
+    prompts of its own.
+    """
+    if len(values) < 2:
+        return Estimate(float(values[0]), None, None, 1) if len(values) else NOTHING
+    from scipy import stats
+
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
+    middle = float(np.mean(values))
+    return Estimate(middle, middle - half, middle + half, len(values))
+
+
 def _percentiles(drawn: Floats | list[float], confidence: float) -> tuple[float, float]:
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
