@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from iterdpo.errors import JudgeError
 from iterdpo.judging.judge import JudgeBase, checked_judgments
 from iterdpo.run.rundir import digest
+from iterdpo.seeds import derive_seed
 from iterdpo.types import CompletionGroup, Judgment
 from judges.base import Abstention, check_choice, is_number
 from judges.cache import SQLiteCache
@@ -397,6 +398,32 @@ class ZScore(_Wrapper):
 
     def rescored(self, judgments: Sequence[Judgment], lengths: Sequence[Lengths]) -> Iterable[Sequence[Outcome]]:
         return [z_scores(judgment.scores) for judgment in judgments]
+
+
+class Flipped(_Wrapper):
+    """The score, with its sign changed on a share of the prompts: a judge that is wrong about them, for experiments.
+
+    On these prompts the best completion is the worst, so that the label of every pair is flipped. Which they are depends
+    on `seed` and the prompt's id alone.
+    """
+
+    KIND = "flipped"
+
+    def __init__(self, judge: dict[str, Any], share: float, seed: int = 0) -> None:
+        super().__init__(judge)
+        self.share, self.seed = share, seed
+
+    @staticmethod
+    def check_arguments(share: Any, seed: Any = 0) -> None:
+        if not is_number(share) or not 0 <= share <= 1:
+            raise JudgeError(f"flipped: share is {share!r}; it is a number between 0 and 1, such as 0.2")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise JudgeError(f"flipped: seed is {seed!r}; it is a whole number")
+
+    def rescored(self, judgments: Sequence[Judgment], lengths: Sequence[Lengths]) -> Iterable[Sequence[Outcome]]:
+        for judgment in judgments:
+            wrong = derive_seed(self.seed, "flipped", judgment.prompt_id) < self.share * 2**31
+            yield [s if s is None or not wrong else -s for s in judgment.scores]
 
 
 class Cached(_Wrapper):

@@ -56,6 +56,7 @@ BUILT_IN = {
     "clip": "judges.combine:Clip",
     "tie_band": "judges.combine:TieBand",
     "z_score": "judges.combine:ZScore",
+    "flipped": "judges.combine:Flipped",
     "cached": "judges.combine:Cached",
     "remote": "judges.remote:Remote",
     "person": "judges.person.judge:Person",

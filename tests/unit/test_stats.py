@@ -8,7 +8,16 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from iterdpo.stats import Estimate, bootstrap_mean, clustered_mean, sigmoid
+from iterdpo.stats import (
+    NOTHING,
+    Estimate,
+    bootstrap_mean,
+    clustered_mean,
+    nested_bootstrap,
+    resampled_means,
+    sigmoid,
+    student_interval,
+)
 from tests.unit.judges.audit.faulty_judges import covered
 
 
@@ -130,3 +139,23 @@ def test_the_interval_of_a_share_is_that_of_agresti_and_coull() -> None:
 def test_the_sigmoid_does_not_overflow() -> None:
     assert [sigmoid(x) for x in (-1e4, 0.0, 1e4)] == [0.0, 0.5, 1.0]
     assert sigmoid(math.log(3)) == pytest.approx(0.75)
+
+
+def test_students_interval_is_that_of_the_tables() -> None:
+    found = student_interval([1.0, 2.0, 3.0])  # mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.3027
+    assert found == pytest.approx((2.0, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5, 3), abs=1e-3)
+    assert student_interval([1.5]) == Estimate(1.5, None, None, 1)
+    assert student_interval([]) == NOTHING
+
+
+def test_a_nested_bootstrap_has_the_spread_of_runs_and_of_their_prompts() -> None:
+    generator = np.random.default_rng(0)
+    apart = [np.full(2000, value) for value in (0.0, 1.0)]  # runs that differ, of prompts that do not
+    assert nested_bootstrap([0.0, 1.0], apart) == Estimate(0.5, 0.0, 1.0, 2)
+    alike = [
+        resampled_means(generator.normal(size=(400, 1)), samples=2000, generator=generator)[:, 0] for _ in range(4)
+    ]
+    found = nested_bootstrap([0.0] * 4, [draws - draws.mean() for draws in alike])
+    assert found.low is not None
+    assert -found.low == pytest.approx(1.96 / math.sqrt(4 * 400), rel=0.2)
+    assert nested_bootstrap([], []) == NOTHING

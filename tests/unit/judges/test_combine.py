@@ -416,6 +416,21 @@ def test_wrappers_nest_and_pass_on_what_the_inner_judge_says(field: Any) -> None
     assert len(judgment.comparisons) == 1
 
 
+def test_flipped_changes_the_sign_of_a_seeded_share_of_the_prompts(field: Any) -> None:
+    groups = [make_group(f"prompt {i}", ["1", "3", "?"]) for i in range(400)]
+
+    def wrong(**args: Any) -> list[bool]:
+        found = [j.scores for j in judged("flipped", *groups, judge=field(), **args)]
+        assert all(scores in ([1.0, 3.0, None], [-1.0, -3.0, None]) for scores in found)
+        return [scores[0] == -1.0 for scores in found]
+
+    assert sum(wrong(share=0.2)) == pytest.approx(80, abs=24)  # three standard deviations: 3 sqrt(400 x 0.2 x 0.8)
+    assert wrong(share=0.2) == wrong(share=0.2) != wrong(share=0.2, seed=1)
+    assert all(a <= b for a, b in zip(wrong(share=0.2), wrong(share=0.4), strict=True))  # more share, the same and more
+    assert not any(wrong(share=0.0))
+    assert all(wrong(share=1.0))
+
+
 @pytest.mark.parametrize(
     ("use", "args", "complaint"),
     [
@@ -425,6 +440,8 @@ def test_wrappers_nest_and_pass_on_what_the_inner_judge_says(field: Any) -> None
         ("tie_band", {"width": 1, "length_ratio": 0.5}, "at least 1"),
         ("length_regressed", {"min_completions": 1}, "at least 2"),
         ("cached", {"path": ""}, "it is the file to keep judgments in"),
+        ("flipped", {"share": 1.5}, "between 0 and 1"),
+        ("flipped", {"share": 0.5, "seed": "a"}, "whole number"),
         ("z_score", {"judge": "reward_model"}, "is given as"),
     ],
 )
