@@ -26,13 +26,15 @@ from iterdpo.report.compare import ArmRuns, Trial, write_comparison
 from iterdpo.report.page import write_report
 from iterdpo.run import supervise
 from iterdpo.run.artifacts import PolicyCheckpoint
-from iterdpo.run.checkpoints import check_checkpoint
+from iterdpo.run.checkpoints import check_checkpoint, training_bytes
+from iterdpo.run.disk import check_space
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import (
     RunDir,
     Step,
     check_step,
     differing_keys,
+    digest,
     read_manifest,
     read_object,
     write_json,
@@ -131,16 +133,30 @@ def check(experiment: Experiment) -> None:
     Raises:
         UserError: the first problem, with the arm.
     """
-    for planned in arm_runs(experiment, {}):
-        if planned.seed != experiment.settings.seeds[0]:
-            break
+    tokenized: set[str] = set()
+    policies: dict[str, int] = {}  # bytes of one
+    for planned in arm_runs(experiment, {})[: len(experiment.arms)]:
+        config = planned.config
+        prompts = digest(config.model_dump(mode="json", include={"rounds", "model", "prompts", "sampling"}))
         try:
-            with open_run(planned.config) as run:
+            with open_run(config) as run:
                 if planned.arm.kind == "command":
                     _program(planned.arm)
-                run.estimated_max_model_len()  # a prompt that is too long is refused here
+                if prompts not in tokenized:  # one that is too long is refused here
+                    run.estimated_max_model_len()
+                    tokenized.add(prompts)
+                policies[planned.arm.name] = training_bytes(run.model_path, config.dpo)[0]
         except UserError as error:
             raise UserError(f"{experiment.source}: arms.{planned.arm.name}: {error}") from None
+    check_space(experiment.out, sum(policies[p.arm.name] * _missing_policies(p) for p in arm_runs(experiment, {})))
+
+
+def _missing_policies(planned: Planned) -> int:
+    """How many policies a run has still to write."""
+    if not planned.arm.trains:
+        return 0
+    rounds = planned.config.rounds if planned.arm.kind == "iterative" else 1
+    return sum(not (RunDir(planned.root).round_dir(t) / "policy").is_dir() for t in range(1, rounds + 1))
 
 
 def describe_experiment(experiment: Experiment) -> str:

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from iterdpo.config import Config, Section, assign, explain, merge, parse_config, read_yaml, typed_loss, with_key
 from iterdpo.errors import ConfigError
 from iterdpo.run.rundir import digest
-from judges.load import compares
+from judges.load import check_judge, compares
 
 Kind = Literal["iterative", "offline", "initial", "best_of_n", "command"]
 TUNING = "tuning"
@@ -107,6 +107,7 @@ class Experiment:
         source = f"{self.source}: arms.{arm.name}"
         config = parse_config(Config, values, source=source)
         judge = config.evaluation.judge or config.judge
+        check_judge(judge.use, judge.args)
         if compares(judge.use, judge.args):
             raise ConfigError(
                 f"{source}: {judge.use} compares completions and gives no score of its own, and arms are compared by "

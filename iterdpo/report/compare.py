@@ -24,6 +24,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from iterdpo.report.format import count, duration, nats, number, percent
 from iterdpo.report.page import page_template
@@ -464,7 +465,7 @@ def widest(found: Mapping[str, Any]) -> tuple[float | None, float | None]:
 
 def _interval(found: Mapping[str, Any], show: Callable[[float], str], ends: tuple[str, str] = ("low", "high")) -> str:
     low, high = (found[end] for end in ends)
-    return "" if low is None or high is None else f"{show(low)} – {show(high)}"
+    return "" if low is None or high is None else f"{show(low)} to {show(high)}"
 
 
 def _arm_rows(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -582,6 +583,8 @@ def _panel(curves: Mapping[str, Mapping[int, Curve]], label: str, x: Callable[[P
             ax.axhline(0.5, color=FAINT, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
         ax.set_title(titles[metric])
         ax.set_xlabel(label)
+        if label == "round":
+            ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
         if metric == SCORE:
             ax.legend(fontsize=8.5, ncols=2 if len(curves) > 4 else 1)
 

@@ -136,7 +136,7 @@ def test_a_key_that_an_arm_sets_is_not_tuned_for_it_nor_arms_without_training() 
         ({"dpo": {"beta": 0.1}}, r"has 'dpo', a key of a run; put it below `base`"),
         ({"base": "nowhere.yaml"}, r"nowhere\.yaml: no such configuration file"),
         ({"base": 7}, r"base"),
-        ({"base": {**BASE, "judge": {"use": "pairwise", "args": {"model": "m", "endpoint": "http://x"}}}}, r"judge"),
+        ({"arms": {"one": {"judge": {"use": "exact_mach"}}}}, r"exact_mach"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_with_the_file_the_arm_and_the_key(changes: dict[str, Any], message: str) -> None:
@@ -145,7 +145,7 @@ def test_a_mistake_is_told_with_the_file_the_arm_and_the_key(changes: dict[str, 
 
 
 def test_a_judge_that_compares_is_refused_since_arms_are_compared_by_scores(tmp_path: Path) -> None:
-    (tmp_path / "judge.py").write_text("def better(prompt, first, second):\n    return 1\n")
+    (tmp_path / "judge.py").write_text("def better(prompt, a, b):\n    return 1\n")
     with pytest.raises(ConfigError, match=r"arms\.one: .*compares completions.*set evaluation\.judge"):
         load_experiment(written(base={**BASE, "judge": {"use": "judge.py:better"}}))
 
