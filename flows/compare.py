@@ -323,7 +323,7 @@ def _rounds(arm: Arm, run: IterativeRun, do: Stages) -> Iterator[RoundRecord]:
     yield initial_round(run, do)
     if arm.kind == "command":
         candidate = _commanded(arm, run)
-        evaluation = do.evaluate(run, 1, candidate, run.evaluations(initial=0, previous=0))
+        evaluation = do.evaluate(run, 1, candidate, run.baselines(1, run.initial))
         yield do.gate(run, 1, evaluation, candidate, run.initial)
 
 
@@ -337,7 +337,7 @@ def _pending(arm: Arm, run: IterativeRun) -> str | None:
     if (manifest := step.manifest()) is None:
         return step.name
     candidate = PolicyCheckpoint(step.path, manifest.digest, 1)
-    against = run.evaluations(initial=0, previous=0)
+    against = run.baselines(1, run.initial)
     evaluated = run.dir.step(1, "evaluation", evaluate.inputs(run, candidate, against))
     if evaluated.manifest() is None:
         return evaluated.name

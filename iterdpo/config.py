@@ -986,7 +986,7 @@ def load_offline_config(*paths: str | Path, overrides: list[str] | None = None) 
 
 def load_any_config(path: str | Path) -> Config | OfflineConfig:
     """The configuration in one file: of an offline round if it has a section `data`, of a run otherwise."""
-    return load_offline_config(path) if "data" in _read_yaml(Path(path)) else load_config(path)
+    return load_offline_config(path) if "data" in read_yaml(Path(path)) else load_config(path)
 
 
 def load_judges_config(path: str | Path) -> JudgesConfig:
