@@ -41,7 +41,7 @@ from iterdpo.run.rundir import (
     write_with,
 )
 from iterdpo.sampling import Sampler
-from iterdpo.stages import evaluate, judge, pair, sample, train
+from iterdpo.stages import evaluate, judge, sample, train
 from iterdpo.stages.gate import decision_record
 from iterdpo.stages.plan import first_pending, first_pending_of
 from iterdpo.stages.runs import IterativeRun
@@ -254,7 +254,7 @@ def sharing(donors: Sequence[Path], do: Stages = PLAIN) -> Stages:
     return Stages(
         sample=taking(do.sample, "completions", lambda run, t, policy, prompts, _: sample.inputs(run, policy, prompts)),
         judge=taking(do.judge, "judgments", lambda run, t, completions, by, _: judge.inputs(completions.digest, by)),
-        pair=taking(do.pair, "pairs", lambda run, t, completions, judgments: pair.inputs(run, judgments)),
+        pair=do.pair,  # made quickly, and of more than its arguments
         train=taking(do.train, "policy", train.inputs),
         evaluate=taking(do.evaluate, "evaluation", lambda run, t, *given: evaluate.inputs(run, *given)),
         gate=do.gate,
@@ -398,7 +398,8 @@ def _commanded(arm: Arm, run: IterativeRun) -> PolicyCheckpoint:
         command = [str(files / "spec.json") if word == "{spec}" else word for word in [_program(arm), *arm.command[1:]]]
         with run.progress.stage("command", len(rows), "prompts") as stage:
             log = run.dir.log_path("command")
-            with supervise.start(command, log=log, reserved=run.reserved) as child:
+            reserved = run.devices.descriptors
+            with run.devices.turn(), supervise.start(command, log=log, reserved=reserved) as child:
                 if child.wait() != 0:
                     raise ChildFailed(f"arms.{arm.name}: the command failed: {child.reason()} (log: {log})")
             stage.to(len(rows))

@@ -172,6 +172,8 @@ def read_curve(arm: ArmRuns, root: Path, baseline_n: int) -> Curve:
                     manifest.counts.get("completions", manifest.counts.get("budget", {}).get("completions", 0))
                 )
         standing, initial = (run.round_dir(r) / "evaluation" for r in (record.policy_round, 0))
+        if not standing.exists():  # of a round that was not evaluated
+            continue
         points.append(_point(record.round, completions, standing, initial))
     return Curve(points, budget_of(run))
 

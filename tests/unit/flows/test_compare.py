@@ -128,12 +128,12 @@ def test_round_0_is_evaluated_once_for_all_arms_of_a_seed(bench: Bench) -> None:
     assert len(bench.sampler.asked) == 8  # nothing is done again
 
 
-def test_the_first_rounds_completions_judgments_and_pairs_are_shared_if_their_inputs_are_equal(bench: Bench) -> None:
+def test_the_first_rounds_completions_and_judgments_are_shared_if_their_inputs_are_equal(bench: Bench) -> None:
     arms = {"one": {"dpo.beta": 0.1}, "two": {"dpo": {"beta": 0.2}}, "three": {"sampling.temperature": 0.5}}
     bench.run(arms=arms, base={**bench.values["base"], "rounds": 1})
     first, second, third = (bench.root / "out" / arm / "seed-0" for arm in arms)
     assert bench.sampler.asked == [4, 6, 4, 4, 4, 6, 4]  # of the second only the candidate is evaluated
-    for name in ("completions", "judgments", "pairs"):
+    for name in ("completions", "judgments"):
         manifests = [read_manifest(run / "round-001" / name) for run in (first, second)]
         assert manifests[0] == manifests[1]
     shards = [run / "round-001/completions/shard-000000.parquet" for run in (first, second, third)]
