@@ -79,7 +79,7 @@ def _judge_calls(run: IterativeRun) -> dict[str, str]:
     config = run.config
     section, sampling = config.evaluation, config.sampling
     rounds, each = config.rounds, 1 if section.temperature == 0 else section.n
-    heldout = len(run.prompts.heldout)
+    heldout, references = len(run.prompts.heldout), section.reference_column is not None
     trained = _groups(run.prompts.of(1), sampling.n, sampling.max_tokens)
     scored, compared = (_groups(run.prompts.heldout, k, sampling.max_tokens) for k in (each, 2))
     lines, total = [], Workload()
@@ -89,10 +89,10 @@ def _judge_calls(run: IterativeRun) -> dict[str, str]:
         if compares(judge.use, judge.args):
             # With the initial policy, and from the second round on with the previous one too.
             evaluation = estimate(judge.use, judge.args, compared) * (heldout * each / len(compared))
-            evaluated = evaluation * (2 * _evaluations(config) - 1)
+            evaluated = evaluation * (2 * _evaluations(config) - 1 + references * (_evaluations(config) + 1))
         else:
             evaluation = estimate(judge.use, judge.args, scored) * (heldout / len(scored))
-            evaluated = evaluation * (_evaluations(config) + 1)
+            evaluated = evaluation * (_evaluations(config) + 1 + references / each)
         work, said = evaluated, f"{round(evaluation.calls):,} an evaluation"
         if role == "training":
             one = estimate(judge.use, judge.args, trained) * (config.prompts.per_round / len(trained))

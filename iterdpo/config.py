@@ -709,6 +709,12 @@ class EvaluationConfig(Section):
     """Default: the temperature of `sampling`. 0 is greedy; the KL estimate is then not meaningful."""
     confidence: float = Field(0.95, gt=0, lt=1)
     """Coverage of the intervals."""
+    reference_column: str | None = Field(None, exclude_if=_unset)
+    """A column of the held-out prompts with a completion of each, by a person or another model, to compare with as
+    `win_rate/vs_reference`: [references](evaluation.md#reference-completions)."""
+    looks: Literal["plain", "spending"] = Field("plain", exclude_if=lambda looks: looks == "plain")
+    """The rounds look at the same prompts. `plain`: each interval alone has its coverage. `spending`: all intervals of all
+    rounds together have it, so those of later rounds are wider: [looks](evaluation.md#looking-again-and-again)."""
     max_logp_gap: float = Field(0.05, gt=0)
     """Maximum mean difference, in nats per token, between the engine's log-probabilities and the checkpoint's. The run
     stops if it is exceeded. bf16 gives about 0.01; a quantized engine needs more."""
@@ -753,12 +759,12 @@ class RuleConfig(Section):
             found = " and ".join(given) or "none"
             raise ValueError(f"a rule has one of {', '.join(BOUNDS)}, not {found}; write a rule for each bound")
         kind, bound = given[0], getattr(self, given[0])
-        if self.metric.startswith("win_rate/") and kind.startswith("max_"):
+        if "win_rate/" in self.metric and "/vs_reference" not in self.metric and kind.startswith("max_"):
             raise ValueError(
                 f"{kind}: {self.metric} compares with another policy already, and the initial one has none; give a minimum "
                 "or a maximum"
             )
-        if self.metric.startswith("win_rate/") and not 0 <= bound <= 1:
+        if "win_rate/" in self.metric and not 0 <= bound <= 1:
             raise ValueError(f"{kind} = {bound:g}: {self.metric} is between 0 and 1; half is 0.5")
         return self
 
@@ -771,6 +777,14 @@ class GateConfig(Section):
         "win_rate/vs_best_low",
         "win_rate/vs_initial",
         "win_rate/vs_initial_low",
+        "length_controlled_win_rate/vs_previous",
+        "length_controlled_win_rate/vs_previous_low",
+        "length_controlled_win_rate/vs_best",
+        "length_controlled_win_rate/vs_best_low",
+        "length_controlled_win_rate/vs_initial",
+        "length_controlled_win_rate/vs_initial_low",
+        "win_rate/vs_reference",
+        "win_rate/vs_reference_low",
         "score/heldout_judge",
         "score/heldout_judge_low",
         "score/train_judge",
@@ -800,7 +814,7 @@ class GateConfig(Section):
 
     @model_validator(mode="after")
     def _a_win_rate_is_a_share(self) -> GateConfig:
-        if self.metric.startswith("win_rate/") and not 0 <= self.minimum <= 1:
+        if "win_rate/" in self.metric and not 0 <= self.minimum <= 1:
             raise ValueError(f"minimum = {self.minimum:g}: a win rate is between 0 and 1; half is 0.5")
         return self
 

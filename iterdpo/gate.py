@@ -168,6 +168,4 @@ def _baseline(against: str, earlier: Sequence[RoundRecord]) -> RoundRecord:
 
 def _all_tied(metrics: Mapping[str, Any], metric: str) -> bool:
     win_rate = metric.removesuffix("_low")
-    return metric.startswith("win_rate/") and all(
-        metrics.get(f"{win_rate}{end}") == 0.5 for end in ("", "_low", "_high")
-    )
+    return "win_rate/" in metric and all(metrics.get(f"{win_rate}{end}") == 0.5 for end in ("", "_low", "_high"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,14 @@ class Estimate(NamedTuple):
 NOTHING = Estimate(None, None, None, 0)
 
 
+class Bootstrap(TypedDict, total=False):
+    """How intervals are drawn, if not as `bootstrap_mean` does: `{"confidence": 0.95, "samples": 10_000, "seed": 0}`."""
+
+    confidence: float
+    samples: int
+    seed: int
+
+
 def bootstrap_mean(
     values: Iterable[float], *, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
 ) -> Estimate:
@@ -53,6 +61,16 @@ def bootstrap_mean(
     sizes = [(min(rows, samples - start), len(data)) for start in range(0, samples, rows)]
     means = np.concatenate([data[generator.integers(len(data), size=size)].mean(axis=1) for size in sizes])
     return Estimate(float(data.mean()), *_percentiles(means, confidence), len(data))
+
+
+def spending_confidence(confidence: float, look: int) -> float:
+    """The coverage of an interval at the first, second, … look at the same prompts, so that all looks together have `confidence`.
+
+    The allowed error alpha is spent as alpha / (t (t + 1)) at look t (alpha spending: Foster and Stine, JRSS B 70,
+    2008). The shares add up to alpha over any number of looks, so that it need not be planned, and the union bound asks
+    nothing of how the looks depend on each other.
+    """
+    return 1 - (1 - confidence) / (look * (look + 1))
 
 
 def clustered_mean(

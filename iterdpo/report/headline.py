@@ -44,7 +44,8 @@ def headline(run: Run) -> str:
     best = best_round([{**row, "round": r} for r, row in metrics.iterrows()], gate)
     shown: Any = best or (promoted[-1] if promoted else done)
     final = metrics.loc[shown]
-    comparison = _comparison(final, float(evaluation.get("confidence", 0.95)))
+    confidence = value(final, "evaluation/confidence") or float(evaluation.get("confidence", 0.95))
+    comparison = _comparison(final, confidence)
     if promoted:
         some = f", {_word(len(promoted))} of them promoted," if len(promoted) < done else ""
         moved = _movement(initial, final, judge)
@@ -68,6 +69,8 @@ def headline(run: Run) -> str:
         if before is not None and after is not None and after > before:
             meanwhile = f"Meanwhile the training judge's score went {_movement(initial, final, 'train')}"
             sentences.append(f"{meanwhile}: the policy exploits that judge's errors.")
+    elif (exploited := _exploited(metrics)) is not None:
+        sentences.append(exploited)
     unjudged, completions = value(final, "evaluation/unjudged"), value(final, "evaluation/completions")
     if unjudged and completions and unjudged > 0.05 * completions:
         share = f"{unjudged:,.0f} of {completions:,.0f}"
@@ -91,6 +94,22 @@ def value(row: pd.Series, key: str) -> float | None:
     """The metric, or None if it is missing or null."""
     found = row.get(key)
     return None if found is None or pd.isna(found) else float(found)
+
+
+def _exploited(metrics: pd.DataFrame) -> str | None:
+    """What to say if the last candidate pleases the training judge more, and the held-out judge less, than the policy before."""
+    last = metrics.iloc[-1]
+    high, after = value(last, "win_rate/vs_previous_high"), value(last, "score/train_judge")
+    before = [r for r in metrics.index[:-1] if r == 0 or metrics.at[r, "gate/decision"] == "promote"]
+    if high is None or high >= 0.5 or after is None:
+        return None
+    start = value(metrics.loc[before[-1]], "score/train_judge")
+    if start is None or after <= start:
+        return None
+    return (
+        f"In round {last.name} the training judge's score went from {number(start)} to {number(after)}, while the held-out "
+        f"judge prefers the policy before: the candidate exploits the training judge's errors."
+    )
 
 
 def _comparison(row: pd.Series, confidence: float) -> str:

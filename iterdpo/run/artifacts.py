@@ -139,6 +139,18 @@ def read_answer_ids(directory: Path) -> Iterator[array[int]]:
         yield from ids
 
 
+def read_logprobs(directory: Path) -> Iterator[array[float]]:
+    """The engine's log-probabilities of every completion's tokens. Nothing else of a shard is read."""
+    for path in completion_shards(directory):
+        yield from _unnested(_read_shard(path, ["logprobs"])["logprobs"].values, "f")
+
+
+def read_texts(directory: Path) -> Iterator[str]:
+    """The text of every completion, of a thinking model of its answer. Nothing else of a shard is read."""
+    for path in completion_shards(directory):
+        yield from _read_shard(path, ["completions"])["completions"].values.to_pylist()
+
+
 def read_judgments(directory: Path) -> Iterator[Judgment]:
     """Every judgment in `directory`, a shard in memory at a time."""
     return itertools.chain.from_iterable(map(read_judgment_shard, sorted(directory.glob("shard-*.jsonl"))))

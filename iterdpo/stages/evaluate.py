@@ -6,19 +6,31 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from iterdpo.errors import ChildFailed
-from iterdpo.evaluate import Bootstrap, Scores, Thoughts, evaluation_metrics, logp_gap
+from iterdpo.errors import ChildFailed, DataError
+from iterdpo.evaluation.metrics import Thoughts, evaluation_metrics
+from iterdpo.evaluation.scores import Scores, logp_gap
 from iterdpo.judging.judge import RunJudge
 from iterdpo.judging.shards import NamedShard, completion_shards
-from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_answer_ids, read_groups, read_judgments, shard_name
+from iterdpo.run.artifacts import (
+    Evaluation,
+    PolicyCheckpoint,
+    read_answer_ids,
+    read_groups,
+    read_judgments,
+    read_logprobs,
+    read_texts,
+    shard_name,
+    write_completion_shard,
+)
 from iterdpo.run.progress import Stage
-from iterdpo.run.rundir import read_json, write_json
+from iterdpo.run.rundir import Step, read_json, write_json
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.benchmarks import benchmark
 from iterdpo.stages.judge import judge_with_progress
 from iterdpo.stages.runs import IterativeRun, batches
 from iterdpo.stages.sample import parameters_of, prompts_key, sample_shards, sampling_key
-from iterdpo.types import CompletionGroup
+from iterdpo.stats import Bootstrap, spending_confidence
+from iterdpo.types import Completion, CompletionGroup, Prompt
 
 Duels = list[list[Scores]]
 """For each prompt, one pair of scores (candidate's, baseline's) a completion."""
@@ -30,18 +42,73 @@ SCORED_AT_ONCE = 8192
 def evaluate(
     run: IterativeRun, round: int, candidate: PolicyCheckpoint, against: Mapping[str, Evaluation]
 ) -> Evaluation:
-    """The candidate on the held-out prompts, compared with the evaluations in `against` (`initial`, `previous`).
+    """The candidate on the held-out prompts, compared with the evaluations in `against` (`initial`, `previous`) and references.
 
     Its benchmarks follow, if there are any. Raises ChildFailed if the engine does not sample from this policy.
     """
+    against = {**against, **references(run)}
     step = run.dir.step(round, "evaluation", inputs(run, candidate, against))
     if (manifest := step.manifest()) is None:
         directory = step.begin()
         if round == 0:
             run.prompts.pin(0)
-        manifest = step.finish(counts=_evaluate(run, directory, candidate, against))
+        manifest = step.finish(counts=_evaluate(run, round, directory, candidate, against))
     benchmark(run, round, candidate)
     return Evaluation(step.path, manifest.digest, round)
+
+
+def references(run: IterativeRun) -> dict[str, Evaluation]:
+    """The completions in `evaluation.reference_column`, judged once, as a baseline; nothing if there is no such column.
+
+    Raises:
+        DataError: a held-out prompt has none, with its place in the data.
+    """
+    if (step := reference_step(run)) is None:
+        return {}
+    if (manifest := step.manifest()) is None:
+        directory = step.begin()
+        completions = directory / "completions"
+        completions.mkdir(exist_ok=True)
+        run.prompts.pin(0)
+        size = run.config.sampling.shard_size
+        rows = zip(run.prompts.heldout, run.pinned_ids(0), strict=True)
+        for number, batch in enumerate(batches(rows, size)):
+            groups = [CompletionGroup(prompt, ids, [_reference(run, prompt)]) for prompt, ids in batch]
+            write_completion_shard(completions / f"{shard_name(number)}.parquet", groups)
+        total = len(run.prompts.heldout)
+        for judge in run.judges:
+            judge.begin_stage()
+            if not judge.load().comparative:
+                target = directory / "judgments" / judge.role
+                target.mkdir(parents=True, exist_ok=True)
+                judge_with_progress(run, "references", judge, completion_shards(completions), target, total=total)
+        run.release_judges()
+        manifest = step.finish(counts={"prompts": total, "completions": total})
+    return {"reference": Evaluation(step.path, manifest.digest, 0)}
+
+
+def reference_step(run: IterativeRun) -> Step | None:
+    """The step of the reference completions, if there are any."""
+    if (column := run.config.evaluation.reference_column) is None:
+        return None
+    key = {
+        "model": run.initial.digest,  # its tokenizer
+        "column": column,
+        "prompts": prompts_key(run, run.prompts.heldout),
+        "judges": {judge.role: judge.key for judge in run.judges},
+    }
+    return run.dir.step(0, "references", key)
+
+
+def _reference(run: IterativeRun, prompt: Prompt) -> Completion:
+    text = prompt.columns.get(column := str(run.config.evaluation.reference_column))
+    if not isinstance(text, str):
+        raise DataError(
+            f"{run.place_of(prompt)}: its column {column!r}, which is evaluation.reference_column, has no text; write the "
+            "reference completion there, or leave the prompt out"
+        )
+    ids = run.tokenizer(text, add_special_tokens=False).input_ids
+    return Completion(text, [*ids, run.tokenizer.eos_token_id], [], "stop")
 
 
 def inputs(run: IterativeRun, candidate: PolicyCheckpoint, against: Mapping[str, Evaluation]) -> dict[str, Any]:
@@ -65,7 +132,7 @@ def _sampling(run: IterativeRun) -> tuple[int, float]:
 
 
 def _evaluate(
-    run: IterativeRun, directory: Path, candidate: PolicyCheckpoint, against: Mapping[str, Evaluation]
+    run: IterativeRun, round: int, directory: Path, candidate: PolicyCheckpoint, against: Mapping[str, Evaluation]
 ) -> dict[str, int]:
     section, completions = run.config.evaluation, directory / "completions"
     completions.mkdir(exist_ok=True)
@@ -105,7 +172,9 @@ def _evaluate(
             f"evaluation.max_logp_gap = {section.max_logp_gap:g}): it does not sample from this policy, or its precision "
             "is too low"
         )
-    seed = derive_seed(run.config.seed, "bootstrap")
+    seed, confidence = derive_seed(run.config.seed, "bootstrap"), section.confidence
+    if section.looks == "spending" and round:
+        confidence = spending_confidence(confidence, round)
     metrics = evaluation_metrics(
         lambda: read_answer_ids(completions),
         scores,
@@ -114,6 +183,12 @@ def _evaluate(
         logps,
         prompts=counts["prompts"],
         truncated=counts["truncated"],
+        texts=read_texts(completions),
+        lengths={
+            "policy": _lengths(completions, counts["prompts"]),
+            **{name: _lengths(b.completions, counts["prompts"]) for name, b in against.items()},
+        },
+        entropy=_entropy(completions),
         thoughts=None
         if run.tags is None
         else Thoughts(
@@ -121,10 +196,25 @@ def _evaluate(
             _unfinished(completions),
             {name: _unfinished(b.completions) for name, b in against.items()},
         ),
-        bootstrap=Bootstrap(confidence=section.confidence, samples=section.bootstrap_samples, seed=seed),
+        bootstrap=Bootstrap(confidence=confidence, samples=section.bootstrap_samples, seed=seed),
     )
     write_json(directory / "metrics.json", metrics | {"sampler/logp_gap": gap})
     return {"prompts": counts["prompts"], "completions": counts["completions"]}
+
+
+def _lengths(completions: Path, prompts: int) -> list[float]:
+    """The mean tokens of each prompt's answers. Every prompt has as many."""
+    lengths = [len(ids) for ids in read_answer_ids(completions)]
+    each = len(lengths) // prompts
+    return [sum(of_prompt) / each for of_prompt in batches(lengths, each)]
+
+
+def _entropy(completions: Path) -> float | None:
+    """The mean of -log policy of every sampled token, by the engine, in nats."""
+    total, tokens = 0.0, 0
+    for logprobs in read_logprobs(completions):
+        total, tokens = total + sum(logprobs), tokens + len(logprobs)
+    return -total / tokens if tokens else None
 
 
 def _scores(directory: Path) -> list[Scores]:
@@ -141,7 +231,8 @@ def _duels(run: IterativeRun, judge: RunJudge, candidates: Path, baseline: Evalu
 
     Without a call, equal texts tie, and an answer wins against a thought without an end.
     """
-    target = directory / f"vs-round-{baseline.round:03d}"  # the same for two baselines that are one
+    # the same for two baselines that are one
+    target = directory / (f"vs-round-{baseline.round:03d}" if baseline.path.name == "evaluation" else "vs-reference")
     target.mkdir(exist_ok=True)
 
     def opponents() -> Iterator[list[CompletionGroup]]:
@@ -158,9 +249,10 @@ def _duels(run: IterativeRun, judge: RunJudge, candidates: Path, baseline: Evalu
 
 
 def _opponents(candidates: Path, baselines: Path) -> Iterator[list[CompletionGroup]]:
-    """For each prompt, a group of two for each completion: the candidate's and its counterpart."""
+    """For each prompt, a group of two for each completion: the candidate's and its counterpart, or the one reference."""
     for ours, theirs in zip(read_groups(candidates), read_groups(baselines), strict=True):
-        pairs = zip(ours.completions, theirs.completions, strict=True)
+        alone = len(theirs.completions) == 1
+        pairs = zip(ours.completions, theirs.completions * (len(ours.completions) if alone else 1), strict=True)
         yield [CompletionGroup(ours.prompt, ours.prompt_ids, [a, b]) for a, b in pairs]
 
 

@@ -59,8 +59,10 @@ def first_pending_of(run: IterativeRun, round: int) -> str | None:
 def steps_of_round(run: IterativeRun, round: int) -> Iterator[Step]:
     """The steps of a round in the order of the loop (`flows/loop.py`). Each has to be done before the next is taken."""
     step = functools.partial(run.dir.step, round)
+    if (references := evaluate.reference_step(run)) is not None:
+        yield references
     if round == 0:
-        yield step("evaluation", evaluate.inputs(run, run.initial, {}))
+        yield step("evaluation", evaluate.inputs(run, run.initial, evaluate.references(run)))
         yield from benchmark_steps(run, round, run.initial)
         return
     policy = run.policy_after(round - 1)
@@ -80,7 +82,8 @@ def steps_of_round(run: IterativeRun, round: int) -> Iterator[Step]:
     yield (trained := step("policy", train.inputs(run, round, pairs, policy, reference)))
     candidate = PolicyCheckpoint(trained.path, _done(trained).digest, round)
     if run.evaluates(round):
-        yield step("evaluation", evaluate.inputs(run, candidate, run.baselines(round, run.standing(round))))
+        against = run.baselines(round, run.standing(round)) | evaluate.references(run)
+        yield step("evaluation", evaluate.inputs(run, candidate, against))
         yield from benchmark_steps(run, round, candidate)
 
 

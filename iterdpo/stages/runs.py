@@ -20,7 +20,7 @@ from iterdpo.data.rendering import engine_ends, load_tokenizer, prompts_token_id
 from iterdpo.data.rows import SHOWN_ALIKE, BadRows, source_digest
 from iterdpo.data.thinking import Tags, Thinking, find_tags
 from iterdpo.errors import ConfigError, DamagedError, DataError, RowError
-from iterdpo.evaluate import OF_THOUGHTS, unmeasured
+from iterdpo.evaluation.metrics import OF_THOUGHTS, unmeasured
 from iterdpo.gate import best_record, learning_rate
 from iterdpo.judging.judge import NamedJudge, RunJudge, Waiting
 from iterdpo.judging.shards import StreamingJudge
@@ -275,7 +275,14 @@ class IterativeRun(OfflineRun):
             if metric.startswith("benchmark/") and config.evaluation.benchmarks is not None:
                 continue
             thinking = metric in OF_THOUGHTS and self.tags is not None
-            if why := unmeasured(metric, heldout_judge=heldout_judge is not None, thinking=thinking):
+            each = 1 if config.evaluation.temperature == 0 else config.evaluation.n
+            if why := unmeasured(
+                metric,
+                heldout_judge=heldout_judge is not None,
+                thinking=thinking,
+                completions=each,
+                references=config.evaluation.reference_column is not None,
+            ):
                 raise ConfigError(f"{key} = {metric!r}: {why}")
         self.waiting: Waiting = self._say_waiting
         """Prefect pauses the flow run meanwhile."""
@@ -299,6 +306,9 @@ class IterativeRun(OfflineRun):
                 raise ConfigError(
                     "evaluation.benchmarks: the package 'lm_eval' is not installed; run: pip install 'iterdpo[benchmarks]'"
                 )
+        column = config.evaluation.reference_column
+        if column is not None and column not in self.prompts.heldout.columns():
+            raise ConfigError(f"evaluation.reference_column = {column!r}: the held-out prompts have no such column")
         if sampler is not None:
             self.sampler = sampler
         self._streaming: list[StreamingJudge] = []
@@ -415,7 +425,7 @@ class IterativeRun(OfflineRun):
             for prompts in batches(part.longest(most) if len(part) > most else part, 1024)
             for ids, prompt in zip(self.prompt_ids(prompts), prompts, strict=True)
         )
-        longest = check_lengths(lengths, available - config.sampling.max_tokens, place_of=self._place_of)
+        longest = check_lengths(lengths, available - config.sampling.max_tokens, place_of=self.place_of)
         return limit or -(-(longest + config.sampling.max_tokens) // 64) * 64
 
     @cached_property
@@ -498,7 +508,7 @@ class IterativeRun(OfflineRun):
                 try:
                     prompts_token_ids(self.tokenizer, [prompt.content])
                 except DataError as error:  # the data is read for each place that is shown
-                    place = f"{self._place_of(prompt)}: " if bad.counts[NOT_RENDERED] < SHOWN_ALIKE else ""
+                    place = f"{self.place_of(prompt)}: " if bad.counts[NOT_RENDERED] < SHOWN_ALIKE else ""
                     bad.add(RowError(f"{place}{error}", NOT_RENDERED))
             if bad.counts:
                 raise bad.error(self.config.prompts.path, len(prompts)) from None
@@ -512,7 +522,7 @@ class IterativeRun(OfflineRun):
         stamp = digest([self.initial.digest, self.settings.model.chat_template_kwargs])
         return self.prompts.pinned_ids(round, self.prompt_ids, stamp=stamp)
 
-    def _place_of(self, prompt: Prompt) -> str:
+    def place_of(self, prompt: Prompt) -> str:
         return place_of(prompt, self.config.prompts)
 
     def release_judges(self) -> None:

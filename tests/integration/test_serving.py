@@ -66,6 +66,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     """A deployment that is served, to which two triggers at once have added a round each."""
     workspace = Workspace(tmp_path_factory.mktemp("served"), tiny_model)
     workspace.config["prompts"] |= {"per_round": 8, "heldout": 4}
+    workspace.config["gate"] |= {"rules": [{"metric": "length/truncated", "maximum": 1}]}
     with serving(workspace, "--cron", "0 2 * * *") as page:
         found = call(f"{page}/api/deployments/name/add_rounds/nightly")
         runs = [call(f"{page}/api/deployments/{found['id']}/create_flow_run", {})["id"] for _ in range(2)]
@@ -107,6 +108,11 @@ def test_the_page_of_prefect_shows_rounds_table_and_plots(served: Served, tmp_pa
     keys = {artifact["key"]: artifact for artifact in artifacts}
     table = json.loads(keys["run-rounds"]["data"])
     assert [row["round"] for row in table] == [0, 1, 2]
+    assert table[1]["gate/reason"].endswith(", and the other rule holds")
+    rules = json.loads(keys["run-rules"]["data"])
+    assert [(row["round"], row["rule"].split()[0], row["broken"]) for row in rules] == [
+        (t, metric, "") for t in (1, 2) for metric in ("win_rate/vs_previous", "length/truncated")
+    ]
     assert {"run-scores", "run-win-rate", "run-pairs", "run-time"} <= keys.keys()
 
     with sync_playwright() as playwright:

@@ -18,7 +18,7 @@ import yaml
 
 from iterdpo.config import LOSSES, Config, DataConfig, SentinelsConfig, merge
 from iterdpo.data.preferences import PreferenceData
-from iterdpo.evaluate import unmeasured
+from iterdpo.evaluation.metrics import unmeasured
 from judges.llm.server import ServerSettings
 from judges.llm.settings import Endpoint
 from judges.load import BUILT_IN
@@ -85,7 +85,7 @@ def test_every_example_in_the_page_about_evaluation_is_a_configuration() -> None
         config = Config.model_validate(merge(whole, yaml.safe_load(block)))
         for _, metric in config.gate.metrics():
             judge = config.evaluation.judge is not None
-            assert unmeasured(metric, heldout_judge=judge, thinking=False) is None
+            assert unmeasured(metric, heldout_judge=judge, thinking=False, completions=1, references=True) is None
     assert len(blocks) >= 4
 
 

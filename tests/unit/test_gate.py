@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from iterdpo.config import GateConfig, RuleConfig
@@ -291,3 +292,64 @@ def test_a_round_without_an_evaluation_is_never_the_best(metric: str) -> None:
     rounds = [record(0, score=0.1), record(1, score=0.6), unevaluated(2)]
     rows = [{**known.metrics, "round": known.round, "gate/decision": known.decision} for known in rounds]
     assert best_round(rows, {"metric": metric}) == 1
+
+
+# Runs drawn without a model: what each round wins against the initial and the previous policy, by the judge that trains and
+# by the held-out one, over as many prompts as a small run has.
+PROMPTS, RUNS = 128, 200
+GUARDED: dict[str, Any] = {
+    "metric": "win_rate/vs_previous",
+    "minimum": 0.5,
+    "rules": [
+        rule("judges/gap_low", maximum=0.1, otherwise="stop"),
+        rule("win_rate/vs_previous_high", minimum=0.5, otherwise="stop"),
+    ],
+    "patience": 3,
+}
+
+
+def drawn_run(
+    generator: np.random.Generator, train: Sequence[float], heldout: Sequence[float], previous: Sequence[float]
+) -> list[Decision]:
+    """The decisions of a run whose true win rates are these, round by round, until it is stopped."""
+    records, decisions = [record(0)], []
+    for t, (by_train, by_heldout, over) in enumerate(zip(train, heldout, previous, strict=True), 1):
+        easy = generator.random(PROMPTS)  # the judges agree about a prompt if neither errs
+        gaps = (easy < by_train).astype(float) - (easy < by_heldout)
+        wins = (generator.random(PROMPTS) < over).astype(float)
+        metrics: dict[str, Any] = {"round": t, "win_rate/vs_initial": by_heldout}
+        for name, values in (("judges/gap", gaps), ("win_rate/vs_previous", wins)):
+            mean, half = float(values.mean()), 1.96 * float(values.std()) / math.sqrt(PROMPTS)
+            metrics |= {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
+        decisions.append(decide(metrics, **GUARDED, earlier=records))
+        records.append(replace(record(t, decisions[-1].action), metrics=metrics, gate=GUARDED))
+        if decisions[-1].action == "stop":
+            break
+    return decisions
+
+
+def test_a_good_judge_is_not_stopped_in_19_of_20_runs_and_one_that_is_exploited_is() -> None:
+    generator = np.random.default_rng(3)
+    good = [
+        drawn_run(
+            generator,
+            train=[0.62, 0.70, 0.75, 0.78, 0.80],
+            heldout=[0.60, 0.67, 0.71, 0.73, 0.74],
+            previous=[0.60, 0.58, 0.55, 0.53, 0.51],
+        )
+        for _ in range(RUNS)
+    ]
+    assert sum(run[-1].action == "stop" for run in good) <= RUNS / 20
+    exploited = [
+        drawn_run(
+            generator,
+            train=[0.62, 0.75, 0.85, 0.92, 0.96],
+            heldout=[0.58, 0.52, 0.42, 0.32, 0.25],
+            previous=[0.58, 0.45, 0.38, 0.35, 0.35],
+        )
+        for _ in range(RUNS)
+    ]
+    stopped = [run for run in exploited if run[-1].action == "stop"]
+    assert len(stopped) >= 0.95 * RUNS
+    assert sum(len(run) <= 3 for run in stopped) >= 0.9 * RUNS  # before it has gone far
+    assert {check.metric for run in stopped for check in run[-1].checks if not check.holds} >= {"judges/gap_low"}

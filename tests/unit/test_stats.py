@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from bisect import bisect
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from iterdpo.stats import (
     NOTHING,
@@ -16,6 +18,7 @@ from iterdpo.stats import (
     nested_bootstrap,
     resampled_means,
     sigmoid,
+    spending_confidence,
     student_interval,
 )
 from tests.unit.judges.audit.faulty_judges import covered
@@ -134,6 +137,36 @@ def test_the_interval_of_a_share_is_that_of_agresti_and_coull() -> None:
     # p' ± z sqrt(p' (1 - p') / n') = 0.71674 ± 0.23737
     found = clustered_mean([1.0] * 8 + [0.0] * 2, [str(i) for i in range(10)])
     assert found == (pytest.approx(0.8), pytest.approx(0.4794, abs=1e-4), pytest.approx(0.9541, abs=1e-4), 10)
+
+
+def test_what_all_looks_spend_is_the_error_that_one_may_make() -> None:
+    spent = [1 - spending_confidence(0.95, look) for look in range(1, 11)]
+    assert spent[:3] == pytest.approx([0.05 / 2, 0.05 / 6, 0.05 / 12])
+    assert sum(spent) == pytest.approx(0.05 * (1 - 1 / 11))  # a telescope
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_the_intervals_of_ten_looks_hold_all_truths_if_the_error_is_spent_and_one_its_own(share: float) -> None:
+    """Exactly, by the binomial distribution of the wins. The looks are independent: the hardest case of the union bound."""
+    prompts = 150
+
+    def covers(wins: int, confidence: float) -> bool:
+        values = [1.0] * wins + [0.0] * (prompts - wins)
+        _, low, high, _ = bootstrap_mean(values, confidence=confidence)
+        assert low is not None
+        assert high is not None
+        return low <= share <= high
+
+    def coverage(confidence: float) -> float:
+        """Between a fewest and a most wins, which bisection finds, the interval holds the share."""
+        around = round(prompts * share)
+        most = bisect(range(around, prompts), 0, key=lambda wins: 0 if covers(wins, confidence) else 1) + around - 1
+        fewest = around - bisect(range(around), 0, key=lambda less: 0 if covers(around - less, confidence) else 1) + 1
+        return float(binom.cdf(most, prompts, share) - binom.cdf(fewest - 1, prompts, share))
+
+    assert 0.93 <= coverage(0.95) <= 0.97
+    assert math.prod(coverage(spending_confidence(0.95, look)) for look in range(1, 11)) >= 0.93
+    assert coverage(0.95) ** 10 < 0.7  # what is avoided
 
 
 def test_the_sigmoid_does_not_overflow() -> None:

@@ -53,6 +53,18 @@ def test_a_win_rate_below_half_is_worse_and_a_risen_training_score_is_called_exp
     assert "Meanwhile the training judge's score went from 0.59 to 0.85" in said
 
 
+def test_a_candidate_that_pleases_the_training_judge_alone_is_told_of(say: Judge) -> None:
+    rates = {"win_rate/vs_previous": 0.3, "win_rate/vs_previous_high": 0.4}
+    said = say(INITIAL, outcome(1), outcome(2, decision="keep") | rates | {"score/train_judge": 0.9})
+    assert said.endswith(
+        "In round 2 the training judge's score went from 0.85 to 0.90, while the held-out judge prefers the policy before: "
+        "the candidate exploits the training judge's errors."
+    )
+    for other in ({"score/train_judge": 0.8}, {"win_rate/vs_previous_high": 0.5}):
+        said = say(INITIAL, outcome(1), outcome(2, decision="keep") | rates | {"score/train_judge": 0.9} | other)
+        assert "exploits" not in said
+
+
 def test_the_policy_that_was_promoted_last_is_the_one_judged(say: Judge) -> None:
     said = say(INITIAL, outcome(1), outcome(2), outcome(3, 0.2, "keep"))
     assert said.startswith("Three rounds, two of them promoted, moved")

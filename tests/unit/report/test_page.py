@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from iterdpo.config import RuleConfig
+from iterdpo.gate import decide
 from iterdpo.report.page import EXAMPLES, write_report
 from iterdpo.run.artifacts import shard_name, write_completion_shard, write_judgment_shard
-from iterdpo.run.rundir import RunDir
-from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt
+from iterdpo.run.rundir import RunDir, write_jsonl
+from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt, RoundRecord
 
 
 def test_only_the_shards_of_the_shown_prompts_are_read(tmp_path: Path) -> None:
@@ -37,3 +39,44 @@ def test_only_the_shards_of_the_shown_prompts_are_read(tmp_path: Path) -> None:
     assert 'abstained: <i dir="auto">timed out</i>' in page
     assert page.count("<b>0.50</b>") == EXAMPLES - 1
     assert "2 tokens, cut" in page
+
+
+def test_the_page_has_the_rules_of_the_gate_and_how_each_turned_out(tmp_path: Path) -> None:
+    rules = [
+        RuleConfig(metric="kl/to_initial", maximum=20, otherwise="lower_learning_rate").model_dump(),
+        RuleConfig(metric="length/mean_tokens", max_increase=10, against="best").model_dump(),
+    ]
+    gate = {"metric": "win_rate/vs_previous", "minimum": 0.5, "otherwise": "keep", "rules": rules, "patience": 2}
+    run = RunDir(tmp_path)
+    run.write_config({"gate": gate})
+    records = [RoundRecord(0, "promote", "", "model", 0, "", gate, {"round": 0, "length/mean_tokens": 5.0})]
+    metrics = {"round": 1, "win_rate/vs_previous": 0.6, "kl/to_initial": 31.25, "length/mean_tokens": 6.0}
+    decision = decide(metrics, metric="win_rate/vs_previous", minimum=0.5, rules=rules, earlier=records)
+    metrics |= {"gate/decision": decision.action, "gate/reason": decision.reason}
+    checks = [check._asdict() for check in decision.checks]
+    records.append(RoundRecord(1, decision.action, decision.reason, "model", 0, "", gate, metrics, checks))
+    for record in records:
+        run.round_dir(record.round).mkdir()
+        run.write_record(record)
+    page = write_report(tmp_path).read_text()
+    assert "not promoted, learning rate lowered" in page
+    assert (
+        "kl/to_initial 31.2 is above 20; the policy before is kept, and the learning rate is multiplied by 0.5" in page
+    )
+    assert '<td class="gate">length/mean_tokens rose by 1 from 5 of the best round, at most 10</td>' in page
+    assert page.count('<td class="gate">holds</td>') == 2
+    assert '<td class="gate">lower_learning_rate</td>' in page
+    assert (
+        "kl/to_initial at most 20, otherwise: lower_learning_rate; length/mean_tokens may rise by 10 from the best"
+        in page
+    )
+    assert "2 rounds without a promotion" in page
+
+
+def test_the_comparison_with_the_best_round_is_shown_if_it_is_not_the_previous_one(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.write_config({})
+    for best, shown in ((0.6, False), (0.4, True)):
+        row = {"round": 1, "gate/decision": "promote", "win_rate/vs_previous": 0.6, "win_rate/vs_best": best}
+        write_jsonl(tmp_path / "metrics.jsonl", [row])
+        assert ("Wins vs best" in write_report(tmp_path).read_text()) is shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from iterdpo.data.prompts import PromptFile
-from iterdpo.errors import ChildFailed, StaleStepError
+from iterdpo.errors import ChildFailed, ConfigError, DataError, StaleStepError
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_groups, read_judgments
 from iterdpo.run.rundir import directory_digest, read_json, read_manifest
 from iterdpo.stages.evaluate import evaluate
@@ -204,3 +205,60 @@ def test_duels_of_a_judge_that_compares_stream_and_twins_tie_without_it(
     place = evaluation.path / "judgments" / "train_judge" / "vs-round-000"
     assert [p.name for p in sorted(place.iterdir())] == ["shard-000000.jsonl", "shard-000001.jsonl"]
     assert metrics_of(evaluation)["win_rate/vs_initial"] == (3 * 1 + 3 * 0.5) / 6
+
+
+def with_references(room: Room) -> None:
+    """Tale i has a reference completion of i letters."""
+    rows = [{"prompt": f"Tale {i}", "gold": "x" * i} for i in range(40)]
+    (room.root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_reference_completions_are_judged_once_and_every_round_is_compared_with_them(
+    room: Room, candidate: PolicyCheckpoint
+) -> None:
+    with_references(room)
+    run = room.open(evaluation={"reference_column": "gold", "n": 2}, heldout_judge=Lengths())
+    before = initial(run)
+    lengths = [len(prompt.columns["gold"]) for prompt in run.prompts.heldout]
+    wins = [(0.5 * (x < 2) + 0.5 * (x < 4) + 0.25 * (x in (2, 4))) for x in lengths]  # "ab" and "abab"
+    metrics = metrics_of(before)
+    assert metrics["win_rate/vs_reference"] == sum(wins) / HELDOUT
+    assert metrics["length_controlled_win_rate/vs_reference"] is not None
+    references = room.root / "run" / "round-000" / "references"
+    assert [g.completions[0].text for g in read_groups(references / "completions")] == ["x" * n for n in lengths]
+    asked = len(room.judge.asked)
+    room.sampler.reply = lambda ids, k: "y" * 50
+    metrics = metrics_of(evaluate(run, 1, candidate, {"initial": before, "previous": before}))
+    assert metrics["win_rate/vs_reference"] == 1.0
+    assert len(room.judge.asked) == asked + 1  # the candidate's alone
+    assert "win_rate/vs_reference" not in metrics_of(initial(room.open(evaluation={"n": 2}, redo=True)))
+
+
+def test_a_judge_that_compares_sees_each_completion_beside_the_reference(room: Room) -> None:
+    with_references(room)
+    judge = room.judge = PrefersFirst(comparative=True)
+    metrics = metrics_of(initial(room.open(evaluation={"reference_column": "gold", "n": 2})))
+    asked = [group for shard in judge.asked for group in shard]
+    assert [[c.text[:1] for c in group.completions] for group in asked] == [["a", "x"]] * 2 * HELDOUT
+    assert metrics["win_rate/vs_reference"] == 1.0
+
+
+def test_references_that_are_not_there_are_named(room: Room) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.reference_column = 'gold': the held-out prompts have no such"):
+        room.open(evaluation={"reference_column": "gold"})
+    rows = [{"prompt": f"Tale {i}", "gold": None if i % 2 else "x"} for i in range(40)]
+    (room.root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"prompts\.jsonl: row \d+: .*'gold'.*has no text"):
+        initial(room.open(evaluation={"reference_column": "gold"}, prompts={"heldout": 20}))
+    assert room.sampler.asked == []
+
+
+def test_with_spending_the_intervals_of_later_rounds_are_of_a_higher_coverage(
+    room: Room, candidate: PolicyCheckpoint
+) -> None:
+    run = room.open(evaluation={"looks": "spending"})
+    before = initial(run)
+    assert metrics_of(before)["evaluation/confidence"] == 0.95
+    found = [metrics_of(evaluate(run, t, candidate, {"initial": before})) for t in (1, 2)]
+    assert [m["evaluation/confidence"] for m in found] == [pytest.approx(0.975), pytest.approx(1 - 0.05 / 6)]
+    assert key(run)["evaluation"]["looks"] == "spending"

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows.loop import run_loop, run_round
 from iterdpo.errors import StaleStepError
+from iterdpo.report.headline import headline
 from iterdpo.run.artifacts import Evaluation, Pairs, PolicyCheckpoint
+from iterdpo.run.read import read_run
 from iterdpo.run.rundir import read_json, read_jsonl, write_json
 from iterdpo.stages.evaluate import inputs as evaluate_inputs
 from iterdpo.stages.gate import decision_record, gate
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.train import inputs as train_inputs
-from iterdpo.types import RoundRecord
-from tests.unit.stages.harness import Room, tree
+from iterdpo.types import CompletionGroup, Judgment, RoundRecord
+from tests.unit.stages.harness import STAGES, Lengths, Room, tree
 
 PAIRS = Pairs(Path("pairs"), "9d20", kept=24)
 GATE: dict[str, Any] = {"metric": "win_rate/vs_previous", "minimum": 0.5}
@@ -151,6 +155,49 @@ def test_patience_counts_the_rounds_on_disk(room: Room) -> None:
     assert [record.decision for record in records[1:]] == ["promote", "keep", "stop"]
     assert records[-1].reason.endswith("the run ends after 2 rounds without a promotion")
     assert records[-1].policy_round == 1
+
+
+class Counting(Lengths):
+    """Scores are how often the text has `mark`, minus the exclamation marks beyond four with `fussy`."""
+
+    def __init__(self, mark: str, *, fussy: bool = False) -> None:
+        super().__init__()
+        self.mark, self.fussy = mark, fussy
+
+    def judge(self, groups: Sequence[CompletionGroup]) -> list[Judgment]:
+        def score(text: str) -> float:
+            return text.count(self.mark) - max(0.0, text.count("!") - 4) * self.fussy
+
+        return [Judgment(g.prompt.id, [score(c.text) for c in g.completions], [None, None]) for g in groups]
+
+
+def test_a_judge_that_likes_exclamation_marks_is_found_out_and_the_best_round_is_kept(room: Room) -> None:
+    """The policy of round t writes 2t exclamation marks, and a good word more in rounds 1 and 2."""
+
+    def reply(ids: list[int], k: int) -> str:
+        round = len(dict.fromkeys(room.sampler.loaded)) - 1
+        return "ok " * min(round + 1, 3) + "!" * (2 * round + k)
+
+    room.judge, room.sampler.reply = Counting("!"), reply
+    rules = [{"metric": "judges/gap", "maximum": 0.3, "otherwise": "stop"}]
+    run = room.open(
+        rounds=6,
+        heldout_judge=Counting("ok", fussy=True),
+        sampling={"max_tokens": 40},
+        evaluation={"n": 2},
+        gate={**GATE, "otherwise": "keep", "rules": rules},
+    )
+    with run.dir.lock():
+        run.dir.write_config(run.config.model_dump() | {"evaluation": {"judge": {"use": "other"}}})
+        records = list(run_loop(run, lambda t: run_round(run, t, STAGES)))
+    assert [record.decision for record in records] == ["promote", "promote", "promote", "stop"]
+    assert os.readlink(run.dir.root / "policy") == "round-002/policy"
+    scores = [[r.metrics[f"score/{judge}_judge"] for r in records] for judge in ("train", "heldout")]
+    assert scores[0] == [0.5, 2.5, 4.5, 6.5]
+    assert scores[1] == [1.0, 2.0, 2.5, 0.5]
+    said = headline(read_run(run.dir.root))
+    assert said.startswith("The gate stopped the run in round 3 of 6: judges/gap 0.750 is above 0.3.")
+    assert "the candidate exploits the training judge's errors." in said
 
 
 def test_the_link_is_to_the_best_promoted_round_and_the_next_round_is_compared_with_it(room: Room) -> None:

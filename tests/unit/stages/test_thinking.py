@@ -16,7 +16,8 @@ from flows.plan import describe_plan
 from flows.show import show_completions
 from iterdpo.data.pairs import TokenPairs
 from iterdpo.errors import ConfigError, StaleStepError
-from iterdpo.evaluate import Thoughts, evaluation_metrics, outscored
+from iterdpo.evaluation.metrics import Thoughts, evaluation_metrics
+from iterdpo.evaluation.wins import outscored
 from iterdpo.judging.judge import JudgeBase
 from iterdpo.report.metrics import round_metrics
 from iterdpo.report.page import write_report
