@@ -54,7 +54,7 @@ class CodeTests(Verifier):
 
     name = "code_tests"
     SPEED_ONLY = frozenset({"concurrency", "allow_unsandboxed"})
-    REVISION = 3
+    REVISION = 4
     column: str = "tests"
     """The prompt's column with the tests."""
     entry_point: str = "entry_point"
@@ -93,9 +93,9 @@ class CodeTests(Verifier):
         entry = group.prompt.columns.get(self.entry_point)
         prompt = "\n".join(str(message["content"]) for message in group.prompt.messages)
         try:
-            suite = read_suite(gold, column)
+            suite = read_suite(gold, column, prompt=prompt)
             if suite.wants_entry:
-                suite = read_suite(gold, column, entry_point(program, prompt, entry and str(entry)))
+                suite = read_suite(gold, column, entry_point(program, prompt, entry and str(entry)), prompt)
             if suite.runs:
                 passed, count = self._runs(program, suite.runs)
             else:

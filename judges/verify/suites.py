@@ -13,14 +13,19 @@ import itertools
 import json
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from judges.verify.base import fenced_blocks
+
 BUILTINS = frozenset(dir(builtins))
-COMPARATORS = re.compile(r"allclose|array_equal|assert\w*|np|numpy|pd|pandas|scipy|torch|sympy")
+COMPARATORS = re.compile(
+    r"allclose|array_equal|assert\w*|np|numpy|pd|pandas|scipy|torch|sympy|(?i:eps\w*|tol|[ar]tol|\w*tolerance)"
+)
 """Names that a program may not define for its tests: they compare a result with what is expected."""
 LIBRARY = {
     "isclose": "math", "sqrt": "math", "pi": "math", "inf": "math", "nan": "math", "approx": "pytest", "raises": "pytest",
+    "fixture": "pytest",
     "Counter": "collections", "OrderedDict": "collections", "defaultdict": "collections", "deque": "collections",
     "namedtuple": "collections", "Decimal": "decimal", "Fraction": "fractions", "date": "datetime",
     "timedelta": "datetime", "deepcopy": "copy", "Path": "pathlib", "TestCase": "unittest", "patch": "unittest.mock",
@@ -47,7 +52,7 @@ class BadTests(ValueError):
     """Why a column of tests cannot be run."""
 
 
-def read_suite(gold: Any, column: str, entry: str | None = None) -> Suite:
+def read_suite(gold: Any, column: str, entry: str | None = None, prompt: str = "") -> Suite:
     """The suite of a column's value.
 
     Args:
@@ -55,6 +60,8 @@ def read_suite(gold: Any, column: str, entry: str | None = None) -> Suite:
             `inputs` and `outputs`, as it is or as JSON text.
         column: its name, for messages.
         entry: the name of the function to test, which `check(candidate)` is given.
+        prompt: the prompt's text. `check` calls the functions that it defines whole, beside the one to write, and not
+            the program's of that name: HumanEval's `poly` and `encode_cyclic` tell right from wrong.
 
     Raises:
         BadTests: it is none of these, or not valid Python.
@@ -64,30 +71,82 @@ def read_suite(gold: Any, column: str, entry: str | None = None) -> Suite:
             gold = json.loads(gold)
     match gold:
         case str():
-            return _of_text(gold, column, entry)
+            return _of_text(gold, column, entry, prompt)
         case {"inputs": [*inputs], "outputs": [*outputs]} if len(inputs) == len(outputs):
             return _of_apps(gold, inputs, outputs)
         case [*tests] if all(isinstance(test, str) for test in tests):
-            return _of_texts(tests, column, entry)
+            return _of_texts(tests, column, entry, prompt)
         case [*tests] if all(isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests):
             return Suite(runs=[(str(test["input"]), str(test["output"])) for test in tests])
     kinds = "a text of tests, a list of texts, a list of objects with `input` and `output`, nor an object with `inputs` and `outputs`"
     raise BadTests(f"the column {column!r} is neither {kinds}")
 
 
-def _of_text(text: str, column: str, entry: str | None) -> Suite:
+def _of_text(text: str, column: str, entry: str | None, prompt: str) -> Suite:
     """Each part of the text is a test of its own."""
     body = _parsed(text, column)
     steps = _steps(body, entry)
-    return Suite([[step] for step in steps], _names(body), wants_entry=_wants_entry(steps))
+    suite = Suite([[step] for step in steps], _names(body), wants_entry=_wants_entry(steps))
+    return _with_helpers(suite, _checked(body, entry), prompt)
 
 
-def _of_texts(texts: list[str], column: str, entry: str | None) -> Suite:
+def _of_texts(texts: list[str], column: str, entry: str | None, prompt: str) -> Suite:
     """Each text is a test, of all of its parts."""
     bodies = [_parsed(text, column) for text in texts]
     tests = [_steps(body, entry) for body in bodies]
     whole = [statement for body in bodies for statement in body]
-    return Suite(tests, _names(whole), wants_entry=any(map(_wants_entry, tests)))
+    suite = Suite(tests, _names(whole), wants_entry=any(map(_wants_entry, tests)))
+    return _with_helpers(suite, _checked(whole, entry), prompt)
+
+
+def _checked(body: list[ast.stmt], entry: str | None) -> set[str]:
+    """The names of the functions that `check(candidate)` is given, by a call in the tests or as `entry`."""
+    checks = {node.name for node in body if isinstance(node, ast.FunctionDef) and _takes_candidate(node)}
+    nodes = [node for statement in body for node in ast.walk(statement) if isinstance(node, ast.Call)]
+    calls = [node for node in nodes if isinstance(node.func, ast.Name) and node.func.id in checks]
+    given = {value.id for call in calls for value in call.args if isinstance(value, ast.Name)}
+    return given | ({entry} if entry else set())
+
+
+def _takes_candidate(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    arguments = [argument.arg for argument in node.args.args]
+    return (node.name == "check" and len(arguments) == 1) or arguments == ["candidate"]
+
+
+def _with_helpers(suite: Suite, checked: set[str], prompt: str) -> Suite:
+    """The suite, with the functions that the prompt defines whole and the tests use, ahead of its first test."""
+    if not checked:
+        return suite
+    body = [node for node in _code_of(prompt) if isinstance(node, _Imports) or _is_whole(node, checked)]
+    helpers = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+    names = {name: module for name, module in _names(body).items() if name not in BUILTINS}
+    if not helpers & suite.names.keys() or "" in names.values():
+        return suite
+    names |= {name: module for name, module in suite.names.items() if name not in helpers}
+    first: list[list[Any]] = [["code", "\n".join(map(ast.unparse, body))]]
+    return replace(suite, tests=[first + suite.tests[0], *suite.tests[1:]], names=names)
+
+
+def _is_whole(node: ast.stmt, checked: set[str]) -> bool:
+    """Whether it is a function, not one to write, with a body: more than a text, `pass` or `...`."""
+    if not isinstance(node, ast.FunctionDef) or node.name in checked:
+        return False
+    return any(not isinstance(part, ast.Pass | ast.Raise) and not _is_text(part) for part in node.body)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _code_of(prompt: str) -> list[ast.stmt]:
+    """The Python of a prompt: all of it, its fenced blocks, or what begins with a definition or an import."""
+    blocks = [text for language, text in fenced_blocks(prompt) if language in ("", "python", "py", "python3")]
+    begins = re.search(r"^(?:import|from|def|class|@)\b.*", prompt, re.MULTILINE | re.DOTALL)
+    for texts in ([prompt], blocks, [begins[0]] if begins else []):
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+            if body := [node for text in texts for node in ast.parse(text).body]:
+                return body
+    return []
 
 
 def _of_apps(gold: dict[str, Any], inputs: list[Any], outputs: list[Any]) -> Suite:
@@ -137,10 +196,9 @@ def _steps(body: list[ast.stmt], entry: str | None) -> list[list[Any]]:
     for node in body:
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() if node.name not in used:
-                arguments = [argument.arg for argument in node.args.args]
                 if node.name.startswith("test"):
                     steps.append(["function", node.name])
-                elif (node.name == "check" and len(arguments) == 1) or arguments == ["candidate"]:
+                elif _takes_candidate(node):
                     steps.append(["check", node.name, entry])
             case ast.ClassDef():
                 case = any(ast.unparse(base).endswith("TestCase") for base in node.bases)
@@ -155,6 +213,7 @@ def _steps(body: list[ast.stmt], entry: str | None) -> list[list[Any]]:
 
 _Functions = (ast.FunctionDef, ast.AsyncFunctionDef)
 _Defines = (*_Functions, ast.ClassDef)
+_Imports = (ast.Import, ast.ImportFrom)
 
 
 def _wants_entry(steps: list[list[Any]]) -> bool:
@@ -168,20 +227,25 @@ def _loads(tree: ast.AST) -> set[str]:
 def _names(body: list[ast.stmt]) -> dict[str, str]:
     """The names that the tests use and do not bind.
 
-    A name of a builtin or of `LIBRARY` is the program's only if the tests call nothing else.
+    A name of a builtin or of `LIBRARY` is the program's only if the tests call nothing else. A decorator of a test
+    never is.
     """
     nodes = [node for statement in body for node in ast.walk(statement)]
     bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
     bound |= {node.name for node in nodes if isinstance(node, _Defines)}
     bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     bound |= {node.name for node in nodes if isinstance(node, ast.ExceptHandler) and node.name}
-    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    imports = [node for node in nodes if isinstance(node, _Imports)]
     bound |= {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
     loads = set().union(*(_loads(statement) for statement in body)) - bound
     called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)} & loads
     modules = {name: name for name in loads - called if name in sys.stdlib_module_names or name == "pytest"}
     known = BUILTINS | LIBRARY.keys()
-    own = {name for name in loads - known - modules.keys() if not COMPARATORS.fullmatch(name)}
+    tests = [
+        node for node in nodes if isinstance(node, _Defines) and re.match("test|check|setup|teardown", node.name, re.I)
+    ]
+    around = {name for node in tests for decorator in node.decorator_list for name in _loads(decorator)}
+    own = {name for name in loads - known - modules.keys() - around if not COMPARATORS.fullmatch(name)}
     if not own and len(called & known) == 1 and not _reaches_more(nodes, called & known):
         own |= called & known
     library = {name: LIBRARY[name] for name in loads & LIBRARY.keys() - own}

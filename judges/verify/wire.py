@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 LIBRARY: dict[str, Callable[[Any], tuple[Any, ...]]] = {  # by name, the arguments that make an equal value
@@ -49,7 +49,8 @@ class Peer:
         handle: the answer to a question of the other end, called with its verb and values.
         export: what stands for a value that is not plain, as JSON.
         resolve: the value that such JSON stands for.
-        raised: turns an exception into JSON, or a JSON of the other end into an exception to raise.
+        error_to_json, error_from_json: turn an exception into JSON, and a JSON of the other end into one to raise.
+        not_finite: which of "nan" and "inf" the other end may send.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class Peer:
         resolve: Callable[[list[Any]], Any],
         error_to_json: Callable[[BaseException], list[Any]],
         error_from_json: Callable[[list[Any]], BaseException],
+        not_finite: Collection[str] = ("nan", "inf"),
     ) -> None:
-        self.reading, self.writing = reading, writing
+        self.reading, self.writing, self.not_finite = reading, writing, not_finite
         self.handle, self.export, self.resolve = handle, export, resolve
         self.error_to_json, self.error_from_json = error_to_json, error_from_json
 
@@ -149,12 +151,14 @@ class Peer:
 
     def decode(self, value: Any) -> Any:
         match value:
-            case None | bool() | int() | float() | str():
+            case None | bool() | int() | str():
                 return value
+            case float():
+                return value if value - value == 0 else self._number(value)
             case ["int", str(digits)]:
                 return int(digits, 16)
             case ["complex", str(text)]:
-                return complex(text)
+                return self._number(complex(text))
             case ["bytes", str(text)]:
                 return text.encode("latin-1")
             case ["bytearray", str(text)]:
@@ -173,12 +177,19 @@ class Peer:
             case ["library", str(name), ["tuple", list(arguments)]] if name in LIBRARY:
                 module, _, attribute = name.partition(".")
                 made = getattr(importlib.import_module(module), attribute)
-                return getattr(made, "fromisoformat", made)(*map(self.decode, arguments))
+                value = getattr(made, "fromisoformat", made)(*map(self.decode, arguments))
+                return self._number(value) if attribute == "Decimal" else value
             case [str(tag), list(items)] if tag in CONTAINERS:
                 return CONTAINERS[tag](map(self.decode, items))
             case list():
                 return self.resolve(value)
         raise ValueError("a value that is none of the protocol's")
+
+    def _number(self, value: Any) -> Any:
+        for kind in ("nan", "inf"):
+            if kind in str(value).lower() and kind not in self.not_finite:
+                raise ValueError(f"{value} is not expected")
+        return value
 
 
 _NAMED_TUPLES: dict[tuple[str, tuple[str, ...]], type] = {}

@@ -46,3 +46,28 @@ def test_the_entry_point_is_given_or_the_prompts_or_the_last_function() -> None:
     assert entry_point(program, "", "x") == "x"
     assert entry_point(program, "def q(n):\n    '''Doc.'''", None) == "q"
     assert (entry_point(program, "", None), entry_point("def (", "", None)) == ("b", None)
+
+
+def test_check_calls_the_functions_that_the_prompt_defines_whole() -> None:
+    check = "def check(candidate): assert helper(candidate(1)) == 2"
+    helper = "import math\ndef helper(x): return math.floor(len(x))\ndef f(x):\n    'Doc.'\n"
+    for prompt in (helper, f"Write f.\n```python\n{helper}```\nNow.", f"Write f.\n\n{helper}"):
+        suite = read_suite(check, "t", "f", prompt)
+        assert suite.tests[0][0] == ["code", "import math\ndef helper(x):\n    return math.floor(len(x))"]
+        assert suite.names == {}
+    for other in (
+        "def helper(x): ...\ndef f(x): ...",
+        "def helper(x): return f(x)\ndef f(x): ...",
+        "Use helper.",
+        "def (",
+    ):
+        assert read_suite(check, "t", "f", other).names == {"helper": ""}
+    assert read_suite(check, "t", "helper", helper).names == {"helper": ""}
+    assert read_suite(f"{check}\ncheck(f)", "t", None, helper).names == {"f": ""}
+    assert read_suite(f"{check}\ncheck(helper)", "t", None, helper).names == {"helper": ""}
+    assert read_suite("assert helper(f(1)) == 2", "t", None, helper).names == {"f": "", "helper": ""}
+
+
+def test_a_decorator_of_a_test_and_a_tolerance_are_not_the_programs() -> None:
+    assert read_suite("@slow\ndef test_f(): assert abs(f(1) - 2) < EPS", "t").names == {"f": ""}
+    assert read_suite("@memoize\ndef g(n): return n\nassert g(2) == 2", "t").names == {"memoize": ""}

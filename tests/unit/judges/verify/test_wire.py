@@ -43,6 +43,17 @@ def test_an_instance_of_a_derived_class_crosses_as_the_base_types_value() -> Non
     assert crossed(Yes(0)) != 3
 
 
+def test_numbers_that_are_not_finite_cross_only_if_they_are_expected() -> None:
+    nan, inf = float("nan"), float("inf")
+    strict = peer()
+    strict.not_finite = ["inf"]
+    assert strict.decode(inf) == inf
+    for value in (nan, complex(nan, 1), Decimal("nan")):
+        assert str(crossed(value)) == str(value)
+        with pytest.raises(ValueError, match="not expected"):
+            strict.decode(json.loads(json.dumps(strict.encode(value))))
+
+
 def test_nothing_else_is_made_whatever_the_other_process_sends() -> None:
     for hostile in (
         ["library", "os.system", ["tuple", ["true"]]],
