@@ -39,7 +39,7 @@ from typing import Any, NoReturn
 
 REPORT = 3  # the program's descriptor for `Outcome.report`
 READABLE = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache")
-DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+DEVICES = ("/dev/null", "/dev/full", "/dev/random", "/dev/urandom")  # memory of /dev/zero shows in no process
 FILE_BYTES = 64 << 20  # the largest file; with namespaces, all files together
 FILES = 10_000
 SCRATCH = "scratch"  # the program's folder, in the root that is made for it
@@ -174,15 +174,19 @@ def _watch(child: int, request: dict[str, Any], status: int) -> int:
 
 def _excess(child: int, request: dict[str, Any]) -> str | None:
     """Which limit `child`, the processes below it, and their files exceed together, if they do."""
-    tree, used, proc = [child], 0, request["proc"]
+    tree, used, count, proc = [child], 0, 0, request["proc"]
     for pid in tree:  # which grows meanwhile
         with contextlib.suppress(OSError):  # it has ended
-            used += int(_contents(f"{pid}/statm", proc).split()[1]) * resource.getpagesize()
-            for task in os.listdir(folder := os.open(f"{pid}/task", os.O_RDONLY, dir_fd=proc)):
-                tree += map(int, _contents(f"{pid}/task/{task}/children", proc).split())
+            for line in _contents(f"{pid}/status", proc).splitlines():
+                if line.startswith(("VmRSS:", "VmSwap:")):
+                    used += int(line.split()[1]) << 10
+            tasks = os.listdir(folder := os.open(f"{pid}/task", os.O_RDONLY, dir_fd=proc))
             os.close(folder)
-    if len(tree) > request["processes"] + 3:  # bubblewrap, and init
-        return f"more than {request['processes']} processes"
+            count += len(tasks)
+            for task in tasks:
+                tree += map(int, _contents(f"{pid}/task/{task}/children", proc).split())
+    if count > request["processes"] + 3:  # bubblewrap, and init
+        return f"more than {request['processes']} processes and threads"
     if request["scratch"]:
         files, count = _size_of(request["scratch"], child)
     else:
@@ -393,7 +397,8 @@ ALONE: dict[str, Call] = {  # ways to other processes, to a network, and to what
     "process_madvise": (440, 440),
 }  # fmt: skip
 KILL, TGKILL, PRLIMIT, CLONE, CLONE3 = (62, 129), (234, 131), (302, 261), (56, 220), (435, 435)
-PRCTL, FCNTL, IOCTL, SOCKETPAIR = (157, 167), (72, 25), (16, 29), (53, 199)
+PRCTL, FCNTL, IOCTL, SOCKETPAIR, MMAP = (157, 167), (72, 25), (16, 29), (53, 199), (9, 222)
+MAP_SHARED, MAP_ANONYMOUS = 0x01, 0x20
 F_SETOWN, F_SETSIG, F_SETOWN_EX, FIOSETOWN, SIOCSPGRP = 8, 10, 15, 0x8901, 0x8902
 
 
@@ -432,6 +437,9 @@ def _filter_calls(*, alone: bool) -> None:
         if (number := numbers[column]) is not None:
             program += [(JEQ, 0, 1, number), deny]
     program += [(JEQ, 0, 1, CLONE3[column]), (0x06, 0, 0, 0x50000 | ENOSYS)]  # its flags cannot be read; C falls back
+    # Shared memory without a file stays while a page of it is mapped, and shows in no process once they let it go.
+    shared = [(JSET, 0, 2, MAP_ANONYMOUS), (JSET, 0, 1, MAP_SHARED), deny, allow]
+    program += [(JEQ, 0, 5, MMAP[column]), (0x20, 0, 0, 40), *shared]
     # It stays visible to the launcher, and ends with it.
     program += none_of(PRCTL, load_argument, PR_SET_PDEATHSIG, PR_SET_DUMPABLE)
     if alone:

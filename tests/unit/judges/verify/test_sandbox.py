@@ -305,7 +305,16 @@ class TestMemory:
         assert outcome.reason == "more than 200 MB of memory and files" or "No space left" in outcome.stderr
 
     def test_memory_that_no_process_shows_is_not_to_be_had(self, mode: Mode) -> None:
-        assert "PermissionError" in run("import os\nos.memfd_create('x')", mode).stderr
+        for way in ("os.memfd_create('x')", "mmap.mmap(-1, 1 << 20)"):
+            assert "PermissionError" in run(f"import mmap, os\n{way}", mode).stderr
+        assert "Error" in run("open('/dev/zero', 'rb')", mode).stderr
+        files = "import mmap\nf = open('x', 'w+b')\nf.truncate(4096)\nmmap.mmap(f.fileno(), 4096)[0] = 1\nmmap.mmap(-1, 4096, mmap.MAP_PRIVATE)"
+        assert run(files, mode).ok
+
+    def test_threads_are_counted_too(self, mode: Mode) -> None:
+        code = "import threading, time\nfor _ in range(60): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\ntime.sleep(9)"
+        outcome = run(code, mode, timeout=8)
+        assert "can't start new thread" in outcome.stderr or outcome.reason == "more than 16 processes and threads"
 
 
 class TestNetwork:
