@@ -21,7 +21,7 @@ from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 from judges.verify import pytest_subset
-from judges.verify.wire import VERDICTS, Peer
+from judges.verify.wire import LIBRARY, TYPES, VERDICTS, Peer
 
 Step = list[Any]
 NOT_FINITE = {"nan": r"(?i)\b(is)?nan\b", "inf": r"(?i)\b(is)?(inf|infinity|infinite|finite)\b"}
@@ -33,6 +33,16 @@ CHANGES = {"call", "await", "setattr", "delattr", "setitem", "delitem", "enter",
 """Questions after which an object of the program may have another length."""
 GONE = (math.inf, math.inf)
 """The size of an iterator that has given items: it has no length."""
+COMPUTING = {
+    "abs", "all", "any", "bool", "complex", "dict", "divmod", "float", "frozenset", "int", "len", "list", "max", "min", "pow",
+    "range", "reversed", "round", "set", "sorted", "str", "sum", "tuple", "zip", "True", "False", "None",
+}  # fmt: skip
+EXPRESSIONS = (
+    ast.Expression, ast.Constant, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.operator, ast.unaryop,
+    ast.boolop, ast.cmpop, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Subscript, ast.Slice, ast.Call, ast.keyword,
+    ast.Starred, ast.Name, ast.expr_context,
+)  # fmt: skip
+PICKLED = {("copyreg", "_reconstructor"), *(("builtins", name) for name in (*TYPES, "object", "range", "slice"))}
 FILES = {"read", "readline", "readlines", "write", "writelines", "getvalue", "seek", "tell", "flush", "close"}
 
 
@@ -240,7 +250,20 @@ class Ref:
     def __getattr__(self, name: str) -> Any:
         if name in VERDICTS and not self._ref_made:
             raise AttributeError(f"{name!r} is not asked of an object that the program made")
-        return self._ref_tester.ask("getattr", self, name)
+        value = self._ref_tester.ask("getattr", self, name)
+        if name in ("keys", "values", "items") and type(value) is Ref and not self._ref_made:
+            return lambda: self._ref_view(value)
+        return value
+
+    def _ref_view(self, method: Ref) -> Any:
+        """Its keys, values or items, of which it has as many as it says."""
+        sizes, number = self._ref_tester.sizes, self._ref_number
+        before = sizes.get(number, (0, math.inf))
+        result = method()
+        items = list(result) if type(result) is Ref else result
+        sizes[number] = before
+        self._ref_has(len(items), len(items))
+        return items
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._ref_tester.ask("setattr", self, name, value)
@@ -428,15 +451,20 @@ class Run:
     Args:
         tester: the wire; None if there is no program.
         names: the names that the tests use and do not bind, with the module of each; "" is the program.
+        texts: what the tests may evaluate, whatever it is; another text may be the program's.
     """
 
-    def __init__(self, tester: Tester | None, names: dict[str, str]) -> None:
+    def __init__(self, tester: Tester | None, names: dict[str, str], texts: Collection[str]) -> None:
         self.tester = tester
         self.parts = 0
         module = sys.modules["tests"] = ModuleType("tests")
         sys.modules["solution"] = Solution(tester)
         sys.modules["pytest"] = pytest_subset
         self.namespace = module.__dict__
+        if tester:
+            self.namespace.update(
+                {function.__name__: restricted(function, texts) for function in (eval, exec, compile)}
+            )
         for name, source in names.items():
             if source:
                 found = importlib.import_module(source)
@@ -508,6 +536,41 @@ def checking_blocks(tree: ast.AST) -> Iterator[int]:
                 yield node.lineno
 
 
+def restricted(function: Callable[..., Any], texts: Collection[str]) -> Callable[..., Any]:
+    """`eval`, `exec` or `compile` for the tests: of an expression without attributes, if it is none of `texts`.
+
+    Code of the program in this process could report that all tests pass.
+    """
+
+    def run(source: Any, *more: Any, **named: Any) -> Any:
+        if isinstance(source, str | bytes | bytearray) and source not in texts and not is_harmless(source):
+            raise ValueError("a text that the tests did not write is evaluated only if it computes")
+        frame = sys._getframe(1)
+        scopes = more or (() if function is compile else (frame.f_globals, frame.f_locals))
+        return function(source, *scopes, **named)
+
+    return run
+
+
+def is_harmless(source: str | bytes | bytearray) -> bool:
+    """Whether it is an expression of constants, operators, containers, and calls of functions by their names."""
+    try:
+        nodes = list(ast.walk(ast.parse(source.strip(), mode="eval")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    own = not any(name.startswith("_") or (name in dir(builtins) and name not in COMPUTING) for name in names)
+    return own and all(isinstance(node, EXPRESSIONS) for node in nodes)
+
+
+def watch_pickles(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: a pickle may be the program's, and makes nothing but plain data and objects of the tests."""
+    if event == "pickle.find_class":
+        module, name = arguments[:2]
+        if module != "tests" and f"{module}.{name}" not in LIBRARY and (module, name) not in PICKLED:
+            raise ValueError(f"a pickle with {module}.{name}")
+
+
 class Solution(ModuleType):
     """The module `solution`, for tests that import the program."""
 
@@ -541,7 +604,13 @@ def main(tests: list[list[Step]], names: dict[str, str], reading: int | None, wr
         tester = Tester(reading, writing, [number for number, words in NOT_FINITE.items() if re.search(words, text)])
         if tester.peer.receive() != ["ready"]:
             return
-    run = Run(tester, names)
+        if "pickle" in text:
+            sys.addaudithook(watch_pickles)
+    sources = [step[1] for steps in tests for step in steps if step[0] == "code"]
+    constants = [
+        node.value for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)
+    ]
+    run = Run(tester, names, {value for value in constants if isinstance(value, str)})
     for number, steps in enumerate(tests):
         if tester:
             tester.denied = False
