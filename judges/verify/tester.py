@@ -552,6 +552,13 @@ def restricted(function: Callable[..., Any], texts: Collection[str]) -> Callable
     return run
 
 
+def constants(tests: list[list[Step]]) -> set[str]:
+    """The texts that the tests' code has."""
+    trees = [ast.parse(step[1]) for steps in tests for step in steps if step[0] == "code"]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    return {node.value for node in nodes if isinstance(node.value, str)}
+
+
 def is_harmless(source: str | bytes | bytearray) -> bool:
     """Whether it is an expression of constants, operators, containers, and calls of functions by their names."""
     try:
@@ -598,19 +605,14 @@ def main(tests: list[list[Step]], names: dict[str, str], reading: int | None, wr
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    tester = None
+    tester, text = None, repr(tests)
     if reading is not None and writing is not None:
-        text = repr(tests)
         tester = Tester(reading, writing, [number for number, words in NOT_FINITE.items() if re.search(words, text)])
         if tester.peer.receive() != ["ready"]:
             return
         if "pickle" in text:
             sys.addaudithook(watch_pickles)
-    sources = [step[1] for steps in tests for step in steps if step[0] == "code"]
-    constants = [
-        node.value for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)
-    ]
-    run = Run(tester, names, {value for value in constants if isinstance(value, str)})
+    run = Run(tester, names, constants(tests) if re.search(r"\b(eval|exec|compile)\b", text) else ())
     for number, steps in enumerate(tests):
         if tester:
             tester.denied = False
