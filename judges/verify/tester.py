@@ -33,6 +33,7 @@ CHANGES = {"call", "await", "setattr", "delattr", "setitem", "delitem", "enter",
 """Questions after which an object of the program may have another length."""
 GONE = (math.inf, math.inf)
 """The size of an iterator that has given items: it has no length."""
+EVALUATING: dict[str, Callable[..., Any]] = {"eval": eval, "exec": exec, "compile": compile}
 COMPUTING = {
     "abs", "all", "any", "bool", "complex", "dict", "divmod", "float", "frozenset", "int", "len", "list", "max", "min", "pow",
     "range", "reversed", "round", "set", "sorted", "str", "sum", "tuple", "zip", "True", "False", "None",
@@ -605,7 +606,8 @@ def main(tests: list[list[Step]], names: dict[str, str], reading: int | None, wr
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    tester, text = None, repr(tests)
+    tester: Tester | None = None
+    text = repr(tests)
     if reading is not None and writing is not None:
         tester = Tester(reading, writing, [number for number, words in NOT_FINITE.items() if re.search(words, text)])
         if tester.peer.receive() != ["ready"]:
