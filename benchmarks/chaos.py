@@ -256,7 +256,7 @@ class Chaos:
         """First the way that this stage was stopped least often; those of the flow take a start of it each."""
         done = Counter(row["way"] for row in self.rows if row["stage"] == stage)
         ways = [*FLOW, *([FULL] if self.small else []), *CHILD.get(stage, []), *(SERVER if self.prefect else [])]
-        return sorted(ways, key=lambda way: (done[str(way)] * (2.0 if way in ENDING else 1.0), self.draw.random()))
+        return sorted(ways, key=lambda way: (done[str(way)] * (4.0 if way in ENDING else 1.0), self.draw.random()))
 
     def victims(self, way: Way) -> tuple[int, list[int]] | None:
         """The process to stop, and those that must be gone: it, its guard and what is below it. None: it is not there."""

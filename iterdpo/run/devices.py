@@ -62,7 +62,8 @@ class Turns:
     def __init__(self, count: int, *, say: Callable[[str], None]) -> None:
         self._say = say
         self._locks: list[tuple[str, Path, int]] = []
-        self._held, self._lock = 0, threading.RLock()
+        self._holders: list[int] = []  # threads
+        self._lock = threading.RLock()
         for device in sorted(set(visible_gpus()[:count])):
             name = "".join(c if c.isalnum() else "-" for c in device)
             path = own_folder() / f"gpu-{name}.lock"
@@ -76,22 +77,25 @@ class Turns:
     def turn(self) -> Iterator[None]:
         """A context in which the GPUs are this run's. They may be asked for again within it, in any thread."""
         with self._lock:
-            if not self._held:
+            if not self._holders:
                 self._take()
-            self._held += 1
+            self._holders.append(threading.get_ident())
         try:
             yield
         finally:
             with self._lock:
-                self._held -= 1
-                if not self._held:
+                self._holders.remove(threading.get_ident())
+                if not self._holders:
                     self._give()
 
     @contextmanager
     def between(self) -> Iterator[None]:
-        """A context in which others may have the GPUs, though a turn has not ended: it goes on afterwards."""
+        """A context in which others may have the GPUs, though a turn has not ended: it goes on afterwards.
+
+        Without effect if another thread has a turn.
+        """
         with self._lock:
-            held = self._held > 0
+            held = set(self._holders) == {threading.get_ident()}
             if held:
                 self._give()
         try:

@@ -103,6 +103,12 @@ def turns(count: int) -> contextlib.closing[devices.Turns]:
 def test_the_first_gpus_are_locked_during_a_turn(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,0,3,1")
     files = [locks / f"gpu-{number}.lock" for number in (0, 3, 1)]
+    seen: list[bool] = []
+
+    def between() -> None:
+        with ours.between():
+            seen.append(held(files[0]))
+
     with turns(3) as ours:
         assert len(ours.descriptors) == 2
         assert not any(held(file) for file in files)
@@ -113,6 +119,10 @@ def test_the_first_gpus_are_locked_during_a_turn(locks: Path, monkeypatch: pytes
             with ours.between():
                 assert not any(held(file) for file in files)
             assert held(files[0])
+            beside = threading.Thread(target=between)  # a judge that waits beside the sampler
+            beside.start()
+            beside.join()
+            assert seen == [True]
         with ours.between():
             pass
         assert not any(held(file) for file in files)

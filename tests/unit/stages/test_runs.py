@@ -204,11 +204,11 @@ def test_servers_sample_in_place_of_engines_and_no_gpu_is_taken_for_them(
         assert [engine.url for engine in engines] == urls
         assert len(run.devices.descriptors) == 1  # of the trainer
         with run.sampling_turn:
-            assert run.devices._held == 0
+            assert run.devices._holders == []
         with pytest.raises(ConfigError, match=rf"sampling\.servers: {urls[0]} does not answer; start the server"):
             run.probe_sampler()
     with room.open() as run, run.sampling_turn:
-        assert run.devices._held == 1
+        assert len(run.devices._holders) == 1
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"sampling\.ray: the package 'ray' is not installed"):
         room.open(sampling={"ray": "auto"}).probe_sampler()
