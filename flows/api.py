@@ -139,9 +139,12 @@ def continue_run(run: IterativeRun, *, prefect: bool = True, wait: bool = False)
             return False
         run.warm_up()
         run.check_model()  # before the prompts are tokenized: a tokenizer of an unknown model may fail in any way
+        from flows.calibrate import note_estimate
+
         max_tokens = run.max_model_len  # a prompt that is too long is found here
         check_surroundings(run, prefect=prefect)
         run.dir.write_config(run.config.model_dump())
+        note_estimate(run)
         rounds = f"{run.config.rounds} round{'s'[: run.config.rounds > 1]}"
         run.progress.say(f"run {run.dir.root}: from {pending} on, {rounds}, context {max_tokens:,} tokens")
         run.progress.say(f"  {'prompts':<9} {run.prompts.summary()}")

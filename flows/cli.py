@@ -34,6 +34,7 @@ JUDGED = "the round (default: the last with finished judgments)"
 CRON = 'schedule for new rounds: "0 2 * * *" is every night at two (default: only when triggered)'
 
 FOLDER = "configurations that triggers may name lie below this folder (default: the folder of CONFIG)"
+CARD = "plan for this card by its data sheet: A100-40GB, A100-80GB, H100, H200, B200, L40S, L4, RTX-4090"
 NOTIFY = (
     "tell this webhook (its URL) or block of the Prefect server (TYPE/NAME) of failed rounds; also in ITERDPO_NOTIFY"
 )
@@ -330,6 +331,57 @@ def status(run_dir: RunDirectory, /) -> int:
     from flows.plan import describe_status
 
     print(describe_status(run_dir))
+    return 0
+
+
+@app.command
+def plan(
+    *config: Word,
+    card: Annotated[str | None, Parameter(help=CARD)] = None,
+    rates: Annotated[Path | None, Parameter(help="a file of rates, such as --calibrate writes")] = None,
+    calibrate: Annotated[
+        bool, Parameter(help="run a small round for real, and keep its rates for this machine")
+    ] = False,
+) -> int:
+    """Show what a run would cost: calls, tokens, dollars, steps, disk, memory and hours."""
+    from flows.api import open_run
+    from flows.calibrate import cached_rates
+    from flows.calibrate import calibrate as measure
+    from flows.plan import describe_cost, describe_plan, load_of
+    from iterdpo.config import load_config
+    from iterdpo.run.cost import Rates, Shape, card_of, rates_of_card, read_rates
+
+    settings = _load(load_config, config)
+    chosen = card_of(card) if card is not None else None
+    with open_run(settings) as run:
+        found: Rates | None
+        if rates is not None:
+            found = read_rates(rates)
+        elif calibrate:
+            found = measure(settings, say=Progress(sys.stdout).say)
+        elif chosen is not None and card is not None:
+            shape = Shape.of(run.model_path, run.model_config)
+            found = rates_of_card(chosen, card, shape, settings, load_of(run))
+        else:
+            found = cached_rates(settings)
+        print(describe_plan(run))
+        print(describe_cost(run, found, chosen))
+    return 0
+
+
+@app.command
+def watch(
+    run_dir: RunDirectory,
+    /,
+    *,
+    every: Annotated[float, Parameter(help="seconds between two looks")] = 2.0,
+    once: Annotated[bool, Parameter(help="show it once, and stop")] = False,
+    port: Annotated[int | None, Parameter(help="also answer Prometheus at http://127.0.0.1:PORT/metrics")] = None,
+) -> int:
+    """Watch a run in a terminal: stages, rates, time left, losses, scores, the machine."""
+    from flows.watch import watch as watch_run
+
+    watch_run(run_dir, every=every, once=once, port=port)
     return 0
 
 

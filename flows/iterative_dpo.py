@@ -23,6 +23,7 @@ from prefect.runtime import deployment
 
 from flows.alarms import ENDED, FAILED, NOT_PROMOTED, STARTED, Alarms
 from flows.api import check_surroundings, describe, open_run
+from flows.calibrate import note_estimate
 from flows.deployment import FLOW
 from flows.loop import PLAIN, Stages, run_loop, run_round
 from flows.lost import is_lost, watch
@@ -140,6 +141,7 @@ def add_rounds_to(config: Config, rounds: int, overrides: Mapping[str, float], *
         ):
             get_run_logger().info("round %d to %d, first %s", done + 1, done + rounds, first_pending(run))
             directory.write_config(settings.model_dump())
+            note_estimate(run)
             run.warm_up()
             check_surroundings(run, prefect=False)
             records = iterate(run, alarms)

@@ -12,6 +12,7 @@ from iterdpo.run.artifacts import Completions, Evaluation, Judgments, Pairs, Pol
 from iterdpo.stages.evaluate import evaluate
 from iterdpo.stages.gate import gate
 from iterdpo.stages.judge import judge
+from iterdpo.stages.keep import remove_unneeded
 from iterdpo.stages.pair import pair
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.sample import sample
@@ -64,6 +65,7 @@ def run_loop(run: Run, one_round: Callable[[int], RoundRecord]) -> Iterator[Roun
     """Rounds 0 to `config.rounds`, or until the gate stops the run."""
     for t in range(run.config.rounds + 1):
         record = one_round(t)
+        remove_unneeded(run)  # weights that `keep` does not ask for
         yield record
         if record.decision == "stop":
             return

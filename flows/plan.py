@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from itertools import islice
 from pathlib import Path
 
 from flows.api import describe
-from iterdpo.config import Config, OfflineConfig
+from iterdpo.config import Config, DPOConfig, OfflineConfig
 from iterdpo.data.mixing import further_pairs
 from iterdpo.data.preferences import preferences_of, tokenize_pairs
 from iterdpo.data.prompts import PromptFile
@@ -15,8 +16,20 @@ from iterdpo.data.thinking import Thinking
 from iterdpo.errors import DamagedError
 from iterdpo.escape import printable
 from iterdpo.run.checkpoints import training_bytes
+from iterdpo.run.cost import (
+    Card,
+    Load,
+    Rates,
+    Shape,
+    engine_bytes,
+    scorer_bytes,
+    seconds_of_rounds,
+    trainer_bytes,
+    what_would_fit,
+)
+from iterdpo.run.devices import visible_gpus
 from iterdpo.run.disk import size
-from iterdpo.run.rundir import RunDir, read_manifest
+from iterdpo.run.rundir import RunDir, read_manifest, removed
 from iterdpo.stages.offline import check_account, check_kind
 from iterdpo.stages.plan import describe_pending
 from iterdpo.stages.runs import IterativeRun, OfflineRun
@@ -28,6 +41,8 @@ from judges.load import compares
 LONGEST_REASON = 500
 SAMPLED = 32
 """Prompts from which the work of the judges is estimated."""
+MEASURED = 256
+"""Prompts whose lengths in tokens are averaged."""
 STEPS = ("completions", "judgments", "others", "against", "pairs", "reference", "policy", "evaluation", "benchmarks")
 
 
@@ -39,15 +54,7 @@ def describe_plan(run: IterativeRun) -> str:
     evaluated = heldout * config.evaluation.n
     source = config.pairing.other_side
     others = per_round if source is not None and source.column is None else 0  # one a prompt
-    each = 1
-    if config.pairing.strategy == "all_pairs":
-        combinations = math.comb(config.sampling.n, 2)
-        each = min(combinations, config.pairing.max_pairs_per_prompt or combinations)
-    if source is not None:
-        each = config.sampling.n if config.pairing.strategy == "all_pairs" and not config.pairing.against else 1
-    pairs, rounds = per_round * each, config.rounds
-    share = config.pairing.offline.share if config.pairing.offline else 0.0
-    pairs += sum(further_pairs(pairs, replay=config.pairing.replay, offline=share))
+    pairs, rounds = _pairs_of_a_round(config), config.rounds
     policy, checkpoint = training_bytes(run.model_path, config.dpo)
     in_all = rounds * (completions + others) + (_evaluations(config) + 1) * evaluated
     return _table(
@@ -67,8 +74,121 @@ def describe_plan(run: IterativeRun) -> str:
         pairs=f"at most {pairs:,} a round",
         steps=f"at most {config.dpo.steps(pairs):,} optimizer steps a round of {config.dpo.pairs_per_step} pairs",
         **_benchmarks(config),
-        disk=f"about {size(rounds * policy)} of policies in {run.dir.root}, and {size(checkpoint)} more for a checkpoint",
+        disk=f"about {size(run.policies_at_once * policy)} of policies in {run.dir.root}, and {size(checkpoint)} more for a checkpoint",
     )
+
+
+def load_of(run: IterativeRun) -> Load:
+    """The counts of a run for its cost. Completions are as long as `sampling.max_tokens` allows."""
+    config, section = run.config, run.config.evaluation
+    sampled = list(islice(run.prompts.of(1), MEASURED))
+    lengths = [len(ids) for ids in run.prompt_ids(sampled)]
+    return Load(
+        rounds=config.rounds,
+        completions=config.prompts.per_round * config.sampling.n,
+        evaluated=len(run.prompts.heldout) * (1 if section.temperature == 0 else section.n),
+        judges=len(run.judges),
+        pairs=config.dpo.pairs_seen(_pairs_of_a_round(config)),
+        prompt_tokens=sum(lengths) / max(1, len(lengths)),
+        completion_tokens=config.sampling.max_tokens,
+    )
+
+
+def describe_cost(run: IterativeRun, rates: Rates | None, card: Card | None) -> str:
+    """Time and memory of a run, as further rows of its plan. Without rates, how to get some.
+
+    `card`: the one to plan for, by default this machine's memory.
+    """
+    load = load_of(run)
+    shape = Shape.of(run.model_path, run.model_config)
+    rows: dict[str, str] = {}
+    sampled = load.rounds * load.completions + (load.rounds + 1) * load.evaluated
+    scored = 2 * load.rounds * load.evaluated
+    trained = load.rounds * load.pairs * (load.prompt_tokens + 2 * load.completion_tokens)
+    rows["tokens"] = (
+        f"at most {_count(sampled * load.completion_tokens)} sampled, {_count(trained)} trained on, and "
+        f"{_count(scored * (load.prompt_tokens + load.completion_tokens))} scored for the KL"
+    )
+    if rates is None:
+        rows["time"] = "unknown: pass --calibrate (a small round, for real), --card NAME, or --rates FILE"
+    else:
+        rounds = seconds_of_rounds(load, rates)
+        last = {name: second for name, second in rounds[-1].items() if second >= 0.5}
+        parts = ", ".join(f"{name} {duration(second)}" for name, second in last.items())
+        rows["a_round"] = f"about {duration(sum(rounds[-1].values()))}: {parts}"
+        rows["time"] = f"about {duration(sum(sum(r.values()) for r in rounds))} in all, by {rates.source}"
+    measured = rates.memory if rates is not None else {}
+    rows |= _memory(run, shape, measured, card)
+    return _table(**rows)
+
+
+def _memory(run: IterativeRun, shape: Shape, measured: dict[str, float], card: Card | None) -> dict[str, str]:
+    config, dpo = run.config, run.config.dpo
+    sharded = is_sharded(dpo)
+    trainer = measured.get("trainer") or trainer_bytes(shape, run.model_path, dpo, sharded=sharded)
+    engine = measured.get("engine") or engine_bytes(shape, config, run.estimated_max_model_len())
+    if card is None and not visible_gpus() and not measured:
+        engine += config.sampling.engine.kv_cache_gib * 2**30
+    memory = card.memory if card is not None else device_memory()
+    how = "measured" if measured else "estimated"
+    rows = {"memory": f"{how}: engine {size(engine)}, trainer {size(trainer)} for each process; {size(memory)} there"}
+    share = config.sampling.engine.gpu_memory_utilization if card is not None or visible_gpus() else 1.0
+    if trainer > memory:
+        change = what_would_fit(shape, run.model_path, dpo, memory, sharded=sharded)
+        rows["does_not_fit"] = (
+            f"the trainer; change one of these: {'; '.join(change) or 'the model, for a smaller one'}"
+        )
+    if card is not None or visible_gpus():
+        rows["scorer"] = f"{size(scorer_bytes(shape))} on one GPU, for the KL in each evaluation"
+        if scorer_bytes(shape) > memory:
+            rows["scorer_does_not_fit"] = "no key changes this; take a smaller model, or a larger card"
+    if engine > share * memory:
+        wider = next((n for n in (2, 4, 8, 16) if engine / n <= share * memory), None)
+        keys = [f"sampling.engine.tensor_parallel_size={wider}"] if wider else []
+        if engine <= memory:
+            keys.append(f"sampling.engine.gpu_memory_utilization={math.ceil(100 * engine / memory) / 100:g}")
+        rows["engine_does_not_fit"] = f"change one of these: {'; '.join(keys) or 'the model, for a smaller one'}"
+    return rows
+
+
+def _pairs_of_a_round(config: Config) -> int:
+    """The most pairs that a round trains on."""
+    each, source = 1, config.pairing.other_side
+    if config.pairing.strategy == "all_pairs":
+        combinations = math.comb(config.sampling.n, 2)
+        each = min(combinations, config.pairing.max_pairs_per_prompt or combinations)
+    if source is not None:
+        each = config.sampling.n if config.pairing.strategy == "all_pairs" and not config.pairing.against else 1
+    pairs = config.prompts.per_round * each
+    share = config.pairing.offline.share if config.pairing.offline else 0.0
+    return pairs + sum(further_pairs(pairs, replay=config.pairing.replay, offline=share))
+
+
+def is_sharded(dpo: DPOConfig) -> bool:
+    """Whether weights, gradients and moments are divided among the training processes."""
+    if dpo.accelerate_config is None or dpo.processes == 1:
+        return False
+    return "distributed_type: FSDP" in Path(dpo.accelerate_config).read_text(encoding="utf-8")
+
+
+def device_memory() -> float:
+    """Bytes of a GPU of this machine, or without one of its memory."""
+    if visible_gpus():
+        import torch
+
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e6:,.1f} M" if number >= 1e6 else f"{round(number):,}"
 
 
 def _judge_calls(run: IterativeRun) -> dict[str, str]:
@@ -183,7 +303,8 @@ def describe_status(run_dir: str | Path) -> str:
             damaged.append(f"  {error}")
         lines += damaged
         if record is not None:
-            lines.append(f"  {describe(record.metrics)}")
+            away = " (weights removed)" if removed(directory / "policy") else ""
+            lines.append(f"  {describe(record.metrics)}{away}")
             continue
         under_way = [name for name in STEPS if name not in done and (directory / f"{name}.partial").exists()]
         more = f"; under way: {', '.join(under_way)}" if under_way else ""

@@ -89,7 +89,7 @@ def _lineage(path: Path) -> Lineage:
     try:
         run = RunDir(path)
         records, wanted = run.records(), run.read_config().get("rounds", 1)
-        state = _state(run, wanted)
+        state = state_of(run, wanted)
         trigger = next_trigger(path)
     except (UserError, OSError) as error:
         why = str(error).removeprefix(f"{path}: ")
@@ -108,7 +108,8 @@ def _lineage(path: Path) -> Lineage:
     )
 
 
-def _state(run: RunDir, wanted: int) -> str:
+def state_of(run: RunDir, wanted: int) -> str:
+    """What a run of `wanted` rounds is at; see `Lineage.state`."""
     records, failure = run.records(), run.last_failure()
     if is_locked(run.root / ".lock"):
         return "at work"

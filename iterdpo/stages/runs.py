@@ -46,6 +46,7 @@ from iterdpo.run.rundir import (
     file_sums,
     read_manifest,
     read_object,
+    removed,
     write_json,
 )
 from iterdpo.run.supervise import Child
@@ -170,6 +171,11 @@ class OfflineRun:
         """
         for policy in {p.path: p for p in (*policies, self.initial)}.values():
             if (manifest := read_manifest(policy.path)) is not None:
+                if removed(policy.path):
+                    raise DataError(
+                        f"{policy.path}: its weights were removed, as keep = {self.settings.model_dump().get('keep', 'all')!r} "
+                        "asked; delete this directory to train it again"
+                    )
                 check_step(policy.path, manifest)
             elif policy.path == self.initial.path and (there := file_sums(policy.path)) != self._sums:
                 changed = sorted({name for name, _ in there.items() ^ self._sums.items()})
@@ -220,7 +226,12 @@ class OfflineRun:
         rounds = range(1, self._rounds + 1)
         missing = sum(not (self.dir.round_dir(t) / "policy").is_dir() for t in rounds)
         if missing:
-            check_space(self.dir.root, missing * policy + checkpoint)
+            check_space(self.dir.root, min(missing, self.policies_at_once) * policy + checkpoint)
+
+    @property
+    def policies_at_once(self) -> int:
+        """The most policies of rounds to come that are on disk together."""
+        return self._rounds
 
     @property
     def _rounds(self) -> int:
@@ -565,6 +576,13 @@ class IterativeRun(OfflineRun):
     @property
     def _rounds(self) -> int:
         return self.config.rounds
+
+    @property
+    def policies_at_once(self) -> int:
+        word, _, number = self.config.keep.partition(" ")
+        return (
+            min(self._rounds, int(number) + 3) if word == "last" else self._rounds
+        )  # the start, the best, a reference
 
     @contextmanager
     def _wait(self, message: str) -> Iterator[Callable[[], None] | None]:

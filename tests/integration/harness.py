@@ -139,6 +139,7 @@ def users_server(workspace: Workspace, **settings: str) -> Iterator[str]:
     command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
     environment = {**os.environ, "PREFECT_HOME": str(workspace.root / "prefect"), **settings}
+    environment.setdefault("PREFECT_UI_API_URL", f"http://127.0.0.1:{port}/api")
     with supervise.start(command, log=workspace.root / "server.log", env=environment) as server:
         url = f"http://127.0.0.1:{port}/api"
         wait_for(lambda: server.poll() is not None or answers(f"{url}/health"), seconds=120, what="a Prefect server")

@@ -47,6 +47,12 @@ def test_an_outdated_configuration_reference_is_noticed_and_left_alone(tmp_path:
     assert configuration_docs("--check", str(page)).returncode == 1
 
 
+def test_the_dockerfile_installs_as_the_readme_says() -> None:
+    install = re.search(r"^RUN pip install --no-cache-dir (.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert install
+    assert f"pip install {install[1]}" in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     for target in links(page.read_text(encoding="utf-8")):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 from iterdpo.config import RuleConfig
 from iterdpo.gate import decide
 from iterdpo.report.page import EXAMPLES, write_report
 from iterdpo.run.artifacts import shard_name, write_completion_shard, write_judgment_shard
-from iterdpo.run.rundir import RunDir, write_jsonl
+from iterdpo.run.cost import ESTIMATE, Load, Rates, estimate_to_json
+from iterdpo.run.rundir import RunDir, write_json, write_jsonl
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt, RoundRecord
 
 
@@ -80,3 +83,24 @@ def test_the_comparison_with_the_best_round_is_shown_if_it_is_not_the_previous_o
         row = {"round": 1, "gate/decision": "promote", "win_rate/vs_previous": 0.6, "win_rate/vs_best": best}
         write_jsonl(tmp_path / "metrics.jsonl", [row])
         assert ("Wins vs best" in write_report(tmp_path).read_text()) is shown
+
+
+def test_the_estimate_stands_beside_what_a_round_took_and_later_rounds_have_the_last_one(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.write_config({})
+    ended = {"gate/decision": "promote", "gate/reason": ""}
+    rows = [{"round": r, "time/round_s": 60.0 + r, "time/train_s": 30.0 if r else None, **ended} for r in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert 'id="estimate"' not in write_report(tmp_path).read_text()
+    rates = Rates({"evaluate": (1.0, 1.0), "train": (5.0, 0.5)}, engine=20.0, source="a calibration")
+    load = Load(1, completions=0, evaluated=4, judges=0, pairs=40, prompt_tokens=1, completion_tokens=1)
+    write_json(tmp_path / ESTIMATE, estimate_to_json(load, rates))
+    page = write_report(tmp_path).read_text()
+    section = page[page.index('id="estimate"') :].partition("</section>")[0]
+    rounds = [
+        re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr><th scope=\"row\">(.*?)</tr>", section, re.S)
+    ]
+    # training and its estimate, 5 + 40 / 2; the evaluation's, 1 + 4 and the engine's start; the round and its estimate
+    assert rounds[0][-3:] == ["25 s", "1 min 00 s", "25 s"]
+    assert rounds[1] == [*rounds[2][:-2], "1 min 01 s", "30 s"]
+    assert rounds[2][-2:] == ["1 min 02 s", "30 s"]
