@@ -118,14 +118,19 @@ def describe_cost(run: IterativeRun, rates: Rates | None, card: Card | None) -> 
         rows["a_round"] = f"about {duration(sum(rounds[-1].values()))}: {parts}"
         rows["time"] = f"about {duration(sum(sum(r.values()) for r in rounds))} in all, by {rates.source}"
     measured = rates.memory if rates is not None else {}
-    rows |= _memory(run, shape, measured, card)
+    rows |= _memory(run, shape, load, measured, card)
     return _table(**rows)
 
 
-def _memory(run: IterativeRun, shape: Shape, measured: dict[str, float], card: Card | None) -> dict[str, str]:
+def _memory(
+    run: IterativeRun, shape: Shape, load: Load, measured: dict[str, float], card: Card | None
+) -> dict[str, str]:
     config, dpo = run.config, run.config.dpo
     sharded = is_sharded(dpo)
-    trainer = measured.get("trainer") or trainer_bytes(shape, run.model_path, dpo, sharded=sharded)
+    step_tokens = dpo.pairs_per_step / dpo.processes * (load.prompt_tokens + 2 * load.completion_tokens)
+    trainer = measured.get("trainer") or trainer_bytes(
+        shape, run.model_path, dpo, sharded=sharded, step_tokens=step_tokens
+    )
     engine = measured.get("engine") or engine_bytes(shape, config, run.estimated_max_model_len())
     if card is None and not visible_gpus() and not measured:
         engine += config.sampling.engine.kv_cache_gib * 2**30

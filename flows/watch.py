@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -199,7 +200,7 @@ def _machine() -> Iterator[str]:
     import psutil
 
     memory = psutil.virtual_memory()
-    yield f"memory {memory.used / 2**30:.1f} of {memory.total / 2**30:.1f} GiB   CPU {psutil.cpu_percent():.0f} %"
+    yield f"memory {memory.used / 2**30:.1f} of {memory.total / 2**30:.1f} GiB   load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     for number, share, used, total in gpus():
         yield f"GPU {number}: {100 * share:.0f} %, {used / 2**30:.1f} of {total / 2**30:.1f} GiB"
 

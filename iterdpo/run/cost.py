@@ -205,11 +205,13 @@ def estimate_to_json(load: Load, rates: Rates) -> dict[str, Any]:
     return {"source": rates.source, "rounds": rounds}
 
 
-def trainer_bytes(shape: Shape, directory: Path | None, dpo: DPOConfig, *, sharded: bool) -> float:
+def trainer_bytes(
+    shape: Shape, directory: Path | None, dpo: DPOConfig, *, sharded: bool, step_tokens: float = math.inf
+) -> float:
     """Bytes of a training process on its GPU at its peak: weights, gradients and moments, activations, a chunk of logits.
 
     `sharded`: FSDP divides the first three among the processes. `directory`: the checkpoint, from whose headers an adapter
-    is counted.
+    is counted. `step_tokens`: of an optimizer step on this process, which a micro-batch cannot exceed.
     """
     if dpo.adapter is not None:
         frozen = {"none": 2.0 if dpo.precision == "bf16" else 4.0, "nf4": 0.55}[dpo.adapter.quantize]
@@ -224,7 +226,7 @@ def trainer_bytes(shape: Shape, directory: Path | None, dpo: DPOConfig, *, shard
     token = number * shape.hidden * shape.layers + layer if dpo.gradient_checkpointing else layer * shape.layers
     if dpo.activation_offload:
         token = 2 * layer
-    activations = token * dpo.tokens_per_micro_batch
+    activations = token * min(dpo.tokens_per_micro_batch, step_tokens)
     return kept / (dpo.processes if sharded else 1) + activations + WORKSPACE
 
 

@@ -62,6 +62,9 @@ def test_bytes_of_8b_are_those_of_the_table_in_the_page_about_gpus() -> None:
     assert gigabytes() == pytest.approx(144, rel=0.01)
     assert gigabytes(optimizer="adamw_8bit") == pytest.approx(48, rel=0.01)
     assert gigabytes(adapter={}) == pytest.approx(17, rel=0.05)
+    wide = config().dpo
+    one_token = trainer_bytes(EIGHT, None, wide, sharded=False, step_tokens=1.0)
+    assert one_token == trainer_bytes(EIGHT, None, config(dpo=one).dpo, sharded=False)
     eight = config(dpo=one | {"processes": 8}).dpo
     assert (trainer_bytes(EIGHT, None, eight, sharded=True) - 2 * GIB) / 1e9 == pytest.approx(18, rel=0.01)
 
