@@ -4,7 +4,7 @@
       grpo: {command: [python, benchmarks/trl_online.py, "{spec}"]}
       rloo: {command: [python, benchmarks/trl_online.py, "{spec}", rloo]}
 
-`python` may be that of another environment, with iterdpo, for the judge, and the TRL of your choice (tried: 1.16). As
+`python` may be that of another environment, with iterdpo, for the judge, and the TRL of your choice (written for 1.16, and not tried at full size). As
 many completions are sampled as the other arms sample, `n` of each prompt, in as many optimizer steps. `beta` is TRL's
 weight of the KL to the initial policy. The checkpoint and `budget.json` are written where the spec says.
 """
@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -63,6 +64,7 @@ def main(path: str, method: str = "grpo") -> None:
         max_completion_length=spec["max_tokens"],
         seed=spec["seed"],
         save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=True,
     )

@@ -150,7 +150,7 @@ def test_a_step_to_be_shared_that_is_damaged_is_refused(bench: Bench) -> None:
         bench.run(arms={"one": {}, "two": {"dpo.beta": 0.2}})
 
 
-@pytest.mark.parametrize("request_number", [0, 2, 5, 6])
+@pytest.mark.parametrize("request_number", [2, 6])
 def test_an_experiment_that_ended_anywhere_goes_on_to_the_same_result(bench: Bench, request_number: int) -> None:
     bench.sampler.fails = request_number
     with pytest.raises(ChildFailed):
@@ -174,13 +174,13 @@ def test_a_link_that_was_left_by_an_end_in_the_middle_is_no_hindrance(
         linked(source, target)
 
     linked = module._link
-    monkeypatch.setattr(module, "_link", stops)
-    with pytest.raises(KeyboardInterrupt):
-        bench.run(arms=arms)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_link", stops)
+        with pytest.raises(KeyboardInterrupt):
+            bench.run("rounds=1", arms=arms)
     asked = len(bench.sampler.asked)
-    bench.run(arms=arms)
-    assert bench.sampler.asked[asked:] == [4, 6, 4]  # the second arm's candidates, and its second round
+    bench.run("rounds=1", arms=arms)
+    assert bench.sampler.asked[asked:] == [4]  # the second arm's candidate
     assert verify(bench.root / "out/two/seed-0").problems == []
 
 
