@@ -4,7 +4,7 @@
       grpo: {command: [python, benchmarks/trl_online.py, "{spec}"]}
       rloo: {command: [python, benchmarks/trl_online.py, "{spec}", rloo]}
 
-`python` may be that of another environment, with iterdpo, for the judge, and the TRL of your choice (written for 1.16, and not tried at full size). As
+`python` may be that of another environment, with iterdpo, for the judge, and the TRL of your choice (tried: 1.16, with a tiny model). As
 many completions are sampled as the other arms sample, `n` of each prompt, in as many optimizer steps. `beta` is TRL's
 weight of the KL to the initial policy. The checkpoint and `budget.json` are written where the spec says.
 """
