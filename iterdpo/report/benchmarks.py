@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ def results_of(report: Mapping[str, Any]) -> Results:
     try:
         for task, values in report["results"].items():
             metrics = {
-                name: [float(value), _error(values, name)]
+                name: [_finite(value), _error(values, name)]
                 for name, value in values.items()
                 if "," in name and "_stderr," not in name and isinstance(value, int | float)
             }
@@ -41,7 +42,7 @@ def benchmark_metrics(results: Results, initial: Results | None) -> dict[str, fl
     """`benchmark/<task>/<metric>` with its standard error, and `benchmark/max_loss` against the initial policy.
 
     A task's loss is by how much its first metric is worse; the loss of all is the largest, in the metric's own unit. It is
-    below 0 if all tasks have become better.
+    below 0 if all tasks have become better, and None if one of them has no value.
     """
     metrics: dict[str, float | None] = {}
     losses = []
@@ -53,13 +54,20 @@ def benchmark_metrics(results: Results, initial: Results | None) -> dict[str, fl
         before = (initial or {}).get(task, {}).get("metrics", {}).get(first)
         if before is not None:
             sign = -1 if values["higher_is_better"].get(first.partition(",")[0]) is False else 1
-            losses.append(sign * (before[0] - values["metrics"][first][0]))
+            now = values["metrics"][first][0]
+            losses.append(None if None in (before[0], now) else sign * (before[0] - now))
     if losses:
-        metrics["benchmark/max_loss"] = max(losses)
+        measured = [loss for loss in losses if loss is not None]
+        metrics["benchmark/max_loss"] = max(measured) if len(measured) == len(losses) else None
     return metrics
 
 
 def _error(values: Mapping[str, Any], name: str) -> float | None:
     metric, _, kind = name.partition(",")
     error = values.get(f"{metric}_stderr,{kind}")
-    return float(error) if isinstance(error, int | float) else None
+    return _finite(error) if isinstance(error, int | float) else None
+
+
+def _finite(value: float) -> float | None:
+    """The value, or None if it is NaN or infinite: it measures nothing."""
+    return float(value) if math.isfinite(value) else None

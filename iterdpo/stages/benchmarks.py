@@ -18,6 +18,7 @@ from iterdpo.run.devices import visible_gpus
 from iterdpo.run.rundir import Step, digest, read_json, write_json
 from iterdpo.run.sums import sha256_file
 from iterdpo.stages.runs import IterativeRun
+from iterdpo.stages.sample import template_key, thinking_key
 
 
 def benchmark(run: IterativeRun, round: int, policy: PolicyCheckpoint) -> None:
@@ -46,6 +47,8 @@ def benchmark_steps(run: IterativeRun, round: int, policy: PolicyCheckpoint) -> 
             "policy": policy.digest,
             "benchmarks": section.model_dump(exclude={"max_loss", "include_path", "batch_size"}),
             "dtype": run.config.sampling.engine.dtype,
+            **template_key(run),
+            **thinking_key(run),
             **({"tasks": _content(Path(section.include_path))} if section.include_path else {}),
         }
         yield run.dir.step(round, "benchmarks", inputs)
@@ -55,9 +58,11 @@ def settings(run: IterativeRun, policy: PolicyCheckpoint, section: BenchmarksCon
     """The configuration file of `lm_eval run`: names and paths in it are no arguments of a command line."""
     adapter = policy.path / "adapter_config.json"
     base = read_json(adapter)["base_model_name_or_path"] if adapter.exists() else None
-    model = {"pretrained": base or str(policy.path), "dtype": run.config.sampling.engine.dtype}
+    model: dict[str, Any] = {"pretrained": base or str(policy.path), "dtype": run.config.sampling.engine.dtype}
     if base is not None:
         model["peft"] = str(policy.path)
+    if given := run.config.model.chat_template_kwargs:
+        model["chat_template_args"] = given
     if run.tags is not None:
         model["think_end_token"] = run.tags.end  # what is scored follows the thought
     return {

@@ -70,6 +70,17 @@ def test_the_loss_is_the_largest_of_all_tasks_and_a_higher_perplexity_is_one(
     assert metrics["benchmark/gsm8k/exact_match,none_stderr"] == 0.03
 
 
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_task_without_a_value_leaves_the_loss_unmeasured(bad: str) -> None:
+    before = results_of({"results": {"a": {"acc,none": 0.5}, "b": {"acc,none": 0.5}}})
+    now = results_of(
+        {"results": {"a": {"acc,none": float(bad)}, "b": {"acc,none": 0.5, "acc_stderr,none": float(bad)}}}
+    )
+    metrics = benchmark_metrics(now, before)
+    assert (metrics["benchmark/a/acc,none"], metrics["benchmark/max_loss"]) == (None, None)
+    assert (metrics["benchmark/b/acc,none"], metrics["benchmark/b/acc,none_stderr"]) == (0.5, None)
+
+
 def test_the_initial_policy_has_lost_nothing_and_a_new_task_has_no_loss() -> None:
     assert "benchmark/max_loss" not in benchmark_metrics(results(0.5, 12.0), None)
     before = {"gsm8k": results(0.5, 12.0)["gsm8k"]}

@@ -16,7 +16,7 @@ from flows.verify import verify
 from iterdpo.errors import ChildFailed, ConfigError
 from iterdpo.run.artifacts import PolicyCheckpoint
 from iterdpo.run.rundir import read_json, read_manifest
-from iterdpo.stages.benchmarks import benchmark, settings
+from iterdpo.stages.benchmarks import benchmark, benchmark_steps, settings
 from iterdpo.stages.plan import first_pending
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.types import RoundRecord
@@ -115,7 +115,7 @@ def test_changed_tasks_make_the_step_stale_and_a_changed_budget_decides_again(ro
 
 def test_the_settings_name_the_base_of_an_adapter_and_the_end_of_a_thought(room: Room, harness: Path) -> None:
     run = room.open(
-        model={"thinking": {"start": "<think>", "end": "</think>"}},
+        model={"thinking": {"start": "<think>", "end": "</think>"}, "chat_template_kwargs": {"brief": True}},
         evaluation={"benchmarks": {"tasks": ["copies"], "limit": 3}},
     )
     assert run.config.evaluation.benchmarks is not None
@@ -127,8 +127,12 @@ def test_the_settings_name_the_base_of_an_adapter_and_the_end_of_a_thought(room:
         "pretrained": "base",
         "peft": str(adapter),
         "dtype": "bfloat16",
+        "chat_template_args": {"brief": True},
         "think_end_token": "</think>",
     }
+    (step,) = benchmark_steps(run, 0, run.initial)
+    assert step.inputs["thinking"] == {"start": "<think>", "end": "</think>"}
+    assert step.inputs["chat_template_kwargs"] == {"brief": True}
     assert (made["limit"], "num_fewshot" in made) == (3, False)
 
 
