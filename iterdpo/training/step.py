@@ -135,7 +135,8 @@ class Trainer:
             losses = losses + dpo.nll_coefficient * torch.where(chosen_tokens > 0, nll, torch.zeros_like(nll))
         if dpo.xpo_alpha:
             others = self.pairs.others(pairs)[slots.local_pairs].to(chosen.device)
-            losses = losses + dpo.xpo_alpha * exploration_term(torch.stack((chosen, rejected), dim=1), others)
+            whole = slots.gather(branches.logps, absent=math.nan)  # `ld_alpha` weights rewards alone
+            losses = losses + dpo.xpo_alpha * exploration_term(torch.stack(whole, dim=1), others)
         none = torch.full_like(chosen, math.nan)
         if dpo.loss.type == "sft":
             chosen_rewards = rejected_rewards = none

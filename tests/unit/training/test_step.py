@@ -115,6 +115,8 @@ def test_xpo_adds_the_log_probability_of_the_other_sources_completion_whichever_
         for side, (w, r, _, _) in zip(sides, summed(sharp, grouped), strict=True)
     ]
     assert row["loss"] == pytest.approx(LOG_2 + 0.01 * mean(of_other), rel=1e-5)
+    weighted = log_of(run(tmp_path / "ld", sharp, marked, xpo_alpha=0.01, ld_alpha=0.0, pairs_per_step=8))[0]
+    assert weighted["loss"] == pytest.approx(row["loss"], rel=1e-5)  # ld_alpha is of the rewards alone
     again = log_of(run(tmp_path / "plain", sharp, grouped, xpo_alpha=0.01, pairs_per_step=8))[0]
     assert again["loss"] == pytest.approx(LOG_2, rel=1e-5)  # no side is another source's
 
