@@ -247,8 +247,8 @@ class RoundPrompts:
         self, section: PromptsConfig, run_dir: RunDir, *, rounds: int, seed: int, min_margin: float = 0.0
     ) -> None:
         self._section, self._run_dir, self._seed, self._min_margin = section, run_dir, seed, min_margin
-        self._tied: dict[int, tuple[Array, Array]] = {}
-        self._judged = 0
+        self._tied: dict[str, tuple[Array, Array]] = {}  # by the digest of the judgments
+        self._judged: dict[int, str] = {}  # of each judged round, that digest
         # A large file's prompts are kept once a run has begun, so that it is not read again at every start.
         begun = (run_dir.root / "run.json").exists() and os.access(run_dir.root, os.W_OK)
         cache = run_dir.root / "prompts.cache" if begun else None
@@ -261,7 +261,7 @@ class RoundPrompts:
         """What `round` samples: what it began with, if it has begun, else the next prompts not used before."""
         section = self._section
         if section.choose == "untied":  # what has not begun depends on the judgments that there are by now
-            judged = sum(read_manifest(self._run_dir.round_dir(t) / "judgments") is not None for t in self._rounds)
+            judged = {t: made for t in self._run_dir.rounds() if t and (made := self._judgments(t)) is not None}
             if judged != self._judged:
                 self._judged = judged
                 self._rounds = {t: prompts for t, prompts in self._rounds.items() if self._file(t).exists()}
@@ -289,21 +289,26 @@ class RoundPrompts:
         if self._section.choose != "untied":
             return None
         untied, tied = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
-        for t in range(1, round):
-            step = self._run_dir.round_dir(t) / "judgments"
-            if t not in self._tied and read_manifest(step) is not None:
+        for t, made in self._judged.items():
+            if t >= round:
+                continue
+            if made not in self._tied:
                 ids, ties = [], []
-                for judgment in read_judgments(step):
+                for judgment in read_judgments(self._run_dir.round_dir(t) / "judgments"):
                     scores = [score for score in judgment.scores if score is not None]
                     ids.append(_hash(judgment.prompt_id))
                     spread = max(scores) - min(scores) if len(scores) > 1 else math.inf  # unjudged is no tie
                     ties.append(spread == 0 or spread < self._min_margin)
-                self._tied[t] = np.array(ids, np.uint64), np.array(ties, bool)
-            if t in self._tied:
-                ids_, ties_ = self._tied[t]
-                tied.append(ids_[ties_])
-                untied.append(ids_[~ties_])
+                self._tied[made] = np.array(ids, np.uint64), np.array(ties, bool)
+            ids_, ties_ = self._tied[made]
+            tied.append(ids_[ties_])
+            untied.append(ids_[~ties_])
         return np.setdiff1d(np.concatenate(tied), np.concatenate(untied))
+
+    def _judgments(self, round: int) -> str | None:
+        """The digest of the round's judgments, if they are finished."""
+        manifest = read_manifest(self._run_dir.round_dir(round) / "judgments")
+        return None if manifest is None else manifest.digest
 
     def pin(self, round: int) -> None:
         """Write down what the round samples (0: what is held out), so that prompts may be added to the file later."""
