@@ -178,6 +178,8 @@ class ByTask(_JudgeOfJudges):
     def check(judges: Any, column: Any = "task", otherwise: Any = None) -> None:
         if not isinstance(judges, dict) or not judges or "use" in judges:
             raise JudgeError("by_task: `judges` is a mapping of tasks to judges: {math: {use: ..., args: {...}}, ...}")
+        if unquoted := [task for task in judges if not isinstance(task, str)]:
+            raise JudgeError(f"by_task: the task {unquoted[0]!r} in `judges` is no text; put it into quotes")
         for judge in [*judges.values(), *([otherwise] if otherwise is not None else [])]:
             _check_nested("by_task", judge)
         if not isinstance(column, str) or not column:

@@ -224,6 +224,7 @@ class TestByTask:
             ({"judges": {}}, "a mapping of tasks to judges"),
             ({"judges": {"use": "math", "args": {}}}, "a mapping of tasks to judges"),
             ({"judges": {"math": "math"}}, "is given as"),
+            ({"judges": {1: {"use": "math"}}}, "the task 1 in `judges` is no text; put it into quotes"),
             ({"judges": {"math": {"use": "math"}}, "otherwise": "regex"}, "is given as"),
             ({"judges": {"math": {"use": "nowhere.py:judge"}}}, "no such file nowhere.py"),
             ({"judges": {"math": {"use": "exact_match", "args": {"column": "gold"}}}, "column": 3}, "column is 3"),
