@@ -261,7 +261,7 @@ class OtherSideConfig(Section):
 
     @model_validator(mode="after")
     def _it_is_one(self) -> OtherSideConfig:
-        if len(self.model_fields_set & {"round", "model", "column"}) != 1:
+        if [self.round, self.model, self.column].count(None) != 2:
             raise ValueError("name one of round, model and column")
         return self
 
@@ -859,11 +859,13 @@ def with_dial(values: Any) -> Any:
             else ("needs total_steps, the optimizer steps of the run")
         )
         raise ValueError(f"steps_per_round = {steps}: {said}")
-    if isinstance(dpo, DPOConfig):
-        dpo = dpo.model_dump(exclude_unset=True)
-    if not isinstance(dpo, dict) or not isinstance(prompts := values.get("prompts"), dict):
+    prompts = values.get("prompts")
+    dpo, prompts = (s.model_dump(exclude_unset=True) if isinstance(s, Section) else s for s in (dpo, prompts))
+    if not isinstance(dpo, dict) or not isinstance(prompts, dict):
         return values
     per_step = dpo.get("pairs_per_step", DPOConfig().pairs_per_step)
+    if type(per_step) is not int:
+        return values
     sets = {"rounds": total // steps, "prompts.per_round": per_step * steps, "dpo.max_steps": steps}
     given = {"rounds": values, "prompts.per_round": prompts, "dpo.max_steps": dpo}
     for key, value in sets.items():

@@ -15,6 +15,8 @@ from iterdpo.config import (
     Config,
     DPOConfig,
     OfflineConfig,
+    OtherSideConfig,
+    PromptsConfig,
     load_config,
     load_offline_config,
     merge,
@@ -413,6 +415,12 @@ def test_vllm_is_not_asked_for_an_adapter_that_it_does_not_apply() -> None:
     )
 
 
+def test_a_source_is_replaced_by_setting_the_key_before_to_null() -> None:
+    write("run.yaml", RUN | {"pairing": {"against": {"round": 0}}})
+    config = load_config("run.yaml", overrides=["pairing.against.round=null", "pairing.against.column=gold"])
+    assert config.pairing.against == OtherSideConfig(column="gold")
+
+
 @pytest.mark.parametrize(("steps", "rounds"), [(1, 96), (8, 12), (96, 1)])
 def test_the_dial_derives_rounds_prompts_and_steps_and_rounds_are_one_training(steps: int, rounds: int) -> None:
     write("run.yaml", RUN | {"steps_per_round": steps, "total_steps": 96})
@@ -420,6 +428,9 @@ def test_the_dial_derives_rounds_prompts_and_steps_and_rounds_are_one_training(s
     assert (config.rounds, config.prompts.per_round, config.dpo.max_steps) == (rounds, 4 * steps, steps)
     assert (config.dpo.lr_scheduler, config.dpo.warmup_ratio, config.dpo.optimizer_state) == ("constant", 0.0, "carry")
     assert Config.model_validate(config.model_dump()) == config  # as run.json has it
+    sections = {"prompts": PromptsConfig(path="tales.jsonl"), "dpo": DPOConfig(pairs_per_step=4)}
+    of_sections = Config.model_validate(RUN | {"steps_per_round": steps, "total_steps": 96} | sections)
+    assert (of_sections.prompts.per_round, of_sections.dpo.max_steps) == (4 * steps, steps)
     given = load_config("run.yaml", overrides=["dpo.lr_scheduler=cosine", "dpo.warmup_steps=0"])
     assert (given.dpo.lr_scheduler, given.dpo.warmup_steps, given.dpo.warmup_ratio) == ("cosine", 0, 0.1)
 
@@ -432,6 +443,7 @@ def test_the_dial_derives_rounds_prompts_and_steps_and_rounds_are_one_training(s
         (["prompts.per_round=7"], "prompts.per_round = 7: steps_per_round sets it to 64; remove one of the two"),
         (["dpo.max_steps=9"], "dpo.max_steps = 9: steps_per_round sets it to 8; remove one of the two"),
         (["steps_per_round=0"], "steps_per_round = 0: input should be greater than or equal to 1"),
+        (["dpo.pairs_per_step=null"], "dpo.pairs_per_step = None: input should be a valid integer"),
         (["total_steps=many"], "total_steps = 'many': input should be a valid integer"),
     ],
 )
