@@ -232,6 +232,9 @@ def _sources(
                 if (round, step) in manifests:
                     yield "others", digest_of(step)
                     break
+        case "against":
+            yield "completions", digest_of("completions")
+            yield "others", digest_of("others")
         case "reference":
             yield "pairs", digest_of("pairs")
         case "policy":
