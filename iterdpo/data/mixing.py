@@ -9,13 +9,16 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def further_pairs(fresh: int, *, replay: float, offline: float) -> tuple[int, int]:
+def further_pairs(fresh: int, *, replay: float, offline: float, earlier: int | None = None) -> tuple[int, int]:
     """How many replayed and offline pairs to add to the fresh ones, so that they are these shares of all.
 
-    `further_pairs(60, replay=0.3, offline=0.1) == (30, 10)`
+    `further_pairs(60, replay=0.3, offline=0.1) == (30, 10)`. There are `earlier` pairs to replay: if they are too few,
+    all are taken, and the offline pairs are still their share.
     """
-    whole = fresh / (1 - replay - offline)
-    return round(replay * whole), round(offline * whole)
+    replayed = round(replay * fresh / (1 - replay - offline))
+    if earlier is not None:
+        replayed = min(replayed, earlier)
+    return replayed, round(offline * (fresh + replayed) / (1 - offline))
 
 
 def drawn(items: Iterable[T], number: int, *, seed: int) -> list[T]:

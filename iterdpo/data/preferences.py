@@ -26,7 +26,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from iterdpo.config import PreferenceFileConfig
+from iterdpo.config import MixedDataConfig, PreferenceFileConfig
 from iterdpo.data.chats import COMPANIONS, EMPTY_PROMPT, LAST_TURN, content_of, messages_in, with_companions
 from iterdpo.data.files import Row
 from iterdpo.data.pairs import ABSENT, Kind, pairs_table
@@ -190,7 +190,8 @@ class PreferenceData:
     """The preference data of a data set (see `load_rows`), of its first `limit` rows or all. To be read once.
 
     `account` says what became of the rows that were read so far. `auto` recognises the format by the first row that can
-    be read. `bad_rows`: whether rows that cannot be used are an error at the end, or are left out and counted ("skip").
+    be read. `bad_rows`: whether rows that cannot be used are an error at the end, or are left out and counted ("skip"). Errors name
+    keys of the configuration's `section`.
 
     Raises:
         DataError: a file that cannot be read, or whose first row is plainly of another format than the one given.
@@ -204,11 +205,13 @@ class PreferenceData:
         limit: int | None = None,
         min_margin: float | None = None,
         bad_rows: Literal["error", "skip"] = "error",
+        section: str = "data",
     ) -> None:
         if format not in get_args(Format):
             raise DataError(f"format {format!r} is not one of {', '.join(get_args(Format))}")
         self._min_margin, self._skips = min_margin, bad_rows == "skip"
         self.account = Account(path)
+        self._section = section
         self.format: Format = "pairs"
         self._numbered: Iterator[tuple[int, str, Row]] = iter(())
         rows = ((number, *row) for number, row in enumerate(located_rows(path, split, limit=limit), 1))
@@ -268,16 +271,21 @@ class PreferenceData:
         """Refuse the data if rows that were read cannot be used and are not to be left out, or if none is kept."""
         account = self.account
         if not self._skips or account.bad.counts.total() == account.rows:
-            account.check_rows()
+            account.check_rows(f"{self._section}.bad_rows")
         if not account.kept:
-            longer = ", and raise data.max_completion_tokens" if IDENTICAL_TOKENS in account.left_out else ""
-            raise DataError(f"{account.source}: no pair can be used: {account.summary()}; see data.format{longer}")
+            longer = (
+                f", and raise {self._section}.max_completion_tokens" if IDENTICAL_TOKENS in account.left_out else ""
+            )
+            raise DataError(
+                f"{account.source}: no pair can be used: {account.summary()}; see {self._section}.format{longer}"
+            )
 
 
 def preferences_of(data: PreferenceFileConfig) -> PreferenceData:
     """The data that the configuration names, to be read."""
     settings = data.model_dump(include={"split", "format", "limit", "min_margin", "bad_rows"})
-    return PreferenceData(data.path, **settings)
+    section = "pairing.offline" if isinstance(data, MixedDataConfig) else "data"
+    return PreferenceData(data.path, **settings, section=section)
 
 
 def parse_rows(batch: Batch, format: Format, account: Account, min_margin: float | None = None) -> list[RawPair]:

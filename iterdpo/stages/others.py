@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from iterdpo.data.chats import content_of
 from iterdpo.data.preferences import given_completion
 from iterdpo.errors import DataError
 from iterdpo.judging.shards import NamedShard
@@ -33,12 +32,19 @@ def sampled_others(run: IterativeRun, round: int) -> Completions | None:
                 run.prompts.of(round),
                 run.pinned_ids(round),
                 parameters_of(run, 1, temperature_of(run)),
-                lambda prompt_id: derive_seed(run.config.seed, round, "others", prompt_id),
+                lambda prompt_id: _seed(run, round, prompt_id),
             )
             write_card(directory, "shard-*.parquet")
             manifest = step.finish(counts=counts)
         return Completions.of(step.path, manifest)
     return None
+
+
+def _seed(run: IterativeRun, round: int, prompt_id: str) -> int:
+    """Another seed than that of the policy's completions, with which the prompt has the same temperature of several."""
+    own, other = (derive_seed(run.config.seed, round, stage, prompt_id) for stage in ("sample", "others"))
+    several = len(run.config.sampling.temperatures or [1])
+    return other - other % several + own % several
 
 
 def other_steps(run: IterativeRun, round: int) -> Iterator[Step]:
@@ -60,7 +66,7 @@ def judged_against(run: IterativeRun, round: int, completions: Completions, samp
         if (manifest := step.manifest()) is None:
             directory = step.begin()
             asked = batches(against(run, completions, sampled), run.config.sampling.shard_size)
-            total = 2 * completions.prompts
+            total = 2 * _with_both(run, round, completions)
             shards: Iterable[NamedShard] = ((shard_name(number), some) for number, some in enumerate(asked))
             metrics = JudgeMetrics()
             with run.turn_of(run.train_judge):
@@ -97,6 +103,15 @@ def against(run: IterativeRun, completions: Completions, sampled: Completions | 
             yield replace(group, completions=[group.completions[0], other])
 
 
+def _with_both(run: IterativeRun, round: int, completions: Completions) -> int:
+    """How many of the round's prompts have a completion of the other source."""
+    source = run.config.pairing.other_side
+    assert source is not None
+    if source.column is None:
+        return completions.prompts
+    return sum(run.other_content(prompt) is not None for prompt in run.prompts.of(round))
+
+
 def other_completions(
     run: IterativeRun, groups: Iterator[CompletionGroup], sampled: Completions | None
 ) -> Iterator[Completion | None]:
@@ -115,11 +130,7 @@ def other_completions(
 
 def _of_column(run: IterativeRun, group: CompletionGroup, column: str) -> Completion | None:
     """The completion in the prompt's column as token ids, at most `sampling.max_tokens` of them."""
-    where = f"prompt {group.prompt.id!r}, column {column!r}"
-    if (value := group.prompt.columns.get(column)) is None:
-        return None
-    content = content_of(value, where)
-    if not content or (isinstance(content, str) and not content.strip()):
+    if (content := run.other_content(group.prompt)) is None:
         return None
     prompt = group.prompt.content
     if not isinstance(content, str) and not isinstance(prompt, str) and content[: len(prompt)] == list(prompt):
@@ -134,7 +145,7 @@ def _of_column(run: IterativeRun, group: CompletionGroup, column: str) -> Comple
             run.thinking,
         )
     except DataError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(f"{run.place_of(group.prompt)}, column {column!r}: {error}") from error
 
 
 def _unscored(completion: Completion) -> Completion:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iterdpo.config import MixedDataConfig
 from iterdpo.data.mixing import drawn, further_pairs
 from iterdpo.data.pairing import PairCounts, build_pairs
-from iterdpo.data.pairs import TRAIN, drawn_rows, pairs_table, write_pairs
-from iterdpo.data.preferences import Account, preferences_of, tokenize_pairs
+from iterdpo.data.pairs import ROW_GROUP, TRAIN, drawn_rows, pairs_table, write_pairs
+from iterdpo.data.preferences import Account, RawPair, preferences_of, tokenize_pairs
 from iterdpo.errors import DataError
 from iterdpo.run.artifacts import Completions, Judgments, Pairs, read_groups
 from iterdpo.run.rundir import Manifest, check_step, read_manifest
@@ -62,7 +63,7 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
                     if met is not None:
                         of_batch |= {"strategy": "best_worst", "second_is_other": True}
                     elif section.other_side is not None:
-                        of_batch["others"] = list(islice(others, len(some)))
+                        of_batch["others"] = list(itertools.islice(others, len(some)))
                         of_batch["others_are"] = "chosen" if section.chosen_from else "rejected"
                     found, more = build_pairs(*zip(*some, strict=True), **of_batch)
                     counts += more
@@ -72,11 +73,15 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
                             gaps[1] += 1
                     yield from found
                     stage.to(counts.kept)
+                if met is not None:  # the groups are of prompts that have both
+                    without = completions.prompts - counts.groups
+                    counts += PairCounts(groups=without, unmatched=without)
 
             def further() -> Iterator[pa.Table]:
                 """Taken when the fresh ones are written."""
                 share = section.offline.share if section.offline else 0.0
-                replayed, offline = further_pairs(counts.kept, replay=section.replay, offline=share)
+                earlier = sum(_fresh(manifest) for _, manifest in _earlier_pairs(run, round))
+                replayed, offline = further_pairs(counts.kept, replay=section.replay, offline=share, earlier=earlier)
                 for name, tables in (
                     ("replayed", _replayed(run, round, replayed)),
                     ("offline", _offline(run, round, offline)),
@@ -101,11 +106,7 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
             )
             stage.remark = summary()
             if not counts.kept:
-                raise DataError(_nothing(round, counts.summary(), judgments))
-        if met is not None:
-            counts += PairCounts(
-                groups=completions.prompts - counts.groups, unmatched=completions.prompts - counts.groups
-            )
+                raise DataError(_nothing(round, counts, met or judgments))
         found = asdict(counts)
         if gaps[1]:
             found["score_gap"] = gaps[0] / gaps[1]
@@ -121,6 +122,8 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
 def inputs(run: IterativeRun, round: int, judgments: Judgments, others: str | None = None) -> dict[str, Any]:
     """`others`: the digest of the other policy's completions, or of the judgments of both."""
     section = run.config.pairing.model_dump()
+    if (source := run.config.pairing.other_side) is not None and source.model is not None:
+        del section[run.config.pairing.other_key]["model"]  # a path; `others` says what is there
     if run.config.pairing.offline is not None:
         section["offline"] = {**section["offline"], "content": run.offline_content}
         del section["offline"]["path"], section["offline"]["split"]
@@ -143,12 +146,17 @@ def _earlier_pairs(run: IterativeRun, round: int) -> list[tuple[Path, Manifest]]
     return [(path, manifest) for path in paths if (manifest := read_manifest(path)) is not None]
 
 
+def _fresh(pairs: Manifest) -> int:
+    """How many of a round's pairs are its own."""
+    return int(pairs.counts.get("fresh", pairs.counts["kept"]))
+
+
 def _replayed(run: IterativeRun, round: int, number: int) -> Iterator[pa.Table]:
     """Pairs that were fresh in an earlier round. They come first in its file."""
     earlier = _earlier_pairs(run, round) if number else []
     for path, manifest in earlier:
         check_step(path, manifest)
-    counts = [manifest.counts.get("fresh", manifest.counts["kept"]) for _, manifest in earlier]
+    counts = [_fresh(manifest) for _, manifest in earlier]
     seed = derive_seed(run.config.seed, round, "replay")
     return drawn_rows([path / TRAIN for path, _ in earlier], counts, number, seed=seed)
 
@@ -158,33 +166,30 @@ def _offline(run: IterativeRun, round: int, number: int) -> Iterator[pa.Table]:
     data = run.config.pairing.offline
     if data is None or not number:
         return
-    preferences = preferences_of(data)
-    raw = drawn(
-        (pair for batch in preferences.parsed() for pair in batch),
-        number,
-        seed=derive_seed(run.config.seed, round, "offline"),
-    )
-    if raw[0].prompt.conversational != next(iter(run.prompts.of(round))).conversational:
-        kinds = ("messages", "text") if raw[0].prompt.conversational else ("text", "messages")
-        raise DataError(
-            f"pairing.offline {data.path}: its prompts are {kinds[0]}, and those of the run are {kinds[1]}; give both as the "
-            "same kind"
-        )
+    numbers = (position for position, _ in enumerate(_parsed(data)))
+    positions = set(drawn(numbers, number, seed=derive_seed(run.config.seed, round, "offline")))
+    raw = (pair for position, pair in enumerate(_parsed(data)) if position in positions)
     alone = run.config.dpo.train_on == "answer"
     account = Account(data.path)
-    tokenized = tokenize_pairs(
-        raw,
-        run.tokenizer,
-        account,
-        max_prompt_tokens=data.max_prompt_tokens,
-        max_completion_tokens=data.max_completion_tokens,
-        thinking=run.thinking,
-        answers_alone=alone,
-    )
+    for some in batches(raw, ROW_GROUP):
+        tokenized = tokenize_pairs(
+            some,
+            run.tokenizer,
+            account,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_completion_tokens=data.max_completion_tokens,
+            thinking=run.thinking,
+            answers_alone=alone,
+        )
+        if tokenized:
+            yield pairs_table(tokenized, answers_alone=alone, others=run.config.pairing.other_side is not None)
     if data.bad_rows == "error":
         account.check_rows("pairing.offline.bad_rows")
-    if tokenized:
-        yield pairs_table(tokenized, answers_alone=alone, others=run.config.pairing.other_side is not None)
+
+
+def _parsed(data: MixedDataConfig) -> Iterator[RawPair]:
+    """All pairs of the file, in its order."""
+    return itertools.chain.from_iterable(preferences_of(data).parsed())
 
 
 def _gap_alarm(run: IterativeRun, round: int, gap: float) -> str | None:
@@ -217,11 +222,16 @@ def train_on_key(run: OfflineRun) -> dict[str, Any]:
     return {"train_on": part} if part != "completion" else {}
 
 
-def _nothing(round: int, summary: str, judgments: Judgments) -> str:
+def _nothing(round: int, counts: PairCounts, judgments: Judgments) -> str:
+    if counts.unmatched == counts.groups:
+        return (
+            f"round {round}: {counts.summary()}: nothing to train on. No prompt of the round has a completion in the column "
+            "that section pairing names; fill it in"
+        )
     flips = judgments.flip_rate
     order = f", whose verdict changed with the order in {flips:.0%} of the comparisons," if flips else ""
     return (
-        f"round {round}: {summary}: nothing to train on. If completions tie, check the judge{order} or "
+        f"round {round}: {counts.summary()}: nothing to train on. If completions tie, check the judge{order} or "
         "pairing.min_margin, or sample more completions per prompt (sampling.n, with --redo); if none was judged, see "
         f"the abstentions in {judgments.path}"
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from iterdpo.config import Config, OfflineConfig, TagsConfig
+from iterdpo.data.chats import content_of
 from iterdpo.data.preferences import NOT_RENDERED, preferences_of
 from iterdpo.data.prompts import RoundPrompts, check_lengths, place_of
 from iterdpo.data.rendering import engine_ends, load_tokenizer, prompts_token_ids, turn_ends
@@ -56,7 +57,7 @@ from iterdpo.sampling.client import engine_share
 from iterdpo.sampling.ray import RaySampler, connect
 from iterdpo.sampling.servers import ServerSampler
 from iterdpo.training.launch import check_training, warm_up
-from iterdpo.types import Prompt, RoundRecord
+from iterdpo.types import Content, Prompt, RoundRecord
 
 T = TypeVar("T")
 LONGEST = 10_000
@@ -334,14 +335,49 @@ class IterativeRun(OfflineRun):
                     f"pairing.{key}.column = {source.column!r}: the prompts have no such column; they have "
                     f"{', '.join(sorted(known)) or 'none'}"
                 )
+            if source.column is not None:
+                to_come = (
+                    t for t in range(1, self.config.rounds + 1) if not (self.dir.round_dir(t) / "pairs").exists()
+                )
+                for prompt in itertools.chain.from_iterable(map(self.prompts.of, to_come)):
+                    self.other_content(prompt)
             if source.model is not None:
                 other = resolve_checkpoint(source.model, key=f"pairing.{key}.model")
                 check_checkpoint(other, trust_remote_code=self.config.model.trust_remote_code)
                 check_alike(other, self.model_path, f"pairing.{key}.model")
-        if section.offline is not None and preferences_of(section.offline).account.kind == "unpaired":
-            raise ConfigError(
-                f"pairing.offline {section.offline.path}: unpaired data; only pairs can be mixed with a round's"
-            )
+        if (data := section.offline) is not None:
+            offline = preferences_of(data)
+            if offline.account.kind == "unpaired":
+                raise ConfigError(f"pairing.offline {data.path}: unpaired data; only pairs can be mixed with a round's")
+            used = (self.dir.round_dir(1) / "pairs").exists()
+            chat: bool | None = None
+            for batch in offline.parsed():  # all, unless a round has used them
+                chat = batch[0].prompt.conversational if batch and chat is None else chat
+                if used and chat is not None:
+                    break
+            if chat != next(iter(self.prompts.train)).conversational:
+                kinds = ("messages", "text") if chat else ("text", "messages")
+                raise ConfigError(
+                    f"pairing.offline {data.path}: its prompts are {kinds[0]}, and those of the run are {kinds[1]}; give both "
+                    "as the same kind"
+                )
+
+    def other_content(self, prompt: Prompt) -> Content | None:
+        """The completion in the column that the section `pairing` names; None if the prompt has none.
+
+        Raises:
+            DataError: it is neither text nor messages, with its place in the data.
+        """
+        source = self.config.pairing.other_side
+        assert source is not None
+        assert source.column is not None
+        if (value := prompt.columns.get(source.column)) is None:
+            return None
+        try:
+            content = content_of(value, f"column {source.column!r}")
+        except DataError as error:
+            raise DataError(f"{self.place_of(prompt)}: {error}") from error
+        return (content if content.strip() else None) if isinstance(content, str) else content or None
 
     @cached_property
     def other_model(self) -> PolicyCheckpoint:
@@ -373,8 +409,9 @@ class IterativeRun(OfflineRun):
 
     def evaluates(self, round: int) -> bool:
         """Whether `round` is evaluated: as `evaluation.every` says, the last one, and one that was the last before."""
-        every, evaluated = self.config.evaluation.every, self.dir.round_dir(round) / "evaluation"
-        return round % every == 0 or round == self.config.rounds or evaluated.exists()
+        if round % self.config.evaluation.every == 0 or round == self.config.rounds:
+            return True
+        return any((self.dir.round_dir(round) / name).exists() for name in ("evaluation", "evaluation.partial"))
 
     def standing(self, round: int) -> PolicyCheckpoint:
         """The policy that stood after the last evaluation before `round`."""

@@ -22,6 +22,12 @@ def test_further_pairs_have_their_shares_of_all(
     assert further_pairs(fresh, replay=replay, offline=offline) == expected
 
 
+def test_too_few_pairs_to_replay_leave_the_offline_ones_their_share() -> None:
+    assert further_pairs(60, replay=0.5, offline=0.2, earlier=0) == (0, 15)  # 15 of 75
+    assert further_pairs(60, replay=0.5, offline=0.2, earlier=40) == (40, 25)  # 25 of 125
+    assert further_pairs(60, replay=0.5, offline=0.2, earlier=100) == (100, 40)  # 40 of 200
+
+
 @given(st.integers(0, 30), st.integers(0, 12), st.integers(0, 5))
 def test_drawn_items_keep_their_order_and_are_as_many_as_asked_for_or_all(size: int, number: int, seed: int) -> None:
     found = drawn(range(size), number, seed=seed)

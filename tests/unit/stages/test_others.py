@@ -100,6 +100,36 @@ def test_a_columns_completion_is_chosen_in_the_policys_tokens_and_rows_without_a
     assert not (run.dir.round_dir(1) / "others").exists()
 
 
+def test_a_value_of_the_column_that_is_no_completion_is_named_with_its_row(room: Room) -> None:
+    rows = [{"prompt": f"Tale {i}", "gold": 7} for i in range(40)]
+    Path(room.sections["prompts"]["path"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"prompts\.jsonl: row \d+: column 'gold' is 7; it must be text"):
+        room.open(rounds=1, pairing={"chosen_from": {"column": "gold"}})
+
+
+@pytest.mark.parametrize("key", ["chosen_from", "rejected_from", "against"])
+def test_a_round_whose_prompts_have_no_other_completion_says_so(room: Room, key: str) -> None:
+    rows = [{"prompt": f"Tale {i}", "gold": ""} for i in range(40)]
+    Path(room.sections["prompts"]["path"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"6 groups \(6 unmatched\): .* No prompt of the round has a completion in the"):
+        finish(room.open(rounds=1, pairing={key: {"column": "gold"}}))
+
+
+def test_the_other_policys_completions_have_the_temperature_of_the_policys(room: Room) -> None:
+    run = room.open(rounds=1, sampling={"temperatures": [0.5, 1.0, 1.5]}, pairing={"rejected_from": {"round": 0}})
+    finish(run)
+    own, other = room.sampler.seeds[4:10], room.sampler.seeds[10:16]  # after round 0's evaluation
+    assert [seed % 3 for seed in own] == [seed % 3 for seed in other]
+    assert len({*own, *other}) == 12
+
+
+def test_a_checkpoint_that_was_moved_makes_nothing_stale(room: Room) -> None:
+    weaker = build_tiny_checkpoint(room.root / "weaker", seed=7)
+    finish(room.open(rounds=1, pairing={"rejected_from": {"model": str(weaker)}}))
+    moved = weaker.rename(room.root / "moved")
+    assert first_pending(room.open(rounds=1, pairing={"rejected_from": {"model": str(moved)}})) is None
+
+
 def test_a_column_that_no_prompt_has_is_refused_at_once(room: Room) -> None:
     with_column(room)
     with pytest.raises(ConfigError, match=r"pairing\.chosen_from\.column = 'golden': .* they have gold"):
@@ -115,21 +145,39 @@ def test_pairs_of_earlier_rounds_and_of_a_file_are_added_by_share(room: Room) ->
     records = finish(run)
     counts = [{k: r.metrics[f"pairs/{k}"] for k in ("kept", "fresh", "replayed", "offline")} for r in records[1:]]
     assert counts == [
-        {"kept": 9, "fresh": 6, "replayed": 0, "offline": 3},  # of 12, a quarter each; nothing to replay yet
+        {"kept": 8, "fresh": 6, "replayed": 0, "offline": 2},  # a quarter of 8; nothing to replay yet
         {"kept": 12, "fresh": 6, "replayed": 3, "offline": 3},
         {"kept": 12, "fresh": 6, "replayed": 3, "offline": 3},
     ]
     prompts = [pq.read_table(run.dir.round_dir(t) / "pairs" / TRAIN)["prompt"].to_pylist() for t in (1, 2, 3)]
     assert set(prompts[1][6:9]) <= set(prompts[0][:6])  # fresh ones of round 1, none of its offline pairs
     assert set(prompts[2][6:9]) <= {*prompts[0][:6], *prompts[1][:6]}
-    assert all(text.startswith("Old") for t in prompts for text in t[-3:])
+    assert all(text.startswith("Old") for t in prompts for text in t[-2:])
     assert prompts[1][9:] != prompts[2][9:]  # drawn anew
     assert first_pending(run) is None
     chats = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     file.write_text("".join(json.dumps(row) + "\n" for row in chats))
-    again = room.open(rounds=3, pairing=mixture, redo=True)
-    with pytest.raises(DataError, match="its prompts are messages, and those of the run are text"):
-        finish(again)
+    with pytest.raises(ConfigError, match="its prompts are messages, and those of the run are text"):
+        room.open(rounds=3, pairing=mixture, redo=True)
+
+
+def test_offline_pairs_that_cannot_be_used_are_named_with_their_own_key(room: Room) -> None:
+    file = room.root / "offline.jsonl"
+    rows = [{"prompt": "Old", "chosen": " yes", "rejected": rejected} for rejected in (" no", 7)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"row 2.*pairing\.offline\.bad_rows"):
+        room.open(pairing={"offline": {"path": str(file), "share": 0.5}})
+
+
+def test_offline_pairs_are_drawn_once_each_whatever_their_number(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = room.root / "offline.jsonl"
+    rows = [{"prompt": f"Old {i}", "chosen": f" yes {i}", "rejected": " no"} for i in range(9)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("iterdpo.stages.pair.ROW_GROUP", 4)
+    run = room.open(rounds=1, pairing={"offline": {"path": str(file), "share": 0.6}})
+    finish(run)
+    prompts = pq.read_table(run.dir.round_dir(1) / "pairs" / TRAIN)["prompt"].to_pylist()
+    assert prompts[6:] == [f"Old {i}" for i in range(9)]  # 6 fresh ones, and 9 of 15
 
 
 def test_pairs_across_policies_mix_with_those_of_a_file_and_of_earlier_rounds(room: Room) -> None:

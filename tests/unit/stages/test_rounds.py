@@ -54,6 +54,14 @@ def test_rounds_added_later_leave_the_evaluation_of_the_former_last_round(room: 
     assert evaluated(run) == [0, 2, 3, 4, 5]
 
 
+def test_an_evaluation_under_way_is_finished_if_rounds_are_added(room: Room) -> None:
+    run = room.open(rounds=3, evaluation={"every": 2})
+    finish(run)
+    step = run.dir.round_dir(3) / "evaluation"
+    step.rename(step.with_name("evaluation.partial"))  # as --redo leaves it if it is killed
+    assert room.open(rounds=5, evaluation={"every": 2}).evaluates(3)
+
+
 def test_evaluating_every_round_afterwards_evaluates_and_decides_those_that_were_not(room: Room) -> None:
     finish(room.open(rounds=2, evaluation={"every": 2}))
     run = room.open(rounds=2)
