@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from flows.loop import PLAIN
+from flows.loop import PLAIN, run_loop, run_round
 from iterdpo.config import Config
 from iterdpo.judging.judge import JudgeBase, NamedJudge
 from iterdpo.run.artifacts import Pairs, PolicyCheckpoint
@@ -23,7 +23,7 @@ from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.train import inputs as train_inputs
 from iterdpo.testing import FakeSampler, build_tiny_checkpoint
 from iterdpo.training.launch import TRAIN_LOG
-from iterdpo.types import Completion, CompletionGroup, Judgment
+from iterdpo.types import Completion, CompletionGroup, Judgment, RoundRecord
 
 PER_ROUND, HELDOUT, K, SHARD_SIZE = 6, 4, 2, 4
 
@@ -125,6 +125,13 @@ def without_training(
 
 
 STAGES = PLAIN._replace(train=without_training)
+
+
+def finish(run: IterativeRun) -> list[RoundRecord]:
+    """All rounds of the run, without training."""
+    with run.dir.lock():
+        run.dir.write_config(run.config.model_dump())
+        return list(run_loop(run, lambda t: run_round(run, t, STAGES)))
 
 
 def tree(directory: Path) -> Mapping[str, tuple[int, str]]:

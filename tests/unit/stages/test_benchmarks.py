@@ -11,16 +11,13 @@ from typing import Any
 
 import pytest
 
-from flows.loop import run_loop, run_round
 from flows.verify import verify
 from iterdpo.errors import ChildFailed, ConfigError
 from iterdpo.run.artifacts import PolicyCheckpoint
 from iterdpo.run.rundir import read_json, read_manifest
 from iterdpo.stages.benchmarks import benchmark, benchmark_steps, settings
 from iterdpo.stages.plan import first_pending
-from iterdpo.stages.runs import IterativeRun
-from iterdpo.types import RoundRecord
-from tests.unit.stages.harness import STAGES, Room
+from tests.unit.stages.harness import Room, finish
 
 STAND_IN = """
 import json, pathlib, sys
@@ -52,12 +49,6 @@ def harness(room: Room, monkeypatch: pytest.MonkeyPatch) -> Path:
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9" if name == "lm-eval" else version(name))
     return package / "scores.json"
-
-
-def finish(run: IterativeRun) -> list[RoundRecord]:
-    with run.dir.lock():
-        run.dir.write_config(run.config.model_dump())
-        return list(run_loop(run, lambda t: run_round(run, t, STAGES)))
 
 
 def test_a_candidate_that_loses_more_than_its_budget_is_not_promoted(room: Room, harness: Path) -> None:

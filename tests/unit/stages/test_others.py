@@ -10,7 +10,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from flows.loop import run_loop, run_round
 from flows.verify import verify
 from iterdpo.data.pairs import TRAIN
 from iterdpo.errors import ConfigError, DataError
@@ -18,14 +17,8 @@ from iterdpo.run.rundir import read_manifest
 from iterdpo.stages.plan import first_pending
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.testing import build_tiny_checkpoint
-from iterdpo.types import CompletionGroup, Judgment, RoundRecord
-from tests.unit.stages.harness import PER_ROUND, STAGES, Lengths, Room
-
-
-def finish(run: IterativeRun) -> list[RoundRecord]:
-    with run.dir.lock():
-        run.dir.write_config(run.config.model_dump())
-        return list(run_loop(run, lambda t: run_round(run, t, STAGES)))
+from iterdpo.types import CompletionGroup, Judgment
+from tests.unit.stages.harness import PER_ROUND, Lengths, Room, finish
 
 
 def sides(run: IterativeRun, round: int) -> set[tuple[str, str]]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from flows.loop import run_loop, run_round
+from flows.loop import run_round
 from flows.serving import overridden
 from flows.verify import verify
 from iterdpo.config import Config
@@ -15,14 +15,8 @@ from iterdpo.errors import DataError
 from iterdpo.run.rundir import read_manifest
 from iterdpo.stages.plan import first_pending
 from iterdpo.stages.runs import IterativeRun
-from iterdpo.types import CompletionGroup, Judgment, RoundRecord
-from tests.unit.stages.harness import PER_ROUND, STAGES, Lengths, Room
-
-
-def finish(run: IterativeRun) -> list[RoundRecord]:
-    with run.dir.lock():
-        run.dir.write_config(run.config.model_dump())
-        return list(run_loop(run, lambda t: run_round(run, t, STAGES)))
+from iterdpo.types import CompletionGroup, Judgment
+from tests.unit.stages.harness import PER_ROUND, STAGES, Lengths, Room, finish
 
 
 def evaluated(run: IterativeRun) -> list[int]:
