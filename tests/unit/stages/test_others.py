@@ -96,7 +96,7 @@ def test_a_columns_completion_is_chosen_in_the_policys_tokens_and_rows_without_a
 def test_a_value_of_the_column_that_is_no_completion_is_named_with_its_row(room: Room) -> None:
     rows = [{"prompt": f"Tale {i}", "gold": 7} for i in range(40)]
     Path(room.sections["prompts"]["path"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"prompts\.jsonl: row \d+: column 'gold' is 7; it must be text"):
+    with pytest.raises(DataError, match=r"prompts\.jsonl: row \d+: column 'gold' is int '7'; it must be text"):
         room.open(rounds=1, pairing={"chosen_from": {"column": "gold"}})
 
 
