@@ -62,6 +62,7 @@ class Child:
         self.process, self.log, self._begun = process, log, begun
         self._lifeline: int | None = lifeline
         self._silent: float | None = None  # seconds, if it was ended because of them
+        self._ending = threading.Lock()
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit status; 128 + N if signal N ended the command, negative if `kill` did."""
@@ -71,8 +72,9 @@ class Child:
         return self.process.poll()
 
     def kill(self) -> None:
-        """End it and everything it started, and wait until it is gone. Safe to call twice."""
-        lifeline, self._lifeline = self._lifeline, None
+        """End it and everything it started, and wait until it is gone. Safe to call twice, by two threads at once too."""
+        with self._ending:  # closed twice, the descriptor would be another file's by then
+            lifeline, self._lifeline = self._lifeline, None
         if lifeline is not None:
             os.close(lifeline)
             with contextlib.suppress(ProcessLookupError):
@@ -81,8 +83,11 @@ class Child:
 
     @property
     def lost(self) -> bool:
-        """Whether it hung, or was ended by a signal."""
-        return self._silent is not None or bool(self._signals())
+        """Whether it hung, or was ended by a signal. If one of its processes failed, SIGTERM ended only the others."""
+        signals = set(self._signals())
+        if any(line.startswith(REASON) for line in self.said()):
+            signals.discard("SIGTERM")
+        return self._silent is not None or bool(signals)
 
     @contextlib.contextmanager
     def watched(self, seconds: float | None) -> Iterator[Callable[[], None]]:

@@ -363,7 +363,19 @@ def test_a_child_that_is_seen_is_left_alone() -> None:
         assert child.poll() is None
 
 
-@pytest.mark.parametrize(("script", "lost"), [("kill -KILL $$", True), ("exit 1", False), ("exit 0", False)])
+@pytest.mark.parametrize(
+    ("script", "lost"),
+    [
+        ("kill -KILL $$", True),
+        ("exit 1", False),
+        ("exit 0", False),
+        ("echo 'Signal 15 (SIGTERM) received by PID 7'; exit 1", True),
+        # the others of a process that failed are ended by their launcher
+        ("echo 'iterdpo: failed: RuntimeError: nan'; echo 'Signal 15 (SIGTERM) received by PID 7'; exit 1", False),
+        # a process that loses its peer fails as well
+        ("echo 'iterdpo: failed: RuntimeError: peer'; echo 'Signal 9 (SIGKILL) received by PID 7'; exit 1", True),
+    ],
+)
 def test_a_child_that_a_signal_ended_is_lost(script: str, lost: bool) -> None:
     with start(script) as child:
         child.wait(10)
