@@ -90,20 +90,24 @@ class Turns:
 
     @contextmanager
     def between(self) -> Iterator[None]:
-        """A context in which others may have the GPUs, though a turn has not ended: it goes on afterwards.
+        """A context in which others may have the GPUs, though a turn of this thread has not ended: it goes on afterwards.
 
-        Without effect if another thread has a turn.
+        Without effect while another thread has a turn.
         """
         with self._lock:
-            held = set(self._holders) == {threading.get_ident()}
-            if held:
+            own = [holder for holder in self._holders if holder == threading.get_ident()]
+            self._holders = [holder for holder in self._holders if holder != threading.get_ident()]
+            if own and not self._holders:
                 self._give()
         try:
             yield
         finally:
             with self._lock:
-                if held:
-                    self._take()
+                try:
+                    if own and not self._holders:
+                        self._take()
+                finally:
+                    self._holders += own
 
     def close(self) -> None:
         """Safe to call twice. Children that have the descriptors keep them, and their turn."""

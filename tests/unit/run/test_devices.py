@@ -128,6 +128,48 @@ def test_the_first_gpus_are_locked_during_a_turn(locks: Path, monkeypatch: pytes
         assert not any(held(file) for file in files)
 
 
+def test_a_turn_that_another_thread_takes_between_has_the_gpu(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    seen: list[bool] = []
+    inside, ending = threading.Event(), threading.Event()
+
+    def beside() -> None:
+        with ours.turn():
+            seen.append(held(locks / "gpu-0.lock"))
+            inside.set()
+            ending.wait(20)
+
+    with turns(1) as ours:
+        with ours.turn(), ours.turn():
+            with ours.between():
+                other = threading.Thread(target=beside)
+                other.start()
+                assert inside.wait(20)
+            ending.set()
+            other.join()
+            assert held(locks / "gpu-0.lock")
+        assert seen == [True]
+        assert not held(locks / "gpu-0.lock")
+
+
+def test_an_interruption_of_the_wait_after_a_pause_is_what_ends_the_turn(
+    locks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+
+    def interrupted(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with (
+        contextlib.closing(devices.Turns(1, say=interrupted)) as ours,
+        open(locks / "gpu-0.lock") as another,
+        pytest.raises(KeyboardInterrupt),
+        ours.turn(),
+        ours.between(),
+    ):
+        fcntl.flock(another, fcntl.LOCK_EX)
+
+
 def test_without_gpus_a_turn_locks_nothing(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with turns(1) as ours, ours.turn(), ours.between():
