@@ -15,7 +15,7 @@ from typing import Any
 from iterdpo.errors import UserError
 from iterdpo.escape import printable
 from iterdpo.gate import best_record
-from iterdpo.run.disk import is_locked
+from iterdpo.run.disk import is_locked, lock
 from iterdpo.run.rundir import RunDir, read_object, write_json
 
 SCHEDULE = "schedule.json"
@@ -129,7 +129,7 @@ def noted_schedule(run_dir: str | Path, name: str, *, cron: str | None, timezone
     note = Path(run_dir) / SCHEDULE
     write_json(note, {"name": name, "cron": cron, "timezone": timezone})
     with open(note, "rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(held, fcntl.LOCK_EX | fcntl.LOCK_NB, str(note))
         try:
             yield
         finally:

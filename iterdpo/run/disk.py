@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,11 @@ def lock(file: IO[bytes] | IO[str] | int, operation: int, where: str) -> None:
         UserError: the file system of `where` has no locks.
     """
     try:
-        fcntl.flock(file, operation)
+        try:
+            fcntl.flock(file, operation)
+        except BlockingIOError:
+            time.sleep(0.05)  # it may be `is_locked` that has it, for a moment
+            fcntl.flock(file, operation)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -83,7 +88,10 @@ def lock(file: IO[bytes] | IO[str] | int, operation: int, where: str) -> None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process holds the lock of a file. False if there is no such file, or its file system has no locks."""
+    """Whether another process holds the lock of a file, which is asked by taking it for a moment.
+
+    False if there is no such file, or its file system has no locks.
+    """
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,14 +1,16 @@
-"""Whether the disk has room for what a run will write."""
+"""Whether the disk has room for what a run will write, and who holds a lock."""
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from pathlib import Path
 
 import pytest
 
 from iterdpo.errors import UserError
-from iterdpo.run.disk import check_space, size
+from iterdpo.run import disk
+from iterdpo.run.disk import check_space, is_locked, size
 
 
 def test_what_fits_passes_though_the_directory_does_not_exist_yet(tmp_path: Path) -> None:
@@ -39,3 +41,15 @@ def test_a_directory_without_permission_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("os.access", lambda path, mode: False)  # nothing is forbidden to root
     with pytest.raises(UserError, match=f"cannot be written \\(no permission in {tmp_path}\\)"):
         check_space(tmp_path / "runs" / "new", 1)
+
+
+def test_a_look_at_a_lock_keeps_nobody_from_taking_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lock").touch()
+    with open(tmp_path / "lock") as look, open(tmp_path / "lock") as run:
+        fcntl.flock(look, fcntl.LOCK_SH)  # as `is_locked` does, for a moment
+        monkeypatch.setattr("time.sleep", lambda seconds: look.close())
+        disk.lock(run, fcntl.LOCK_EX | fcntl.LOCK_NB, "lock")
+        assert is_locked(tmp_path / "lock")
+        with open(tmp_path / "lock") as other, pytest.raises(BlockingIOError):
+            disk.lock(other, fcntl.LOCK_EX | fcntl.LOCK_NB, "lock")
+    assert not is_locked(tmp_path / "lock")
