@@ -93,6 +93,10 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\niterdpo: interrupted; the same command continues from here", file=sys.stderr)
         status = 130
+    if status == 130:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # Python would wait for all that is queued in the threads of a judge
     sys.exit(status or 0)
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from iterdpo.errors import ChildFailed
 from iterdpo.sampling.base import Batch, Sampler, SamplingParameters
@@ -267,10 +267,8 @@ class Pool(Sampler):
             try:
                 yield from queue.results()
             finally:
-                self._stopping = True
                 queue.stop()
-                for thread in wait(at_work, timeout=0.2).not_done:  # nobody waits for what it samples
-                    self.engines[at_work[thread]].close()
+                self._end(at_work)
 
     def _work(self, number: int, queue: Queue, taken: deque[Job], parameters: SamplingParameters) -> None:
         """Let an engine sample until the queue is empty, or it dies; then start it again."""
@@ -316,4 +314,17 @@ class Pool(Sampler):
         if len(self.engines) == 1:
             return [call(0)]
         with ThreadPoolExecutor(len(self.engines), "engine") as threads:
-            return list(threads.map(call, numbers))
+            at_work = {threads.submit(call, number): number for number in numbers}
+            try:
+                for thread in wait(at_work, return_when=FIRST_EXCEPTION).done:
+                    thread.result()
+                return [thread.result() for thread in at_work]
+            finally:
+                self._end(at_work)
+
+    def _end(self, at_work: Mapping[Future[Any], int]) -> None:
+        """Close the engines, by thread, that are still at work: nobody waits for what they make."""
+        self._stopping = True
+        while busy := wait(at_work, timeout=0.2).not_done:
+            for thread in busy:  # again and again: an engine may just be starting
+                self.engines[at_work[thread]].close()

@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
@@ -324,6 +325,7 @@ class IterativeRun(OfflineRun):
         if sampler is not None:
             self.sampler = sampler
         self._streaming: list[StreamingJudge] = []
+        self._measuring = threading.Lock()
 
     def _check_pairing(self) -> None:
         """What of the section `pairing` files show: the column, the other checkpoint, the data."""
@@ -458,6 +460,11 @@ class IterativeRun(OfflineRun):
         """
         return self.estimated_max_model_len(1 << 62)
 
+    def _measured(self) -> int:
+        """`max_model_len`, for engines that start at once, each in a thread: tokenized by the first."""
+        with self._measuring:
+            return self.max_model_len
+
     def estimated_max_model_len(self, most: int = LONGEST) -> int:
         """`max_model_len` from the `most` longest texts of each round alone: the same, but in a very large file."""
         config = self.config
@@ -498,7 +505,7 @@ class IterativeRun(OfflineRun):
         """The arguments of a `VLLMSampler`."""
         adapter, engine = self.config.dpo.adapter, self.config.sampling.engine
         return {
-            "max_model_len": lambda: self.max_model_len,
+            "max_model_len": self._measured,
             "engine": engine,
             "log": self.dir.log_path("sampler" + (f"-{number}" if number else "")),
             "trust_remote_code": self.config.model.trust_remote_code,
@@ -513,10 +520,11 @@ class IterativeRun(OfflineRun):
         supervision = self.config.supervision
         return ServerSampler(
             url,
-            max_model_len=lambda: self.max_model_len,
+            max_model_len=self._measured,
             reproducible=self.config.sampling.reproducible,
             silence=supervision.silence,
             start=supervision.start,
+            base=lambda: (self.initial.path, self.initial.digest),
         )
 
     @property

@@ -34,8 +34,11 @@ class Verifier(JudgeBase):
         work = [(c.text, group) for group in groups for c in group.completions]
         if self.concurrency == 1:
             return judgments_from_outcomes(groups, [self._score(*item) for item in work])
-        with ThreadPoolExecutor(self.concurrency) as pool:
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
             return judgments_from_outcomes(groups, pool.map(lambda item: self._score(*item), work))
+        finally:  # all are done, or Ctrl-C does not wait for those under way
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _score(self, completion: str, group: CompletionGroup) -> Score:
         if self.column is None:

@@ -82,3 +82,25 @@ def test_help_imports_nothing_heavy() -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert ended.stdout.splitlines()[-1] == "[]"
     assert {"quickstart", "run", "train", "serve", "judge", "report", "status", "show"} <= set(ended.stdout.split())
+
+
+def test_ctrl_c_does_not_wait_for_what_is_queued_in_the_threads_of_a_judge() -> None:
+    script = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+from flows import cli
+
+def interrupted(argv):
+    raise KeyboardInterrupt
+
+pool = ThreadPoolExecutor(1)
+for _ in range(100):
+    pool.submit(time.sleep, 10)
+cli.app = interrupted
+print("said before", end="")
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stdout == "said before"
+    assert "interrupted; the same command continues" in done.stderr

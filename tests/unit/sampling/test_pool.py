@@ -153,6 +153,23 @@ def test_an_engine_that_died_between_two_stages_is_started_again() -> None:
     assert said == ["starting an engine again: it died meanwhile"]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_interruption_while_engines_start_closes_them(order: int) -> None:
+    class Starting(Engine):
+        def load(self, policy: Path, digest: str) -> None:
+            ended.append(self.closed.wait(10))
+            raise ChildFailed("closed")
+
+    class Interrupted(Engine):
+        def load(self, policy: Path, digest: str) -> None:
+            raise KeyboardInterrupt
+
+    ended = list[bool]()
+    with pytest.raises(KeyboardInterrupt):
+        Pool([Starting(), Interrupted()][::order]).load(*POLICY)
+    assert ended == [True]
+
+
 def test_engines_that_never_start_are_tried_once_and_the_reason_is_raised() -> None:
     engines = [Engine(starts=0), Engine(starts=0)]
     with pytest.raises(ChildFailed, match="it does not start"):
@@ -197,6 +214,36 @@ def test_a_caller_who_stops_early_closes_the_engines_that_are_at_work() -> None:
     sampled.close()
     assert sorted(engine.loaded is None for engine in engines) == [False, True]
     assert said == []
+
+
+def test_a_caller_who_stops_early_also_closes_an_engine_that_is_only_starting() -> None:
+    class Starting(Engine):
+        """Dies with batch 1; its new process begins when it has been closed once."""
+
+        def load(self, *policy: Any) -> None:
+            if self.sampled:
+                self.start()
+            super().load(*policy)
+
+        def start(self) -> None:
+            starting.set()
+            assert self.closed.wait(10)
+            self.closed.clear()
+            ended.append(self.closed.wait(10))
+            raise ChildFailed("closed")
+
+        def sample(self, prompt_ids: Sequence[list[int]], *more: object) -> list[list[Completion]]:
+            if prompt_ids[0][0] == 1:
+                raise ChildFailed("it died")
+            return super().sample(prompt_ids, *more)  # type: ignore[arg-type]
+
+    starting, ended = threading.Event(), list[bool]()
+    pool, _ = pool_of(Starting())
+    sampled = pool.sample_batches(batches(40), PARAMETERS)
+    assert next(sampled) == completions(batches(1)[0])
+    assert starting.wait(20)
+    sampled.close()
+    assert ended == [True]
 
 
 def test_what_waits_in_memory_is_bounded_if_the_first_batch_is_late() -> None:
