@@ -15,6 +15,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,16 +37,23 @@ class ServerSampler(Sampler):
         max_model_len: called for the longest prompt and completion together, in tokens, which the server must hold.
         reproducible: send seeds.
         silence, start: seconds that a request for completions, or for new weights, may take.
+        base: gives the checkpoint that adapters belong to, and its digest.
     """
 
     def __init__(
-        self, url: str, *, max_model_len: Callable[[], int], reproducible: bool, silence: float, start: float
+        self,
+        url: str,
+        *,
+        max_model_len: Callable[[], int],
+        reproducible: bool,
+        silence: float,
+        start: float,
+        base: Callable[[], tuple[Path, str]],
     ) -> None:
         self.url, self._max_model_len, self._reproducible = url.rstrip("/"), max_model_len, reproducible
-        self._silence, self._start = silence, start
+        self._silence, self._start, self._base = silence, start, base
         self._model: str | None = None  # as requests name it
-        self._version = ""
-        self._adapter = False
+        self._version = ""  # of its weights
         self._running: set[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = set()
 
     def load(self, policy: Path, digest: str) -> None:
@@ -76,34 +84,42 @@ class ServerSampler(Sampler):
     def close(self) -> None:
         """End the requests that are on their way."""
         for loop, task in list(self._running):
-            loop.call_soon_threadsafe(task.cancel)
+            with suppress(RuntimeError):  # it has just ended, and its loop is closed
+                loop.call_soon_threadsafe(task.cancel)
 
     async def _load(self, policy: Path, digest: str) -> None:
-        served = (await self._ask("GET", "/v1/models", seconds=self._start))["data"]
-        base = next(model for model in served if not model.get("parent"))
+        served = self._part(await self._ask("GET", "/v1/models", seconds=self._start), "data")
+        base = next((model for model in served if not model.get("parent")), None)
+        if base is None:
+            raise self._failed("/v1/models: no model is there")
         needed, there = self._max_model_len(), base.get("max_model_len")
         if there is not None and there < needed:
             raise self._failed(f"it holds {there} tokens, but this run needs {needed}; start it with --max-model-len")
-        path = str(policy.resolve())
-        self._adapter, self._version = (policy / "adapter_config.json").exists(), digest
-        if self._adapter:
-            self._model = f"iterdpo-{digest}"
-            if all(model["id"] != self._model for model in served):
-                await self._ask(
-                    "POST", "/v1/load_lora_adapter", lora_name=self._model, lora_path=path, seconds=self._start
-                )
+        if not (policy / "adapter_config.json").exists():
+            await self._take(policy, digest)
+            self._model = base["id"]
             return
-        self._model = base["id"]
+        await self._take(*self._base())  # it may have been started with another, or another run has changed it
+        self._model, path = f"iterdpo-{digest}", str(policy.resolve())
+        if all(model["id"] != self._model for model in served):
+            await self._ask("POST", "/v1/load_lora_adapter", lora_name=self._model, lora_path=path, seconds=self._start)
+
+    async def _take(self, checkpoint: Path, digest: str) -> None:
+        """Let the server have these weights, which it may have already."""
+        self._version = digest
         if await self._served() == digest:
             return
-        weights: dict[str, Any] = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+        weights: dict[str, Any] = {
+            "method": "reload_weights",
+            "kwargs": {"weights_path": str(checkpoint.resolve())},
+        }
         await self._ask("POST", "/collective_rpc", **weights, seconds=self._start)
         await self._ask("POST", "/reset_prefix_cache", seconds=self._start)
         await self._ask("POST", "/update_weight_version", new_version=digest, seconds=self._start)
 
     async def _served(self) -> str:
         """The version of the server's weights."""
-        return str((await self._ask("GET", "/weight_info", seconds=self._start))["weight_version"])
+        return str(self._part(await self._ask("GET", "/weight_info", seconds=self._start), "weight_version"))
 
     async def _sample(
         self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
@@ -132,9 +148,24 @@ class ServerSampler(Sampler):
                 for ids, own in zip(prompt_ids, given, strict=True)
             )
         )
-        if not self._adapter and (served := await self._served()) != self._version:
+        if (served := await self._served()) != self._version:
             raise self._failed(f"its weights are no longer those of the policy, but of {printable(served)[:80]}")
-        return [[_completion(choice) for choice in reply["choices"]] for reply in replies]
+        groups = [[self._completion(choice) for choice in self._part(reply, "choices")] for reply in replies]
+        if wrong := [len(group) for group in groups if len(group) != parameters.n]:
+            raise self._failed(f"/v1/completions: {wrong[0]} completions of a prompt in place of {parameters.n}")
+        return groups
+
+    def _completion(self, choice: dict[str, Any]) -> Completion:
+        ids, logprobs = self._part(choice, "token_ids"), self._part(self._part(choice, "logprobs"), "token_logprobs")
+        if len(ids) != len(logprobs):
+            raise self._failed(f"/v1/completions: {len(ids)} token_ids with {len(logprobs)} token_logprobs")
+        ended = choice.get("finish_reason")
+        return Completion(self._part(choice, "text"), ids, logprobs, "length" if ended == "length" else "stop")
+
+    def _part(self, reply: Any, name: str) -> Any:
+        if not isinstance(reply, dict) or reply.get(name) is None:
+            raise self._failed(f"a reply of it has no {name}, as those of vLLM have; correct the URL, or start vLLM")
+        return reply[name]
 
     async def _ask(self, verb: str, path: str, /, *, seconds: float, **body: Any) -> Any:
         import aiohttp
@@ -172,9 +203,3 @@ class ServerSampler(Sampler):
             return asyncio.run(run())
         except asyncio.CancelledError:
             raise self._failed("closed") from None
-
-
-def _completion(choice: dict[str, Any]) -> Completion:
-    ids, logprobs = list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])
-    assert len(ids) == len(logprobs)
-    return Completion(choice["text"], ids, logprobs, "length" if choice["finish_reason"] == "length" else "stop")

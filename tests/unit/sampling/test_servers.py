@@ -94,7 +94,8 @@ def server() -> Iterator[Server]:
 
 
 def sampler_of(server: Server, *, reproducible: bool = False, needs: int = 64) -> ServerSampler:
-    return ServerSampler(server.url, max_model_len=lambda: needs, reproducible=reproducible, silence=20, start=20)
+    given: dict[str, Any] = {"max_model_len": lambda: needs, "reproducible": reproducible, "silence": 20, "start": 20}
+    return ServerSampler(server.url, **given, base=lambda: (Path("/base"), "base-digest"))
 
 
 def expected(prompts: list[list[int]]) -> list[list[Completion]]:
@@ -145,6 +146,44 @@ def test_an_adapter_is_loaded_under_a_name_of_its_own(server: Server, tmp_path: 
     loaded = [body for path, body in server.asked if path == "/v1/load_lora_adapter"]
     assert loaded == [{"lora_name": "iterdpo-abc", "lora_path": str(tmp_path)}]
     assert {body["model"] for path, body in server.asked if path == "/v1/completions"} == {"iterdpo-abc"}
+    reloaded = [body["kwargs"] for path, body in server.asked if path == "/collective_rpc"]
+    assert reloaded == [{"weights_path": "/base"}]
+
+
+def test_an_adapter_is_never_sampled_over_weights_that_it_does_not_belong_to(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    sampler = sampler_of(server)
+    sampler.load(tmp_path, "abc")
+    server.version = "theirs"
+    with pytest.raises(ChildFailed, match="its weights are no longer those of the policy, but of theirs"):
+        sampler.sample(PROMPTS, SEEDS, PARAMETERS)
+    sampler.load(tmp_path, "abc")
+    assert server.version == "base-digest"
+    assert sampler.sample(PROMPTS, SEEDS, PARAMETERS) == expected(PROMPTS)
+
+
+CHOICE = {"text": "x", "finish_reason": "stop", "token_ids": [4], "logprobs": {"token_logprobs": [-0.5]}}
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ({}, "has no choices"),
+        ([], "has no choices"),
+        ({"choices": [{**CHOICE, "token_ids": None}] * 2}, "has no token_ids"),
+        ({"choices": [{**CHOICE, "logprobs": None}] * 2}, "has no logprobs"),
+        ({"choices": [{**CHOICE, "token_ids": [4, 5]}] * 2}, "2 token_ids with 1 token_logprobs"),
+        ({"choices": [CHOICE]}, "1 completions of a prompt in place of 2"),
+    ],
+)
+def test_a_reply_unlike_those_of_vllm_is_told_with_the_server(
+    server: Server, tmp_path: Path, reply: Any, reason: str
+) -> None:
+    sampler = sampler_of(server)
+    sampler.load(tmp_path, "abc")
+    server.answers = {"/v1/completions": reply}
+    with pytest.raises(ChildFailed, match=f"the server {server.url}: .*{reason}"):
+        sampler.sample(PROMPTS, SEEDS, PARAMETERS)
 
 
 def test_completions_of_a_server_that_has_lost_the_policy_do_not_count(server: Server, tmp_path: Path) -> None:
@@ -163,6 +202,8 @@ def test_completions_of_a_server_that_has_lost_the_policy_do_not_count(server: S
     [
         ({"/weight_info": 404}, 64, "it has no /weight_info; start it with VLLM_SERVER_DEV_MODE=1"),
         ({"/collective_rpc": 500}, 64, "/collective_rpc: status 500"),
+        ({"/v1/models": {"data": []}}, 64, "/v1/models: no model is there"),
+        ({"/v1/models": {"object": "error"}}, 64, "a reply of it has no data, as those of vLLM have"),
         ({}, 65, "it holds 64 tokens, but this run needs 65; start it with --max-model-len"),
     ],
 )
