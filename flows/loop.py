@@ -65,7 +65,7 @@ def run_loop(run: Run, one_round: Callable[[int], RoundRecord]) -> Iterator[Roun
     """Rounds 0 to `config.rounds`, or until the gate stops the run."""
     for t in range(run.config.rounds + 1):
         record = one_round(t)
-        remove_unneeded(run)  # weights that `keep` does not ask for
+        remove_unneeded(run, t)  # weights that `keep` does not ask for
         yield record
         if record.decision == "stop":
             return

@@ -11,9 +11,12 @@ from iterdpo.stages.runs import IterativeRun
 from iterdpo.types import RoundRecord
 
 
-def remove_unneeded(run: IterativeRun) -> None:
-    """Remove the weights of each decided round that neither `keep` nor a later round needs."""
-    records = run.dir.records()
+def remove_unneeded(run: IterativeRun, round: int) -> None:
+    """Remove the weights of each round up to `round` that neither `keep` nor a round after it needs.
+
+    Rounds after it may have ended before, but be repeated now (`--redo`): they do not say what is needed.
+    """
+    records = [record for record in run.dir.records() if record.round <= round]
     if run.config.keep == "all" or not records:
         return
     kept = needed(records, run.config, evaluates=run.evaluates)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from iterdpo.config import Config, parse_config
 from iterdpo.errors import ConfigError, UserError
 from iterdpo.run.read import read_run
 from iterdpo.run.rundir import RunDir, removed
-from iterdpo.stages.keep import needed
+from iterdpo.stages.keep import needed, remove_unneeded
 from iterdpo.testing import FakeSampler
 from iterdpo.types import RoundRecord
 
@@ -69,6 +70,20 @@ def test_a_policy_that_a_later_round_has_as_its_reference_stays() -> None:
     # the gate of round 6 may go back to the policy that stood after round 3
     assert kept_of(records(*rounds), config(keep="last 1", evaluation={"every": 3})) == {3, 5}
     assert kept_of(records(*rounds), config(keep="last 1", pairing={"against": {"round": 1}})) == {1, 5}
+
+
+def test_rounds_that_are_to_be_repeated_do_not_say_what_is_removed(tmp_path: Path) -> None:
+    directory = RunDir(tmp_path)
+    steps = [directory.step(round, "policy", {}) for round in (1, 2, 3)]
+    for step in steps:
+        (step.begin() / "model.safetensors").write_bytes(b"weights")
+        step.finish()
+    ended = SimpleNamespace(records=lambda: records(*["promote"] * 4), round_dir=directory.round_dir)
+    run: Any = SimpleNamespace(config=config(keep="last 1"), dir=ended, evaluates=lambda round: True)
+    remove_unneeded(run, 1)  # round 2 is about to be repeated, from policy 1
+    assert [bool(removed(step.path)) for step in steps] == [False, False, False]
+    remove_unneeded(run, 3)
+    assert [bool(removed(step.path)) for step in steps] == [True, True, False]
 
 
 @pytest.mark.parametrize("keep", ["none", "last", "last 0", "last -1", "3", "promoted 2"])
