@@ -86,7 +86,7 @@ def deploy(
     step = {"folder": str(folder), "home": str(home), "if_busy": if_busy}
     with get_client(sync_client=True) as client:
         _check_not_served(client, f"{flow.name}/{name}")
-        made = _ensure_pool(client, pool)
+        made = _ensure_pool(client, pool, progress)
         deployment = client.create_deployment(
             client.create_flow_from_name(flow.name),
             name,
@@ -196,8 +196,11 @@ def _check_not_served(client: SyncPrefectClient, name: str) -> None:
         raise UserError(f"--name: {name} is served by `iterdpo serve`; stop that process, or choose another name")
 
 
-def _ensure_pool(client: SyncPrefectClient, name: str) -> bool:
-    """Create a process pool unless there is one. Returns whether it was created."""
+def _ensure_pool(client: SyncPrefectClient, name: str, progress: Progress) -> bool:
+    """Create a process pool unless there is one. Returns whether it was created.
+
+    Warns if there is one whose triggers may run any command.
+    """
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound
 
@@ -210,6 +213,12 @@ def _ensure_pool(client: SyncPrefectClient, name: str) -> bool:
         raise ConfigError(
             f"--pool {name}: a pool of type {there.type}, whose jobs need an image; deploy to it with prefect.yaml, see "
             "docs/scheduling.md"
+        )
+    variables = there.base_job_template.get("variables", {}).get("properties", {})
+    if code := [key for key in ("command", "env", "working_dir") if key in variables]:
+        progress.say(
+            f"WARNING: whoever may trigger a deployment in the pool {name} can set its {', '.join(code)}, and so run any "
+            "command; `iterdpo deploy` creates a pool without them under another name"
         )
     return False
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.deploy import deploy, remove
+from flows.deploy import TEMPLATE, _ensure_pool, deploy, remove
 from iterdpo.errors import ConfigError, UserError
 from iterdpo.run.devices import free_port
 from iterdpo.run.progress import Progress
@@ -62,6 +64,22 @@ def test_without_a_server_that_stays_there_is_no_work_pool(config: Path) -> None
     ):
         deploy(config, pool="gpus", progress=Progress())
     assert not (config.parent.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "warned"),
+    [
+        (TEMPLATE, ""),
+        ({}, ""),
+        ({"variables": {"properties": {"name": {}, "env": {}, "command": {}}}}, "can set its command, env, and so run"),
+    ],
+)
+def test_a_pool_whose_triggers_may_run_any_command_is_warned_of(template: dict[str, Any], warned: str) -> None:
+    there = SimpleNamespace(type="process", base_job_template=template)
+    said = io.StringIO()
+    client: Any = SimpleNamespace(read_work_pool=lambda name: there)
+    assert not _ensure_pool(client, "gpus", Progress(said))
+    assert (warned in said.getvalue()) if warned else not said.getvalue()
 
 
 def test_a_file_that_a_trigger_could_not_name_is_refused(config: Path) -> None:
