@@ -82,9 +82,9 @@ class RayWorker:
             return read(**ray.get(self._actor.call.remote(request, silence)))
         except ray.exceptions.RayTaskError as error:
             self.close()
-            raise ChildFailed(
-                printable(str(error.cause)) if isinstance(error.cause, ChildFailed) else f"{error}"
-            ) from None
+            if isinstance(error.cause, ChildFailed):
+                raise ChildFailed(printable(str(error.cause))) from None
+            raise ChildFailed(f"sampler: {printable(' '.join(str(error).split()))[-300:]}") from None
         except ray.exceptions.RayError as error:
             self.close()
             reason = printable(" ".join(str(error).split()))[:300]

@@ -138,6 +138,8 @@ def launch_training(
         child = supervise.start(command(spec.dpo, str(spec_path)), log=log, env=env, reserved=reserved)
     else:
         assert child.process.stdin is not None
+        assert child.process.stdout is not None
+        child.process.stdout.close()  # it says nothing there; open, it would stay so until the run ends
         with suppress(BrokenPipeError), child.process.stdin as told:  # else it has ended, and its log says why
             told.write(f"{spec_path}\n".encode())
     with child:
