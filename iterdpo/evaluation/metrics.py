@@ -13,6 +13,7 @@ from iterdpo.evaluation.wins import (
     Outcomes,
     agreement,
     combinations,
+    combined_shares,
     duels,
     gap,
     length_controlled,
@@ -110,26 +111,36 @@ def evaluation_metrics(
         value = mean_score(scores[role], **bootstrap) if role in scores else NOTHING
         metrics |= _interval_keys(f"score/{role}", value)
 
-    def outcomes(role: str, name: str) -> Iterable[Outcomes] | None:
-        """How each prompt's completions did against those of a baseline."""
-        if name in compared.get(role, {}):
-            return duels(compared[role][name])
+    def sides(role: str, name: str) -> tuple[Iterable[Scores], Iterable[Scores]] | None:
+        """The scores of each prompt's completions, and of a baseline's, for a contest."""
         if name not in baselines or role not in scores or role not in baselines[name]:
             return None
         ours, theirs = scores[role], baselines[name][role]
         if thoughts is not None:
             ours, theirs = outscored(ours, thoughts.unfinished), outscored(theirs, thoughts.of_baselines[name])
-        return combinations(ours, theirs)
+        return ours, theirs
+
+    def outcomes(role: str, name: str) -> Iterable[Outcomes] | None:
+        """How each prompt's completions did against those of a baseline."""
+        if name in compared.get(role, {}):
+            return duels(compared[role][name])
+        return None if (both := sides(role, name)) is None else combinations(*both)
+
+    def of_prompts(role: str, name: str) -> list[float | None] | None:
+        """The share of each prompt that was won against a baseline."""
+        if name in compared.get(role, {}):
+            return list(shares(duels(compared[role][name])))
+        return None if (both := sides(role, name)) is None else list(combined_shares(*both))
 
     for name in BASELINES:
-        found = outcomes(decider, name)
+        found = of_prompts(decider, name)
         if name == "best" and found is None:
             twin = {key: value for key, value in metrics.items() if "/vs_previous" in key}
             metrics |= {key.replace("/vs_previous", "/vs_best"): value for key, value in twin.items()}
             continue
         if name == "reference" and found is None:
             continue
-        won = list(shares(found)) if found is not None else []
+        won = found or []
         metrics |= _interval_keys(f"win_rate/vs_{name}", mean_share(won, **bootstrap))
         metrics |= {f"win_rate/vs_{name}_p": sign_test(won), f"win_rate/vs_{name}_ties": tied(won)}
         controlled = NOTHING
@@ -138,9 +149,10 @@ def evaluation_metrics(
             controlled = length_controlled(won, longer, confidence=bootstrap.get("confidence", 0.95))
         metrics |= _interval_keys(f"length_controlled_win_rate/vs_{name}", controlled)
     agreed = apart = NOTHING
-    both = [[outcomes(role, "initial") or () for role in ROLES] for _ in range(2)]  # each is read once
-    if all(both[0]):
-        agreed, apart = agreement(*both[0], **bootstrap), gap(*map(shares, both[1]), **bootstrap)
+    one, other = (outcomes(role, "initial") for role in ROLES)
+    if one is not None and other is not None:
+        agreed = agreement(one, other, **bootstrap)
+        apart = gap(*(of_prompts(role, "initial") or () for role in ROLES), **bootstrap)
     metrics |= _interval_keys("judges/agreement", agreed) | _interval_keys("judges/gap", apart)
     kl = Estimate(0.0, 0.0, 0.0) if logps is None else sequence_kl(logps["policy"], logps["initial"], **bootstrap)
     completions = tokens = looping = 0

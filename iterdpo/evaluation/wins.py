@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import NormalDist
 from typing import Unpack
@@ -10,10 +11,10 @@ from typing import Unpack
 import numpy as np
 
 from iterdpo.evaluation.scores import Scores
-from iterdpo.stats import NOTHING, Bootstrap, Estimate, bootstrap_mean, sigmoid
+from iterdpo.stats import NOTHING, Bootstrap, Estimate, Floats, bootstrap_mean, sigmoid
 
-Outcomes = Sequence[float | None]
-"""Of each combination of a prompt's completions with the baseline's: 1 if the candidate's wins, 0.5 a tie; None unjudged."""
+Outcomes = Sequence[float | None] | Floats
+"""Of each combination of a prompt's completions with the baseline's: 1 if the candidate's wins, 0.5 a tie; None or NaN unjudged."""
 
 PRIOR_SD = 100.0
 """Standard deviation of the prior of both coefficients: they stay finite if length decides, or one side wins all."""
@@ -25,10 +26,22 @@ def outscored(scores: Iterable[Scores], unfinished: Iterable[Sequence[bool]]) ->
         yield [-math.inf if thought else score for score, thought in zip(of_prompt, thoughts, strict=True)]
 
 
-def combinations(candidate: Iterable[Scores], baseline: Iterable[Scores]) -> Iterator[Outcomes]:
-    """The outcomes of each prompt. Both yield the scores of the same prompts in the same order."""
+def combinations(candidate: Iterable[Scores], baseline: Iterable[Scores]) -> Iterator[Floats]:
+    """The outcomes of each prompt, all of them. Both yield the scores of the same prompts in the same order."""
     for ours, theirs in zip(candidate, baseline, strict=True):
-        yield [_outcome(a, b) for a in ours for b in theirs]
+        a, b = np.array(ours, float)[:, None], np.array(theirs, float)
+        yield np.where(np.isnan(a) | np.isnan(b), np.nan, (a > b) + 0.5 * (a == b)).ravel()
+
+
+def combined_shares(candidate: Iterable[Scores], baseline: Iterable[Scores]) -> Iterator[float | None]:
+    """`shares(combinations(candidate, baseline))`, by sorting: K log K steps for each prompt in place of K^2."""
+    for ours, theirs in zip(candidate, baseline, strict=True):
+        judged, against = [s for s in ours if s is not None], sorted(s for s in theirs if s is not None)
+        if not judged or not against:
+            yield None
+            continue
+        twice = sum(bisect_left(against, s) + bisect_right(against, s) for s in judged)  # a win counts 2, a tie 1
+        yield twice / 2 / (len(judged) * len(against))
 
 
 def duels(prompts: Iterable[Sequence[Scores]]) -> Iterator[Outcomes]:
@@ -40,7 +53,7 @@ def duels(prompts: Iterable[Sequence[Scores]]) -> Iterator[Outcomes]:
 def shares(outcomes: Iterable[Outcomes]) -> Iterator[float | None]:
     """Of each prompt, the share of its judged outcomes that the candidate won; a tie is half a win. None if none is."""
     for each in outcomes:
-        judged = [outcome for outcome in each if outcome is not None]
+        judged = [float(outcome) for outcome in each if outcome is not None and outcome == outcome]
         yield sum(judged) / len(judged) if judged else None
 
 
@@ -50,7 +63,7 @@ def win_rate(candidate: Iterable[Scores], baseline: Iterable[Scores], **bootstra
     With several completions, a prompt counts with its share over all combinations; prompts on which either side has no
     score are left out.
     """
-    return mean_share(shares(combinations(candidate, baseline)), **bootstrap)
+    return mean_share(combined_shares(candidate, baseline), **bootstrap)
 
 
 def mean_share(of_prompts: Iterable[float | None], **bootstrap: Unpack[Bootstrap]) -> Estimate:
@@ -116,9 +129,10 @@ def agreement(one: Iterable[Outcomes], other: Iterable[Outcomes], **bootstrap: U
     for ours, theirs in zip(one, other, strict=True):
         if len(ours) != len(theirs):
             continue
-        decided = [a == b for a, b in zip(ours, theirs, strict=True) if None not in (a, b) and 0.5 not in (a, b)]
-        if decided:
-            found.append(sum(decided) / len(decided))
+        a, b = np.array(ours, float), np.array(theirs, float)  # NaN is neither 0 nor 1
+        decided = ((a == 0) | (a == 1)) & ((b == 0) | (b == 1))
+        if decided.any():
+            found.append(int((a == b)[decided].sum()) / int(decided.sum()))
     return bootstrap_mean(found, **bootstrap)
 
 

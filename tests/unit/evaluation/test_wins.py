@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from iterdpo.evaluation.scores import Scores, mean_score
-from iterdpo.evaluation.wins import agreement, duels, gap, length_controlled, shares, sign_test, tied, win_rate
+from iterdpo.evaluation.wins import (
+    agreement,
+    combinations,
+    combined_shares,
+    duels,
+    gap,
+    length_controlled,
+    shares,
+    sign_test,
+    tied,
+    win_rate,
+)
 from iterdpo.stats import NOTHING, Estimate
 
 
@@ -73,6 +84,24 @@ def test_the_sign_test_is_that_of_wins_against_losses_whatever_ties(wins: int, l
 def test_ties_are_a_share_of_the_judged_prompts() -> None:
     assert tied([0.5, 1.0, None, 0.5, 0.0]) == 0.5
     assert tied([None]) is None
+
+
+def test_shares_by_sorting_are_those_of_all_combinations_to_the_last_digit() -> None:
+    generator = np.random.default_rng(0)
+
+    def scores() -> list[Scores]:
+        drawn = generator.choice([None, -math.inf, 0.0, 0.1, 0.2, 0.3], size=(60, 7), p=[0.3, *[0.14] * 5]).tolist()
+        return [row[: generator.integers(1, 8)] for row in drawn]
+
+    ours, theirs = scores(), scores()
+    found = list(combined_shares(ours, theirs))
+    assert found == list(shares(combinations(ours, theirs)))
+    by_hand = []
+    for a, b in zip(ours, theirs, strict=True):
+        won = [0.5 if x == y else float(x > y) for x in a for y in b if x is not None and y is not None]
+        by_hand.append(sum(won) / len(won) if won else None)
+    assert found == by_hand
+    assert None in found
 
 
 def test_two_judges_agree_on_what_both_decide_and_their_gap_is_between_shares() -> None:
