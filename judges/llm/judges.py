@@ -17,9 +17,11 @@ import re
 import urllib.request
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from iterdpo.errors import JudgeError
 from iterdpo.judging.comparisons import UNCOMPARED, Aggregate, judgment_from_comparisons, resolve_comparisons
@@ -54,6 +56,11 @@ FIRST_TOKEN: dict[str, Any] = {"logprobs": True, "top_logprobs": 20, "max_tokens
 T = TypeVar("T")
 
 
+@functools.cache
+def _adapter(type_: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(type_)
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class LLMJudge(JudgeBase):
     """What they have in common: the endpoint, the prompt, and how a reply is held to its form."""
@@ -85,6 +92,7 @@ class LLMJudge(JudgeBase):
     match is read as if it stood after `Verdict: ` (`Score: `, `Ranking: `); a group named A, B or tie is that verdict."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         self.name = f"{self.kind}:{Path(self.model).name}"
         self.client = Client(Endpoint(**(self.endpoint or {})), model=self.model)
         self.needs_device = self.serve is not None
@@ -92,12 +100,27 @@ class LLMJudge(JudgeBase):
             address = "`endpoint: {base_url: http://…/v1}`, the address of a server"
             raise JudgeError(f"judge {self.kind!r}: give either {address}, or `serve: {{}}`, to start one here")
         self.server = None if self.serve is None else Server(self.model, ServerSettings(**self.serve))
-        check_choice(f"judge '{self.kind}'", "constrain", self.constrain, get_args(Constrain))
         self.template = load_template(self.prompt, self.kind)
         self._texts: Sequence[str | None] = ()  # what further files say that decides the scores
         self._held: Constrain | None = None if self.constrain == "auto" else self.constrain
         if self.pattern is not None:
             self._check_pattern(self.pattern)
+
+    def _check_types(self) -> None:
+        """Refuse an argument of another type than its field's, such as an address as `endpoint`."""
+        types = get_type_hints(type(self))
+        for argument in fields(self):
+            value = getattr(self, argument.name)
+            try:
+                _adapter(types[argument.name]).validate_python(value, strict=True)
+                continue
+            except ValidationError as error:
+                first = error.errors(include_input=False, include_url=False)[0]
+            place = "".join(f".{part}" for part in first["loc"] if part in value) if isinstance(value, dict) else ""
+            remedy = {"endpoint": ", such as {base_url: http://…/v1}", "serve": ", such as {}"}.get(argument.name, "")
+            shown = "" if remedy else f" is {value!r}"  # an endpoint may have a secret in the wrong place
+            said = first["msg"].lower().replace("dictionary", "mapping")
+            raise JudgeError(f"judge {self.kind!r}: {argument.name}{place}{shown}: {said}{remedy}")
 
     def _check_pattern(self, pattern: str) -> None:
         import regex
@@ -308,8 +331,6 @@ class PairwiseJudge(LLMJudge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("judge 'pairwise'", "schedule", self.schedule, ("all_pairs", "random_pairs", "knockout"))
-        check_choice("judge 'pairwise'", "aggregate", self.aggregate, get_args(Aggregate))
         counted = isinstance(self.comparisons, int) and self.comparisons > 0
         if not (counted if self.schedule == "random_pairs" else self.comparisons is None):
             wrong = "`comparisons` (1 or more) is required by `schedule: random_pairs`, and only allowed there"

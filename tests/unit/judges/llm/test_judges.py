@@ -368,6 +368,19 @@ ENDPOINT = {"base_url": "http://localhost:1/v1"}
         ("pairwise", {"model": "m", "endpoint": ENDPOINT, "pattern": "(A|B)", "soft": True}, "`soft`"),
         ("rubric", {"model": "m", "endpoint": ENDPOINT, "pattern": "(.)", "constrain": "json_schema"}, "`constrain`"),
         ("rubric", {"model": "m", "endpoint": ENDPOINT, "pattern": "(.)", "criteria": {"a": 1, "b": 1}}, "`criteria`"),
+        (
+            "pairwise",
+            {"model": "m", "endpoint": "http://a/v1"},
+            "'pairwise': endpoint: input should be a valid mapping",
+        ),
+        ("rubric", {"model": "m", "endpoint": [ENDPOINT]}, "'rubric': endpoint: input should be a valid mapping"),
+        ("listwise", {"model": "m", "serve": True}, "'listwise': serve: input should be a valid mapping"),
+        ("checklist", {"model": 7, "endpoint": ENDPOINT}, "'checklist': model is 7: input should be a valid string"),
+        ("checklist", {"model": "m", "endpoint": ENDPOINT, "column": None}, "column is None: input should be"),
+        ("pairwise", {"model": "m", "endpoint": ENDPOINT, "prompt": 3}, "prompt is 3: input should be"),
+        ("pairwise", {"model": "m", "endpoint": ENDPOINT, "pattern": 3}, "pattern is 3: input should be"),
+        ("pairwise", {"model": "m", "endpoint": ENDPOINT, "ties": "no"}, "ties is 'no': input should be"),
+        ("pairwise", {"model": "m", "endpoint": ENDPOINT, "temperature": "0"}, "temperature is '0': input should be"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(use: str, args: dict[str, Any], message: str) -> None:
