@@ -713,8 +713,8 @@ class EvaluationConfig(Section):
     """A column of the held-out prompts with a completion of each, by a person or another model, to compare with as
     `win_rate/vs_reference`: [references](evaluation.md#reference-completions)."""
     looks: Literal["plain", "spending"] = Field("plain", exclude_if=lambda looks: looks == "plain")
-    """The rounds look at the same prompts. `plain`: each interval alone has its coverage. `spending`: all intervals of all
-    rounds together have it, so those of later rounds are wider: [looks](evaluation.md#looking-again-and-again)."""
+    """The rounds look at the same prompts. `plain`: each interval alone has its coverage. `spending`: the intervals of a
+    metric over all rounds together have it, so those of later rounds are wider: [looks](evaluation.md#looking-again-and-again)."""
     max_logp_gap: float = Field(0.05, gt=0)
     """Maximum mean difference, in nats per token, between the engine's log-probabilities and the checkpoint's. The run
     stops if it is exceeded. bf16 gives about 0.01; a quantized engine needs more."""
