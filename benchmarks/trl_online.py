@@ -4,9 +4,10 @@
       grpo: {command: [python, benchmarks/trl_online.py, "{spec}"]}
       rloo: {command: [python, benchmarks/trl_online.py, "{spec}", rloo]}
 
-`python` may be that of another environment, with iterdpo, for the judge, and the TRL of your choice (tried: 1.16, with a tiny model). As
-many completions are sampled as the other arms sample, `n` of each prompt, in as many optimizer steps. `beta` is TRL's
-weight of the KL to the initial policy. The checkpoint and `budget.json` are written where the spec says.
+`python` may be that of another environment, with iterdpo, for the judge, and the TRL of your choice (tried: 1.16, with a
+tiny model). As many completions are sampled as the other arms sample and never more, `n` of each prompt, in as many
+optimizer steps. `beta` is TRL's weight of the KL to the initial policy. The checkpoint and `budget.json` are written where
+the spec says.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ def main(path: str, method: str = "grpo") -> None:
         return [ABSTAINED if j.scores[0] is None else j.scores[0] for j in judge.judge(groups)]
 
     config, trainer = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}[method]
-    a_step = max(spec["n"], round(spec["completions"] / spec["steps"] / spec["n"]) * spec["n"])
+    a_step = max(1, spec["completions"] // spec["steps"] // spec["n"]) * spec["n"]
     settings = config(
         output_dir=tempfile.mkdtemp(),  # nothing is saved there
-        max_steps=spec["steps"],
+        max_steps=min(spec["steps"], spec["completions"] // a_step),
         learning_rate=spec["learning_rate"],
         beta=spec["beta"],
         num_generations=spec["n"],
