@@ -98,7 +98,10 @@ def compare(
         mine = []
         for settings in arm.trials() if arm.grid else ():
             runs = trial_runs(experiment, arm, settings)
-            ended = [_tried(run) or _try(run, _of_seed(every, run), progress, redo, sampler, stages) for run in runs]
+            ended = []
+            for run in runs:
+                ended.append(_tried(run) or _try(run, _of_seed(every, run), progress, redo, sampler, stages))
+                _delete_policies(run.root)  # of no further use
             mine.append(Trial(arm.name, settings, fmean(e["score"] for e in ended), fmean(e["kl"] for e in ended)))
         if mine:
             best = best_trial(mine, tune.max_kl if tune else None)
@@ -107,8 +110,9 @@ def compare(
             progress.say(f"arm {arm.name}: {best.describe()}: the best of {len(mine)} by the training judge")
     plan = arm_runs(experiment, chosen)
     for planned in plan:
-        _work(planned, _of_seed(plan, planned), progress, redo, sampler, stages)
-        write_page(experiment, plan, chosen, trials)
+        worked = _work(planned, _of_seed(plan, planned), progress, redo, sampler, stages)
+        if worked and planned is not plan[-1]:
+            write_page(experiment, plan, chosen, trials)
     return write_page(experiment, plan, chosen, trials)
 
 
@@ -200,25 +204,26 @@ def write_page(
             arm.n,
             {**arm.settings, **tuned.get(arm.name, {})},
             {run.seed: run.root for run in plan if run.arm is arm and _has_ended(run)},
+            next(run.config.evaluation.n for run in plan if run.arm is arm) - arm.n * (arm.kind == "best_of_n"),
         )
         for arm in experiment.arms
     ]
-    config = plan[0].config
     return write_comparison(
         experiment.out,
         arms,
         trials=trials,
         title=experiment.settings.title,
         seeds=experiment.settings.seeds,
-        baseline_n=config.evaluation.n if plan[0].arm.kind != "best_of_n" else config.evaluation.n - plan[0].arm.n,
         settings={"base": experiment.base, "arms": experiment.settings.arms},
+        own_judge=all(run.config.evaluation.judge is not None for run in plan),
     )
 
 
 def adopt(step: Step, donors: Sequence[Path]) -> bool:
     """Take a step that is not done from the first run among `donors` that made it from the same inputs.
 
-    Its files are linked, its manifest is written anew with its counts and seconds. Returns whether one was found.
+    Its files are linked and its logs, which may be appended to, are copied; its manifest is written anew with its counts
+    and seconds. Returns whether one was found.
 
     Raises:
         DamagedError: a file of the step to take is not as it was written.
@@ -231,9 +236,11 @@ def adopt(step: Step, donors: Sequence[Path]) -> bool:
         if manifest is None or differing_keys(_key(step.path.name, manifest.inputs), _key(step.path.name, step.inputs)):
             continue
         check_step(there, manifest)
+        step.begin()  # moves a step that was made with other inputs out of the way
+        shutil.rmtree(step.partial)  # what an interrupted start left is not the donor's
         directory = step.begin()
-        for name in manifest.files:
-            _link(there / name, directory / name)
+        for name, entry in manifest.files.items():
+            _link(there / name, directory / name, copy=bool(entry.get("log")))
         logs = [name for name, entry in manifest.files.items() if entry.get("log")]
         step.finish(counts=manifest.counts, seconds=manifest.seconds, logs=logs)
         return True
@@ -285,13 +292,16 @@ def _pin(run: IterativeRun, round: int, donors: Sequence[Path]) -> None:
             return
 
 
-def _link(source: Path, target: Path) -> None:
-    """`target` as another name of `source`; a copy if the file system has no such names."""
+def _link(source: Path, target: Path, *, copy: bool = False) -> None:
+    """`target` as another name of `source`; a copy if that is asked for, or the file system has no such names."""
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}")
     fresh.unlink(missing_ok=True)
     try:
-        os.link(source, fresh)
+        if copy:
+            shutil.copyfile(source, fresh)
+        else:
+            os.link(source, fresh)
     except OSError:
         shutil.copyfile(source, fresh)
     os.replace(fresh, target)
@@ -300,20 +310,21 @@ def _link(source: Path, target: Path) -> None:
 
 def _work(
     planned: Planned, donors: Sequence[Path], progress: Progress, redo: bool, sampler: Sampler | None, stages: Stages
-) -> None:
-    """Do what of a run is not done."""
+) -> bool:
+    """Do what of a run is not done. Returns whether there was any."""
     arm, config = planned.arm, planned.config
     run = open_run(config, progress=progress, redo=redo, sampler=sampler)
     with run.dir.lock(), run.dir.noting_failures(), run:
         run.dir.refresh()
         if _pending(arm, run) is None:
-            return
+            return False
         check_surroundings(run, prefect=False)
         run.dir.write_config(config.model_dump())
         progress.say(f"arm {arm.name}, seed {planned.seed}: {run.dir.root}")
         for record in _rounds(arm, run, sharing(donors, stages)):
             progress.say(describe(record.metrics))
         write_report(run.dir.root)
+    return True
 
 
 def _rounds(arm: Arm, run: IterativeRun, do: Stages) -> Iterator[RoundRecord]:
@@ -432,25 +443,39 @@ def _tried(planned: Planned) -> dict[str, Any] | None:
     """How a trial ended, if it did, with these settings."""
     path = _result_of(planned)
     found = read_object(path) if path.exists() else {}
-    return found if found.get("config") == planned.config.model_dump(mode="json") else None
+    return found if found.get("config") == _settings_of(planned) else None
+
+
+def _settings_of(planned: Planned) -> dict[str, Any]:
+    return planned.config.model_dump(mode="json", exclude={"run_dir"})  # the experiment's directory may be moved
 
 
 def _try(planned: Planned, *work: Any) -> dict[str, Any]:
-    """Run a trial, note how it ended, and delete its policies, which are of no further use."""
+    """Run a trial, and note how it ended."""
     _work(planned, *work)
     run = RunDir(planned.root)
     metrics = run.records()[run.records()[-1].policy_round].metrics
-    ended = {"config": planned.config.model_dump(mode="json"), "score": metrics["score/train_judge"]}
+    ended = {"config": _settings_of(planned), "score": metrics["score/train_judge"]}
     ended["kl"] = metrics["kl/to_initial"] or 0.0
     if ended["score"] is None:
         raise UserError(
             f"{planned.root}: the training judge scored no held-out completion, so nothing can be tuned by it"
         )
     write_json(_result_of(planned), ended)
+    return ended
+
+
+def _delete_policies(root: Path) -> None:
+    """Delete a run's policies. One whose deletion is interrupted is no step any more, and is deleted the next time."""
+    run = RunDir(root)
     for number in run.rounds():
         for name in ("policy", "ema", "reference"):
-            shutil.rmtree(run.round_dir(number) / name, ignore_errors=True)
-    return ended
+            step = run.round_dir(number) / name
+            gone = step.with_name(f"{name}.partial")
+            if step.is_dir():
+                shutil.rmtree(gone, ignore_errors=True)
+                os.replace(step, gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def _result_of(planned: Planned) -> Path:

@@ -116,8 +116,15 @@ class Experiment:
         match arm.kind:
             case "offline":
                 prompts = config.prompts.model_copy(update={"per_round": config.rounds * config.prompts.per_round})
-                return config.model_copy(update={"rounds": 1, "prompts": prompts})
+                steps = config.dpo.max_steps and config.rounds * config.dpo.max_steps
+                dpo = config.dpo.model_copy(update={"max_steps": steps})
+                return config.model_copy(update={"rounds": 1, "prompts": prompts, "dpo": dpo})
             case "best_of_n":  # after those that the initial policy itself is measured by
+                if config.evaluation.temperature == 0:
+                    raise ConfigError(
+                        f"{source}: evaluation.temperature = 0 gives one completion a prompt, of which there is no best of N; "
+                        "set it above 0"
+                    )
                 n = config.evaluation.n + arm.n
                 return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"n": n})})
         return config

@@ -50,6 +50,8 @@ class ArmRuns:
     n: int
     settings: Mapping[str, Any]
     runs: Mapping[int, Path]
+    baseline_n: int = 1
+    """With best of N: how many of a prompt's completions are the baseline; N are drawn from those after them."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Point:
     """[P, len(METRICS)], NaN if there is nothing."""
 
     def means(self) -> Floats:
-        return np.nanmean(self.values, axis=0) if len(self.values) else np.full(len(METRICS), np.nan)
+        """[len(METRICS)], each over the prompts that have it."""
+        return np.array([_mean(column) for column in self.values.T])
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,14 @@ def write_comparison(
     trials: Sequence[Trial],
     title: str,
     seeds: Sequence[int],
-    baseline_n: int,
     settings: Mapping[str, Any],
+    own_judge: bool = True,
 ) -> Path:
-    """Write `compare.json` and `compare.html` in `out`; returns the page's path. Arms without a finished run are listed."""
-    curves = {arm.name: {seed: read_curve(arm, root, baseline_n) for seed, root in arm.runs.items()} for arm in arms}
+    """Write `compare.json` and `compare.html` in `out`; returns the page's path. Arms without a finished run are listed.
+
+    `own_judge`: whether the judge that evaluates is another than the training judge.
+    """
+    curves = {arm.name: {seed: read_curve(arm, root) for seed, root in arm.runs.items()} for arm in arms}
     curves = {name: of_seed for name, of_seed in curves.items() if of_seed}
     result: dict[str, Any] = {
         "title": title,
@@ -145,6 +151,7 @@ def write_comparison(
         differences=[_difference_row(found) for found in result["differences"]],
         budgets=_budget_rows(result["arms"]),
         unequal=_unequal(result["arms"]),
+        own_judge=own_judge,
         trials=_trial_rows(trials, {name: arm["settings"] for name, arm in result["arms"].items()}),
         figures=[
             (name, *CAPTIONS[name], Markup(as_svg(fig)))
@@ -157,15 +164,15 @@ def write_comparison(
     return path
 
 
-def read_curve(arm: ArmRuns, root: Path, baseline_n: int) -> Curve:
+def read_curve(arm: ArmRuns, root: Path) -> Curve:
     """The points of a run, with the policy that stands after each round; of best of N, N = 1, 2, 4, … up to `arm.n`."""
     run = RunDir(root)
     if arm.kind == "best_of_n":
-        return Curve(_best_of_n(run.round_dir(0) / "evaluation", arm.n, baseline_n), _best_of_n_budget(run, arm.n))
+        return Curve(_best_of_n(run.round_dir(0) / "evaluation", arm.n, arm.baseline_n), _best_of_n_budget(run, arm.n))
     points, completions = [], 0
     for record in run.records():
         directory = run.round_dir(record.round)
-        for step in ("completions", "policy"):
+        for step in ("completions", "others", "policy"):
             manifest = read_manifest(directory / step)
             if manifest is not None:
                 completions += int(
@@ -187,19 +194,23 @@ def budget_of(run: RunDir) -> dict[str, float]:
     spent = dict.fromkeys(("completions", "judge_calls", "steps", "tokens", "seconds"), 0.0)
     for number_ in run.rounds():
         directory = run.round_dir(number_)
-        steps = {name: read_manifest(directory / name) for name in ("completions", "judgments", "policy")}
+        names = ("completions", "others", "judgments", "against", "policy")
+        steps = {name: read_manifest(directory / name) for name in names}
         for manifest in filter(None, steps.values()):
             spent["seconds"] += manifest.seconds["total"]
             for key, value in manifest.counts.get("budget", {}).items():
                 spent[key] = spent.get(key, 0.0) + value
-        if (sampled := steps["completions"]) is not None:
-            spent["completions"] += sampled.counts["completions"]
-            spent["tokens"] += sampled.counts["tokens"]
-        if (judged := steps["judgments"]) is not None:
+        sampled = steps["completions"]
+        for manifest in filter(None, (sampled, steps["others"])):
+            spent["completions"] += manifest.counts["completions"]
+            spent["tokens"] += manifest.counts["tokens"]
+        for judged, each in ((steps["judgments"], "completions"), (steps["against"], "prompts")):
+            if judged is None or sampled is None:
+                continue
             calls = judged.counts.get("usage", {}).get("calls")
-            spent["judge_calls"] += (sampled.counts["completions"] if sampled else 0) if calls is None else calls
+            spent["judge_calls"] += sampled.counts[each] * (2 if each == "prompts" else 1) if calls is None else calls
         if (log := directory / "policy" / TRAIN_LOG).exists():
-            spent["steps"] += sum(1 for _ in log.open("rb"))
+            spent["steps"] += log.read_bytes().count(b"\n")
     return spent
 
 
@@ -311,11 +322,11 @@ def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
 def difference(
     a: str, b: str, ours: Mapping[int, Curve], theirs: Mapping[int, Curve], samples: int = SAMPLES
 ) -> dict[str, Any] | None:
-    """The score of `a` less that of `b` at the end, over the seeds that both have; None if there is none."""
+    """The score of `a` minus that of `b` at the end, over the seeds that both have; None if there is none."""
 
-    def of_seed(seed: int) -> tuple[float, Floats]:
-        left, right = _aligned(ours[seed].end, theirs[seed].end, SCORE)
-        return _with_draws(left - right, seed, samples)
+    def of_seed(seed: int) -> tuple[float, Floats] | None:
+        left, right = (values[:, 0, 0] for values in _aligned([ours[seed].end], [theirs[seed].end], [SCORE]))
+        return _with_draws(left - right, seed, samples) if len(left) else None
 
     return _difference(a, b, "end", [seed for seed in ours if seed in theirs], of_seed)
 
@@ -323,14 +334,17 @@ def difference(
 def at_matched_kl(
     a: str, b: str, ours: Mapping[int, Curve], theirs: Mapping[int, Curve], samples: int = SAMPLES
 ) -> dict[str, Any] | None:
-    """The same at the largest KL that both reach, which is found anew in each draw; None without two such curves."""
+    """The same at the largest KL that both reach, which is found anew in each draw; None without two such curves.
+
+    A prompt counts if it has a score and a KL at every point of both.
+    """
     matched: list[float] = []
 
-    def of_seed(seed: int) -> tuple[float, Floats]:
+    def of_seed(seed: int) -> tuple[float, Floats] | None:
         means, drawn = [], []
-        for curve in (ours[seed], theirs[seed]):
-            values = np.stack([p.values[:, [KL, SCORE]] for p in curve.points], axis=1)  # [P, points, 2]
-            values = values[~np.isnan(values).any(axis=(1, 2))]
+        for values in _aligned(ours[seed].points, theirs[seed].points, [KL, SCORE]):  # [P, points, 2]
+            if not len(values):
+                return None
             means.append(values.mean(axis=0))
             generator = np.random.default_rng(seed)  # the same prompts in both arms
             flat = resampled_means(values.reshape(len(values), -1), samples=samples, generator=generator)
@@ -351,7 +365,7 @@ def _gaps_at_kl(first: Floats, second: Floats) -> Floats:
 
 
 def score_at(paths: Floats, kl: Floats) -> Floats:
-    """The scores [B] where paths of (KL, score) [B, T, 2] first reach `kl` [B], linear in sqrt(KL) between two points."""
+    """The scores [B] at which paths of (KL, score) [B, T, 2] first reach `kl` [B], linear in sqrt(KL) between two points."""
     roots, root = np.sqrt(np.maximum(paths[..., 0], 0.0)), np.sqrt(np.maximum(kl, 0.0))
     found = np.full(len(paths), np.nan)
     for t in range(paths.shape[1] - 1):
@@ -364,22 +378,24 @@ def score_at(paths: Floats, kl: Floats) -> Floats:
 
 
 def _difference(
-    a: str, b: str, at: str, seeds: Sequence[int], of_seed: Callable[[int], tuple[float, Floats]]
+    a: str, b: str, at: str, seeds: Sequence[int], of_seed: Callable[[int], tuple[float, Floats] | None]
 ) -> dict[str, Any] | None:
-    if not seeds:
+    found = [figures for figures in map(of_seed, seeds) if figures is not None]
+    if not found:
         return None
-    values, draws = zip(*map(of_seed, seeds), strict=True)
-    return {"a": a, "b": b, "at": at, "metric": "score", "seeds": len(seeds), **_both((values, draws))}
+    values, draws = zip(*found, strict=True)
+    return {"a": a, "b": b, "at": at, "metric": "score", "seeds": len(found), **_both((values, draws))}
 
 
-def _aligned(ours: Point, theirs: Point, metric: int) -> tuple[Floats, Floats]:
-    """The figures of the prompts that both have [P], in one order."""
-    place = {id: row for row, id in enumerate(theirs.ids)}
-    rows = [(row, place[id]) for row, id in enumerate(ours.ids) if id in place]
-    left, right = (np.array(side) for side in zip(*rows, strict=True)) if rows else (np.empty(0, int),) * 2
-    x, y = ours.values[left, metric], theirs.values[right, metric]
-    known = ~(np.isnan(x) | np.isnan(y))
-    return x[known], y[known]
+def _aligned(ours: Sequence[Point], theirs: Sequence[Point], metrics: list[int]) -> tuple[Floats, Floats]:
+    """Both sides' figures of the prompts that have them all, on both sides, in one order: [P, points, metrics] each."""
+    places = [{id: row for row, id in enumerate(point.ids)} for point in (*ours, *theirs)]
+    shared = [id for id in places[0] if all(id in place for place in places)]
+    rows = [np.array([place[id] for id in shared], int) for place in places]
+    columns = [point.values[at][:, metrics] for point, at in zip((*ours, *theirs), rows, strict=True)]
+    values = np.stack(columns, axis=1)
+    values = values[~np.isnan(values).any(axis=(1, 2))]
+    return values[:, : len(ours)], values[:, len(ours) :]
 
 
 def _ends(curves: Mapping[int, Curve], metric: int) -> tuple[list[float], list[Floats]]:
@@ -446,7 +462,7 @@ def verdict(differences: Sequence[Mapping[str, Any]]) -> str:
     low, high = widest(found)
     seeds = f"{found['seeds']} seed{'s'[: found['seeds'] > 1]}"
     if low is None or high is None:
-        return f"{found['a']} less {found['b']}: {found['value']:+.3f} with one seed, which says nothing about others."
+        return f"{found['a']} minus {found['b']}: {found['value']:+.3f} with one seed, which says nothing about others."
     span = f"{abs(found['value']):.3f} ({low:+.3f} to {high:+.3f}, {seeds})"
     if low > 0:
         return f"At the end, {found['a']} scores higher than {found['b']} by {span}."
@@ -490,7 +506,7 @@ def _difference_row(found: Mapping[str, Any]) -> dict[str, Any]:
     low, high = widest(found)
     apart = low is not None and high is not None and (low > 0 or high < 0)
     return {
-        "what": f"{found['a']} less {found['b']}",
+        "what": f"{found['a']} minus {found['b']}",
         "at": "at the end" if found["at"] == "end" else f"at KL {nats(found['kl'])}",
         "value": show(found["value"]),
         "interval": _interval(found, show),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,22 @@ import pytest
 import yaml
 
 from flows import compare as module
-from flows.compare import best_trial, compare, describe_experiment
+from flows.compare import adopt, best_trial, compare, describe_experiment
 from flows.experiment import Experiment, load_experiment
 from flows.loop import PLAIN
 from flows.verify import verify
 from iterdpo.errors import ChildFailed, DamagedError, StaleStepError, UserError
 from iterdpo.report import compare as report
 from iterdpo.report.compare import Trial
-from iterdpo.run.artifacts import PolicyCheckpoint
-from iterdpo.run.rundir import digest, read_json, read_manifest, write_jsonl
+from iterdpo.run.artifacts import PolicyCheckpoint, read_groups
+from iterdpo.run.progress import Stage
+from iterdpo.run.rundir import Step, digest, read_json, read_manifest, write_jsonl
+from iterdpo.run.sums import MANIFEST
 from iterdpo.sampling import SamplingParameters
+from iterdpo.stages import evaluate
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.train import inputs
-from iterdpo.testing import FakeSampler, build_tiny_checkpoint
+from iterdpo.testing import FakeSampler
 from iterdpo.training.launch import TRAIN_LOG
 from iterdpo.types import Completion
 
@@ -55,13 +59,20 @@ class CountingSampler(FakeSampler):
 
 
 def trained(run: IterativeRun, round: int, *given: Any) -> PolicyCheckpoint:
-    """What the stage `train` would seal, with weights that depend on its inputs alone."""
+    """What the stage `train` would seal: a checkpoint that depends on its inputs alone."""
     step = run.dir.step(round, "policy", inputs(run, round, *given))
     if (manifest := step.manifest()) is None:
-        directory = build_tiny_checkpoint(step.begin(), seed=int(digest(step.inputs)[:6], 16))
+        directory = shutil.copytree(run.model_path, step.begin(), dirs_exist_ok=True)
+        (directory / "made_from.txt").write_text(digest(step.inputs))
         write_jsonl(directory / TRAIN_LOG, [{"step": 1, "loss": 0.5}])
         manifest = step.finish(counts={"pairs": given[0].kept}, logs=[TRAIN_LOG])
     return PolicyCheckpoint(step.path, manifest.digest, round)
+
+
+def summed(run: IterativeRun, policy: PolicyCheckpoint, completions: Path, stage: Stage) -> Iterator[float]:
+    """Log-probabilities without a model: of each token another for each policy."""
+    each = -1 - int(policy.digest[:2], 16) / 256
+    return (each * len(c.token_ids) for g in read_groups(completions) for c in g.completions if c.token_ids)
 
 
 STAGES = PLAIN._replace(train=trained)
@@ -107,7 +118,8 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """Without plots, which would take most of the time: `test_compare.py` of the report has them."""
+    """Without plots, which would take most of the time: `test_compare.py` of the report has them. Nor is a model loaded."""
+    monkeypatch.setattr(evaluate, "_logps", summed)
     monkeypatch.setattr(module, "write_report", lambda run_dir: None)
     monkeypatch.setattr(report, "as_svg", lambda figure: "<svg/>")
     return Bench(tmp_path, tiny_model)
@@ -141,6 +153,25 @@ def test_the_first_rounds_completions_and_judgments_are_shared_if_their_inputs_a
     assert one == two != other
 
 
+def test_a_log_is_copied_and_not_shared_since_what_goes_on_appends_to_it(bench: Bench) -> None:
+    same = {"gate.minimum": 0.1}  # decides nothing that the policy is made from
+    bench.run("rounds=1", arms={"one": {}, "two": same})
+    one, two = (bench.root / "out" / arm / "seed-0/round-001/policy" for arm in ("one", "two"))
+    inodes = [[(policy / name).stat().st_ino for policy in (one, two)] for name in ("model.safetensors", TRAIN_LOG)]
+    assert [a == b for a, b in inodes] == [True, False]
+    assert (one / TRAIN_LOG).read_bytes() == (two / TRAIN_LOG).read_bytes()
+
+
+def test_what_an_interrupted_start_left_is_no_part_of_the_step_that_is_taken(tmp_path: Path) -> None:
+    one, two = (Step(tmp_path / run / "round-001" / "policy", {"beta": 0.1}) for run in ("one", "two"))
+    (one.begin() / "weights").write_text("whole")
+    one.finish()
+    for name in ("weights", "checkpoint"):
+        (two.begin() / name).write_text("half")
+    assert adopt(two, [tmp_path / "one"])
+    assert [(p.name, p.read_text()) for p in two.path.iterdir() if p.name != MANIFEST] == [("weights", "whole")]
+
+
 def test_a_step_to_be_shared_that_is_damaged_is_refused(bench: Bench) -> None:
     bench.run(arms={"one": {}})
     shard = next((bench.root / "out/one/seed-0/round-001/completions").glob("*.parquet"))
@@ -167,11 +198,11 @@ def test_a_link_that_was_left_by_an_end_in_the_middle_is_no_hindrance(
     arms = {"one": {"dpo.beta": 0.1}, "two": {"dpo.beta": 0.2}}
     links: list[str] = []
 
-    def stops(source: Path, target: Path) -> None:
+    def stops(source: Path, target: Path, *, copy: bool) -> None:
         links.append(target.name)
         if len(links) == 3:
             raise KeyboardInterrupt
-        linked(source, target)
+        linked(source, target, copy=copy)
 
     linked = module._link
     with monkeypatch.context() as patch:
@@ -223,7 +254,7 @@ def test_the_best_trial_is_the_training_judges_within_the_bound_on_kl() -> None:
 
 
 def test_arms_without_training_have_curves_too(bench: Bench) -> None:
-    arms = {"initial": {"kind": "initial"}, "best": {"kind": "best_of_n", "n": 4}}
+    arms = {"initial": {"kind": "initial"}, "best": {"kind": "best_of_n", "n": 4, "evaluation.n": 2}}
     found = bench.run(arms=arms)["arms"]
     assert [p["completions"] for p in found["best"]["seeds"]["0"]["points"]] == [1, 2, 4]
     kl = [p["kl"] for p in found["best"]["seeds"]["0"]["points"]]

@@ -48,7 +48,15 @@ def test_each_arm_at_each_seed_is_a_configuration_of_its_own() -> None:
 def test_an_offline_arm_has_one_round_with_the_prompts_of_all() -> None:
     loaded = load_experiment(written(arms={"offline": {"kind": "offline", "rounds": 4}}))
     config = loaded.config_of(loaded.arms[0], 0)
-    assert (config.rounds, config.prompts.per_round) == (1, 40)
+    assert (config.rounds, config.prompts.per_round, config.dpo.max_steps) == (1, 40, None)
+
+
+def test_an_offline_arm_has_the_optimizer_steps_of_all_rounds() -> None:
+    loaded = load_experiment(
+        written(arms={"on": {"dpo.max_steps": 16}, "off": {"kind": "offline", "dpo.max_steps": 16}})
+    )
+    steps = [(c := loaded.config_of(arm, 0)).rounds * c.dpo.steps(40) for arm in loaded.arms]
+    assert steps == [48, 48]
 
 
 def test_sections_and_dotted_keys_say_the_same_and_a_judge_is_replaced_as_a_whole() -> None:
@@ -124,6 +132,7 @@ def test_a_key_that_an_arm_sets_is_not_tuned_for_it_nor_arms_without_training() 
         ({"arms": {"one": {"dpo.beta": -1}}}, r"arms\.one: dpo\.beta = -1: input should be greater than 0"),
         ({"arms": {"one": {"kind": "best_of_n"}}}, r"arms\.one\.n: .*needs it"),
         ({"arms": {"one": {"kind": "best_of_n", "n": True}}}, r"arms\.one\.n = True: input should be a whole number"),
+        ({"arms": {"one": {"kind": "best_of_n", "n": 4, "evaluation.temperature": 0}}}, r"arms\.one: evaluation\.temperature = 0"),
         ({"arms": {"one": {"n": 4}}}, r"arms\.one\.n: .*no other has it"),
         ({"arms": {"one": {"kind": "command"}}}, r"arms\.one\.command: .*needs it"),
         ({"arms": {"one": {"command": "python x.py"}}}, r"arms\.one\.command = 'python x\.py': input should be a list of words"),

@@ -18,6 +18,7 @@ from iterdpo.report.compare import (
     Trial,
     at_matched_kl,
     best_of_n_weights,
+    budget_of,
     difference,
     pairs_of,
     score_at,
@@ -25,7 +26,7 @@ from iterdpo.report.compare import (
     win_share,
     write_comparison,
 )
-from iterdpo.run.rundir import read_json
+from iterdpo.run.rundir import RunDir, Step, read_json
 from iterdpo.stats import Floats
 
 
@@ -94,6 +95,41 @@ def test_a_difference_is_of_prompts_and_seeds_that_both_have() -> None:
     assert difference("a", "b", {1: curve((1, 5.0))}, theirs) is None
 
 
+def test_a_prompt_that_one_arm_has_no_figure_of_is_left_out_of_both() -> None:
+    path = [point(0, np.array([0.0, 0.0, 0.0]), 0.0), point(1, np.array([1.0, 2.0, 9.0]), 4.0)]
+    ours, theirs = {0: Curve(path)}, {0: Curve([point(t, np.array([0.0, 1.0 * t, math.nan]), 4.0 * t) for t in (0, 1)])}
+    for found in (difference("a", "b", ours, theirs), at_matched_kl("a", "b", ours, theirs)):
+        assert found is not None
+        assert found["value"] == pytest.approx(
+            1.5 - 0.5
+        )  # the third prompt, whose 9 has no partner, is in neither mean
+        assert (found["low"], found["high"]) == pytest.approx((1.0, 1.0))  # 1 - 0 and 2 - 1: resampled alike in both
+
+
+def test_arms_without_a_prompt_that_both_have_figures_of_have_no_difference() -> None:
+    ours, theirs = (
+        {0: Curve([point(t, np.array(s), float(t)) for t in (0, 1)])} for s in ([1.0, math.nan], [math.nan, 1.0])
+    )
+    assert difference("a", "b", ours, theirs) is None
+    assert at_matched_kl("a", "b", ours, theirs) is None
+    assert math.isnan(point(0, np.array([math.nan]), 0).means()[SCORE])
+
+
+def test_a_budget_has_what_another_policy_sampled_for_the_pairs_and_its_judgments(tmp_path: Path) -> None:
+    made = {
+        "completions": {"prompts": 4, "completions": 8, "tokens": 80},
+        "others": {"prompts": 4, "completions": 4, "tokens": 40},
+        "judgments": {},  # of a judge that counts no calls
+        "against": {"usage": {"calls": 6}},
+    }
+    for name, counts in made.items():
+        step = Step(tmp_path / "round-001" / name, {})
+        step.begin()
+        step.finish(counts=counts, seconds={"total": 2.0})
+    found = budget_of(RunDir(tmp_path))
+    assert found == {"completions": 12, "judge_calls": 8 + 6, "steps": 0, "tokens": 120, "seconds": 8.0}
+
+
 def test_few_arms_are_all_compared_and_many_with_the_first() -> None:
     assert pairs_of(["a", "b", "c"]) == [("a", "b"), ("a", "c"), ("b", "c")]
     assert pairs_of(list("abcde")) == [("b", "a"), ("c", "a"), ("d", "a"), ("e", "a")]
@@ -138,7 +174,7 @@ def test_the_page_has_the_arms_their_budgets_and_what_is_missing(
     curves = {"new": curve((0, 0.0), (4, 1.0)), "old": curve((0, 0.0), (9, 0.5))}
     for one, steps in zip(curves.values(), (8, 16), strict=True):
         one.budget.update(completions=64, judge_calls=64, steps=steps, tokens=1280, seconds=75)
-    monkeypatch.setattr(compare, "read_curve", lambda arm, root, baseline_n: curves[arm.name])
+    monkeypatch.setattr(compare, "read_curve", lambda arm, root: curves[arm.name])
     arms = [
         ArmRuns("new", "iterative", 1, {"dpo.beta": "<script>alert(1)</script>"}, {0: tmp_path, 1: tmp_path}),
         ArmRuns("old", "offline", 1, {}, {0: tmp_path}),
@@ -150,7 +186,6 @@ def test_the_page_has_the_arms_their_budgets_and_what_is_missing(
         trials=[Trial("new", {"dpo.beta": "<script>alert(1)</script>"}, 0.5, 3.0)],
         title="Does <b>it</b> help?",
         seeds=[0, 1],
-        baseline_n=1,
         settings={"a": "</pre>"},
     ).read_text()
     assert "Not finished yet: old/seed-1, never/seed-0, never/seed-1." in page
@@ -159,6 +194,7 @@ def test_the_page_has_the_arms_their_budgets_and_what_is_missing(
     assert "The arms differ in optimizer steps." in page
     assert "1 min 15 s" in page
     assert page.count("<svg") == 3
+    assert "new minus old" in page
     found = read_json(tmp_path / "compare.json")
     assert [d["at"] for d in found["differences"]] == ["end", "kl"]
     assert found["arms"]["new"]["end"]["score"]["value"] == 1.0
