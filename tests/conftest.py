@@ -21,7 +21,15 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, share or cores)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--extended", action="store_true", help="also run the tests that take minutes each")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--extended"):
+        for item in items:
+            if item.get_closest_marker("extended"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --extended"))
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
 

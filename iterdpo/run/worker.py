@@ -12,6 +12,7 @@ standard output, and leave a grandchild alive when the parent is killed.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -31,6 +32,18 @@ from iterdpo.escape import printable
 from iterdpo.run import supervise
 
 R = TypeVar("R")
+
+
+def import_heavy(module: str) -> None:
+    """Import a module that imports transformers, without scikit-learn: transformers takes it, if it is installed, for a
+    function that no child calls, and it takes seconds.
+    """
+    found: Any = sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]  # Python takes it for missing
+    try:
+        importlib.import_module(module)
+    finally:
+        if found is None:
+            del sys.modules["sklearn"]
 
 
 @dataclass(frozen=True)

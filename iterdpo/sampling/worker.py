@@ -12,7 +12,6 @@ of 100 million weights with r = 16 sampled 25 times slower so; merging it takes 
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import traceback
 from collections import deque
@@ -22,7 +21,7 @@ from typing import Any, get_args
 
 from safetensors import safe_open
 
-from iterdpo.run.worker import Done, beat, serve
+from iterdpo.run.worker import Done, beat, import_heavy, serve
 from iterdpo.sampling.base import (
     Enqueue,
     Finish,
@@ -53,7 +52,7 @@ def main() -> None:
             Release: worker.release,
         },
         # It takes twelve seconds on a small machine, while the parent does other things.
-        prepare=lambda: importlib.import_module("vllm"),
+        prepare=lambda: import_heavy("vllm"),
     )
 
 

@@ -32,6 +32,7 @@ from iterdpo.config import AdapterConfig, DPOConfig
 from iterdpo.data.pairs import TokenPairs
 from iterdpo.run.rundir import read_json, write_json
 from iterdpo.run.supervise import REASON, end_with
+from iterdpo.run.worker import import_heavy
 from iterdpo.training.checkpoint import drop_frozen, resume, save_checkpoint, save_policy
 from iterdpo.training.collate import RoundPairs
 from iterdpo.training.launch import TRAIN_LOG, WAITING, TrainSpec
@@ -58,8 +59,7 @@ def main() -> None:
 def _told() -> str:
     """The path that the parent writes once it knows the work. Empty if there is none."""
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the log: nobody reads the pipe
-    from transformers.models.auto import modeling_auto  # noqa: F401  # takes longer than torch
-
+    import_heavy("transformers.models.auto.modeling_auto")  # takes longer than torch
     return sys.stdin.readline().strip()
 
 

@@ -14,7 +14,7 @@ from flows.verify import verify
 from iterdpo.run.rundir import read_json, read_manifest
 from tests.integration.harness import Workspace, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
 SCRIPT = """
 import sys

@@ -14,7 +14,7 @@ from iterdpo.sampling import Pool, SamplingParameters, VLLMSampler
 from iterdpo.sampling.client import engine_share
 from tests.integration.test_sampling import transformers_logps
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
 PARAMETERS = SamplingParameters(n=3, max_tokens=24)
 BATCHES = [([[70 + i, 71, number], [80 + number]], [number, 1000 + number]) for i, number in enumerate(range(24))]

@@ -89,6 +89,7 @@ def ended(url: str, run: str) -> str:
     return state
 
 
+@pytest.mark.extended
 def test_three_triggers_add_a_round_each_the_third_from_the_seconds_policy(deployed: Deployed) -> None:
     run_dir = deployed.workspace.run_dir
     records = [json.loads((run_dir / f"round-00{t}" / "round.json").read_text()) for t in (1, 2, 3)]

@@ -16,7 +16,7 @@ from iterdpo.sampling.client import engine_share
 from iterdpo.testing import build_tiny_checkpoint
 from tests.integration.harness import Workspace, call, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
 
 def test_two_servers_sample_two_rounds_from_the_policies_that_each_round_left(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def wait_for_completion(workspace: Workspace, page: str, runs: list[str]) -> Non
     assert set(states.values()) == {"COMPLETED"}
 
 
+@pytest.mark.extended
 def test_two_triggers_at_once_add_a_round_each_the_second_from_the_firsts_policy(served: Served) -> None:
     workspace = served.workspace
     assert served.cron == "0 2 * * *"

@@ -44,7 +44,7 @@ def test_alarms_hear_of_rounds_under_way_and_not_again_of_those_that_were_decide
         monkeypatch.setattr(iterative_dpo, name, lambda _: "")
     heard: list[tuple[str, int]] = []
     alarms: Any = SimpleNamespace(tell=lambda event, round, **_: heard.append((event, round)))
-    config = SimpleNamespace(rounds=2)
+    config = SimpleNamespace(rounds=2, keep="all")
     run: Any = SimpleNamespace(dir=directory, config=config, progress=Progress(io.StringIO()), waiting=None)
     assert len(iterate(run, alarms)) == (2 if done[-1] == "stop" else 3)
     assert heard == told

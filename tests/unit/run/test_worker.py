@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import pytest
 
 from iterdpo.errors import ChildFailed
 from iterdpo.run import supervise
-from iterdpo.run.worker import Done, JsonLinesWorker, beat, serve
+from iterdpo.run.worker import Done, JsonLinesWorker, beat, import_heavy, serve
 
 
 @dataclass(frozen=True)
@@ -138,3 +139,17 @@ def test_a_child_that_works_long_and_says_so_is_waited_for(start: Any) -> None:
 
 if __name__ == "__main__":
     serve({Double: double, Die: die, Work: work}, prepare=lambda: time.sleep(0.01))
+
+
+def test_a_heavy_import_does_without_scikit_learn_and_leaves_it_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "heavy_one.py").write_text("from importlib.util import find_spec\nfound = find_spec('sklearn')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sklearn", raising=False)
+    import_heavy("heavy_one")
+    assert sys.modules["heavy_one"].found is None
+    assert "sklearn" not in sys.modules
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        import_heavy("no_such_module")
+    assert "sklearn" not in sys.modules
