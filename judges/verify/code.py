@@ -48,13 +48,15 @@ class CodeTests(Verifier):
     sandbox and get plain data back (see `judges.verify.tester`). A run of the program that does not end by itself, and
     well, within the limits passes none.
 
-    A test that an empty program passes is no test, and does not count. A completion abstains if there are no others, if
-    the tests are not valid Python or need what the sandbox lacks, and if the sandbox itself fails.
+    A test that an empty program passes is no test, and does not count; nor is one that passes whatever the program's
+    functions return. A completion abstains if there are no others, if all of them call several functions and pass if
+    these return True, or their first argument; if the tests are not valid Python or need what the sandbox lacks; and if
+    the sandbox itself fails.
     """
 
     name = "code_tests"
     SPEED_ONLY = frozenset({"concurrency", "allow_unsandboxed"})
-    REVISION = 4
+    REVISION = 5
     column: str = "tests"
     """The prompt's column with the tests."""
     entry_point: str = "entry_point"
@@ -111,7 +113,7 @@ class CodeTests(Verifier):
         real = self._real_tests(suite)
         outcome = run_pair(
             _child("callee", program, PEER_READING, PEER_WRITING),
-            _child("tester", suite.tests, suite.names, PEER_READING, PEER_WRITING, REPORT),
+            _child("tester", suite.tests, suite.names, suite.objects, PEER_READING, PEER_WRITING, REPORT),
             max_report=max(1 << 16, 40 * len(suite.tests)),
             **self._limits,
         )
@@ -140,14 +142,24 @@ class CodeTests(Verifier):
         return real
 
     def _run_without_program(self, suite: Suite) -> set[int] | str:
-        tester = _child("tester", suite.tests, suite.names, None, None, REPORT)
-        outcome = run_python(tester, max_output=max(1 << 16, 200 * len(suite.tests)), **self._limits)
+        tester = _child("tester", suite.tests, suite.names, suite.objects, None, None, REPORT)
+        outcome = run_python(tester, max_output=max(1 << 16, 400 * len(suite.tests)), **self._limits)
         if unsupported := re.search("^unsupported (.*)", outcome.report, re.MULTILINE):
             return f"the tests of column {self.column!r} need what the sandbox lacks: {unsupported[1]}"
-        if not outcome.ok:
+        if not re.search("^ended$", outcome.report, re.MULTILINE):
             return f"the tests of column {self.column!r} do not end without a program: {outcome.reason}"
+        nothing = f"the tests of column {self.column!r} test nothing"
         real = set(range(len(suite.tests))) - _passed(outcome.report)
-        return real or f"the tests of column {self.column!r} test nothing: an empty program passes them"
+        if not real:
+            return f"{nothing}: an empty program passes them"
+        real -= _passed(outcome.report, "all") & _passed(outcome.report, "other") & _passed(outcome.report, "none")
+        if not real:
+            return f"{nothing}: a program passes them whatever its functions return"
+        called = dict(re.findall(r"^called (\w+) (\d+)$", outcome.report, re.MULTILINE))
+        for kind, result in (("true", "True"), ("argument", "their first argument")):
+            if real <= _passed(outcome.report, kind) and int(called.get(kind, 0)) > 1:
+                return f"{nothing}: functions that return {result} pass them together"
+        return real
 
     def _runs(self, program: str, runs: list[tuple[str, str]]) -> tuple[int, int]:
         real = [(given, wanted) for given, wanted in runs if wanted.strip()]  # an empty program prints nothing
@@ -162,8 +174,8 @@ class CodeTests(Verifier):
         return passed, len(real)
 
 
-def _passed(report: str) -> set[int]:
-    return {int(number) for number in re.findall(r"^passed (\d+)$", report, re.MULTILINE)}
+def _passed(report: str, passed: str = "passed") -> set[int]:
+    return {int(number) for number in re.findall(rf"^{passed} (\d+)$", report, re.MULTILINE)}
 
 
 def _child(name: str, *arguments: Any) -> str:

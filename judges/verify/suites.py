@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import re
+import symtable
 import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +25,8 @@ COMPARATORS = re.compile(
 )
 """Names that a program may not define for its tests: they compare a result with what is expected."""
 LIBRARY = {
+    "fabs": "math", "floor": "math", "ceil": "math", "trunc": "math", "isnan": "math", "isinf": "math", "isfinite": "math",
+    "reduce": "functools", "islice": "itertools", "randint": "random", "uniform": "random", "choice": "random",
     "isclose": "math", "sqrt": "math", "pi": "math", "inf": "math", "nan": "math", "approx": "pytest", "raises": "pytest",
     "fixture": "pytest",
     "Counter": "collections", "OrderedDict": "collections", "defaultdict": "collections", "deque": "collections",
@@ -32,6 +35,7 @@ LIBRARY = {
     "Mock": "unittest.mock", "MagicMock": "unittest.mock", "StringIO": "io", "BytesIO": "io",
 }  # fmt: skip
 """Names of the standard library, with their modules, that tests use without an import because programs have one."""
+METHODS = {name for kind in (str, list, dict, set, int, float) for name in dir(kind)}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Suite:
     names: dict[str, str] = field(default_factory=dict)
     runs: list[tuple[str, str]] = field(default_factory=list)
     wants_entry: bool = False
+    objects: bool = False
+    """Whether the tests use objects. If not, a name that begins with a capital letter is not one of a class to them."""
 
 
 class BadTests(ValueError):
@@ -86,7 +92,9 @@ def _of_text(text: str, column: str, entry: str | None, prompt: str) -> Suite:
     """Each part of the text is a test of its own."""
     body = _parsed(text, column)
     steps = _steps(body, entry)
-    suite = Suite([[step] for step in steps], _names(body), wants_entry=_wants_entry(steps))
+    suite = Suite(
+        [[step] for step in steps], _names(body), wants_entry=_wants_entry(steps), objects=_uses_objects(body, prompt)
+    )
     return _with_helpers(suite, _checked(body, entry), prompt)
 
 
@@ -95,7 +103,7 @@ def _of_texts(texts: list[str], column: str, entry: str | None, prompt: str) -> 
     bodies = [_parsed(text, column) for text in texts]
     tests = [_steps(body, entry) for body in bodies]
     whole = [statement for body in bodies for statement in body]
-    suite = Suite(tests, _names(whole), wants_entry=any(map(_wants_entry, tests)))
+    suite = Suite(tests, _names(whole), wants_entry=any(map(_wants_entry, tests)), objects=_uses_objects(whole, prompt))
     return _with_helpers(suite, _checked(whole, entry), prompt)
 
 
@@ -227,29 +235,97 @@ def _loads(tree: ast.AST) -> set[str]:
 def _names(body: list[ast.stmt]) -> dict[str, str]:
     """The names that the tests use and do not bind.
 
-    A name of a builtin or of `LIBRARY` is the program's only if the tests call nothing else. A decorator of a test
-    never is.
+    A name of a builtin or of `LIBRARY` is the program's only if the tests call nothing else. A decorator of a test, or
+    of a function with an assertion, never is.
     """
     nodes = [node for statement in body for node in ast.walk(statement)]
-    bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
-    bound |= {node.name for node in nodes if isinstance(node, _Defines)}
-    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    bound |= {node.name for node in nodes if isinstance(node, ast.ExceptHandler) and node.name}
-    imports = [node for node in nodes if isinstance(node, _Imports)]
-    bound |= {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
-    loads = set().union(*(_loads(statement) for statement in body)) - bound
+    loads = _free(body)
     called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)} & loads
     modules = {name: name for name in loads - called if name in sys.stdlib_module_names or name == "pytest"}
     known = BUILTINS | LIBRARY.keys()
-    tests = [
-        node for node in nodes if isinstance(node, _Defines) and re.match("test|check|setup|teardown", node.name, re.I)
-    ]
+    tests = [node for node in nodes if isinstance(node, _Defines) and _is_test(node)]
     around = {name for node in tests for decorator in node.decorator_list for name in _loads(decorator)}
     own = {name for name in loads - known - modules.keys() - around if not COMPARATORS.fullmatch(name)}
     if not own and len(called & known) == 1 and not _reaches_more(nodes, called & known):
         own |= called & known
     library = {name: LIBRARY[name] for name in loads & LIBRARY.keys() - own}
     return {**dict.fromkeys(sorted(own), ""), **modules, **library}
+
+
+def _free(body: list[ast.stmt]) -> set[str]:
+    """The global names that the statements use and do not bind."""
+    used: set[str] = set()
+    bound: set[str] = set()
+    for statement in body:
+        tables: list[symtable.SymbolTable] = []
+        with contextlib.suppress(SyntaxError):  # one that cannot be compiled fails when it is run
+            tables.append(symtable.symtable(ast.unparse(statement), "tests", "exec"))
+        for table in tables:
+            tables += table.get_children()
+            symbols = [symbol for symbol in table.get_symbols() if table is tables[0] or symbol.is_global()]
+            used |= {symbol.get_name() for symbol in symbols if symbol.is_referenced()}
+            bound |= {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
+    return used - bound
+
+
+def _is_test(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
+    if isinstance(node, ast.ClassDef):
+        checks = any(ast.unparse(base).endswith("TestCase") for base in node.bases)
+    else:
+        checks = any(isinstance(inner, ast.Assert) for inner in ast.walk(node))
+    return checks or re.match("test|check|setup|teardown", node.name, re.IGNORECASE) is not None
+
+
+def _uses_objects(body: list[ast.stmt], prompt: str) -> bool:
+    """Whether the tests use objects of classes with names, or the prompt speaks of a class.
+
+    `Mean` of `abs(Mean([1, 2]) - 1.5) < 1e-6` is a function. `Vector` of `Vector(1, 2) == Vector(1, 2)` is a class, and
+    `Stack` of `s = Stack()` and `s.push(1)`.
+    """
+    nodes = [node for statement in body for node in ast.walk(statement)]
+    imports = [node for node in nodes if isinstance(node, _Imports) and getattr(node, "module", "") != "solution"]
+    imported = {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
+    outside = {*imported, *sys.stdlib_module_names, *LIBRARY, "pytest"}
+    made: set[str] = set()  # variables
+
+    def is_made(node: ast.AST) -> bool:
+        if isinstance(node, ast.BinOp):
+            return is_made(node.left) or is_made(node.right)
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).rpartition(".")[2]
+            return name[:1].isupper() and name not in LIBRARY
+        return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in made
+
+    def is_outside(node: ast.AST) -> bool:
+        text = ast.unparse(node)
+        return text in ("self", "cls") or (
+            text.partition(".")[0] in outside and re.fullmatch(r"[\w.]+", text) is not None
+        )
+
+    for node in nodes:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) if is_made(value):
+                made.add(name)
+            case ast.ExceptHandler(name=str(name)):
+                outside.add(name)
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=value)) if is_outside(value):
+                outside.add(name)
+            case ast.withitem(context_expr=ast.Call(func=value), optional_vars=ast.Name(id=name)) if is_outside(value):
+                outside.add(name)
+    for node in nodes:
+        match node:
+            case ast.Attribute(value=value, attr=name) if name not in METHODS and not is_outside(value):
+                return True
+            case ast.Call(func=ast.Name(id="isinstance" | "issubclass"), args=[_, ast.Name(id=name)]):
+                if name[:1].isupper():
+                    return True
+            case ast.Call(args=[], keywords=[]) if is_made(node):
+                return True
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=value))) if is_made(value):
+                return True
+        if sum(map(is_made, ast.iter_child_nodes(node))) > 1:
+            return True
+    return re.search(r"\bclass\b", prompt) is not None
 
 
 def _reaches_more(nodes: list[ast.AST], names: set[str]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import importlib
 import math
 import os
@@ -31,6 +32,8 @@ ARITHMETIC = (
 )  # fmt: skip
 CHANGES = {"call", "await", "setattr", "delattr", "setitem", "delitem", "enter", "exit", *(f"i{n}" for n in ARITHMETIC)}
 """Questions after which an object of the program may have another length."""
+COMPARISONS = (("eq", "ne"), ("lt", "le", "gt", "ge"))
+CONTRADICTIONS = (("eq", "ne"), ("lt", "gt"), ("lt", "ge"), ("gt", "le"))
 GONE = (math.inf, math.inf)
 """The size of an iterator that has given items: it has no length."""
 EVALUATING: dict[str, Callable[..., Any]] = {"eval": eval, "exec": exec, "compile": compile}
@@ -51,9 +54,11 @@ class Tester:
     """The tests' end of the wire.
 
     `not_finite`: which of "nan" and "inf" are answers at all. `abs(f(2) - 3) > 1e-6` is False of no number.
+    `objects`: whether the tests use objects. If not, a class of the program is only a function to them.
     """
 
-    def __init__(self, reading: int, writing: int, not_finite: Collection[str]) -> None:
+    def __init__(self, reading: int, writing: int, not_finite: Collection[str], *, objects: bool) -> None:
+        self.objects = objects
         self.peer = Peer(
             reading,
             writing,
@@ -74,7 +79,7 @@ class Tester:
         self.places: dict[int, int] = {}  # in it, by id
         self.exceptions: dict[int, type[BaseException]] = {}
         self.sizes: dict[int, tuple[float, float]] = {}  # by object, the least and the most items that it may have
-        self.checking: set[tuple[str, int]] = set()  # the files and lines of `with` statements with a check within
+        self.checking: set[tuple[str, int]] = set()  # the files and lines of `with` statements and functions that check
         self.denied = False  # whether an object of the tests has failed an assertion in a question of the program
 
     def ask(self, verb: str, *values: Any) -> Any:
@@ -86,7 +91,7 @@ class Tester:
     def named(self, name: str) -> Any:
         """What the program calls `name`. Raises AttributeError if it has none."""
         value = self.ask("global", name)
-        if type(value) is Ref and value._ref_is_class and name[:1].isupper():
+        if self.objects and type(value) is Ref and value._ref_is_class and name[:1].isupper():
             self.made_by.add(value._ref_number)
             return Ref(self, value._ref_number, value._ref_lineage, True, made=True)
         return value
@@ -158,14 +163,18 @@ class Tester:
     def error_from_json(self, error: list[Any]) -> BaseException:
         lineage, arguments, text, attributes = error
         kind = self.exception(lineage)
-        values = [self.peer.decode(argument) for argument in arguments]
+        values = list(map(self.decoded, arguments))
         made = _raised(kind, values)
         if _text(made) != text:
             made = _raised(type(kind.__name__, (kind,), {"__str__": lambda self: str(text)}), values)
         for name, value in attributes.items():
             if name.isidentifier() and not name.startswith("_") and not hasattr(made, name) and name not in VERDICTS:
-                setattr(made, name, self.peer.decode(value))
+                setattr(made, name, self.decoded(value))
         return made
+
+    def decoded(self, value: Any) -> Any:
+        """A part of an exception. Its texts may have any word."""
+        return value if isinstance(value, str) else self.peer.decode(value)
 
     def handle(self, verb: str, *values: Any) -> Any:
         """What the program asks of an object that the tests passed to it."""
@@ -339,14 +348,28 @@ class Ref:
             return False  # not NotImplemented, which counts as true if a test calls this by name
         if self._ref_number == other._ref_number:
             return True
-        return self._ref_tester.own(self, other) and self._ref_ask("eq", other) is True
+        return self._ref_tester.own(self, other) and self._ref_compare("eq", other) is True
 
     def __ne__(self, other: object) -> bool:
         if type(other) is not Ref:
             return True
         if not self._ref_tester.own(self, other):
             return not self == other
-        return self._ref_number != other._ref_number and self._ref_ask("ne", other) is True
+        return self._ref_number != other._ref_number and self._ref_compare("ne", other) is True
+
+    def _ref_compare(self, name: str, other: Any) -> Any:
+        """The answer to a comparison. The others of its kind are asked too: a program that says yes to all fails."""
+        kind = next(names for names in COMPARISONS if name in names)
+        answers: dict[str, Any] = {}
+        for one in kind:  # always in this order, which is then all that the program knows of the question
+            try:
+                answers[one] = self._ref_ask(one, other)
+            except Exception:
+                if one == name:
+                    raise
+        if any(answers.get(a) is True and answers.get(b) is True for a, b in CONTRADICTIONS):
+            raise AssertionError("its comparisons contradict each other")
+        return answers[name]
 
     def __hash__(self) -> int:
         return self._ref_ask("hash") if self._ref_tester.own(self) else hash(self._ref_number)
@@ -363,7 +386,8 @@ class Ref:
         # It suppresses no failed check, and nothing that keeps the tests from a check.
         frame = sys._getframe(1)
         place = frame.f_code.co_filename, frame.f_lineno
-        free = place[0].startswith("tests ") and place not in self._ref_tester.checking
+        places = {place, *_places(trace and trace.tb_next)}
+        free = place[0].startswith("tests ") and places.isdisjoint(self._ref_tester.checking)
         return wanted and free and not issubclass(kind, AssertionError)
 
     def __instancecheck__(self, instance: Any) -> bool:
@@ -377,6 +401,14 @@ class Ref:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("an object of the program cannot be copied")
+
+
+def _places(trace: Any) -> Iterator[tuple[str, int]]:
+    """The files and lines of the functions and statements that an error has passed through."""
+    while trace:
+        code = trace.tb_frame.f_code
+        yield from ((code.co_filename, code.co_firstlineno), (code.co_filename, trace.tb_lineno))
+        trace = trace.tb_next
 
 
 def _raised(kind: type[BaseException], values: list[Any]) -> BaseException:
@@ -402,6 +434,8 @@ def _binary(name: str, *, swapped: bool = False) -> Callable[[Ref, Any], Any]:
         made = self._ref_made and not self._ref_is_class
         if not made and not self._ref_tester.own(self, other):
             raise TypeError(f"{name!r} is not asked of an object that the program made")
+        if name in COMPARISONS[1]:
+            return self._ref_compare(name, other)
         return self._ref_tester.ask("operator", name, *((other, self) if swapped else (self, other)))
 
     return method
@@ -453,13 +487,20 @@ class Run:
         tester: the wire; None if there is no program.
         names: the names that the tests use and do not bind, with the module of each; "" is the program.
         texts: what the tests may evaluate, whatever it is; another text may be the program's.
+        stub: makes what stands for a name of the program, if there is none.
     """
 
-    def __init__(self, tester: Tester | None, names: dict[str, str], texts: Collection[str]) -> None:
-        self.tester = tester
+    def __init__(
+        self,
+        tester: Tester | None,
+        names: dict[str, str],
+        texts: Collection[str] = (),
+        stub: Callable[[str], Stub] | None = None,
+    ) -> None:
+        self.tester, self.stub = tester, stub
         self.parts = 0
         module = sys.modules["tests"] = ModuleType("tests")
-        sys.modules["solution"] = Solution(tester)
+        sys.modules["solution"] = Solution(tester, stub)
         sys.modules["pytest"] = pytest_subset
         self.namespace = module.__dict__
         if tester:
@@ -472,6 +513,8 @@ class Run:
                 self.namespace[name] = found if source == name else getattr(found, name)
             elif tester and tester.ask("has", name) is True:
                 self.namespace[name] = tester.named(name)
+            elif stub:
+                self.namespace[name] = stub(name)
 
     def step(self, step: Step) -> None:
         match step:
@@ -494,10 +537,12 @@ class Run:
         def missing(*arguments: Any, **named: Any) -> Any:
             raise NameError(f"the program has no {entry!r}")
 
+        if entry is not None and self.stub:
+            return self.stub(entry)
         if self.tester is None or entry is None:
             return missing
         if self.tester.ask("has", entry) is not True and self.tester.ask("has", "Solution") is True:
-            return getattr(self.tester.named("Solution")(), entry)  # as LeetCode's programs have it
+            return self.tester.ask("getattr", self.tester.named("Solution")(), entry)  # as LeetCode's programs have it
         return self.tester.named(entry)
 
     def method(self, owner: Any, method: str | None) -> None:
@@ -528,13 +573,16 @@ class Run:
 
 
 def checking_blocks(tree: ast.AST) -> Iterator[int]:
-    """The lines of the `with` statements that something is checked in."""
+    """The lines of assertions, and of the `with` statements and functions that something is checked in."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.With):
+        if isinstance(node, ast.Assert):
+            yield node.lineno
+        if isinstance(node, ast.With | ast.FunctionDef | ast.AsyncFunctionDef):
             names = [getattr(inner, "id", getattr(inner, "attr", "")) for inner in ast.walk(node)]
-            conditions = any(isinstance(inner, ast.Assert | ast.If) for inner in ast.walk(node))
-            if conditions or any(re.match("assert|check|expect|verify|fail", str(name)) for name in names):
-                yield node.lineno
+            checks = (ast.Assert, ast.If, ast.Compare) if isinstance(node, ast.With) else (ast.Assert,)
+            conditions = any(isinstance(inner, checks) for inner in ast.walk(node))
+            if conditions or any(re.match("[Aa]ssert|check|expect|verify|fail", str(name)) for name in names):
+                yield min([node.lineno, *(first.lineno for first in getattr(node, "decorator_list", []))])
 
 
 def restricted(function: Callable[..., Any], texts: Collection[str]) -> Callable[..., Any]:
@@ -582,15 +630,68 @@ def watch_pickles(event: str, arguments: tuple[Any, ...]) -> None:
 class Solution(ModuleType):
     """The module `solution`, for tests that import the program."""
 
-    def __init__(self, tester: Tester | None) -> None:
+    def __init__(self, tester: Tester | None, stub: Callable[[str], Stub] | None) -> None:
         super().__init__("solution")
         self.__dict__["__all__"] = []
-        self.__dict__["_tester"] = tester
+        self.__dict__.update(_tester=tester, _stub=stub)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or self._tester is None:
+        if name.startswith("_") or not (self._tester or self._stub):
             raise AttributeError(name)
-        return self._tester.named(name)
+        return self._stub(name) if self._stub else self._tester.named(name)
+
+
+class Answer:
+    """A result that equals everything and is true, or neither."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, agrees: bool) -> None:
+        self._agrees = agrees
+
+    def __bool__(self) -> bool:
+        return self._agrees
+
+    def __eq__(self, other: object) -> bool:
+        return self._agrees
+
+    def __ne__(self, other: object) -> bool:
+        return not self._agrees
+
+    __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __eq__
+
+
+STUBS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
+    "all": lambda arguments: Answer(True),
+    "other": lambda arguments: Answer(False),
+    "none": lambda arguments: None,
+    "true": lambda arguments: True,
+    "argument": lambda arguments: arguments[0] if arguments else None,
+}
+"""By kind, what each function of a program returns that does not know its task, to find tests that do not show this."""
+
+
+class Stub:
+    """A function of such a program, a class with such methods, or an object of that class."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self, name: str, kind: str, called: set[str]) -> None:
+        self._name, self._kind, self._called = name, kind, called
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if self._name[:1].isupper():
+            return Stub("", self._kind, self._called)
+        self._called.add(self._name)
+        return STUBS[self._kind](arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return Stub(name, self._kind, self._called)
+
+    def __eq__(self, other: object) -> bool:
+        return self._kind == "all"
 
 
 def plain_lists(value: Any) -> Any:
@@ -601,20 +702,43 @@ def plain_lists(value: Any) -> Any:
     return value
 
 
-def main(tests: list[list[Step]], names: dict[str, str], reading: int | None, writing: int | None, report: int) -> None:
-    """Write the number of each test that passes to the descriptor `report`."""
+def main(
+    tests: list[list[Step]],
+    names: dict[str, str],
+    objects: bool,
+    reading: int | None,
+    writing: int | None,
+    report: int,
+) -> None:
+    """Write the number of each test that passes to the descriptor `report`.
+
+    Without a program, then also of those that each kind of stub passes, and how many functions were called.
+    """
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
     tester: Tester | None = None
     text = repr(tests)
     if reading is not None and writing is not None:
-        tester = Tester(reading, writing, [number for number, words in NOT_FINITE.items() if re.search(words, text)])
+        not_finite = [number for number, words in NOT_FINITE.items() if re.search(words, text)]
+        tester = Tester(reading, writing, not_finite, objects=objects)
         if tester.peer.receive() != ["ready"]:
             return
         if "pickle" in text:
             sys.addaudithook(watch_pickles)
-    run = Run(tester, names, constants(tests) if re.search(r"\b(eval|exec|compile)\b", text) else ())
+    texts = constants(tests) if re.search(r"\b(eval|exec|compile)\b", text) else ()
+    run_all(Run(tester, names, texts), tests, report, "passed")
+    if tester is None:
+        os.write(report, b"ended\n")
+        for kind in STUBS:
+            called: set[str] = set()
+            stub = functools.partial(Stub, kind=kind, called=called)
+            run_all(Run(None, names, stub=stub), tests, report, kind)
+            os.write(report, f"called {kind} {len(called)}\n".encode())
+
+
+def run_all(run: Run, tests: list[list[Step]], report: int, passed: str) -> None:
+    tester = run.tester
     for number, steps in enumerate(tests):
         if tester:
             tester.denied = False
@@ -624,9 +748,9 @@ def main(tests: list[list[Step]], names: dict[str, str], reading: int | None, wr
             if tester and tester.denied:
                 raise AssertionError("an assertion failed in a callback")
         except (ModuleNotFoundError, pytest_subset.Unsupported) as error:
-            if tester is None:  # with a program, the same
+            if tester is None and run.stub is None:  # with a program, the same
                 os.write(report, f"unsupported {str(error)!a}\n".encode())
         except BaseException:
             continue
         else:
-            os.write(report, f"passed {number}\n".encode())
+            os.write(report, f"{passed} {number}\n".encode())

@@ -160,6 +160,24 @@ class TestCodeTests:
     def test_tests_that_an_empty_program_passes_abstain(self, tests: Any) -> None:
         assert "test nothing" in reason(self.JUDGE, ADD, tests=tests)
 
+    @pytest.mark.parametrize(
+        "tests",
+        ["if add(1, 2) == 3: print('PASS')\nelse: print('FAIL')", "try: assert add(1, 2) == 3\nexcept AssertionError: print('FAIL')",
+         "def test_add(): return add(1, 2) == 3", "assert (add(1, 2) == 3, 'wrong')", "print(Adder().add(1, 2) == 3)",
+         "from solution import add\nadd(1, 2) == 3", "def check(candidate): return candidate(1, 2) == 3",
+         "assert is_three(add(1, 2))", "assert decode(encode('ab')) == 'ab'", "for i in range(3): assert slow(i, i) == add(i, i)",
+         "a = Adder()\nassert a.is_sum(3, a.add(1, 2))"],
+    )  # fmt: skip
+    def test_tests_that_do_not_depend_on_the_program_s_answers_abstain(self, tests: str) -> None:
+        assert "test nothing" in reason(self.JUDGE, ADD, tests=tests)
+
+    def test_tests_that_depend_on_an_answer_count_though_some_constant_passes_them(self) -> None:
+        assert self.score("def f(x): pass", ["assert f(1) is not None", "assert f(2) is None"]) == 0.5
+        assert self.score("def f(x): return True", ["assert f(1)", "assert not f(2)", "print(f(3) == 4)"]) == 0.5
+        assert self.score("def f(x): return 3", ["assert f(1) != 3", "assert f(2) == 3"]) == 0.5
+        close = ["assert is_close(f(1), 2)", "assert f(1) == 2"]
+        assert self.score("def is_close(a, b): return a == b\ndef f(x): return 2", close) == 1
+
     def test_tests_that_an_empty_program_passes_do_not_count_beside_others(self) -> None:
         assert self.score("def add(a, b): return a + b + 1", ["assert True", "assert add(1, 2) == 3"]) == 0
         assert self.score(ADD, ["assert True", "assert add(1, 2) == 3", "assert add(1, 1) == 3"]) == 0.5
@@ -190,7 +208,7 @@ class TestCodeTests:
             "assert Vector(1, 2) + Vector(3, 4) == Vector(4, 6)", "assert Vector(1, 2) != Vector(2, 2)", "assert Vector(1, 2) * 3 == Vector(3, 6)",
             "assert abs(Vector(3, 4)) == 5", "assert repr(Vector(1, 2)) == 'Vector(1, 2)'", "v = Vector(1, 2)\nv.x = 5\nassert v.x == 5 and v[0] == 5",
             "assert len(Vector(1, 2)) == 2 and list(Vector(1, 2)) == [1, 2]", "assert 2 in Vector(1, 2) and 3 not in Vector(1, 2)",
-            "assert Vector(1, 1) < Vector(2, 2)", "assert Vector.zero().x == 0", "assert isinstance(Vector.zero(), Vector)", "assert Vector(1, 1).count(1) == 2",
+            "assert Vector(1, 1) < Vector(2, 2)", "assert Vector(2, 2) > Vector(1, 1) and not Vector(2, 2) < Vector(1, 1)", "assert Vector.zero().x == 0", "assert isinstance(Vector.zero(), Vector)", "assert Vector(1, 1).count(1) == 2",
             "assert max([Vector(1, 1), Vector(2, 2)]).x == 2", "a, b = Vector(1, 2)\nassert (a, b) == (1, 2)"]),
         ("class Stack(list):\n    def push(self, x): self.append(x)\n    def peek(self): return self[-1]", [
             "s = Stack()\ns.push(1)\ns.push(2)\nassert s.peek() == 2 and len(s) == 2 and s.pop() == 2", "assert issubclass(Stack, object)"]),
@@ -211,7 +229,9 @@ class TestCodeTests:
         ("def insert(root, v):\n    if root is None: return None\n    root.left = type(root)(v) if 0 else root.make(v)\n    return root\ndef depth(n): return 1 + max(depth(n.left), depth(n.right)) if n else 0", [
             "class Node:\n    def __init__(s, v): s.v, s.left, s.right = v, None, None\n    def make(s, v): return Node(v)\nr = Node(1)\n"
             "assert insert(r, 2) is r and r.left.v == 2 and depth(r) == 2"]),
+        ("def f(x): raise ValueError('neither NaN nor Infinity')", ["import pytest\nwith pytest.raises(ValueError, match='neither'): f(1)"]),
         ("def sum(a, b): return a + b + 1", ["assert sum(1, 2) == 4"]),
+        ("def add(a, b): return a + b", ["def run(add): assert add(1, 2) == 3\nrun(add)", "assert add('na', 'n') == 'nan'"]),
         ("class Solution:\n    def twice(self, x): return [x, x]", ["assert Solution().twice(2) == [2, 2]", "s = Solution()\nassert s.twice('a') == ['a', 'a']"]),
     )  # fmt: skip
 

@@ -71,3 +71,47 @@ def test_check_calls_the_functions_that_the_prompt_defines_whole() -> None:
 def test_a_decorator_of_a_test_and_a_tolerance_are_not_the_programs() -> None:
     assert read_suite("@slow\ndef test_f(): assert abs(f(1) - 2) < EPS", "t").names == {"f": ""}
     assert read_suite("@memoize\ndef g(n): return n\nassert g(2) == 2", "t").names == {"memoize": ""}
+    assert read_suite("@slow\ndef run(): assert f(1) == 2\nrun()", "t").names == {"f": ""}
+    case = "import unittest\n@slow\nclass A(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 2)"
+    assert read_suite(case, "t").names == {"f": ""}
+
+
+def test_a_name_is_the_tests_own_only_in_the_scope_that_binds_it() -> None:
+    assert read_suite("def run(add): assert add(1, 2) == 3\nrun(add)", "t").names == {"add": ""}
+    assert read_suite("def g():\n    f = 1\n    return f\nassert f(g()) == [f(x) for x in [1]]", "t").names == {"f": ""}
+    assert read_suite("def g():\n    global f\n    f = abs\ng()\nassert f(-1) == h(1)", "t").names == {"h": ""}
+    assert read_suite("def f(x): return x\nassert f(1) == 1\nreturn", "t").names == {}
+
+
+def test_functions_of_the_library_around_a_result_are_not_the_programs() -> None:
+    for name in ("fabs", "floor", "isnan", "reduce", "randint"):
+        assert read_suite(f"assert {name}(f(1)) == 2", "t").names["f"] == ""
+        assert read_suite(f"assert {name}(f(1)) == 2", "t").names[name] != ""
+        assert read_suite(f"assert {name}(1) == 2", "t").names == {name: ""}
+
+
+def test_a_capital_name_is_a_class_only_if_the_tests_or_the_prompt_use_it_as_one() -> None:
+    for text in (
+        "assert abs(Mean([1, 2]) - 1.5) < 1e-6",
+        "m = Mean([1, 2])\nassert 1.4 < m < 1.6",
+        "import solution\nassert solution.Rev('abc').startswith('c')",
+        "def check(candidate): assert 3 in candidate([1])",
+        "import unittest\nclass A(unittest.TestCase):\n    def test(self): self.assertLess(Mean([1]), 2)",
+        "import pytest\nwith pytest.raises(ValueError) as e: Mean([])\nassert e.value.args == ()",
+        "from decimal import Decimal\nassert F(1) == [Decimal(1), Decimal(2)]",
+    ):
+        assert not read_suite(text, "t").objects, text
+        assert read_suite(text, "t", prompt="Write a class.").objects
+    for text in (
+        "s = Stack([1])\ns.push(1)",
+        "s = Stack()\nassert s.count(1) == 0",
+        "s = Stack([1])\ns.append(2)\nassert s.pop() == 2",
+        "assert Vector(1, 2) + Vector(3, 4) == Vector(4, 6)",
+        "assert Vector(1, 2) * 3 == Vector(3, 6)",
+        "a, b = 1, Vector(1)\nc = Vector(1)\nd = Vector(2)\nassert c != d",
+        "assert max([Vector(1), Vector(2)])[0] == 2",
+        "assert Solution().find(1) == 2",
+        "assert isinstance(make(1), Node)",
+        "import unittest\nclass A(unittest.TestCase):\n    def test(self): self.assertEqual(self.s.peek(), 2)",
+    ):
+        assert read_suite(text, "t").objects, text
