@@ -93,6 +93,7 @@ def test_another_word_is_refused(keep: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_a_run_goes_on_and_verifies_without_the_weights_that_nothing_needs(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Tale {i}"}) + "\n" for i in range(40)))
     values: dict[str, Any] = {

@@ -119,7 +119,7 @@ def shown_to_the_judge(a: str, b: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("echo", ECHOES.values(), ids=ECHOES)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(completion=HOSTILE_TEXT, other=HOSTILE_TEXT, label=st.sampled_from(sorted(LABELS)))
 def test_a_completion_that_the_judge_quotes_never_changes_its_verdict(
     echo: str, completion: str, other: str, label: str
@@ -139,7 +139,7 @@ def test_a_completion_quoted_with_its_control_tokens_gives_no_other_verdict(
     assert verdict == LABELS[label] or isinstance(verdict, Unclear)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(completion=HOSTILE_TEXT, label=st.sampled_from(sorted(LABELS)))
 def test_a_completion_in_the_reasons_of_a_json_reply_never_changes_its_verdict(completion: str, label: str) -> None:
     _, body = shown_to_the_judge(completion, "other")
@@ -149,7 +149,7 @@ def test_a_completion_in_the_reasons_of_a_json_reply_never_changes_its_verdict(c
         assert parse_verdict(f"```json\n{reply}\n```") == LABELS[label]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     completion=HOSTILE_TEXT,
     end=st.sampled_from(["", "\nI cannot decide.", "\n\nBoth have their merits.", "\nVerdict:"]),
@@ -162,7 +162,7 @@ def test_a_completion_copied_in_its_marks_is_never_the_verdict(completion: str, 
     assert isinstance(parse_ranking(f"The completions:\n{marked}{end}", 2), Unclear)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(completion=HOSTILE_TEXT)
 def test_a_completion_that_the_judge_quotes_never_changes_its_score_or_ranking(completion: str) -> None:
     _, body = shown_to_the_judge(completion, "other")
