@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from statistics import mean, pstdev
 from typing import Literal
 
@@ -112,7 +113,7 @@ def build_pairs(
         if isinstance(scores, str):
             counts[scores] += 1
             continue
-        draw = random.Random(derive_seed(seed, "pairing", group.prompt.id))
+        draw = partial(_draw, seed, group.prompt.id)
         if other is None:
             found = _among(group, scores, strategy=strategy, min_margin=min_margin, draw=draw)
         else:
@@ -135,7 +136,12 @@ def build_pairs(
 
 
 def _among(
-    group: CompletionGroup, scores: dict[int, float], *, strategy: Strategy, min_margin: float, draw: random.Random
+    group: CompletionGroup,
+    scores: dict[int, float],
+    *,
+    strategy: Strategy,
+    min_margin: float,
+    draw: Callable[[], random.Random],
 ) -> list[PreferencePair] | str:
     """The pairs of the group's own completions, those with the largest margins first; or why there are none."""
     ordered = [(i, j) for i in scores for j in scores if scores[i] > scores[j] and scores[i] - scores[j] >= min_margin]
@@ -150,7 +156,7 @@ def _among(
         case "best_worst":
             selected = [max(ordered, key=lambda ij: scores[ij[0]] - scores[ij[1]])]
         case "best_random":
-            selected = [draw.choice(of_best)]
+            selected = [draw().choice(of_best)]
         case "best_mean_2sd":
             low = _mean_2sd(scores)
             selected = [min(of_best, key=lambda ij: (abs(scores[ij[1]] - low), scores[ij[1]]))]
@@ -168,7 +174,7 @@ def _with_other(
     side: Side,
     strategy: Strategy,
     by_reasoning: bool,
-    draw: random.Random,
+    draw: Callable[[], random.Random],
 ) -> list[PreferencePair] | str:
     """The pairs of the group's completions with that of another source; or why there are none."""
     ys, same = group.completions, _seen(other, by_reasoning=by_reasoning)
@@ -190,13 +196,18 @@ def _with_other(
         case "best_worst":
             selected = ranked[:1]
         case "best_random":
-            selected = [draw.choice(ranked)]
+            selected = [draw().choice(ranked)]
         case "best_mean_2sd":
             low = _mean_2sd(scores)
             selected = [min(ranked, key=lambda k: (abs(scores[k] - low), scores[k]))]
         case "all_pairs":
             selected = ranked
     return [PreferencePair(group.prompt, group.prompt_ids, other, ys[k], None, scores[k], "chosen") for k in selected]
+
+
+def _draw(seed: int, prompt_id: str) -> random.Random:
+    """What a prompt's random choice is drawn by."""
+    return random.Random(derive_seed(seed, "pairing", prompt_id))
 
 
 def _mean_2sd(scores: dict[int, float]) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from iterdpo.run.rundir import Manifest, check_step, read_manifest
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.others import against, judged_against, other_completions, sampled_others
 from iterdpo.stages.runs import IterativeRun, OfflineRun, batches
-from iterdpo.types import Completion, PreferencePair
+from iterdpo.types import PreferencePair
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,9 +28,30 @@ if TYPE_CHECKING:
 AT_ONCE = 256
 """Groups in memory."""
 
-
 OPTIONS = {"strategy", "min_margin", "max_pairs_per_prompt", "drop_truncated"}
 """Settings of `pairing` that `build_pairs` takes."""
+
+
+@dataclass
+class Tally:
+    """What is counted while a round's pairs are written."""
+
+    fresh: PairCounts = field(default_factory=PairCounts)
+    margins: float = 0.0
+    """The sum of the differences of scores, over the `scored` pairs: those of which both sides have one."""
+    scored: int = 0
+    added: Counter[str] = field(default_factory=Counter)
+    """Pairs that are not fresh: `replayed` and `offline`."""
+
+    def add(self, pairs: Iterable[PreferencePair], counts: PairCounts) -> None:
+        self.fresh += counts
+        for pair in pairs:
+            if pair.chosen_score is not None and pair.rejected_score is not None:
+                self.margins += pair.chosen_score - pair.rejected_score
+                self.scored += 1
+
+    def summary(self) -> str:
+        return self.fresh.summary() + "".join(f", {count:,} {name} added" for name, count in self.added.items())
 
 
 def pair(run: IterativeRun, round: int, completions: Completions, judgments: Judgments) -> Pairs:
@@ -41,82 +62,95 @@ def pair(run: IterativeRun, round: int, completions: Completions, judgments: Jud
     others_digest = met.digest if met else sampled.digest if sampled else None
     step = run.dir.step(round, "pairs", inputs(run, round, judgments, others_digest))
     if (manifest := step.manifest()) is None:
-        directory = step.begin()
+        directory, tally = step.begin(), Tally()
         with run.progress.stage("pair", 0, "pairs") as stage:
-            options = {
-                **section.model_dump(include=OPTIONS),
-                "answers_alone": run.config.dpo.train_on == "answer",
-                "by_reasoning": run.config.judge.sees == "completion",
-                "seed": derive_seed(run.config.seed, round, "pair"),
-            }
-            counts = PairCounts()
-            mixed: Counter[str] = Counter()
-            gaps: list[float] = [0.0, 0]  # their sum, and how many pairs have one
+            if met is None:
+                batched = _of_one_policy(run, round, completions, judgments, sampled)
+            else:
+                batched = _against(run, round, completions, met, sampled)
 
-            def pairs() -> Iterator[PreferencePair]:
-                nonlocal counts
-                groups, judged = read_groups(completions.path, arrays=True), judgments
-                if met is not None:
-                    groups, judged = against(run, completions, sampled), met
-                for some in batches(zip(groups, judged, strict=True), AT_ONCE):
-                    of_batch = dict(options)
-                    if met is not None:
-                        of_batch |= {"strategy": "best_worst", "second_is_other": True}
-                    elif section.other_side is not None:
-                        of_batch["others"] = list(itertools.islice(others, len(some)))
-                        of_batch["others_are"] = "chosen" if section.chosen_from else "rejected"
-                    found, more = build_pairs(*zip(*some, strict=True), **of_batch)
-                    counts += more
-                    for made in found:
-                        if made.chosen_score is not None and made.rejected_score is not None:
-                            gaps[0] += made.chosen_score - made.rejected_score
-                            gaps[1] += 1
-                    yield from found
-                    stage.to(counts.kept)
-                if met is not None:  # the groups are of prompts that have both
-                    without = completions.prompts - counts.groups
-                    counts += PairCounts(groups=without, unmatched=without)
+            def fresh() -> Iterator[PreferencePair]:
+                for pairs, counts in batched:
+                    tally.add(pairs, counts)
+                    yield from pairs
+                    stage.to(tally.fresh.kept)
 
-            def further() -> Iterator[pa.Table]:
-                """Taken when the fresh ones are written."""
-                share = section.offline.share if section.offline else 0.0
-                earlier = sum(_fresh(manifest) for _, manifest in _earlier_pairs(run, round))
-                replayed, offline = further_pairs(counts.kept, replay=section.replay, offline=share, earlier=earlier)
-                for name, tables in (
-                    ("replayed", _replayed(run, round, replayed)),
-                    ("offline", _offline(run, round, offline)),
-                ):
-                    for table in tables:
-                        mixed[name] += len(table)
-                        yield table
-
-            def summary() -> str:
-                added = "".join(f", {count:,} {name} added" for name, count in mixed.items())
-                return f"{counts.summary()}{added}"
-
-            others: Iterator[Completion | None] = iter(())
-            if section.other_side is not None and met is None:
-                others = other_completions(run, read_groups(completions.path, arrays=True), sampled)
             write_pairs(
                 directory,
-                pairs(),
-                further=further(),
-                summary=summary,
+                fresh(),
+                further=_further(run, round, tally),
+                summary=tally.summary,
                 answers_alone=run.config.dpo.train_on == "answer",
             )
-            stage.remark = summary()
-            if not counts.kept:
-                raise DataError(_nothing(round, counts, met or judgments))
-        found = asdict(counts)
-        if gaps[1]:
-            found["score_gap"] = gaps[0] / gaps[1]
-            if (alarm := _gap_alarm(run, round, found["score_gap"])) is not None:
-                found["alarms"] = [alarm]
-        if section.replay or section.offline:
-            found |= {"fresh": counts.kept, "replayed": mixed["replayed"], "offline": mixed["offline"]}
-            found["kept"] += mixed.total()
-        manifest = step.finish(counts=found)
+            stage.remark = tally.summary()
+            if not tally.fresh.kept:
+                raise DataError(_nothing(round, tally.fresh, met or judgments))
+        manifest = step.finish(counts=_counts(run, round, tally))
     return Pairs.of(step.path, manifest)
+
+
+def _of_one_policy(
+    run: IterativeRun, round: int, completions: Completions, judgments: Judgments, sampled: Completions | None
+) -> Iterator[tuple[list[PreferencePair], PairCounts]]:
+    """Pairs of the policy's completions, or of one with another source's, some groups at a time."""
+    section = run.config.pairing
+    groups, others = (read_groups(completions.path, arrays=True) for _ in range(2))
+    beside = None if section.other_side is None else other_completions(run, others, sampled)
+    options = _options(run, round) | {"others_are": "chosen" if section.chosen_from else "rejected"}
+    for some in batches(zip(groups, judgments, strict=True), AT_ONCE):
+        of_batch = None if beside is None else list(itertools.islice(beside, len(some)))
+        yield build_pairs(*zip(*some, strict=True), **options, others=of_batch)
+
+
+def _against(
+    run: IterativeRun, round: int, completions: Completions, met: Judgments, sampled: Completions | None
+) -> Iterator[tuple[list[PreferencePair], PairCounts]]:
+    """Pairs of a completion of the policy's and one of another source's, as the judge ranked them."""
+    options = _options(run, round) | {"strategy": "best_worst"}
+    groups = 0
+    for some in batches(zip(against(run, completions, sampled), met, strict=True), AT_ONCE):
+        groups += len(some)
+        yield build_pairs(*zip(*some, strict=True), **options, second_is_other=True)
+    without = completions.prompts - groups  # the others have no completion of the other source
+    yield [], PairCounts(groups=without, unmatched=without)
+
+
+def _options(run: IterativeRun, round: int) -> dict[str, Any]:
+    """What `build_pairs` is told in every batch."""
+    return {
+        **run.config.pairing.model_dump(include=OPTIONS),
+        "answers_alone": run.config.dpo.train_on == "answer",
+        "by_reasoning": run.config.judge.sees == "completion",
+        "seed": derive_seed(run.config.seed, round, "pair"),
+    }
+
+
+def _further(run: IterativeRun, round: int, tally: Tally) -> Iterator[pa.Table]:
+    """Replayed and offline pairs, as many as the fresh ones call for: to be read once those are written."""
+    section = run.config.pairing
+    share = section.offline.share if section.offline else 0.0
+    earlier = sum(_fresh(manifest) for _, manifest in _earlier_pairs(run, round))
+    replayed, offline = further_pairs(tally.fresh.kept, replay=section.replay, offline=share, earlier=earlier)
+    for name, tables in (
+        ("replayed", _replayed(run, round, replayed)),
+        ("offline", _offline(run, round, offline)),
+    ):
+        for table in tables:
+            tally.added[name] += len(table)
+            yield table
+
+
+def _counts(run: IterativeRun, round: int, tally: Tally) -> dict[str, Any]:
+    """The manifest's counts."""
+    counts = asdict(tally.fresh)
+    if tally.scored:
+        counts["score_gap"] = tally.margins / tally.scored
+        if (alarm := _gap_alarm(run, round, counts["score_gap"])) is not None:
+            counts["alarms"] = [alarm]
+    if run.config.pairing.replay or run.config.pairing.offline:
+        counts |= {name: tally.added[name] for name in ("replayed", "offline")} | {"fresh": tally.fresh.kept}
+        counts["kept"] += tally.added.total()
+    return counts
 
 
 def inputs(run: IterativeRun, round: int, judgments: Judgments, others: str | None = None) -> dict[str, Any]:
