@@ -11,25 +11,22 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 from iterdpo.config import Config, OfflineConfig, TagsConfig
 from iterdpo.data.chats import content_of
-from iterdpo.data.preferences import NOT_RENDERED, preferences_of
+from iterdpo.data.preferences import NOT_RENDERED
 from iterdpo.data.prompts import RoundPrompts, check_lengths, place_of
 from iterdpo.data.rendering import engine_ends, load_tokenizer, prompts_token_ids, turn_ends
 from iterdpo.data.rows import SHOWN_ALIKE, BadRows, source_digest
 from iterdpo.data.thinking import Tags, Thinking, find_tags
 from iterdpo.errors import ConfigError, DamagedError, DataError, RowError
-from iterdpo.evaluation.metrics import OF_THOUGHTS, unmeasured
 from iterdpo.gate import best_record, learning_rate
 from iterdpo.judging.judge import NamedJudge, RunJudge, Waiting
 from iterdpo.judging.shards import StreamingJudge
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
 from iterdpo.run.checkpoints import (
     check_adapter_targets,
-    check_alike,
     check_checkpoint,
     check_model,
     check_whole_modules,
@@ -57,6 +54,7 @@ from iterdpo.sampling import Pool, Sampler, VLLMSampler
 from iterdpo.sampling.client import engine_share
 from iterdpo.sampling.ray import RaySampler, connect
 from iterdpo.sampling.servers import ServerSampler
+from iterdpo.stages.checks import check_evaluation, check_gate, check_pairing
 from iterdpo.training.launch import check_training, warm_up
 from iterdpo.types import Content, Prompt, RoundRecord
 
@@ -284,19 +282,6 @@ class IterativeRun(OfflineRun):
         check_devices(width, "sampling.engine.tensor_parallel_size")
         if self._replicas > 1:
             check_devices(width * self._replicas, "sampling.engine: replicas x tensor_parallel_size")
-        for key, metric in config.gate.metrics():
-            if metric.startswith("benchmark/") and config.evaluation.benchmarks is not None:
-                continue
-            thinking = metric in OF_THOUGHTS and self.tags is not None
-            each = 1 if config.evaluation.temperature == 0 else config.evaluation.n
-            if why := unmeasured(
-                metric,
-                heldout_judge=heldout_judge is not None,
-                thinking=thinking,
-                completions=each,
-                references=config.evaluation.reference_column is not None,
-            ):
-                raise ConfigError(f"{key} = {metric!r}: {why}")
         self.waiting: Waiting = self._say_waiting
         """Prefect pauses the flow run meanwhile."""
         judges = [train_judge, *([heldout_judge] if heldout_judge else [])]
@@ -309,60 +294,13 @@ class IterativeRun(OfflineRun):
             seed=config.seed,
             min_margin=config.pairing.min_margin,
         )
-        self._check_pairing()
-        if (benchmarks := config.evaluation.benchmarks) is not None:
-            if benchmarks.include_path is not None and not Path(benchmarks.include_path).is_dir():
-                raise ConfigError(
-                    f"evaluation.benchmarks.include_path = {benchmarks.include_path!r}: no such directory"
-                )
-            if importlib.util.find_spec("lm_eval") is None:
-                raise ConfigError(
-                    "evaluation.benchmarks: the package 'lm_eval' is not installed; run: pip install 'iterdpo[benchmarks]'"
-                )
-        column = config.evaluation.reference_column
-        if column is not None and column not in self.prompts.heldout.columns():
-            raise ConfigError(f"evaluation.reference_column = {column!r}: the held-out prompts have no such column")
+        check_gate(self, heldout_judge=heldout_judge is not None)
+        check_pairing(self)
+        check_evaluation(self)
         if sampler is not None:
             self.sampler = sampler
         self._streaming: list[StreamingJudge] = []
         self._measuring = threading.Lock()
-
-    def _check_pairing(self) -> None:
-        """What of the section `pairing` files show: the column, the other checkpoint, the data."""
-        section = self.config.pairing
-        if (source := section.other_side) is not None:
-            key = section.other_key
-            if source.column is not None and source.column not in (known := self.prompts.train.columns()):
-                raise ConfigError(
-                    f"pairing.{key}.column = {source.column!r}: the prompts have no such column; they have "
-                    f"{', '.join(sorted(known)) or 'none'}"
-                )
-            if source.column is not None:
-                to_come = (
-                    t for t in range(1, self.config.rounds + 1) if not (self.dir.round_dir(t) / "pairs").exists()
-                )
-                for prompt in itertools.chain.from_iterable(map(self.prompts.of, to_come)):
-                    self.other_content(prompt)
-            if source.model is not None:
-                other = resolve_checkpoint(source.model, key=f"pairing.{key}.model")
-                check_checkpoint(other, trust_remote_code=self.config.model.trust_remote_code)
-                check_alike(other, self.model_path, f"pairing.{key}.model")
-        if (data := section.offline) is not None:
-            offline = preferences_of(data)
-            if offline.account.kind == "unpaired":
-                raise ConfigError(f"pairing.offline {data.path}: unpaired data; only pairs can be mixed with a round's")
-            used = (self.dir.round_dir(1) / "pairs").exists()
-            chat: bool | None = None
-            for batch in offline.parsed():  # all, unless a round has used them
-                chat = batch[0].prompt.conversational if batch and chat is None else chat
-                if used and chat is not None:
-                    break
-            if chat != next(iter(self.prompts.train)).conversational:
-                kinds = ("messages", "text") if chat else ("text", "messages")
-                raise ConfigError(
-                    f"pairing.offline {data.path}: its prompts are {kinds[0]}, and those of the run are {kinds[1]}; give both "
-                    "as the same kind"
-                )
 
     def other_content(self, prompt: Prompt) -> Content | None:
         """The completion in the column that the section `pairing` names; None if the prompt has none.
@@ -625,9 +563,8 @@ class IterativeRun(OfflineRun):
     @property
     def policies_at_once(self) -> int:
         word, _, number = self.config.keep.partition(" ")
-        return (
-            min(self._rounds, int(number) + 3) if word == "last" else self._rounds
-        )  # the start, the best, a reference
+        others = 3  # the start, the best, a reference
+        return min(self._rounds, int(number) + others) if word == "last" else self._rounds
 
     @contextmanager
     def _wait(self, message: str) -> Iterator[Callable[[], None] | None]:
