@@ -17,12 +17,15 @@ from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from iterdpo.errors import ChildFailed
 from iterdpo.escape import printable
 from iterdpo.sampling.base import Batch, Sampler, SamplingParameters
 from iterdpo.types import Completion
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
 
 R = TypeVar("R")
 AT_ONCE = 2
@@ -57,13 +60,13 @@ class ServerSampler(Sampler):
         self._running: set[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = set()
 
     def load(self, policy: Path, digest: str) -> None:
-        self._run(self._load(policy, digest))
+        self._run(lambda session: self._load(session, policy, digest))
 
     def sample(
         self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
     ) -> list[list[Completion]]:
         assert self._model is not None, "load a policy first"
-        return self._run(self._sample(prompt_ids, seeds, parameters))
+        return self._run(lambda session: self._sample(session, prompt_ids, seeds, parameters))
 
     def sample_batches(
         self, batches: Iterable[Batch], parameters: SamplingParameters
@@ -87,8 +90,8 @@ class ServerSampler(Sampler):
             with suppress(RuntimeError):  # it has just ended, and its loop is closed
                 loop.call_soon_threadsafe(task.cancel)
 
-    async def _load(self, policy: Path, digest: str) -> None:
-        served = self._part(await self._ask("GET", "/v1/models", seconds=self._start), "data")
+    async def _load(self, session: ClientSession, policy: Path, digest: str) -> None:
+        served = self._part(await self._ask(session, "GET", "/v1/models", seconds=self._start), "data")
         base = next((model for model in served if not model.get("parent")), None)
         if base is None:
             raise self._failed("/v1/models: no model is there")
@@ -96,33 +99,39 @@ class ServerSampler(Sampler):
         if there is not None and there < needed:
             raise self._failed(f"it holds {there} tokens, but this run needs {needed}; start it with --max-model-len")
         if not (policy / "adapter_config.json").exists():
-            await self._take(policy, digest)
+            await self._take(session, policy, digest)
             self._model = base["id"]
             return
-        await self._take(*self._base())  # it may have been started with another, or another run has changed it
+        await self._take(session, *self._base())  # it may have been started with another, or another run has changed it
         self._model, path = f"iterdpo-{digest}", str(policy.resolve())
         if all(model["id"] != self._model for model in served):
-            await self._ask("POST", "/v1/load_lora_adapter", lora_name=self._model, lora_path=path, seconds=self._start)
+            await self._ask(
+                session, "POST", "/v1/load_lora_adapter", lora_name=self._model, lora_path=path, seconds=self._start
+            )
 
-    async def _take(self, checkpoint: Path, digest: str) -> None:
+    async def _take(self, session: ClientSession, checkpoint: Path, digest: str) -> None:
         """Let the server have these weights, which it may have already."""
         self._version = digest
-        if await self._served() == digest:
+        if await self._served(session) == digest:
             return
         weights: dict[str, Any] = {
             "method": "reload_weights",
             "kwargs": {"weights_path": str(checkpoint.resolve())},
         }
-        await self._ask("POST", "/collective_rpc", **weights, seconds=self._start)
-        await self._ask("POST", "/reset_prefix_cache", seconds=self._start)
-        await self._ask("POST", "/update_weight_version", new_version=digest, seconds=self._start)
+        await self._ask(session, "POST", "/collective_rpc", **weights, seconds=self._start)
+        await self._ask(session, "POST", "/reset_prefix_cache", seconds=self._start)
+        await self._ask(session, "POST", "/update_weight_version", new_version=digest, seconds=self._start)
 
-    async def _served(self) -> str:
+    async def _served(self, session: ClientSession) -> str:
         """The version of the server's weights."""
-        return str(self._part(await self._ask("GET", "/weight_info", seconds=self._start), "weight_version"))
+        return str(self._part(await self._ask(session, "GET", "/weight_info", seconds=self._start), "weight_version"))
 
     async def _sample(
-        self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], parameters: SamplingParameters
+        self,
+        session: ClientSession,
+        prompt_ids: Sequence[list[int]],
+        seeds: Sequence[int],
+        parameters: SamplingParameters,
     ) -> list[list[Completion]]:
         """All prompts at once."""
         body: dict[str, Any] = {
@@ -144,11 +153,11 @@ class ServerSampler(Sampler):
         ]
         replies = await asyncio.gather(
             *(
-                self._ask("POST", "/v1/completions", prompt=ids, **body, **own, seconds=self._silence)
+                self._ask(session, "POST", "/v1/completions", prompt=ids, **body, **own, seconds=self._silence)
                 for ids, own in zip(prompt_ids, given, strict=True)
             )
         )
-        if (served := await self._served()) != self._version:
+        if (served := await self._served(session)) != self._version:
             raise self._failed(f"its weights are no longer those of the policy, but of {printable(served)[:80]}")
         groups = [[self._completion(choice) for choice in self._part(reply, "choices")] for reply in replies]
         if wrong := [len(group) for group in groups if len(group) != parameters.n]:
@@ -167,15 +176,12 @@ class ServerSampler(Sampler):
             raise self._failed(f"a reply of it has no {name}, as those of vLLM have; correct the URL, or start vLLM")
         return reply[name]
 
-    async def _ask(self, verb: str, path: str, /, *, seconds: float, **body: Any) -> Any:
+    async def _ask(self, session: ClientSession, verb: str, path: str, /, *, seconds: float, **body: Any) -> Any:
         import aiohttp
 
         try:
             timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=30)
-            async with (
-                aiohttp.ClientSession(timeout=timeout) as session,
-                session.request(verb, self.url + path, json=body or None) as reply,
-            ):
+            async with session.request(verb, self.url + path, json=body or None, timeout=timeout) as reply:
                 text = await reply.text()
                 if reply.status == 404:
                     raise self._failed(f"it has no {path}; start it with VLLM_SERVER_DEV_MODE=1 (and --enable-lora)")
@@ -188,14 +194,18 @@ class ServerSampler(Sampler):
     def _failed(self, why: str) -> ChildFailed:
         return ChildFailed(f"the server {self.url}: {why}")
 
-    def _run(self, work: Coroutine[Any, Any, R]) -> R:
+    def _run(self, work: Callable[[ClientSession], Coroutine[Any, Any, R]]) -> R:
+        """The result of `work`, which asks over one session: its requests share connections."""
+        from aiohttp import ClientSession, TCPConnector
+
         async def run() -> R:
             task = asyncio.current_task()
             assert task is not None
             entry = (asyncio.get_running_loop(), task)
             self._running.add(entry)
             try:
-                return await work
+                async with ClientSession(connector=TCPConnector(limit=0)) as session:
+                    return await work(session)
             finally:
                 self._running.discard(entry)
 
