@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Unpack
 
 import numpy as np
 
-from iterdpo.stats import Bootstrap, Estimate, bootstrap_mean
+from iterdpo.stats import Bootstrap, Estimate, Floats, bootstrap_mean
 
 Scores = Sequence[float | None]
 """Scores of one prompt's completions; None if the judge abstained."""
@@ -24,26 +23,38 @@ def mean_score(groups: Iterable[Scores], **bootstrap: Unpack[Bootstrap]) -> Esti
 def best_of(n: int, chosen_by: Iterable[Scores], scored_by: Iterable[Scores]) -> float | None:
     """The mean over prompts of the expected score of the best of `n` completions; None if no prompt has so many.
 
-    One judge chooses, another may score. Of the K completions of a prompt that both judged, in ascending order of the
-    first judge's scores, the i-th is the best of n drawn without replacement with probability
-
-        C(i - 1, n - 1) / C(K, n),
-
-    so that the estimate is unbiased from one set of samples. Completions that tie share their probabilities.
+    One judge chooses, another may score. Only completions that both judged count; see `best_of_weights`.
     """
     found = []
     for chosen, scored in zip(chosen_by, scored_by, strict=True):
-        both = sorted((a, b) for a, b in zip(chosen, scored, strict=True) if a is not None and b is not None)
-        if len(both) < n:
-            continue
-        expected, rank = 0.0, 0
-        for _, tied in groupby(both, key=lambda pair: pair[0]):
-            values = [value for _, value in tied]
-            ways = math.comb(rank + len(values), n) - math.comb(rank, n)  # the best is among these
-            expected += ways * float(np.mean(values))
-            rank += len(values)
-        found.append(expected / math.comb(rank, n))
+        values = np.array(scored, float)
+        weights = best_of_weights(np.where(np.isnan(values), np.nan, np.array(chosen, float)), n)
+        if weights is not None:
+            found.append(float(np.nansum(weights * values)))
     return float(np.mean(found)) if found else None
+
+
+def best_of_weights(scores: Floats, n: int) -> Floats | None:
+    """The probability of each of a prompt's completions to be the best of n drawn without replacement, [M]; None if K < n.
+
+    `scores` [M] are NaN for an abstention: such a completion is never drawn. Of the K others in ascending order, the i-th
+    is the best with probability
+
+        C(i - 1, n - 1) / C(K, n),
+
+    so that an estimate is unbiased from one set of samples. Completions that tie share their probabilities.
+    """
+    weights = np.zeros(len(scores))
+    judged = np.flatnonzero(~np.isnan(scores))
+    if len(judged) < n:
+        return None
+    order = judged[np.argsort(scores[judged], kind="stable")]
+    for rank, index in enumerate(order):
+        weights[index] = math.comb(rank, n - 1) / math.comb(len(judged), n)
+    for score in np.unique(scores[judged]):
+        alike = scores == score
+        weights[alike] = weights[alike].mean()
+    return weights
 
 
 def sequence_kl(

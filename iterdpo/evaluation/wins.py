@@ -26,7 +26,7 @@ def outscored(scores: Iterable[Scores], unfinished: Iterable[Sequence[bool]]) ->
         yield [-math.inf if thought else score for score, thought in zip(of_prompt, thoughts, strict=True)]
 
 
-def combinations(candidate: Iterable[Scores], baseline: Iterable[Scores]) -> Iterator[Floats]:
+def combinations(candidate: Iterable[Scores | Floats], baseline: Iterable[Scores | Floats]) -> Iterator[Floats]:
     """The outcomes of each prompt, all of them. Both yield the scores of the same prompts in the same order."""
     for ours, theirs in zip(candidate, baseline, strict=True):
         a, b = np.array(ours, float)[:, None], np.array(theirs, float)

@@ -26,6 +26,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from iterdpo.evaluation.scores import best_of_weights
+from iterdpo.evaluation.wins import combinations, shares
 from iterdpo.report.format import count, duration, nats, number, percent
 from iterdpo.report.page import page_template
 from iterdpo.report.plots import BLUE, FAINT, GREEN, ORANGE, PURPLE, SKY, Panel, as_svg, figure
@@ -274,7 +276,7 @@ def _best_of_n(evaluation: Path, most: int, skipped: int) -> list[Point]:
         values[:, KL] = math.log(n) - (n - 1) / n
         for row, id in enumerate(ids):
             trained, shown, start = judged[id][skipped:], contest[id][skipped:], contest[id][:skipped]
-            weights = best_of_n_weights(trained, n)
+            weights = best_of_weights(trained, n)
             if weights is None:
                 continue
             wins = np.array([win_share(shown[k : k + 1], start) for k in range(len(shown))])
@@ -286,30 +288,10 @@ def _best_of_n(evaluation: Path, most: int, skipped: int) -> list[Point]:
     return points
 
 
-def best_of_n_weights(scores: Floats, n: int) -> Floats | None:
-    """The probability of each of M completions to be the best of N drawn without replacement, [M]. None if M < N.
-
-    Completions without a score are never drawn; equal scores share their probability.
-    """
-    weights = np.zeros(len(scores))
-    judged = np.flatnonzero(~np.isnan(scores))
-    if len(judged) < n:
-        return None
-    order = judged[np.argsort(scores[judged], kind="stable")]
-    for rank, index in enumerate(order):
-        weights[index] = math.comb(rank, n - 1) / math.comb(len(judged), n)
-    for score in np.unique(scores[judged]):
-        alike = scores == score
-        weights[alike] = weights[alike].mean()
-    return weights
-
-
 def win_share(ours: Floats, theirs: Floats) -> float:
     """The share of all combinations in which ours is higher, a tie being one half; NaN if there is none."""
-    ours, theirs = ours[~np.isnan(ours)], theirs[~np.isnan(theirs)]
-    if not len(ours) or not len(theirs):
-        return math.nan
-    return float(np.mean((ours[:, None] > theirs) + 0.5 * (ours[:, None] == theirs)))
+    [share] = shares(combinations([ours], [theirs]))
+    return math.nan if share is None else share
 
 
 def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from iterdpo.evaluation.scores import best_of, logp_gap, mean_score, sequence_kl
+from iterdpo.evaluation.scores import best_of, best_of_weights, logp_gap, mean_score, sequence_kl
 from iterdpo.stats import Estimate
 
 
@@ -69,3 +69,22 @@ def test_the_best_of_n_is_what_enumeration_of_all_draws_gives(n: int) -> None:
             best = [i for i in drawn if by[i] == max(by[j] for j in drawn)]
             expected.append(np.mean(value[best]))  # one of those that tie
     assert best_of(n, chosen.tolist(), scored.tolist()) == pytest.approx(np.mean(expected))
+
+
+def test_the_weights_of_best_of_n_are_those_of_every_choice_of_n() -> None:
+    scores = np.array([0.3, 0.1, 0.9, math.nan, 0.5])
+    for n in (1, 2, 3, 4):
+        wins = np.zeros(5)
+        choices = list(combinations([0, 1, 2, 4], n))
+        for choice in choices:
+            wins[max(choice, key=lambda i: scores[i])] += 1
+        weights = best_of_weights(scores, n)
+        assert weights is not None
+        assert weights == pytest.approx(wins / len(choices))
+    assert best_of_weights(scores, 5) is None  # one was not judged
+
+
+def test_equal_scores_share_their_chance_to_be_the_best() -> None:
+    weights = best_of_weights(np.array([1.0, 2.0, 2.0]), 2)
+    assert weights is not None
+    assert weights == pytest.approx([0, 1 / 2, 1 / 2])  # of three choices of two, none is without a 2

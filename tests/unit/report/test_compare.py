@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from iterdpo.report.compare import (
     Point,
     Trial,
     at_matched_kl,
-    best_of_n_weights,
     budget_of,
     difference,
     pairs_of,
@@ -38,25 +36,6 @@ def point(round: int, scores: Floats, kl: float) -> Point:
 def curve(*points: tuple[float, float], prompts: int = 4) -> Curve:
     """A run whose prompts all have the same score and KL, by round."""
     return Curve([point(t, np.full(prompts, score), kl) for t, (kl, score) in enumerate(points)])
-
-
-def test_the_weights_of_best_of_n_are_those_of_every_choice_of_n() -> None:
-    scores = np.array([0.3, 0.1, 0.9, math.nan, 0.5])
-    for n in (1, 2, 3, 4):
-        wins = np.zeros(5)
-        choices = list(itertools.combinations([0, 1, 2, 4], n))
-        for choice in choices:
-            wins[max(choice, key=lambda i: scores[i])] += 1
-        weights = best_of_n_weights(scores, n)
-        assert weights is not None
-        assert weights == pytest.approx(wins / len(choices))
-    assert best_of_n_weights(scores, 5) is None  # one was not judged
-
-
-def test_equal_scores_share_their_chance_to_be_the_best() -> None:
-    weights = best_of_n_weights(np.array([1.0, 2.0, 2.0]), 2)
-    assert weights is not None
-    assert weights == pytest.approx([0, 1 / 2, 1 / 2])  # of three choices of two, none is without a 2
 
 
 def test_a_win_share_counts_every_combination_and_a_tie_as_half() -> None:
