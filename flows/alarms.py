@@ -86,16 +86,17 @@ class Alarms(NamedTuple):
             raise
 
 
-def targets() -> list[str]:
-    """The targets in ITERDPO_NOTIFY, which are separated by spaces. No child process of this one sees them."""
-    return os.environ.pop("ITERDPO_NOTIFY", "").split()
+def targets(notify: Sequence[str] = ()) -> list[str]:
+    """These, and those in ITERDPO_NOTIFY, which are separated by spaces. No child process of this one sees the latter.
 
-
-def check_targets(notify: Sequence[str]) -> None:
-    """Raises a ConfigError if one of them has none of the `FORMS`. Its value, which may be a secret, is not shown."""
-    for number, target in enumerate(notify, 1):
+    Raises:
+        ConfigError: one of them has none of the `FORMS`. Its value, which may be a secret, is not shown.
+    """
+    found = [*notify, *os.environ.pop("ITERDPO_NOTIFY", "").split()]
+    for number, target in enumerate(found, 1):
         if not BLOCK.fullmatch(target) and not re.fullmatch(r"https?://[^\s/]+\S*", target):
             raise ConfigError(f"--notify, number {number}: not a target; {FORMS}")
+    return found
 
 
 def remove(name: str) -> None:

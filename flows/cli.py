@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -56,6 +57,19 @@ class RunOptions:
 
 
 RUN = RunOptions()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class TriggerOptions:
+    cron: Annotated[str | None, Parameter(help=CRON)] = None
+    timezone: Annotated[str, Parameter(help="time zone of --cron")] = "UTC"
+    rounds: Annotated[int, Parameter(name="--add", help="rounds that each trigger adds")] = 1
+    notify: Annotated[tuple[str, ...], Parameter(help=NOTIFY)] = ()
+    hung_after: Annotated[float, Parameter(help="hours after which a round that has not ended is an alarm")] = 24.0
+
+
+TRIGGERS = TriggerOptions()
 
 
 def _complaint(error: CycloptsError) -> Text:
@@ -154,8 +168,7 @@ def compare(
     from flows.compare import describe_experiment
     from flows.experiment import load_experiment
 
-    files = [a for a in experiment if "=" not in a or Path(a).exists()]
-    loaded = load_experiment(*files, overrides=[a for a in experiment if a not in files], out=out)
+    loaded = _load(partial(load_experiment, out=out), experiment)
     if dry_run:
         print(describe_experiment(loaded))
         return 0
@@ -167,28 +180,14 @@ def compare(
 @app.command
 def serve(
     *config: Word,
-    cron: Annotated[str | None, Parameter(help=CRON)] = None,
-    timezone: Annotated[str, Parameter(help="time zone of --cron")] = "UTC",
-    add: Annotated[int, Parameter(help="rounds that each trigger adds")] = 1,
     name: Annotated[str | None, Parameter(help="the deployment's name (default: that of the run directory)")] = None,
-    notify: Annotated[list[str] | None, Parameter(help=NOTIFY)] = None,
-    hung_after: Annotated[float, Parameter(help="hours after which a round that has not ended is an alarm")] = 24.0,
+    triggers: TriggerOptions = TRIGGERS,
 ) -> int:
     """Serve the flow as a Prefect deployment; each trigger adds rounds."""
     from flows.serving import serve as serve_config
     from iterdpo.config import load_config
 
-    settings = _load(load_config, config)
-    serve_config(
-        settings,
-        name=name,
-        cron=cron,
-        timezone=timezone,
-        rounds=add,
-        notify=notify or (),
-        hung_after=hung_after,
-        progress=Progress(sys.stdout),
-    )
+    serve_config(_load(load_config, config), name=name, progress=Progress(sys.stdout), **vars(triggers))
     sys.stdout.flush()
     os._exit(0)  # all is closed, and Python takes seconds to take torch down: a machine that shuts down may not wait
 
@@ -203,14 +202,10 @@ def deploy(
     pool: Annotated[str, Parameter(help="the work pool; a process pool is created if there is none of this name")],
     name: Annotated[str | None, Parameter(help="the deployment's name (default: that of the file)")] = None,
     folder: Annotated[str | None, Parameter(help=FOLDER)] = None,
-    cron: Annotated[str | None, Parameter(help=CRON)] = None,
-    timezone: Annotated[str, Parameter(help="time zone of --cron")] = "UTC",
-    add: Annotated[int, Parameter(help="rounds that each trigger adds")] = 1,
     if_busy: Annotated[Literal["wait", "drop"], Parameter(help="a trigger that finds a run at work")] = "wait",
     check: Annotated[str | None, Parameter(help="check the judge on this file of labelled pairs instead")] = None,
-    notify: Annotated[list[str] | None, Parameter(help=NOTIFY)] = None,
-    hung_after: Annotated[float, Parameter(help="hours after which a round that has not ended is an alarm")] = 24.0,
     remove: Annotated[bool, Parameter(help="delete the deployment and its alarms")] = False,
+    triggers: TriggerOptions = TRIGGERS,
 ) -> int:
     """Deploy to a work pool of your Prefect server, whose workers run the rounds."""
     from flows import deploy as deploying
@@ -225,13 +220,9 @@ def deploy(
         folder=folder,
         check=check,
         name=name,
-        cron=cron,
-        timezone=timezone,
-        rounds=add,
         if_busy=if_busy,
-        notify=notify or (),
-        hung_after=hung_after,
         progress=progress,
+        **vars(triggers),
     )
     return 0
 

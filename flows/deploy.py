@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from flows import alarms
 from flows.deployment import FLOW
 from flows.runs import SCHEDULE
 from flows.server import check_api
-from flows.serving import check_name, schedule_of
+from flows.serving import check_options, schedule_of
 from iterdpo.config import Config, JudgesConfig, OfflineConfig, load_any_config, load_judges_config
 from iterdpo.errors import ConfigError, UserError
 from iterdpo.run.progress import Progress
@@ -59,11 +58,9 @@ def deploy(
     path, home = Path(path).resolve(), Path.cwd()
     folder = path.parent if folder is None else Path(folder).resolve()
     name = name or path.stem
-    check_name(name)
-    _check_numbers(rounds, hung_after)
-    schedule = schedule_of(cron, timezone)
-    notify = [*notify, *alarms.targets()]
-    alarms.check_targets(notify)
+    check_options(name, rounds=rounds, hung_after=hung_after)
+    schedule_of(cron, timezone)
+    notify = alarms.targets(notify)
     parameters: dict[str, Any] = {"configuration": _below(path, folder)}
     config: Config | OfflineConfig | JudgesConfig
     flow: Any
@@ -81,7 +78,9 @@ def deploy(
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
+    from prefect.client.schemas.schedules import CronSchedule
 
+    clocks = [] if cron is None else [CronSchedule(cron=cron, timezone=timezone)]
     strategy = ConcurrencyLimitStrategy.ENQUEUE if if_busy == "wait" else ConcurrencyLimitStrategy.CANCEL_NEW
     step = {"folder": str(folder), "home": str(home), "if_busy": if_busy}
     with get_client(sync_client=True) as client:
@@ -97,7 +96,7 @@ def deploy(
             parameter_openapi_schema=flow.parameters.model_dump(exclude_unset=True) | {"additionalProperties": False},
             enforce_parameter_schema=True,
             description=flow.description,
-            schedules=[DeploymentScheduleCreate(schedule=s) for s in _clocks(schedule)],
+            schedules=[DeploymentScheduleCreate(schedule=clock) for clock in clocks],
             concurrency_limit=1,
             concurrency_options=ConcurrencyOptions(collision_strategy=strategy),
             paused=False,
@@ -138,13 +137,6 @@ def remove(path: str | Path, *, name: str | None = None, check: bool = False, pr
     if isinstance(config, Config):
         (Path(config.run_dir) / SCHEDULE).unlink(missing_ok=True)
     progress.say(f"removed {flow}/{name}")
-
-
-def _check_numbers(rounds: int, hung_after: float) -> None:
-    if rounds < 1:
-        raise ConfigError(f"--add {rounds}: a trigger adds at least one round")
-    if not 0 < hung_after < math.inf:
-        raise ConfigError(f"--hung-after {hung_after:g}: not a number of hours")
 
 
 def _below(path: Path, folder: Path) -> str:
@@ -221,9 +213,3 @@ def _ensure_pool(client: SyncPrefectClient, name: str, progress: Progress) -> bo
             "command; `iterdpo deploy` creates a pool without them under another name"
         )
     return False
-
-
-def _clocks(schedule: Any) -> list[Any]:
-    from prefect.client.schemas.schedules import CronSchedule
-
-    return [] if schedule is None else [CronSchedule(cron=schedule.cron, timezone=schedule.timezone)]

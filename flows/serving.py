@@ -79,14 +79,9 @@ def serve(
     from flows.iterative_dpo import add_rounds_flow
 
     name = name or Path(config.run_dir).name
-    check_name(name)
-    if rounds < 1:
-        raise ConfigError(f"--add {rounds}: a trigger adds at least one round")
-    if not 0 < hung_after < math.inf:
-        raise ConfigError(f"--hung-after {hung_after:g}: not a number of hours")
+    check_options(name, rounds=rounds, hung_after=hung_after)
     schedule = schedule_of(cron, timezone)
-    notify = [*notify, *alarms.targets()]
-    alarms.check_targets(notify)
+    notify = alarms.targets(notify)
     check_surroundings(open_run(config), prefect=True)  # what can be wrong is said now, not at two in the night
     log = RunDir(config.run_dir).log_path("prefect")
     progress.say(f"preparing {FLOW}/{name}: the first start of a Prefect server takes up to a minute")
@@ -126,10 +121,14 @@ def _count(missed: int) -> str:
     return f"{missed:,}{' or more' * (missed >= MOST_MISSED)} trigger{'s' * (missed != 1)}"
 
 
-def check_name(name: str) -> None:
-    """Raises a ConfigError if a deployment cannot have this name."""
+def check_options(name: str, *, rounds: int, hung_after: float) -> None:
+    """Raises a ConfigError if a deployment cannot have this name, add so many rounds, or wait so many hours."""
     if "/" in name or "%" in name or name in ("", ".", ".."):
         raise ConfigError(f"--name {name!r}: a deployment's name has no / and no %, and is not .. or empty")
+    if rounds < 1:
+        raise ConfigError(f"--add {rounds}: a trigger adds at least one round")
+    if not 0 < hung_after < math.inf:
+        raise ConfigError(f"--hung-after {hung_after:g}: not a number of hours")
 
 
 def schedule_of(cron: str | None, timezone: str) -> Schedule | None:

@@ -13,7 +13,7 @@ import pytest
 from prefect.server.utilities.user_templates import render_user_template_sync
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.alarms import CRASHED, Alarms, Told, _action, check_targets, targets
+from flows.alarms import CRASHED, Alarms, Told, _action, targets
 from iterdpo.errors import ConfigError
 from iterdpo.run.devices import free_port
 from iterdpo.run.rundir import RunDir
@@ -47,13 +47,13 @@ def test_a_crash_that_a_worker_reports_is_a_failed_round_of_an_unknown_number() 
 
 @pytest.mark.parametrize("target", ["https://a.example/x?y=1", "http://127.0.0.1:80/", "slack-webhook/ops"])
 def test_urls_and_blocks_are_targets(target: str) -> None:
-    check_targets([target])
+    assert targets([target]) == [target]
 
 
 @pytest.mark.parametrize("target", ["", "ops", "https://", "ftp://a.example", "mailto:ops@a.example", "a/b/c", "a b"])
 def test_anything_else_is_refused_by_its_place_and_not_shown(target: str) -> None:
     with pytest.raises(ConfigError, match="--notify, number 2: not a target; give the URL of a webhook") as refused:
-        check_targets(["https://a.example", target])
+        targets(["https://a.example", target])
     assert not target or f"{target!r}" not in str(refused.value)
 
 
