@@ -51,10 +51,10 @@ def describe_plan(run: IterativeRun) -> str:
     config = run.config
     per_round, heldout = config.prompts.per_round, len(run.prompts.heldout)
     completions = per_round * config.sampling.n
-    evaluated = heldout * config.evaluation.n
+    evaluated = heldout * config.evaluation.completions
     source = config.pairing.other_side
     others = per_round if source is not None and source.column is None else 0  # one a prompt
-    pairs, rounds = _pairs_of_a_round(config), config.rounds
+    pairs, rounds = pairs_of_a_round(config), config.rounds
     policy, checkpoint = training_bytes(run.model_path, config.dpo)
     in_all = rounds * (completions + others) + (_evaluations(config) + 1) * evaluated
     return _table(
@@ -80,15 +80,15 @@ def describe_plan(run: IterativeRun) -> str:
 
 def load_of(run: IterativeRun) -> Load:
     """The counts of a run for its cost. Completions are as long as `sampling.max_tokens` allows."""
-    config, section = run.config, run.config.evaluation
+    config = run.config
     sampled = list(islice(run.prompts.of(1), MEASURED))
     lengths = [len(ids) for ids in run.prompt_ids(sampled)]
     return Load(
         rounds=config.rounds,
         completions=config.prompts.per_round * config.sampling.n,
-        evaluated=len(run.prompts.heldout) * (1 if section.temperature == 0 else section.n),
+        evaluated=len(run.prompts.heldout) * config.evaluation.completions,
         judges=len(run.judges),
-        pairs=config.dpo.pairs_seen(_pairs_of_a_round(config)),
+        pairs=config.dpo.pairs_seen(pairs_of_a_round(config)),
         prompt_tokens=sum(lengths) / max(1, len(lengths)),
         completion_tokens=config.sampling.max_tokens,
     )
@@ -156,7 +156,7 @@ def _memory(
     return rows
 
 
-def _pairs_of_a_round(config: Config) -> int:
+def pairs_of_a_round(config: Config) -> int:
     """The most pairs that a round trains on."""
     each, source = 1, config.pairing.other_side
     if config.pairing.strategy == "all_pairs":
@@ -203,7 +203,7 @@ def _judge_calls(run: IterativeRun) -> dict[str, str]:
     """
     config = run.config
     section, sampling = config.evaluation, config.sampling
-    rounds, each = config.rounds, 1 if section.temperature == 0 else section.n
+    rounds, each = config.rounds, section.completions
     heldout, references = len(run.prompts.heldout), section.reference_column is not None
     trained = _groups(run.prompts.of(1), sampling.n, sampling.max_tokens)
     scored, compared = (_groups(run.prompts.heldout, k, sampling.max_tokens) for k in (each, 2))

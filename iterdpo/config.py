@@ -726,6 +726,11 @@ class EvaluationConfig(Section):
     bootstrap_samples: int = Field(10_000, ge=100)
     """Bootstrap resamples of the held-out prompts for each interval."""
 
+    @property
+    def completions(self) -> int:
+        """Completions of each held-out prompt. All greedy ones of a prompt would be one."""
+        return 1 if self.temperature == 0 else self.n
+
 
 BOUNDS = ("minimum", "maximum", "max_increase", "max_decrease")
 Otherwise = Literal["keep", "lower_learning_rate", "stop"]

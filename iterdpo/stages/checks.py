@@ -27,7 +27,7 @@ def check_gate(run: IterativeRun, *, heldout_judge: bool) -> None:
             metric,
             heldout_judge=heldout_judge,
             thinking=metric in OF_THOUGHTS and run.tags is not None,
-            completions=1 if config.evaluation.temperature == 0 else config.evaluation.n,
+            completions=config.evaluation.completions,
             references=config.evaluation.reference_column is not None,
         ):
             raise ConfigError(f"{key} = {metric!r}: {why}")

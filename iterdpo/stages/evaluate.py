@@ -125,10 +125,10 @@ def inputs(run: IterativeRun, candidate: PolicyCheckpoint, against: Mapping[str,
 
 
 def _sampling(run: IterativeRun) -> tuple[int, float]:
-    """Completions a prompt, and their temperature. All greedy completions of a prompt would be one."""
+    """Completions a prompt, and their temperature."""
     section = run.config.evaluation
     temperature = run.config.sampling.temperature if section.temperature is None else section.temperature
-    return (1 if temperature == 0 else section.n), temperature
+    return section.completions, temperature
 
 
 def _evaluate(

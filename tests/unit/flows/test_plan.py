@@ -131,6 +131,12 @@ def test_pairs_of_two_policies_and_evaluations_every_few_rounds_are_counted(mode
     assert rows["pairs"] == "at most 20 a round"
 
 
+def test_a_greedy_evaluation_samples_one_completion_of_each_prompt(model: Path, tmp_path: Path) -> None:
+    judge = {"use": f"{tmp_path}/judge.py:score"}
+    rows = planned(model, tmp_path, judge=judge, evaluation={"n": 4, "temperature": 0})
+    assert rows["completions"] == "40 a round and 5 an evaluation; 140 in all"
+
+
 def test_the_calls_of_judges_that_compare_count_both_orders_and_both_baselines(model: Path, tmp_path: Path) -> None:
     endpoint = {"base_url": "http://127.0.0.1:9/v1", "price_in": 1.0, "price_out": 10.0}
     llm = {"use": "pairwise", "args": {"model": "m", "endpoint": endpoint, "constrain": "none"}}
