@@ -20,6 +20,7 @@ from typing import Any
 from flows.api import check_surroundings, describe, open_run
 from flows.experiment import Arm, Experiment
 from flows.loop import PLAIN, Stages, initial_round, run_loop, run_round
+from flows.plan import pairs_of_a_round
 from iterdpo.config import Config
 from iterdpo.errors import ChildFailed, UserError
 from iterdpo.report.compare import ArmRuns, Trial, write_comparison
@@ -494,11 +495,7 @@ def _budget(arm: Arm, config: Config) -> str:
     if arm.kind == "best_of_n":
         return f"no training; {arm.n} completions and judge calls for each prompt in use"
     completions = config.rounds * config.prompts.per_round * config.sampling.n
-    each = 1
-    if config.pairing.strategy == "all_pairs":
-        combinations = math.comb(config.sampling.n, 2)
-        each = min(combinations, config.pairing.max_pairs_per_prompt or combinations)
-    steps = config.rounds * config.dpo.steps(config.prompts.per_round * each)
+    steps = config.rounds * config.dpo.steps(pairs_of_a_round(config))
     rounds = f"{config.rounds} round{'s'[: config.rounds > 1]}"
     return f"{rounds}, {completions:,} completions and as many judge calls, at most {steps:,} optimizer steps"
 

@@ -308,6 +308,8 @@ def test_the_plan_names_budgets_and_trials_and_changes_nothing(bench: Bench) -> 
     assert "iterative: 2 rounds, 24 completions and as many judge calls, at most 2 optimizer steps" in said
     assert "offline: 1 round, 24 completions and as many judge calls, at most 2 optimizer steps" in said
     assert said.endswith("6 runs after 8 to tune; 0 have ended")
+    mixed = describe_experiment(bench.load(arms={"mixed": {"pairing.replay": 0.5, "dpo.pairs_per_step": 2}}))
+    assert "iterative: 2 rounds, 24 completions and as many judge calls, at most 12 optimizer steps" in mixed
     assert not (bench.root / "out").exists()
 
 
