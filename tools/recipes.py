@@ -14,9 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from iterdpo.config import Config, OfflineConfig, load_config, load_offline_config
+from iterdpo.config import Config, load_any_config
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- recipes: written by tools/recipes.py -->\n", "<!-- end of recipes -->\n"
@@ -26,11 +24,6 @@ ADDRESS = re.compile(r"arXiv:(\d{4}\.\d{5})|github\.com/([\w-]+/[\w.-]+)")
 
 def recipes() -> list[Path]:
     return sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
-
-
-def load(path: Path) -> Config | OfflineConfig:
-    """The recipe's configuration, of `iterdpo run` or `iterdpo train`."""
-    return load_offline_config(path) if "data" in yaml.safe_load(path.read_text()) else load_config(path)
 
 
 def title(path: Path) -> str:
@@ -48,7 +41,7 @@ def source(path: Path) -> str:
 
 
 def row(path: Path) -> str:
-    config = load(path)
+    config = load_any_config(path)
     loss: Any = config.dpo.loss
     links = [
         f"[{paper}](https://arxiv.org/abs/{paper})" if paper else f"[{repository}](https://github.com/{repository})"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from flows.cli import main
-from iterdpo.config import Config
-from tools.recipes import ADDRESS, ROOT, load, recipes, source, title, written
+from iterdpo.config import Config, load_any_config
+from tools.recipes import ADDRESS, ROOT, recipes, source, title, written
 
 NAMED = {
     *("rlhflow", "sppo", "spin", "zephyr", "tulu3", "olmo3-instruct", "olmo3-think", "rlmt", "delta-learning"),
@@ -29,7 +29,7 @@ def test_every_recipe_that_the_readme_promises_is_there() -> None:
 def test_a_recipe_names_its_source_and_its_run_directory_is_its_own(path: Path) -> None:
     assert ADDRESS.search(source(path))
     assert len(title(path)) < 80
-    assert Path(load(path).run_dir).name == path.stem
+    assert Path(load_any_config(path).run_dir).name == path.stem
 
 
 def test_the_table_in_the_readme_is_made_from_the_recipes(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_recipe_passes_a_dry_run_with_a_small_model(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     shutil.copytree(tiny_model, tmp_path / "model")
-    config = load(path)
+    config = load_any_config(path)
     overrides = ["model.path=model", f"run_dir={tmp_path / 'run'}"]
     pairs = [{"prompt": f"Tale {i}", "chosen": "yes", "rejected": "no"} for i in range(600)]
     if isinstance(config, Config):
