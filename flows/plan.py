@@ -43,7 +43,19 @@ SAMPLED = 32
 """Prompts from which the work of the judges is estimated."""
 MEASURED = 256
 """Prompts whose lengths in tokens are averaged."""
-STEPS = ("completions", "judgments", "others", "against", "pairs", "reference", "policy", "evaluation", "benchmarks")
+STEPS = (
+    "completions",
+    "judgments",
+    "others",
+    "against",
+    "pairs",
+    "ema",
+    "reference",
+    "policy",
+    "evaluation",
+    "benchmarks",
+)
+"""Directories of a round, in the order of the loop."""
 
 
 def describe_plan(run: IterativeRun) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.plan import duration
+from flows.plan import STEPS, duration
 from flows.runs import next_trigger, state_of
 from iterdpo.errors import DamagedError
 from iterdpo.escape import printable
@@ -23,7 +23,6 @@ from iterdpo.types import RoundRecord
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-STEPS = ("completions", "judgments", "pairs", "ema", "reference", "policy", "evaluation")
 SHOWN = ("score/train_judge", "score/heldout_judge", "win_rate/vs_initial", "kl/to_initial", "time/round_s")
 BARS = "▁▂▃▄▅▆▇█"
 LOSSES = 40
@@ -85,15 +84,24 @@ def snapshot(run_dir: str | Path, *, now: float | None = None) -> Snapshot:
             problems.append(str(error))
     rounds = config.get("rounds", 1)
     round = max((record.round for record in records), default=-1) + 1
-    if not (run.round_dir(round)).exists() and records:
+    if not run.round_dir(round).exists() and records:
         round = records[-1].round
-    steps = [step for name in STEPS if (step := _step(run.round_dir(round), name, config, now, problems)) is not None]
-    training = _training(run.round_dir(round))
+    directory = run.round_dir(round)
+    training = _training(directory)
+    found = (_step(directory, name, config, training, now, problems) for name in STEPS)
+    steps = [step for step in found if step is not None]
     state = state_of(run, rounds) if not problems else "damaged"
     return Snapshot(str(run.root), state, round, rounds, steps, training, records, next_trigger(run.root), problems)
 
 
-def _step(directory: Path, name: str, config: dict[str, Any], now: float, problems: list[str]) -> StepState | None:
+def _step(
+    directory: Path,
+    name: str,
+    config: dict[str, Any],
+    training: list[dict[str, Any]],
+    now: float,
+    problems: list[str],
+) -> StepState | None:
     path, partial = directory / name, directory / f"{name}.partial"
     try:
         if (manifest := read_manifest(path)) is not None:
@@ -116,13 +124,13 @@ def _step(directory: Path, name: str, config: dict[str, Any], now: float, proble
             done, unit = shards, "shards"
             total = -(-prompts.get("per_round", 0) // sampling.get("shard_size", 1))
         case "policy":
-            rows, dpo = _training(directory), config.get("dpo", {})
-            done, unit = (int(rows[-1]["step"]) if rows else 0), "steps"
+            dpo = config.get("dpo", {})
+            done, unit = (int(training[-1]["step"]) if training else 0), "steps"
             pairs = read_manifest(directory / "pairs")
             kept = pairs.counts.get("kept", 0) if pairs is not None else 0
             size = dpo.get("pairs_per_step", 1)
             total = dpo.get("max_steps") or dpo.get("epochs", 1) * -(-kept // size)
-            speeds = [row["pairs_per_second"] / size for row in rows[-10:] if row.get("pairs_per_second")]
+            speeds = [row["pairs_per_second"] / size for row in training[-10:] if row.get("pairs_per_second")]
             return StepState(name, done, total, seconds, False, unit, sum(speeds) / len(speeds) if speeds else None)
         case _:
             done, total, unit = 0, 0, ""

@@ -78,6 +78,12 @@ def test_a_finished_step_has_what_it_took(run: RunDir) -> None:
     assert (step.finished, step.done, step.unit, step.seconds, step.left) == (True, 8, "prompts", 30.0, None)
 
 
+def test_every_step_of_a_round_is_shown_in_the_order_of_the_loop(run: RunDir) -> None:
+    for name in ("benchmarks", "against", "ema", "others"):
+        run.step(1, name, {}).begin()
+    assert [step.name for step in snapshot(run.root).steps] == ["completions", "others", "against", "ema", "benchmarks"]
+
+
 def test_a_damaged_record_is_shown_and_ends_nothing(run: RunDir) -> None:
     (run.round_dir(0) / "round.json").write_text("{")
     text = shown(run)
