@@ -96,9 +96,15 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, run, and turn the errors that a user can fix into one line."""
     try:
         status = app(argv)
+        sys.stdout.flush()
     except (UserError, RunFailed) as error:
         print(f"iterdpo: {error}", file=sys.stderr)
         status = 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        status = 1
     except OSError as error:
         if (failed := disk.failure(error)) is None:
             raise
@@ -112,6 +118,15 @@ def main(argv: list[str] | None = None) -> None:
         sys.stderr.flush()
         os._exit(status)  # Python would wait for all that is queued in the threads of a judge
     sys.exit(status or 0)
+
+
+def _is_unread() -> bool:
+    """Whether the reader of standard output is gone, as after `| head`. What could not be written is still to be flushed."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 @app.command

@@ -38,6 +38,7 @@ from iterdpo.run.rundir import (
     digest,
     read_manifest,
     read_object,
+    removed,
     write_json,
     write_with,
 )
@@ -234,7 +235,9 @@ def adopt(step: Step, donors: Sequence[Path]) -> bool:
     for donor in donors:
         there = donor / step.path.parent.name / step.path.name
         manifest = read_manifest(there)
-        if manifest is None or differing_keys(_key(step.path.name, manifest.inputs), _key(step.path.name, step.inputs)):
+        if manifest is None or removed(there):
+            continue
+        if differing_keys(_key(step.path.name, manifest.inputs), _key(step.path.name, step.inputs)):
             continue
         check_step(there, manifest)
         step.begin()  # moves a step that was made with other inputs out of the way

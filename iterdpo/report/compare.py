@@ -171,7 +171,7 @@ def read_curve(arm: ArmRuns, root: Path) -> Curve:
     run = RunDir(root)
     if arm.kind == "best_of_n":
         return Curve(_best_of_n(run.round_dir(0) / "evaluation", arm.n, arm.baseline_n), _best_of_n_budget(run, arm.n))
-    points, completions = [], 0
+    points, completions, start = [], 0, dict[str, Floats]()
     for record in run.records():
         directory = run.round_dir(record.round)
         for step in ("completions", "others", "policy"):
@@ -180,10 +180,11 @@ def read_curve(arm: ArmRuns, root: Path) -> Curve:
                 completions += int(
                     manifest.counts.get("completions", manifest.counts.get("budget", {}).get("completions", 0))
                 )
-        standing, initial = (run.round_dir(r) / "evaluation" for r in (record.policy_round, 0))
+        standing = run.round_dir(record.policy_round) / "evaluation"
         if not standing.exists():  # of a round that was not evaluated
             continue
-        points.append(_point(record.round, completions, standing, initial))
+        start = start or _contest(run.round_dir(0) / "evaluation")
+        points.append(_point(record.round, completions, standing, start))
     return Curve(points, budget_of(run))
 
 
@@ -222,9 +223,8 @@ def _best_of_n_budget(run: RunDir, n: int) -> dict[str, float]:
     return {"completions": prompts * n, "judge_calls": prompts * n}
 
 
-def _point(round: int, completions: int, evaluation: Path, initial: Path) -> Point:
-    scores, trained, start = _scores(evaluation), _scores(evaluation, "train_judge"), _contest(initial)
-    contest = _contest(evaluation)
+def _point(round: int, completions: int, evaluation: Path, start: Mapping[str, Floats]) -> Point:
+    scores, trained, contest = _scores(evaluation), _scores(evaluation, "train_judge"), _contest(evaluation)
     ids = tuple(scores)
     values = np.full((len(ids), len(METRICS)), np.nan)
     for row, id in enumerate(ids):

@@ -84,6 +84,28 @@ def test_help_imports_nothing_heavy() -> None:
     assert {"quickstart", "run", "train", "serve", "judge", "report", "status", "show"} <= set(ended.stdout.split())
 
 
+@pytest.mark.parametrize(
+    "code", ["cli.main(['runs', '.'])", "cli.app = lambda argv: print('word ' * 10_000); cli.main()"]
+)
+def test_a_command_whose_output_is_no_longer_read_ends_quietly(code: str, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", f"from flows import cli; {code}"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+def test_a_broken_pipe_to_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(argv: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("flows.cli.app", asked)
+    with pytest.raises(BrokenPipeError):
+        main([])
+
+
 def test_ctrl_c_does_not_wait_for_what_is_queued_in_the_threads_of_a_judge() -> None:
     script = """
 import time

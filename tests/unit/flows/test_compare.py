@@ -21,7 +21,7 @@ from iterdpo.report import compare as report
 from iterdpo.report.compare import Trial
 from iterdpo.run.artifacts import PolicyCheckpoint, read_groups
 from iterdpo.run.progress import Stage
-from iterdpo.run.rundir import Step, digest, read_json, read_manifest, write_jsonl
+from iterdpo.run.rundir import Step, digest, read_json, read_manifest, remove_weights, write_jsonl
 from iterdpo.run.sums import MANIFEST
 from iterdpo.sampling import SamplingParameters
 from iterdpo.stages import evaluate
@@ -170,6 +170,15 @@ def test_what_an_interrupted_start_left_is_no_part_of_the_step_that_is_taken(tmp
         (two.begin() / name).write_text("half")
     assert adopt(two, [tmp_path / "one"])
     assert [(p.name, p.read_text()) for p in two.path.iterdir() if p.name != MANIFEST] == [("weights", "whole")]
+
+
+def test_a_policy_whose_weights_were_removed_is_not_shared(tmp_path: Path) -> None:
+    one, two = (Step(tmp_path / run / "round-001" / "policy", {"beta": 0.1}) for run in ("one", "two"))
+    (one.begin() / "model.safetensors").write_text("whole")
+    one.finish()
+    remove_weights(one.path)  # as `keep` asks
+    assert not adopt(two, [tmp_path / "one"])
+    assert two.manifest() is None
 
 
 def test_a_step_to_be_shared_that_is_damaged_is_refused(bench: Bench) -> None:
