@@ -259,7 +259,10 @@ def test_each_lowering_multiplies_the_learning_rate_by_the_factor_of_its_round()
 )
 def test_the_best_round_is_the_promoted_one_with_the_highest_metric_that_rounds_share(metric: str, best: int) -> None:
     scores = [3.0, 1.0, 2.0, 9.0]
-    rounds = [r.metrics | {"score/heldout_judge": s} for r, s in zip(LENGTHS, scores, strict=True)]
+    rounds = [
+        r.metrics | {"score/heldout_judge": s, METRIC: 0.9 - r.round / 10, "win_rate/vs_best": 0.9 - r.round / 10}
+        for r, s in zip(LENGTHS, scores, strict=True)
+    ]
     assert best_round(rounds, {"metric": metric}) == best
     earlier = [replace(r, metrics=m, gate={"metric": metric}) for r, m in zip(LENGTHS, rounds, strict=True)]
     assert best_record(earlier).round == best

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from iterdpo.evaluation.texts import distinct_n, loops, refuses
+from iterdpo.evaluation.texts import MIX, distinct_n, loops, refuses
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,12 @@ def test_distinct_n_is_exact_however_few_ngrams_are_held_at_a_time(n: int, held:
         assert passes > 2  # one for the total, and at least two for the n-grams
 
 
+def test_ngrams_whose_hashes_are_at_the_ends_of_a_pass_are_counted_once() -> None:
+    ends = [edge + side for edge in (2**64, 2**63, 2**62, 2**61) for side in (-1, 0)]
+    tokens = np.array([end * pow(int(MIX), -1, 2**64) % 2**64 for end in ends], np.uint64)
+    assert distinct_n(lambda: [tokens], 1, held=2) == 1.0
+
+
 def test_tokens_too_large_to_be_counted_exactly_are_refused() -> None:
     assert distinct_n(lambda: [[2**21 - 1, 0, 1]], 3) == 1.0
     with pytest.raises(ValueError, match="below 2,097,152"):
@@ -62,7 +68,8 @@ def test_tokens_too_large_to_be_counted_exactly_are_refused() -> None:
         ([*range(20), *[1, 2, 3] * 5], False),
         ([*range(100, 140)] * 4, True),
         ([*range(100, 140)] * 3, False),
-        ([*range(100, 165)] * 4, False),  # 65 tokens
+        ([*range(100, 164)] * 4, True),  # 64 tokens
+        ([*range(100, 165)] * 4, False),
         ([*range(200)], False),
         ([], False),
         ([5], False),

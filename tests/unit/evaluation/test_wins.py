@@ -146,6 +146,13 @@ def test_a_length_controlled_win_rate_of_two_lengths_has_a_closed_form(
     assert logits[1] - logits[0] == pytest.approx(2 * 1.959964 * deviation, rel=1e-3)
 
 
+def test_lengths_are_measured_in_deviations_of_a_sample() -> None:
+    # both shares are fitted: a + b tanh(10 / sd) = ln 3 and a + b tanh(-5 / sd) = 0, with sd = 15 / sqrt 2
+    one, other = math.tanh(math.sqrt(2) * 10 / 15), math.tanh(math.sqrt(2) * -5 / 15)
+    a = -other * math.log(3) / (one - other)
+    assert length_controlled([0.75, 0.5], [10.0, -5.0]).value == pytest.approx(1 / (1 + math.exp(-a)), abs=1e-4)
+
+
 def test_the_regression_is_that_of_another_implementation() -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
     generator = np.random.default_rng(0)
