@@ -6,6 +6,7 @@ Exit status: 0 done, 1 a run failed (finished work is kept), 2 bad input.
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,12 +122,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _is_unread() -> bool:
-    """Whether the reader of standard output is gone, as after `| head`. What could not be written is still to be flushed."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+    """Whether the reader of standard output is gone, as after `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 @app.command
