@@ -15,10 +15,10 @@ from typing import Any
 
 from flows.api import open_run
 from flows.loop import run_loop, run_round
-from flows.quickstart import default_cache
 from iterdpo.config import Config, parse_config
 from iterdpo.run.cost import ESTIMATE, Rates, estimate_to_json, read_rates
 from iterdpo.run.devices import visible_gpus
+from iterdpo.run.folder import default_cache
 from iterdpo.run.progress import Progress, Stage
 from iterdpo.run.rundir import digest, write_json
 from iterdpo.sampling import Sampler

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 from iterdpo.config import Config, load_config
 from iterdpo.errors import UserError
+from iterdpo.run.folder import default_cache
 from iterdpo.run.rundir import Manifest, RunDir, Step, digest, write_jsonl
 from iterdpo.run.sums import sha256_file
 from iterdpo.seeds import derive_seed
@@ -133,12 +134,6 @@ def quickstart_config(assets: QuickstartAssets, overrides: Sequence[str] = ()) -
     paths = {"model.path": assets.model, "prompts.path": assets.prompts, "judge.args.path": assets.judge}
     own = [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]
     return load_config(folder / "quickstart.yaml", overrides=[*own, *overrides])
-
-
-def default_cache() -> Path:
-    if own := os.environ.get("ITERDPO_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iterdpo"
 
 
 class Review(NamedTuple):

@@ -101,7 +101,7 @@ def _word_or_tags(value: Any) -> Any:
 
 class ModelConfig(Section):
     path: LocalPath
-    """The initial policy: a Hugging Face checkpoint directory, or a hub id."""
+    """The initial policy: a Hugging Face checkpoint directory, its [URL](data.md#files-by-url), or a hub id."""
     revision: str | None = None
     """A hub id's branch, tag or commit. Pin it for runs that must be repeatable."""
     trust_remote_code: bool = False
@@ -118,7 +118,8 @@ class ModelConfig(Section):
 
 class PromptsConfig(Section):
     path: LocalPath
-    """A JSON, JSONL, CSV or Parquet file, a directory of them, or a hub data set id."""
+    """A JSON, JSONL, CSV or Parquet file, a directory of them, the [URL](data.md#files-by-url) of either, or a hub data set
+    id."""
     split: str = "train"
     """The split to read, if the data set has several."""
     column: str = "prompt"
@@ -225,7 +226,8 @@ class JudgeConfig(Section):
 
 class PreferenceFileConfig(Section):
     path: LocalPath
-    """A JSON, JSONL, CSV or Parquet file (plain or .gz), a directory of them, or a hub data set id."""
+    """A JSON, JSONL, CSV or Parquet file (plain or .gz), a directory of them, the [URL](data.md#files-by-url) of either, or a
+    hub data set id."""
     split: str = "train"
     """The split to read, if the data set has several."""
     format: Literal["auto", "pairs", "hh", "unpaired", "sharegpt"] = "auto"

@@ -32,8 +32,9 @@ VALUES = re.compile(
     r"|\bglpat-[\w-]{16,}|\bxox[abprs]-[\w-]{10,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[\w-]{30,}|\bya29\.[\w-]{20,}"
     r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}|-----BEGIN [A-Z ]*PRIVATE KEY|\b(?:Bearer|Basic) [\w+/.=-]{16,}"
     r"|\bnpm_[A-Za-z0-9]{30,}|\bpypi-[\w-]{30,}|\bgsk_[A-Za-z0-9]{20,}|\br8_[A-Za-z0-9]{20,}|://[^/\s:@]+:[^/\s@]+@"
+    r"|://\S*[?&](?i:x-amz-signature|x-goog-signature|signature|sig|access_token|token|api_?key)=[^&\s]"
 )
-"""The forms in which services write their keys, and a URL with a password."""
+"""The forms in which services write their keys, and a URL with a password or a signature."""
 
 
 def secret_in(values: dict[str, Any]) -> str | None:

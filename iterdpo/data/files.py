@@ -45,36 +45,38 @@ def format_of(file: Path) -> str:
     return file.name.lower().removesuffix(".gz").rpartition(".")[2]
 
 
-def file_rows(file: Path) -> Iterator[Numbered]:
-    """The rows of a file of one of `FORMATS`.
+def file_rows(file: Path, name: str | None = None) -> Iterator[Numbered]:
+    """The rows of a file of one of `FORMATS`; `name` is the file's in messages, by default its path.
 
     Raises:
         DataError: nothing more can be read; see the module's docstring.
     """
-    kind = format_of(file)
+    kind, name = format_of(file), name or str(file)
     if kind not in FORMATS:
         raise DataError(
-            f"{file}: unknown kind of file; give .json, .jsonl, .csv (also .gz) or .parquet, as pandas writes them with "
+            f"{name}: unknown kind of file; give .json, .jsonl, .csv (also .gz) or .parquet, as pandas writes them with "
             "df.to_json(path, orient='records', lines=True), df.to_csv(path, index=False) or df.to_parquet(path)"
         )
     if kind == "parquet":
-        yield from ((None, row if isinstance(row, RowError) else without_fill(row)) for row in _parquet_rows(file))
+        yield from (
+            (None, row if isinstance(row, RowError) else without_fill(row)) for row in _parquet_rows(file, name)
+        )
         return
     packed = file.name.lower().endswith(".gz")
     opener: Any = gzip.open if packed else open
     try:
         with opener(file, "rt", encoding="utf-8-sig", newline="") as handle:
-            text = _Text(handle, file, file.stat().st_size * RATIO if packed else None)
+            text = _Text(handle, name, file.stat().st_size * RATIO if packed else None)
             yield from _csv_rows(text) if kind == "csv" else _json_rows(text)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read ({printable(str(error))[:300]}); restore it from a copy") from error
+        raise DataError(f"{name}: cannot be read ({printable(str(error))[:300]}); restore it from a copy") from error
 
 
 class _Text:
     """A text file, a line or a chunk at a time."""
 
-    def __init__(self, handle: TextIO, file: Path, most: int | None) -> None:
-        self.handle, self.file, self.line = handle, file, 0
+    def __init__(self, handle: TextIO, name: str, most: int | None) -> None:
+        self.handle, self.name, self.line = handle, name, 0
         self._most, self._read = most, 0  # characters of all
 
     def __iter__(self) -> Iterator[str]:
@@ -82,14 +84,14 @@ class _Text:
         while line := self.count(self.handle.readline(MOST + 1)):
             self.line += 1
             if len(line) > MOST:
-                raise DataError(f"{self.file}:{self.line}: {TOO_LONG}")
+                raise DataError(f"{self.name}:{self.line}: {TOO_LONG}")
             yield line
 
     def count(self, text: str) -> str:
         self._read += len(text)
         if self._most is not None and self._read > max(self._most, SMALL):
             raise DataError(
-                f"{self.file}: unpacks to more than {RATIO} times its size, which no text does; unpack it yourself if "
+                f"{self.name}: unpacks to more than {RATIO} times its size, which no text does; unpack it yourself if "
                 "it is right"
             )
         return text
@@ -105,11 +107,11 @@ def _json_rows(text: _Text) -> Iterator[Numbered]:
     text.handle.seek(0)
     if head == "[":
         for number, (row, where) in enumerate(_json_items(text), 1):
-            yield None, _object(row, f"{text.file}: item {number}", where)
+            yield None, _object(row, f"{text.name}: item {number}", where)
         return
     for line in text:
         if line.strip():
-            where = f"{text.file}:{text.line}"
+            where = f"{text.name}:{text.line}"
             try:
                 row, end = _decoder.raw_decode(line, _end_of_white(line, 0))
                 if _end_of_white(line, end) != len(line):
@@ -118,11 +120,11 @@ def _json_rows(text: _Text) -> Iterator[Numbered]:
                 yield text.line, _invalid(where, error)
             else:
                 if text.line == 1:
-                    _refuse_frame(text.file, row)
+                    _refuse_frame(text.name, row)
                 yield text.line, _object(row, where, line)
 
 
-def _refuse_frame(file: Path, row: Any) -> None:
+def _refuse_frame(name: str, row: Any) -> None:
     """A whole data frame in one object, in one of the other forms that pandas has."""
     if not isinstance(row, dict) or not row:
         return
@@ -131,7 +133,7 @@ def _refuse_frame(file: Path, row: Any) -> None:
     columns = all(keys) and all(names == keys[0] for names in keys) and all(name.isdigit() for name in keys[0])
     if numbered or columns or row.keys() in ({"columns", "index", "data"}, {"schema", "data"}):
         raise DataError(
-            f"{file}: the file is one object with all rows in it, as pandas writes a data frame by default; write it with "
+            f"{name}: the file is one object with all rows in it, as pandas writes a data frame by default; write it with "
             "df.to_json(path, orient='records', lines=True)"
         )
 
@@ -151,7 +153,7 @@ def _json_items(text: _Text) -> Iterator[tuple[Any, str]]:
     def more() -> None:
         nonlocal buffer, at, lines, behind, ended
         if len(buffer) - at > MOST:
-            raise DataError(f"{text.file}:{lines + buffer.count(chr(10), 0, at)}: {TOO_LONG}")
+            raise DataError(f"{text.name}:{lines + buffer.count(chr(10), 0, at)}: {TOO_LONG}")
         lines += buffer.count("\n", 0, at)
         newline = buffer.rfind("\n", 0, at)
         behind = at - newline - 1 + (behind if newline < 0 else 0)
@@ -162,7 +164,7 @@ def _json_items(text: _Text) -> Iterator[tuple[Any, str]]:
         line = lines + buffer.count("\n", 0, position)
         newline = buffer.rfind("\n", 0, position)
         column = position - newline + (behind if newline < 0 else 0)
-        return _invalid(f"{text.file}:{line}", f"{message} at column {column}")
+        return _invalid(f"{text.name}:{line}", f"{message} at column {column}")
 
     def mark() -> str:
         """The next character that is no white space; empty at the file's end."""
@@ -188,7 +190,7 @@ def _json_items(text: _Text) -> Iterator[tuple[Any, str]]:
                     if ended or amid:
                         raise invalid(error.msg, error.pos) from None
                 except (ValueError, RecursionError) as error:
-                    raise _invalid(f"{text.file}:{lines + buffer.count(chr(10), 0, at)}", error) from None
+                    raise _invalid(f"{text.name}:{lines + buffer.count(chr(10), 0, at)}", error) from None
                 more()
             yield value, buffer[at:end]
             at = end
@@ -248,11 +250,11 @@ def _csv_rows(text: _Text) -> Iterator[Numbered]:
     csv.field_size_limit(MOST)
     reader = csv.DictReader(iter(text), strict=True)
     try:
-        _refuse_repeated(text.file, reader.fieldnames or ())
+        _refuse_repeated(text.name, reader.fieldnames or ())
         for row in reader:
             if None in row or None in row.values():
                 message = (
-                    f"{text.file}:{reader.line_num}: the number of fields differs from the header's "
+                    f"{text.name}:{reader.line_num}: the number of fields differs from the header's "
                     f"{len(reader.fieldnames or ())}; quote texts that hold commas or line breaks"
                 )
                 yield reader.line_num, RowError(message, "have another number of fields than the header")
@@ -260,16 +262,16 @@ def _csv_rows(text: _Text) -> Iterator[Numbered]:
                 yield reader.line_num, row
     except csv.Error as error:
         # the line after the last good row
-        raise DataError(f"{text.file}:{reader.line_num + 1}: not valid CSV: {printable(str(error))[:300]}") from None
+        raise DataError(f"{text.name}:{reader.line_num + 1}: not valid CSV: {printable(str(error))[:300]}") from None
 
 
-def _refuse_repeated(file: Path, columns: Sequence[str]) -> None:
+def _refuse_repeated(file: str, columns: Sequence[str]) -> None:
     """Of two columns of one name, a row would have the last."""
     if repeated := sorted(name for name, count in Counter(columns).items() if count > 1):
         raise DataError(f"{file}: has the column {repeated[0]!r} more than once; rename one")
 
 
-def _parquet_rows(file: Path) -> Iterator[Row]:
+def _parquet_rows(file: Path, name: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -280,21 +282,21 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         )
         names = table.schema_arrow.names
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read as Parquet ({printable(str(error).strip())[:300]})") from error
+        raise DataError(f"{name}: cannot be read as Parquet ({printable(str(error).strip())[:300]})") from error
     number = 1
     with table:
-        _refuse_repeated(file, names)
+        _refuse_repeated(name, names)
         floats = any("float" in str(kind) or "double" in str(kind) for kind in table.schema_arrow.types)
         for group in range(table.num_row_groups):
             size = _rows_at_once(table.metadata.row_group(group))
             try:
                 for batch in table.iter_batches(batch_size=size, row_groups=[group]):
-                    for row in _values(batch, file, number):
+                    for row in _values(batch, name, number):
                         yield without_nan(row) if floats and not isinstance(row, RowError) else row
                     number += len(batch)
             except (OSError, pa.ArrowException) as error:
                 raise DataError(
-                    f"{file}: row {number} or one after it cannot be read as Parquet ({printable(str(error).strip())[:300]})"
+                    f"{name}: row {number} or one after it cannot be read as Parquet ({printable(str(error).strip())[:300]})"
                 ) from error
 
 
@@ -313,7 +315,7 @@ def _rows_at_once(group: Any) -> int:
     return int(max(1, min(1024, MOST // max(1, largest))))
 
 
-def _values(batch: pa.RecordBatch, file: Path, first: int) -> list[Row]:
+def _values(batch: pa.RecordBatch, file: str, first: int) -> list[Row]:
     """The rows of a batch, the first of which is the row `first` of the file.
 
     A value that Python does not have, such as a date in the year 300000, is a RowError by its row and column.

@@ -14,6 +14,7 @@ from typing import Any
 
 from iterdpo.data.files import FORMATS, Numbered, Row, file_rows, format_of, without_fill, without_nan
 from iterdpo.errors import DataError, RowError
+from iterdpo.run.remote import Remote, is_url
 from iterdpo.run.rundir import canonical, digest
 from iterdpo.run.sums import sha256_file
 
@@ -28,8 +29,8 @@ NOT_DATA = {"MANIFEST.json", "STEP.json", "dataset_info.json", "dataset_infos.js
 def load_rows(path: str, split: str, *, limit: int | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a data set, one at a time, so that its size does not matter: the first `limit` of them, or all.
 
-    `path` is a .json, .jsonl or .csv file (also .gz), a .parquet file, a directory of such files, or a hub id. Of a
-    directory, the files named for `split` are read (`train.jsonl`, `train-00000-of-00002.parquet`), or all if no
+    `path` is a .json, .jsonl or .csv file (also .gz), a .parquet file, a directory of such files, the URL of either (see
+    `iterdpo.run.remote`), or a hub id. Of a directory, the files named for `split` are read (`train.jsonl`, `train-00000-of-00002.parquet`), or all if no
     name tells of a split. CSV values are text. A file that is missing, empty or broken (with the line, also while
     iterating), or a data set that the hub does not give, is a DataError.
     """
@@ -134,7 +135,7 @@ def source_digest(path: str, split: str) -> str:
     if files is None:
         return str(_hub_dataset(path, split)._fingerprint)
     try:
-        return digest([sha256_file(file) for file in files])
+        return digest([sha256_file(file) for file, _ in files])
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
@@ -147,7 +148,7 @@ def source_stamp(path: str, split: str) -> list[list[str | int]] | str | None:
     files = _local_files(path, split)
     if files is None:
         return str(_hub_dataset(path, split)._fingerprint)
-    found = [(file.name, file.stat()) for file in files]
+    found = [(file.name, file.stat()) for file, _ in files]
     if sum(stat.st_size for _, stat in found) < LARGE:
         return None
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
@@ -190,13 +191,19 @@ def shown(value: Any) -> str:
     return "missing or null" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
 
 
-def _local_files(path: str, split: str) -> list[Path] | None:
-    """The files that are read; None if the path is a hub id."""
+def _local_files(path: str, split: str) -> list[tuple[Path, str]] | None:
+    """The files that are read, each with its name for messages; None if the path is a hub id."""
+    if is_url(path):
+        remote = Remote(path)
+        names = _data_files(path, remote.files, split) if remote.is_directory else remote.files
+        urls = [f"{remote.url}/{name}" if remote.is_directory else path for name in names]
+        return [(remote.copies([name], replace=True) / name, url) for name, url in zip(names, urls, strict=True)]
     local = Path(path).expanduser()
     if local.is_dir():
-        return _data_files(local, split)
+        names = _data_files(str(local), (file.name for file in local.iterdir() if file.is_file()), split)
+        return [(local / name, str(local / name)) for name in names]
     if local.exists():
-        return [local]
+        return [(local, str(local))]
     # a hub id is one or two plain names; "v1.5" is no file's suffix
     if path.startswith(("/", ".", "~")) or path.count("/") > 1 or re.search(r"\.[a-zA-Z]\w*$", path):
         raise DataError(f"{path}: no such file or directory; relative paths start at the current directory")
@@ -220,22 +227,22 @@ def _hub_dataset(path: str, split: str) -> Any:
         ) from error
 
 
-def _data_files(directory: Path, split: str) -> list[Path]:
-    files = sorted(f for f in directory.iterdir() if format_of(f) in FORMATS and f.is_file())
-    files = [f for f in files if not f.name.startswith((".", "_")) and f.name not in NOT_DATA]
+def _data_files(directory: str, names: Iterable[str], split: str) -> list[str]:
+    """Those of a directory's files that are read."""
+    files = sorted(f for f in names if format_of(Path(f)) in FORMATS and f not in NOT_DATA)
+    files = [f for f in files if not f.startswith((".", "_"))]
     if not files:
         problem = "no .json, .jsonl, .csv or .parquet file in it"
         raise DataError(f"{directory}: {problem}; name the directory that contains them")
-    words = {f: re.split(r"[-._]", f.name) for f in files}
-    named = [f for f in files if re.split(r"[-.]", f.name)[0] == split] or [f for f in files if split in words[f]]
+    words = {f: re.split(r"[-._]", f) for f in files}
+    named = [f for f in files if re.split(r"[-.]", f)[0] == split] or [f for f in files if split in words[f]]
     if not named and any(SPLIT_NAMES & set(w) for w in words.values()):
-        names = ", ".join(file.name for file in files)
-        raise DataError(f"{directory}: no file is named for split {split!r}, only {names}; set the split")
+        raise DataError(f"{directory}: no file is named for split {split!r}, only {', '.join(files)}; set the split")
     return named or files
 
 
-def _of_files(files: list[Path]) -> Iterator[tuple[str, Row]]:
-    return chain.from_iterable(_located(str(file), file_rows(file)) for file in files)
+def _of_files(files: list[tuple[Path, str]]) -> Iterator[tuple[str, Row]]:
+    return chain.from_iterable(_located(name, file_rows(file, name)) for file, name in files)
 
 
 def _located(source: str, rows: Iterable[Numbered]) -> Iterator[tuple[str, Row]]:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from iterdpo.config import AdapterConfig, DPOConfig
 from iterdpo.errors import ConfigError
 from iterdpo.escape import printable
 from iterdpo.run.devices import visible_gpus
+from iterdpo.run.remote import Remote, is_url
 
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "embeddings.weight", "word_embeddings.weight")
@@ -31,12 +33,18 @@ DEQUANTIZED = ("fp8", "mxfp4")
 
 
 def resolve_checkpoint(path: str, *, revision: str | None = None, key: str = "model.path") -> Path:
-    """The directory of a checkpoint: `path` itself, or the snapshot of a hub id (downloaded if it is not cached). `key`
-    names it in messages.
+    """The directory of a checkpoint: `path` itself, the snapshot of a hub id, or a copy of a URL's files (downloaded if it is
+    not there yet). `key` names it in messages.
 
     Raises:
-        ConfigError: neither a directory nor a hub id that can be reached.
+        ConfigError: neither a directory nor a hub id that can be reached. DataError: nor a URL.
     """
+    if is_url(path):
+        remote = Remote(path)
+        files = [f for f in remote.files if remote.is_directory and any(fnmatch(f, p) for p in HUB_PATTERNS)]
+        if not files:
+            raise ConfigError(f"{key} {path!r}: no directory with the files of a checkpoint in it")
+        return remote.copies(files).absolute()
     local = Path(path).expanduser()
     if local.is_dir():
         return local.absolute()

@@ -1,4 +1,4 @@
-"""The directory for this user's temporary files and locks. Standard library only."""
+"""The directories for this user's temporary files and locks, and for what is kept. Standard library only."""
 
 from __future__ import annotations
 
@@ -29,3 +29,10 @@ def own_folder() -> Path:
     except OSError as error:
         raise UserError(f"{path}: cannot be made ({error.strerror}); set TMPDIR to another place") from None
     return path
+
+
+def default_cache() -> Path:
+    """The directory for what can be made again: `$ITERDPO_CACHE`, else `$XDG_CACHE_HOME/iterdpo`, else ~/.cache/iterdpo."""
+    if own := os.environ.get("ITERDPO_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iterdpo"

@@ -45,6 +45,8 @@ TEXTS = (
     *("AKIAABCDEFGHIJKLMNOP", "AIzaabcdefghijklmnopqrstuvwxyz0123456", "eyJhbGciOiJI.eyJzdWIiOiIx.abcdefghijkl"),
     *("-----BEGIN RSA PRIVATE KEY-----", "Bearer abcdefghijklmnopqrst", "https://user:pass@example.org/v1"),
     "https://example.org/?key=sk-proj-abcdefghijklmnopqrstuv",
+    "https://bucket.example.org/a.jsonl?X-Amz-Date=20260101T000000Z&X-Amz-Signature=0a1b",
+    "https://account.example.org/data/a.jsonl?sp=r&sig=a%2Fb%3D",
 )
 
 
@@ -101,6 +103,7 @@ def test_a_configuration_with_a_secret_is_refused_and_the_secret_is_not_shown() 
         },
         {"bypass": "x", "first_pass": "y", "pass": "PASS", "sort_key": "promptLengthInTokens"},
         {"base_url": "http://localhost:8000/v1", "model": "org/sk-8b-instruct", "use": "judge.py:basic"},
+        {"path": "https://example.org/a.jsonl?download=true&design=signature", "url": "s3://bucket/sig=1/a.jsonl"},
     ],
 )
 def test_what_only_looks_like_a_secret_is_let_through(values: dict[str, Any]) -> None:

