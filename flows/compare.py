@@ -26,7 +26,7 @@ from iterdpo.errors import ChildFailed, UserError
 from iterdpo.report.compare import ArmRuns, Trial, write_comparison
 from iterdpo.report.page import write_report
 from iterdpo.run import supervise
-from iterdpo.run.artifacts import PolicyCheckpoint
+from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint
 from iterdpo.run.checkpoints import check_checkpoint, training_bytes
 from iterdpo.run.disk import check_space
 from iterdpo.run.progress import Progress
@@ -262,12 +262,20 @@ def sharing(donors: Sequence[Path], do: Stages = PLAIN) -> Stages:
 
         return stage_or_step
 
+    def evaluated(
+        run: IterativeRun, round: int, candidate: PolicyCheckpoint, against: Mapping[str, Evaluation]
+    ) -> dict[str, Any]:
+        for step in evaluate.reference_steps(run).values():
+            if adopt(step, donors):
+                _pin(run, 0, donors)
+        return evaluate.inputs(run, candidate, {**against, **evaluate.references(run)})
+
     return Stages(
         sample=taking(do.sample, "completions", lambda run, t, policy, prompts, _: sample.inputs(run, policy, prompts)),
         judge=taking(do.judge, "judgments", lambda run, t, completions, by, _: judge.inputs(completions.digest, by)),
         pair=do.pair,  # made quickly, and of more than its arguments
         train=taking(do.train, "policy", train.inputs),
-        evaluate=taking(do.evaluate, "evaluation", lambda run, t, *given: evaluate.inputs(run, *given)),
+        evaluate=taking(do.evaluate, "evaluation", evaluated),
         gate=do.gate,
     )
 
@@ -278,7 +286,7 @@ PINNED = ("completions", "evaluation")
 
 def _key(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs that decide a step's content. Held-out prompts do not depend on how many a round samples."""
-    if name != "evaluation":
+    if name not in ("evaluation", "references", "other_model"):
         return inputs
     return {**inputs, "prompts": {k: v for k, v in inputs["prompts"].items() if k != "per_round"}}
 
@@ -352,7 +360,7 @@ def _pending(arm: Arm, run: IterativeRun) -> str | None:
     if (manifest := step.manifest()) is None:
         return step.name
     candidate = PolicyCheckpoint(step.path, manifest.digest, 1)
-    against = run.baselines(1, run.initial)
+    against = run.baselines(1, run.initial) | evaluate.references(run)
     evaluated = run.dir.step(1, "evaluation", evaluate.inputs(run, candidate, against))
     if evaluated.manifest() is None:
         return evaluated.name

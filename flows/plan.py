@@ -52,6 +52,8 @@ STEPS = (
     "ema",
     "reference",
     "policy",
+    "references",
+    "other_model",
     "evaluation",
     "benchmarks",
 )
@@ -68,7 +70,8 @@ def describe_plan(run: IterativeRun) -> str:
     others = per_round if source is not None and source.column is None else 0  # one a prompt
     pairs, rounds = pairs_of_a_round(config), config.rounds
     policy, checkpoint = training_bytes(run.model_path, config.dpo)
-    in_all = rounds * (completions + others) + (_evaluations(config) + 1) * evaluated
+    once = evaluated if config.evaluation.against is not None else 0
+    in_all = rounds * (completions + others) + (_evaluations(config) + 1) * evaluated + once
     return _table(
         model=run.model_path,
         **_thinking(
@@ -217,6 +220,7 @@ def _judge_calls(run: IterativeRun) -> dict[str, str]:
     section, sampling = config.evaluation, config.sampling
     rounds, each = config.rounds, section.completions
     heldout, references = len(run.prompts.heldout), section.reference_column is not None
+    other = section.against is not None
     trained = _groups(run.prompts.of(1), sampling.n, sampling.max_tokens)
     scored, compared = (_groups(run.prompts.heldout, k, sampling.max_tokens) for k in (each, 2))
     lines, total = [], Workload()
@@ -226,10 +230,10 @@ def _judge_calls(run: IterativeRun) -> dict[str, str]:
         if compares(judge.use, judge.args):
             # With the initial policy, and from the second round on with the previous one too.
             evaluation = estimate(judge.use, judge.args, compared) * (heldout * each / len(compared))
-            evaluated = evaluation * (2 * _evaluations(config) - 1 + references * (_evaluations(config) + 1))
+            evaluated = evaluation * (2 * _evaluations(config) - 1 + (references + other) * (_evaluations(config) + 1))
         else:
             evaluation = estimate(judge.use, judge.args, scored) * (heldout / len(scored))
-            evaluated = evaluation * (_evaluations(config) + 1 + references / each)
+            evaluated = evaluation * (_evaluations(config) + 1 + references / each + other)
         work, said = evaluated, f"{round(evaluation.calls):,} an evaluation"
         if role == "training":
             one = estimate(judge.use, judge.args, trained) * (config.prompts.per_round / len(trained))

@@ -245,6 +245,8 @@ def _sources(
         case "evaluation":
             yield "policy", digest_of("policy")
             yield "baselines.initial", digest_of("evaluation", 0)
+            yield "baselines.reference", digest_of("references", 0)
+            yield "baselines.model", digest_of("other_model", 0)
             looked = [records[r] for r in sorted(records) if r < round and was_evaluated(records[r])]
             if looked:
                 yield "baselines.previous", digest_of("evaluation", looked[-1].policy_round)

@@ -117,7 +117,7 @@ def _step(
     match name:
         case "completions":
             done, total, unit = sampled_prompts(partial), prompts.get("per_round", 0), "prompts"
-        case "evaluation":
+        case "evaluation" | "other_model":
             done, total, unit = sampled_prompts(partial / "completions"), prompts.get("heldout", 0), "prompts"
         case "judgments":
             shards = len(list(partial.glob("shard-*.jsonl")))

@@ -701,6 +701,13 @@ class BenchmarksConfig(Section):
     (`benchmark/max_loss`)."""
 
 
+class ComparedConfig(Section):
+    """What every round is compared with besides other rounds."""
+
+    model: LocalPath
+    """A checkpoint, or a hub id: of the policy's architecture, with its tokenizer."""
+
+
 class EvaluationConfig(Section):
     judge: JudgeConfig | None = None
     """The held-out judge, which is never used for training. Without it, only the training judge evaluates, and the
@@ -714,6 +721,8 @@ class EvaluationConfig(Section):
     reference_column: str | None = Field(None, exclude_if=_unset)
     """A column of the held-out prompts with a completion of each, by a person or another model, to compare with as
     `win_rate/vs_reference`: [references](evaluation.md#reference-completions)."""
+    against: ComparedConfig | None = Field(None, exclude_if=_unset)
+    """Another model, to compare with as `win_rate/vs_model`: [another model](evaluation.md#another-model)."""
     looks: Literal["plain", "spending"] = Field("plain", exclude_if=lambda looks: looks == "plain")
     """The rounds look at the same prompts. `plain`: each interval alone has its coverage. `spending`: the intervals of a
     metric over all rounds together have it, so those of later rounds are wider: [looks](evaluation.md#looking-again-and-again)."""
@@ -766,7 +775,8 @@ class RuleConfig(Section):
             found = " and ".join(given) or "none"
             raise ValueError(f"a rule has one of {', '.join(BOUNDS)}, not {found}; write a rule for each bound")
         kind, bound = given[0], getattr(self, given[0])
-        if "win_rate/" in self.metric and "/vs_reference" not in self.metric and kind.startswith("max_"):
+        fixed = self.metric.partition("/vs_")[2].startswith(("reference", "model"))
+        if "win_rate/" in self.metric and not fixed and kind.startswith("max_"):
             raise ValueError(
                 f"{kind}: {self.metric} compares with another policy already, and the initial one has none; give a minimum "
                 "or a maximum"
@@ -792,6 +802,8 @@ class GateConfig(Section):
         "length_controlled_win_rate/vs_initial_low",
         "win_rate/vs_reference",
         "win_rate/vs_reference_low",
+        "win_rate/vs_model",
+        "win_rate/vs_model_low",
         "score/heldout_judge",
         "score/heldout_judge_low",
         "score/train_judge",

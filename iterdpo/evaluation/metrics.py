@@ -27,9 +27,10 @@ from iterdpo.stats import NOTHING, Bootstrap, Estimate
 
 ROLES = ("train_judge", "heldout_judge")
 ENDS = ("", "_low", "_high")
-BASELINES = ("initial", "previous", "best", "reference")
-"""What is compared with. The best round so far is mostly the previous one, and then has its figures; the reference
-completions of the prompt file, if it has any."""
+REFERENCES = ("reference", "model")
+"""What a run may compare every round with besides other rounds: completions in the prompt file, and another model."""
+BASELINES = ("initial", "previous", "best", *REFERENCES)
+"""What is compared with. The best round so far is mostly the previous one, and then has its figures."""
 OF_THOUGHTS = ("length/mean_reasoning_tokens", "length/unfinished_thoughts")
 """Metrics of thinking models alone."""
 OF_TWO_JUDGES = ("judges/agreement", "judges/gap")
@@ -138,7 +139,7 @@ def evaluation_metrics(
             twin = {key: value for key, value in metrics.items() if "/vs_previous" in key}
             metrics |= {key.replace("/vs_previous", "/vs_best"): value for key, value in twin.items()}
             continue
-        if name == "reference" and found is None:
+        if name in REFERENCES and found is None:
             continue
         won = found or []
         metrics |= _interval_keys(f"win_rate/vs_{name}", mean_share(won, **bootstrap))
@@ -206,7 +207,13 @@ def _best_of(scores: Mapping[str, Iterable[Scores]], completions: int) -> dict[s
 
 
 def unmeasured(
-    metric: str, *, heldout_judge: bool, thinking: bool, completions: int, references: bool = False
+    metric: str,
+    *,
+    heldout_judge: bool,
+    thinking: bool,
+    completions: int,
+    references: bool = False,
+    other_model: bool = False,
 ) -> str | None:
     """Why a held-out evaluation of so many completions a prompt never measures `metric`, with the remedy; None if it does."""
     best = [name for name, *_ in best_of_names(completions, ROLES)]
@@ -222,6 +229,8 @@ def unmeasured(
         return f"no held-out judge is configured, {never}; set evaluation.judge, or choose another metric"
     if "/vs_reference" in metric and not references:
         return f"there are no reference completions, {never}; set evaluation.reference_column, or choose another metric"
+    if "/vs_model" in metric and not other_model:
+        return f"there is no other model, {never}; set evaluation.against, or choose another metric"
     if metric in OF_THOUGHTS and not thinking:
         return f"the policy is no thinking model, {never}; choose another metric"
     return None

@@ -55,7 +55,7 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
     for stage, step in STAGES.items():
         metrics[f"time/{stage}_s"] = seconds[step]
     metrics["time/judge_streamed_s"] = steps["judgments"].seconds.get("streamed") if steps["judgments"] else None
-    for step in ("others", "against", "benchmarks"):
+    for step in ("others", "against", "benchmarks", "other_model"):
         if (manifest := read_manifest(directory / step)) is not None:
             metrics[f"time/{step}_s"] = seconds[step] = manifest.seconds["total"]
     metrics["time/round_s"] = sum(s for s in seconds.values() if s is not None)

@@ -43,6 +43,7 @@ ROUNDS = (
     Column("Wins vs previous", "win_rate/vs_previous", percent),
     Column("Wins vs best", "win_rate/vs_best", percent),
     Column("Wins vs reference", "win_rate/vs_reference", percent),
+    Column("Wins vs model", "win_rate/vs_model", percent),
     Column("Judges agree", "judges/agreement", percent),
     Column("KL, nats", "kl/to_initial", "{:.1f}".format),
     Column("Tokens", "length/mean_tokens", number),

@@ -68,7 +68,12 @@ def figures(run: Run) -> dict[str, Figure]:
     rounds, steps = run.metrics, run.train_log()
     heldout = Line("score/heldout_judge", "held-out judge", BLUE)
     training = Line("score/train_judge", "training judge", ORANGE)
-    against = [Line("win_rate/vs_initial", "vs initial", BLUE), Line("win_rate/vs_previous", "vs previous", ORANGE)]
+    against = [
+        Line("win_rate/vs_initial", "vs initial", BLUE),
+        Line("win_rate/vs_previous", "vs previous", ORANGE),
+        Line("win_rate/vs_reference", "vs reference", GREEN),
+        Line("win_rate/vs_model", "vs model", PURPLE),
+    ]
     distinct = [Line("distinct/1", "single tokens", BLUE), Line("distinct/2", "token pairs", ORANGE)]
     logps = [Line("logps/chosen", "chosen", BLUE), Line("logps/rejected", "rejected", ORANGE)]
     accuracies = Line("rewards/accuracies", "", BLUE)

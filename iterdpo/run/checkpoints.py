@@ -25,6 +25,15 @@ NOT_LINEAR = ("wpe.weight", "embed_positions.weight", *(f"{head}.weight" for hea
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
+NOT_ARCHITECTURE = (
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "rope_scaling", "rope_parameters"),
+)
+"""Keys of config.json in which checkpoints may differ that compute the same; the last two by their own keys."""
+
+OF_WINDOWS = ("sliding_window", "max_window_layers")
+"""Keys of config.json without effect if `use_sliding_window` is false."""
+
 INTEGERS, SHORT = ("I", "U"), ("F8", "F6", "F4")
 """How the names of types begin in which quantized weights are stored, in the headers of safetensors."""
 
@@ -123,19 +132,36 @@ def check_model(directory: Path, config: dict[str, Any]) -> None:
     _check_generation(where, directory)
 
 
-def check_alike(directory: Path, policy: Path, key: str) -> None:
+def check_alike(directory: Path, policy: Path, key: str, *, column: str) -> None:
     """Refuse a checkpoint that cannot take the place of `policy` in its engine, or whose token ids mean other texts.
 
-    Reads headers and tokenizers only.
+    Reads headers, config.json and tokenizers only. `column` is how a column is named in the key's place, for messages.
 
     Raises:
-        ConfigError: it has other tensors, or another vocabulary.
+        ConfigError: it has other tensors, computes otherwise with them, or has another vocabulary.
     """
-    remedy = "write its completions into a column of the prompts, and name that: {column: NAME}"
+    remedy = f"write its completions into a column of the prompts, and name that: {column}"
     if weight_shapes(weight_files(directory)) != weight_shapes(weight_files(policy)):
         raise ConfigError(f"{key} {directory}: its weights have other names or shapes than those of {policy}; {remedy}")
+    if differing := _differing_architecture(directory, policy):
+        raise ConfigError(f"{key} {directory}: its config.json has another {differing} than that of {policy}; {remedy}")
     if _vocabulary(directory) != _vocabulary(policy):
         raise ConfigError(f"{key} {directory}: its tokenizer has another vocabulary than that of {policy}; {remedy}")
+
+
+def _differing_architecture(directory: Path, policy: Path) -> str | None:
+    """A key of both config.json files whose values let the same weights compute something else, such as `rope_theta`."""
+    ours, theirs = map(_architecture, (policy, directory))
+    return next((key for key in sorted(ours.keys() & theirs.keys()) if ours[key] != theirs[key]), None)
+
+
+def _architecture(directory: Path) -> dict[str, Any]:
+    """The keys of config.json, without those that change nothing, and with those of the rotary embedding among them."""
+    config = _read_object(f"model.path {directory}", directory / "config.json")
+    rotary = {"rope_type": "default", **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    config |= {"rope_type" if key == "type" else key: value for key, value in rotary.items()}
+    unused = NOT_ARCHITECTURE if config.get("use_sliding_window", True) else (*NOT_ARCHITECTURE, *OF_WINDOWS)
+    return {key: value for key, value in config.items() if key not in unused and "dropout" not in key}
 
 
 def _vocabulary(directory: Path) -> Any:

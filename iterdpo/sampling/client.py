@@ -59,6 +59,7 @@ class VLLMSampler(Sampler):
         reserved: descriptors of `devices.Turns`, open while the worker lives.
         variables: more of its environment, such as those of `engine_share`.
         supervision: when it counts as hung.
+        base: the policy that an engine for the given one starts with. Its configuration and end of text are the engine's.
     """
 
     MODULE = "iterdpo.sampling.worker"
@@ -76,7 +77,9 @@ class VLLMSampler(Sampler):
         variables: Mapping[str, str] = MappingProxyType({}),
         supervision: SupervisionConfig = SUPERVISED,
         say: Callable[[str], None] = lambda text: None,
+        base: Callable[[Path], Path] = lambda policy: policy,
     ) -> None:
+        self._base = base
         self.log, self._say, self._reserved, self._supervision = log, say, reserved, supervision
         self._lora, self._adapter_rank = engine.lora, adapter_rank
         self._engine, self._max_model_len, self._trust_remote_code = engine, max_model_len, trust_remote_code
@@ -111,7 +114,9 @@ class VLLMSampler(Sampler):
     def load(self, policy: Path, digest: str) -> None:
         self.warm_up()
         if self._loaded is None:
-            self._start_engine(policy)
+            self._start_engine(base := self._base(policy))
+            if base != policy:
+                self._call(Load(str(policy), reload=True), Done)
         elif self._loaded != digest or self._asleep:
             self._call(Load(str(policy), reload=self._loaded != digest), Done)
         self._loaded, self._asleep = digest, False

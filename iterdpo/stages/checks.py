@@ -29,13 +29,15 @@ def check_gate(run: IterativeRun, *, heldout_judge: bool) -> None:
             thinking=metric in OF_THOUGHTS and run.tags is not None,
             completions=config.evaluation.completions,
             references=config.evaluation.reference_column is not None,
+            other_model=config.evaluation.against is not None,
         ):
             raise ConfigError(f"{key} = {metric!r}: {why}")
 
 
 def check_evaluation(run: IterativeRun) -> None:
-    """A ConfigError if the benchmarks or the column of reference completions are not there."""
-    benchmarks, column = run.config.evaluation.benchmarks, run.config.evaluation.reference_column
+    """A ConfigError if the benchmarks, the column of reference completions or the model to compare with cannot be used."""
+    section = run.config.evaluation
+    benchmarks, column, against = section.benchmarks, section.reference_column, section.against
     if benchmarks is not None:
         if benchmarks.include_path is not None and not Path(benchmarks.include_path).is_dir():
             raise ConfigError(f"evaluation.benchmarks.include_path = {benchmarks.include_path!r}: no such directory")
@@ -45,6 +47,8 @@ def check_evaluation(run: IterativeRun) -> None:
             )
     if column is not None and column not in run.prompts.heldout.columns():
         raise ConfigError(f"evaluation.reference_column = {column!r}: the held-out prompts have no such column")
+    if against is not None:
+        _check_model(run, "evaluation.against.model", against.model, column="evaluation.reference_column")
 
 
 def check_pairing(run: IterativeRun) -> None:
@@ -72,9 +76,14 @@ def _check_other_side(run: IterativeRun, key: str, source: OtherSideConfig) -> N
         for prompt in chain.from_iterable(map(run.prompts.of, to_come)):
             run.other_content(prompt)
     if source.model is not None:
-        other = resolve_checkpoint(source.model, key=f"{key}.model")
-        check_checkpoint(other, trust_remote_code=run.config.model.trust_remote_code)
-        check_alike(other, run.model_path, f"{key}.model")
+        _check_model(run, f"{key}.model", source.model, column="{column: NAME}")
+
+
+def _check_model(run: IterativeRun, key: str, path: str, *, column: str) -> None:
+    """A ConfigError if the run's engine cannot sample from the checkpoint in `path`."""
+    other = resolve_checkpoint(path, key=key)
+    check_checkpoint(other, trust_remote_code=run.config.model.trust_remote_code)
+    check_alike(other, run.model_path, key, column=column)
 
 
 def _check_offline(run: IterativeRun, data: MixedDataConfig) -> None:

@@ -58,46 +58,69 @@ def evaluate(
 
 
 def references(run: IterativeRun) -> dict[str, Evaluation]:
-    """The completions in `evaluation.reference_column`, judged once, as a baseline; nothing if there is no such column.
+    """What every round is compared with besides other rounds, completed and judged once.
+
+    `reference`: the completions in `evaluation.reference_column`; `model`: those of the model in `evaluation.against`.
 
     Raises:
-        DataError: a held-out prompt has none, with its place in the data.
+        DataError: a held-out prompt has no completion in the column, with its place in the data.
     """
-    if (step := reference_step(run)) is None:
-        return {}
+    return {name: _judged(run, step, name) for name, step in reference_steps(run).items()}
+
+
+def reference_steps(run: IterativeRun) -> dict[str, Step]:
+    """The steps of `references`, by the same names."""
+    column, other = run.config.evaluation.reference_column, run.compared_model
+    key = {
+        "model": run.initial.digest,  # its tokenizer
+        "prompts": prompts_key(run, run.prompts.heldout),
+        "judges": {judge.role: judge.key for judge in run.judges},
+    }
+    steps = {}
+    if column is not None:
+        steps["reference"] = run.dir.step(0, "references", key | {"column": column})
+    if other is not None:
+        sampling = {"sampling": sampling_key(run, *_sampling(run)), "seed": run.config.seed}
+        steps["model"] = run.dir.step(0, "other_model", key | {"policy": other.digest} | sampling)
+    return steps
+
+
+def _judged(run: IterativeRun, step: Step, name: str) -> Evaluation:
     if (manifest := step.manifest()) is None:
         directory = step.begin()
         completions = directory / "completions"
         completions.mkdir(exist_ok=True)
         run.prompts.pin(0)
-        size = run.config.sampling.shard_size
-        rows = zip(run.prompts.heldout, run.pinned_ids(0), strict=True)
-        for number, batch in enumerate(batches(rows, size)):
-            groups = [CompletionGroup(prompt, ids, [_reference(run, prompt)]) for prompt, ids in batch]
-            write_completion_shard(completions / f"{shard_name(number)}.parquet", groups)
-        total = len(run.prompts.heldout)
-        for judge in run.judges:
-            judge.begin_stage()
-            if not judge.load().comparative:
-                target = directory / "judgments" / judge.role
-                target.mkdir(parents=True, exist_ok=True)
-                judge_with_progress(run, "references", judge, completion_shards(completions), target, total=total)
-        run.release_judges()
-        manifest = step.finish(counts={"prompts": total, "completions": total})
-    return {"reference": Evaluation(step.path, manifest.digest, 0)}
+        if name == "model":
+            assert run.compared_model is not None
+            counts = _sampled(run, completions, name, run.compared_model)
+        else:
+            counts = _of_column(run, completions)
+        with run.turn_of(*run.judges):
+            for judge in run.judges:
+                judge.begin_stage()
+                if not judge.load().comparative:
+                    _score(
+                        run,
+                        "references" if name == "reference" else name,
+                        judge,
+                        completions,
+                        directory,
+                        counts["completions"],
+                    )
+            run.release_judges()
+        manifest = step.finish(counts={key: counts[key] for key in ("prompts", "completions")})
+    return Evaluation(step.path, manifest.digest, 0)
 
 
-def reference_step(run: IterativeRun) -> Step | None:
-    """The step of the reference completions, if there are any."""
-    if (column := run.config.evaluation.reference_column) is None:
-        return None
-    key = {
-        "model": run.initial.digest,  # its tokenizer
-        "column": column,
-        "prompts": prompts_key(run, run.prompts.heldout),
-        "judges": {judge.role: judge.key for judge in run.judges},
-    }
-    return run.dir.step(0, "references", key)
+def _of_column(run: IterativeRun, directory: Path) -> dict[str, int]:
+    """Write the completions in the column; one a prompt."""
+    rows = zip(run.prompts.heldout, run.pinned_ids(0), strict=True)
+    for number, batch in enumerate(batches(rows, run.config.sampling.shard_size)):
+        groups = [CompletionGroup(prompt, ids, [_reference(run, prompt)]) for prompt, ids in batch]
+        write_completion_shard(directory / f"{shard_name(number)}.parquet", groups)
+    total = len(run.prompts.heldout)
+    return {"prompts": total, "completions": total}
 
 
 def _reference(run: IterativeRun, prompt: Prompt) -> Completion:
@@ -117,7 +140,9 @@ def inputs(run: IterativeRun, candidate: PolicyCheckpoint, against: Mapping[str,
         "policy": candidate.digest,
         "prompts": prompts_key(run, run.prompts.heldout),
         "sampling": sampling_key(run, *_sampling(run)),
-        "evaluation": run.config.evaluation.model_dump(exclude={"judge", "max_logp_gap", "every", "benchmarks"}),
+        "evaluation": run.config.evaluation.model_dump(
+            exclude={"judge", "max_logp_gap", "every", "benchmarks", "against"}
+        ),
         "judges": {judge.role: judge.key for judge in run.judges},
         "baselines": {name: baseline.digest for name, baseline in against.items()},
         "seed": run.config.seed,
@@ -136,30 +161,17 @@ def _evaluate(
 ) -> dict[str, int]:
     section, completions = run.config.evaluation, directory / "completions"
     completions.mkdir(exist_ok=True)
-    counts = sample_shards(
-        run,
-        completions,
-        "evaluate",
-        candidate,
-        run.prompts.heldout,
-        run.pinned_ids(0),
-        parameters_of(run, *_sampling(run)),
-        # The same seeds every round: what differs between rounds is the policy, not the luck of the draw.
-        lambda prompt_id: derive_seed(run.config.seed, "evaluate", prompt_id),
-    )
+    counts = _sampled(run, completions, "evaluate", candidate)
     scores: dict[str, list[Scores]] = {}
     duels: dict[str, dict[str, Duels]] = {}
     with run.turn_of(*run.judges):
         for judge in run.judges:
-            target = directory / "judgments" / judge.role
-            target.mkdir(parents=True, exist_ok=True)
             judge.begin_stage()
             if judge.load().comparative:
-                duels[judge.role] = {name: _duels(run, judge, completions, b, target) for name, b in against.items()}
+                target = directory / "judgments" / judge.role
+                duels[judge.role] = {n: _duels(run, judge, completions, b, target, n) for n, b in against.items()}
                 continue
-            total = counts["completions"]
-            judge_with_progress(run, "score", judge, completion_shards(completions), target, total=total)
-            scores[judge.role] = _scores(target)
+            scores[judge.role] = _score(run, "score", judge, completions, directory, counts["completions"])
         run.release_judges()
     logps = _sequence_logps(run, directory / "logps.json", candidate, completions, counts["completions"])
     gap = None
@@ -202,6 +214,31 @@ def _evaluate(
     return {"prompts": counts["prompts"], "completions": counts["completions"]}
 
 
+def _sampled(run: IterativeRun, completions: Path, name: str, policy: PolicyCheckpoint) -> dict[str, int]:
+    """Sample the completions of the held-out prompts, and count them."""
+    return sample_shards(
+        run,
+        completions,
+        name,
+        policy,
+        run.prompts.heldout,
+        run.pinned_ids(0),
+        parameters_of(run, *_sampling(run)),
+        # The same seeds every round: what differs between rounds is the policy, not the luck of the draw.
+        lambda prompt_id: derive_seed(run.config.seed, "evaluate", prompt_id),
+    )
+
+
+def _score(
+    run: IterativeRun, name: str, judge: RunJudge, completions: Path, directory: Path, total: int
+) -> list[Scores]:
+    """The judge's scores of the completions of each prompt, which are also written down."""
+    target = directory / "judgments" / judge.role
+    target.mkdir(parents=True, exist_ok=True)
+    judge_with_progress(run, name, judge, completion_shards(completions), target, total=total)
+    return _scores(target)
+
+
 def _lengths(completions: Path, prompts: int) -> list[float]:
     """The mean tokens of each prompt's answers. Every prompt has as many."""
     lengths = [len(ids) for ids in read_answer_ids(completions)]
@@ -226,14 +263,16 @@ def _unfinished(completions: Path) -> list[list[bool]]:
     return [[c.unfinished for c in group.completions] for group in read_groups(completions, arrays=True)]
 
 
-def _duels(run: IterativeRun, judge: RunJudge, candidates: Path, baseline: Evaluation, directory: Path) -> Duels:
+def _duels(
+    run: IterativeRun, judge: RunJudge, candidates: Path, baseline: Evaluation, directory: Path, name: str
+) -> Duels:
     """The candidate's completions against their counterparts of the baseline, as the judge sees them.
 
     Without a call, equal texts tie, and an answer wins against a thought without an end.
     """
     # the same for two baselines that are one
-    target = directory / (f"vs-round-{baseline.round:03d}" if baseline.path.name == "evaluation" else "vs-reference")
-    target.mkdir(exist_ok=True)
+    target = directory / (f"vs-round-{baseline.round:03d}" if baseline.path.name == "evaluation" else f"vs-{name}")
+    target.mkdir(parents=True, exist_ok=True)
 
     def opponents() -> Iterator[list[CompletionGroup]]:
         return map(judge.shown, _opponents(candidates, baseline.completions))

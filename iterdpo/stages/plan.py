@@ -59,8 +59,7 @@ def first_pending_of(run: IterativeRun, round: int) -> str | None:
 def steps_of_round(run: IterativeRun, round: int) -> Iterator[Step]:
     """The steps of a round in the order of the loop (`flows/loop.py`). Each has to be done before the next is taken."""
     step = functools.partial(run.dir.step, round)
-    if (references := evaluate.reference_step(run)) is not None:
-        yield references
+    yield from evaluate.reference_steps(run).values()
     if round == 0:
         yield step("evaluation", evaluate.inputs(run, run.initial, evaluate.references(run)))
         yield from benchmark_steps(run, round, run.initial)

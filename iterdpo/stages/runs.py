@@ -329,6 +329,14 @@ class IterativeRun(OfflineRun):
         return PolicyCheckpoint(path, directory_digest(path), 0)
 
     @cached_property
+    def compared_model(self) -> PolicyCheckpoint | None:
+        """The checkpoint that `evaluation.against` names."""
+        if (against := self.config.evaluation.against) is None:
+            return None
+        path = resolve_checkpoint(against.model)
+        return PolicyCheckpoint(path, directory_digest(path), 0)
+
+    @cached_property
     def offline_content(self) -> str:
         """What identifies the data of `pairing.offline`."""
         data = self.config.pairing.offline
@@ -452,6 +460,7 @@ class IterativeRun(OfflineRun):
             "reserved": self.devices.descriptors,
             "supervision": self.config.supervision,
             "say": self.progress.say,
+            "base": lambda policy: policy if policy.is_relative_to(self.dir.root) else self.initial.path,
         }
 
     def _server(self, url: str) -> ServerSampler:

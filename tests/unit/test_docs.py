@@ -91,7 +91,8 @@ def test_every_example_in_the_page_about_evaluation_is_a_configuration() -> None
         config = Config.model_validate(merge(whole, yaml.safe_load(block)))
         for _, metric in config.gate.metrics():
             judge = config.evaluation.judge is not None
-            assert unmeasured(metric, heldout_judge=judge, thinking=False, completions=1, references=True) is None
+            known = {"references": True, "other_model": config.evaluation.against is not None}
+            assert unmeasured(metric, heldout_judge=judge, thinking=False, completions=1, **known) is None
     assert len(blocks) >= 4
 
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from iterdpo.evaluation.metrics import ENDS, WITH_INTERVAL, WITHOUT, Thoughts, evaluation_metrics, unmeasured
+from iterdpo.evaluation.metrics import (
+    ENDS,
+    REFERENCES,
+    WITH_INTERVAL,
+    WITHOUT,
+    Thoughts,
+    evaluation_metrics,
+    unmeasured,
+)
 from iterdpo.stats import Bootstrap
 
 
@@ -92,12 +100,12 @@ def test_every_metric_with_an_interval_or_a_rule_is_one_that_an_evaluation_has()
     found = evaluation_metrics(
         lambda: [[1]],
         {"train_judge": [[1.0]], "heldout_judge": [[1.0]]},
-        {"reference": {"train_judge": [[1.0]], "heldout_judge": [[1.0]]}},
+        {name: {"train_judge": [[1.0]], "heldout_judge": [[1.0]]} for name in REFERENCES},
         {},
         None,
         prompts=1,
         truncated=0,
-        thoughts=Thoughts(0, [[False]], {"reference": [[False]]}),
+        thoughts=Thoughts(0, [[False]], {name: [[False]] for name in REFERENCES}),
         bootstrap={},
     )
     known = {f"{name}{end}" for name in WITH_INTERVAL for end in ENDS} | {*WITHOUT}
@@ -106,7 +114,8 @@ def test_every_metric_with_an_interval_or_a_rule_is_one_that_an_evaluation_has()
         *(f"evaluation/{n}" for n in ("confidence", "prompts", "completions")),
     }
     assert all(
-        unmeasured(name, heldout_judge=True, thinking=True, completions=1, references=True) is None for name in known
+        unmeasured(name, heldout_judge=True, thinking=True, completions=1, references=True, other_model=True) is None
+        for name in known
     )
 
 

@@ -27,7 +27,7 @@ from iterdpo.sampling import SamplingParameters
 from iterdpo.stages import evaluate
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.stages.train import inputs
-from iterdpo.testing import FakeSampler
+from iterdpo.testing import FakeSampler, build_tiny_checkpoint
 from iterdpo.training.launch import TRAIN_LOG
 from iterdpo.types import Completion
 
@@ -199,6 +199,26 @@ def test_an_experiment_that_ended_anywhere_goes_on_to_the_same_result(bench: Ben
     found = bench.run()
     assert bench.sampler.asked == [4, 6, 4, 6, 4, 8, 4, 4]
     assert found["missing"] == []
+
+
+def test_what_every_round_is_compared_with_is_made_once_for_all_arms_of_a_seed(bench: Bench, tmp_path: Path) -> None:
+    other = build_tiny_checkpoint(tmp_path / "other", seed=5)
+    prompts = [{"prompt": f"Tale {i}", "gold": "once"} for i in range(40)]
+    (bench.root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    against = {"against": {"model": str(other)}, "reference_column": "gold"}
+    evaluation = bench.values["base"]["evaluation"]
+    bench.values["base"] |= {"evaluation": {**evaluation, **against}}
+    bench.sampler.fails = 6
+    with pytest.raises(ChildFailed):
+        bench.run()
+    bench.sampler.fails = None
+    bench.run()
+    assert bench.sampler.asked == [4, 4, 6, 4, 6, 4, 8, 4, 4]  # the model first
+    for run in (bench.root / "out" / arm / "seed-0" for arm in ("iterative", "offline")):
+        assert verify(run).problems == []
+        assert {"win_rate/vs_reference", "win_rate/vs_model"} <= read_json(run / "round-001/round.json")[
+            "metrics"
+        ].keys()
 
 
 def test_a_link_that_was_left_by_an_end_in_the_middle_is_no_hindrance(

@@ -137,6 +137,16 @@ def test_a_greedy_evaluation_samples_one_completion_of_each_prompt(model: Path, 
     assert rows["completions"] == "40 a round and 5 an evaluation; 140 in all"
 
 
+def test_another_model_to_compare_with_is_counted(model: Path, tmp_path: Path) -> None:
+    judges = [{"use": f"{tmp_path}/judge.py:{name}"} for name in ("score", "both")]
+    evaluation = {"n": 2, "against": {"model": str(model)}, "judge": judges[1]}
+    rows = planned(model, tmp_path, judge=judges[0], evaluation=evaluation)
+    # 40 a round, of four evaluations 5 · 2, and once as many of the other model. The held-out judge compares 5 · 2 in both
+    # orders: with one other round in round 1 and two in rounds 2 and 3, and with the model in each of four.
+    assert rows["completions"] == "40 a round and 10 an evaluation; 170 in all"
+    assert rows["judge calls"].endswith(f"; {170 + (1 + 2 + 2 + 4) * 20} in all")
+
+
 def test_the_calls_of_judges_that_compare_count_both_orders_and_both_baselines(model: Path, tmp_path: Path) -> None:
     endpoint = {"base_url": "http://127.0.0.1:9/v1", "price_in": 1.0, "price_out": 10.0}
     llm = {"use": "pairwise", "args": {"model": "m", "endpoint": endpoint, "constrain": "none"}}

@@ -13,6 +13,7 @@ from iterdpo.config import AdapterConfig
 from iterdpo.errors import ConfigError
 from iterdpo.run.checkpoints import (
     check_adapter_targets,
+    check_alike,
     check_checkpoint,
     check_whole_modules,
     context_length,
@@ -54,6 +55,50 @@ def test_a_directory_that_does_not_exist_is_named_without_asking_the_hub(path: s
     with pytest.raises(ConfigError, match="no such directory; give a checkpoint directory or a hub id") as caught:
         resolve_checkpoint(path)
     assert repr(path) in str(caught.value)
+
+
+SCALED = {"rope_type": "llama3", "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "differs"),
+    [
+        ({}, {}, None),
+        ({"rope_theta": 1e4}, {"rope_theta": 1e6}, "rope_theta"),
+        ({"rope_theta": 1e4}, {"rope_parameters": {"rope_theta": 1e6}}, "rope_theta"),
+        ({"rope_theta": 1e6}, {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, None),
+        ({"rope_scaling": None}, {"rope_scaling": SCALED}, "rope_type"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, {"rope_scaling": SCALED}, "rope_type"),
+        ({"rope_scaling": SCALED}, {"rope_parameters": {**SCALED, "factor": 4.0}}, "factor"),
+        ({"num_attention_heads": 4}, {"num_attention_heads": 8}, "num_attention_heads"),
+        ({"rms_norm_eps": 1e-5}, {"rms_norm_eps": 1e-6}, "rms_norm_eps"),
+        ({"sliding_window": 64}, {"sliding_window": 32}, "sliding_window"),
+        *(
+            ({**unused, key: 1}, {**unused, key: 2}, None)
+            for unused, key in [
+                ({}, "transformers_version"),
+                ({}, "eos_token_id"),
+                ({}, "attention_dropout"),
+                ({}, "max_position_embeddings"),
+                ({"use_sliding_window": False}, "max_window_layers"),
+            ]
+        ),
+    ],
+)
+def test_a_checkpoint_that_computes_otherwise_with_the_same_weights_is_not_alike(
+    copy: Path, tmp_path: Path, ours: dict[str, Any], theirs: dict[str, Any], differs: str | None
+) -> None:
+    other = shutil.copytree(copy, tmp_path / "other")
+    for directory, changes in ((copy, ours), (other, theirs)):
+        config = json.loads((directory / "config.json").read_text())
+        for key in ("rope_parameters", "rope_theta", "rope_scaling"):
+            config.pop(key, None)
+        (directory / "config.json").write_text(json.dumps({**config, **changes}))
+    if differs is None:
+        check_alike(other, copy, "other", column="NAME")
+        return
+    with pytest.raises(ConfigError, match=rf"another {differs} than that of .* and name that: NAME"):
+        check_alike(other, copy, "other", column="NAME")
 
 
 def test_a_relative_path_or_one_from_home_becomes_absolute(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,16 @@ def test_an_engine_that_cannot_take_adapters_is_started_again_without_them(tmp_p
     assert "\n" not in said
 
 
+def test_an_engine_starts_with_the_runs_own_model_before_another_one_is_sampled_from(tmp_path: Path) -> None:
+    sampler = Scripted(Started(), Done(), Done(), log=tmp_path / "sampler.log")
+    sampler._base = lambda policy: tmp_path / "own"
+    sampler.load(tmp_path / "other", "1")
+    sampler.load(tmp_path / "own", "2")
+    [start, *loads] = sampler.asked
+    assert start.policy == str(tmp_path / "own")
+    assert loads == [Load(str(tmp_path / name), reload=True) for name in ("other", "own")]
+
+
 def test_an_engine_that_must_take_adapters_fails_if_it_cannot(tmp_path: Path) -> None:
     sampler = Scripted(ChildFailed(f"sampler, start: {REFUSAL}"), log=tmp_path / "sampler.log", lora="vllm")
     with pytest.raises(ChildFailed, match="does not support LoRA"):

@@ -15,10 +15,11 @@ from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_groups, rea
 from iterdpo.run.rundir import directory_digest, read_json, read_manifest
 from iterdpo.stages.evaluate import evaluate
 from iterdpo.stages.evaluate import inputs as evaluate_inputs
+from iterdpo.stages.plan import first_pending
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.testing import build_tiny_checkpoint
 from iterdpo.types import CompletionGroup, Judgment
-from tests.unit.stages.harness import HELDOUT, PER_ROUND, Lengths, Room
+from tests.unit.stages.harness import HELDOUT, PER_ROUND, Lengths, Room, finish
 
 BASELINE = Evaluation(Path("evaluation"), "e4c3", 0)
 
@@ -241,6 +242,96 @@ def test_a_judge_that_compares_sees_each_completion_beside_the_reference(room: R
     asked = [group for shard in judge.asked for group in shard]
     assert [[c.text[:1] for c in group.completions] for group in asked] == [["a", "x"]] * 2 * HELDOUT
     assert metrics["win_rate/vs_reference"] == 1.0
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_checkpoint(tmp_path_factory.mktemp("other"), seed=2)
+
+
+def replies(room: Room, texts: dict[str, str]) -> None:
+    """Completions by the digest of the policy that is loaded; all others are "ab" and "abab"."""
+    room.sampler.reply = lambda ids, k: texts.get(room.sampler.loaded[-1], "ab" * (k + 1))
+
+
+def test_another_model_is_sampled_once_and_every_round_is_compared_with_it(
+    room: Room, candidate: PolicyCheckpoint, other: Path
+) -> None:
+    against = {"evaluation": {"against": {"model": str(other)}, "n": 2}}
+    run = room.open(**against, heldout_judge=Lengths())
+    assert run.compared_model is not None
+    replies(room, {run.compared_model.digest: "abc", candidate.digest: "abcd"})
+    before = initial(run)
+    metrics = metrics_of(before)
+    assert (metrics["win_rate/vs_model"], metrics["win_rate/vs_model_ties"]) == (0.5, 1.0)  # "ab" loses, "abab" wins
+    assert metrics["length_controlled_win_rate/vs_model"] is not None
+    step = run.dir.round_dir(0) / "other_model"
+    assert [[c.text for c in g.completions] for g in read_groups(step / "completions")] == [["abc"] * 2] * HELDOUT
+    assert sorted(path.name for path in (step / "judgments").iterdir()) == ["heldout_judge", "train_judge"]
+    assert room.sampler.seeds[:HELDOUT] == room.sampler.seeds[HELDOUT:]  # as every round's
+
+    loaded = room.sampler.loaded.copy()
+    metrics = metrics_of(evaluate(run, 1, candidate, {"initial": before, "previous": before}))
+    assert [metrics[f"win_rate/vs_model{end}"] for end in ("", "_low", "_high")] == [1.0] * 3
+    assert room.sampler.loaded == [*loaded, candidate.digest]
+    assert "win_rate/vs_model" not in metrics_of(initial(room.open(evaluation={"n": 2}, redo=True)))
+
+
+def test_what_is_compared_with_is_a_step_with_its_own_key(room: Room, other: Path, tmp_path: Path) -> None:
+    moved = build_tiny_checkpoint(tmp_path / "moved", seed=2)  # the same model, elsewhere
+    room.sections["evaluation"]["against"] = {"model": str(other)}
+    first = initial(room.open())
+    assert initial(room.open(evaluation={"against": {"model": str(moved)}})) == first
+    for changes in ({"evaluation": {"n": 2}}, {"seed": 1}, {"version": "2"}, {"sampling": {"max_tokens": 8}}):
+        with pytest.raises(StaleStepError, match="round-000/other_model"):
+            initial(room.open(**changes))
+    with pytest.raises(StaleStepError, match="round-000/other_model was made with policy"):
+        initial(room.open(evaluation={"against": {"model": room.sections["model"]["path"]}}))
+    plain = room.open(evaluation={"against": None})
+    assert "against" not in key(plain)["evaluation"]
+    with pytest.raises(StaleStepError, match=r"round-000/evaluation was made with baselines\.model"):
+        initial(plain)
+
+
+def test_a_model_that_is_the_initial_one_ties_with_it_everywhere(room: Room) -> None:
+    against = {"evaluation": {"against": {"model": room.sections["model"]["path"]}}}
+    judge = room.judge = PrefersFirst(comparative=True)
+    metrics = metrics_of(initial(room.open(**against)))
+    assert (metrics["win_rate/vs_model"], metrics["win_rate/vs_model_ties"], judge.asked) == (0.5, 1.0, [])
+
+
+def test_a_judge_that_compares_sees_each_completion_beside_the_models(room: Room, other: Path) -> None:
+    judge = room.judge = PrefersFirst(comparative=True)
+    run = room.open(evaluation={"against": {"model": str(other)}, "n": 2})
+    assert run.compared_model is not None
+    replies(room, {run.compared_model.digest: "xyz"})
+    evaluation = initial(run)
+    asked = [[c.text for c in group.completions] for shard in judge.asked for group in shard]
+    assert asked == [["ab", "xyz"], ["abab", "xyz"]] * HELDOUT
+    assert metrics_of(evaluation)["win_rate/vs_model"] == 1.0
+    assert [p.name for p in (evaluation.path / "judgments" / "train_judge").iterdir()] == ["vs-model"]
+
+
+def test_the_gate_and_its_rules_decide_by_the_win_rate_against_another_model(room: Room, other: Path) -> None:
+    rule = {"metric": "win_rate/vs_model_low", "max_decrease": 0.1, "against": "best"}
+    gate = {"metric": "win_rate/vs_model", "minimum": 0.9, "rules": [rule]}
+    run = room.open(rounds=1, gate=gate, evaluation={"against": {"model": str(other)}})
+    [_, record] = finish(run)
+    assert record.decision == "keep"
+    assert record.reason.startswith("win_rate/vs_model 0.500 is below 0.9")
+    assert first_pending(room.open(rounds=1, gate=gate, evaluation={"against": {"model": str(other)}})) is None
+    assert record.metrics.keys() >= {"win_rate/vs_model_low", "length_controlled_win_rate/vs_model_high"}
+    with pytest.raises(ConfigError, match=r"'win_rate/vs_model': there is no other model, .*set evaluation\.against"):
+        room.open(gate={"metric": "win_rate/vs_model"})
+
+
+def test_a_model_that_the_engine_cannot_take_is_refused_at_once(room: Room) -> None:
+    wider = build_tiny_checkpoint(room.root / "wider", intermediate_size=256)
+    remedy = r"and name that: evaluation\.reference_column"
+    with pytest.raises(ConfigError, match=rf"evaluation\.against\.model .*names or shapes.*{remedy}"):
+        room.open(evaluation={"against": {"model": str(wider)}})
+    with pytest.raises(ConfigError, match=r"evaluation\.against\.model '/nowhere': no such directory"):
+        room.open(evaluation={"against": {"model": "/nowhere"}})
 
 
 def test_references_that_are_not_there_are_named(room: Room) -> None:
