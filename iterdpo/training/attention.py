@@ -34,11 +34,9 @@ windows: list[int | None] = []  # the sliding window of each layer that has run 
 
 def register() -> None:
     """Make `model.set_attn_implementation(TREE)` known to transformers."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(TREE, tree_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(TREE, lambda *args, **kwargs: None)  # the layout is the mask
+    ALL_ATTENTION_FUNCTIONS.register(TREE, tree_attention)  # and no function for masks: the layout is the mask
 
 
 def use_layout(layout: TreeLayout) -> None:
@@ -108,7 +106,7 @@ class Sequences:
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device) -> Sequences:
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return Sequences(ends.to(device, non_blocking=True), max(lengths))
+        return Sequences(moved(ends, device), max(lengths))
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,10 @@ class TreeLayout:
     def reach(self) -> int:
         """Tokens of the longest prompt with one of its branches."""
         return max(prompt + max(lengths, default=0) for prompt, lengths in self.trees)
+
+    def make_sequences(self) -> None:
+        """Make now what FlashAttention is told."""
+        _ = self.own, self.prompts, self.branches
 
     @cached_property
     def own(self) -> Sequences:
@@ -148,7 +150,8 @@ class TreeLayout:
         """Made on the CPU: to select them on the device would wait for it."""
         lengths = torch.tensor([(prompt, sum(own)) for prompt, own in self.trees]).flatten()
         kinds = torch.tensor([False, True]).repeat(len(self.trees)).repeat_interleave(lengths)
-        return (kinds == branches).nonzero().flatten().to(self.tree.device, non_blocking=True)
+        found: Tensor = moved((kinds == branches).nonzero().flatten(), self.tree.device)
+        return found
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -173,12 +176,16 @@ class TreeLayout:
 
 
 def moved(value: Any, device: torch.device | str) -> Any:
-    """`value` with the tensors in its dataclasses and tuples on `device`."""
+    """`value` with the tensors in its dataclasses and tuples on `device`. The work that a GPU has is not waited for."""
     if isinstance(value, tuple):
         return tuple(moved(part, device) for part in value)
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
-    return value.to(device) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    if torch.device(device).type == "cuda" and not value.is_cuda:
+        return value.contiguous().pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 def tree_layout(trees: Sequence[tuple[int, Sequence[int]]], width: int) -> TreeLayout:

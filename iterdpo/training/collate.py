@@ -198,6 +198,19 @@ class PairSlots:
         return padded[chosen], padded[rejected]
 
 
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Some trees of a step as the model reads them, and the pairs that their branches are the completions of."""
+
+    batch: Batch
+    lengths: Tensor  # [branches], how many tokens of each are scored
+    slots: PairSlots
+    pairs: Tensor  # [b], their numbers in the round
+    others: Tensor  # [b, 2] bool, as `RoundPairs.others`
+    empty: bool
+    """Whether this process has nothing left to do in the step. It computes all the same, because processes meet."""
+
+
 class RoundPairs:
     """All pairs of a round, numbered: those to train on first, then those held out.
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from iterdpo.config import DPOConfig
-from iterdpo.training.collate import PairIndex, PairSlots, RoundPairs, Tree, micro_batches, tree_sizes
+from iterdpo.training.attention import moved
+from iterdpo.training.collate import Batch, MicroBatch, PairSlots, RoundPairs, Tree, collate, micro_batches, tree_sizes
 from iterdpo.training.flops import forward_flops, matmul_peak
 from iterdpo.training.logps import CompletionLogps, LogpPath
 from iterdpo.training.losses import (
@@ -50,6 +52,8 @@ class Trainer:
         self.pairs, self.policy, self.optimizer, self.reference_logps = pairs, policy, optimizer, reference_logps
         self.sentinels = Sentinels(self.dpo.sentinels)
         self.shift = RewardShift()
+        self.collator = collator(self.accelerator.device)
+        self.ahead: dict[int, Future[StepInputs]] = {}
         if self.dpo.loss.type == "bco":
             self.accelerator.register_for_checkpointing(self.shift)
 
@@ -61,7 +65,7 @@ class Trainer:
         """
         started = time.perf_counter()
         dpo, pairs, steps = self.dpo, self.pairs.steps[number], len(self.pairs.steps)
-        trees, index = self.pairs.trees(pairs)
+        inputs = self.inputs(number)
         of_step = self.of_step(pairs)
         warmup = dpo.warmup_steps if dpo.warmup_steps is not None else math.ceil(dpo.warmup_ratio * steps)
         factor = learning_rate_factor(number, steps, warmup=warmup, schedule=dpo.lr_scheduler)
@@ -70,18 +74,17 @@ class Trainer:
                 group["lr"].fill_(dpo.learning_rate * factor)
             else:
                 group["lr"] = dpo.learning_rate * factor
-        batches = self.compute.micro_batches(trees)
         statistics, flops = [], 0.0
         with self.compute.one_copy(self.policy):
-            for position, batch in enumerate(batches, 1):
-                with self.compute.gradient_sync(self.policy, now=position == len(batches)):
+            for position, batch in enumerate(inputs.batches, 1):
+                with self.compute.gradient_sync(self.policy, now=position == inputs.size):
                     # Processes average their gradients, and a step is the mean over all of its pairs. A process with
                     # nothing to add takes part with weight zero.
-                    weight = self.accelerator.num_processes / len(pairs) if batch else 0.0
-                    losses, rows, batch_flops = self.losses(pairs, trees, index, batch or [0], of_step)
+                    weight = 0.0 if batch.empty else self.accelerator.num_processes / len(pairs)
+                    losses, rows, batch_flops = self.losses(batch, of_step)
                     self.accelerator.backward(losses.sum() * weight)
-                statistics.append(rows if batch else rows[:0])
-                flops += batch_flops if batch else 0.0
+                statistics.append(rows[:0] if batch.empty else rows)
+                flops += 0.0 if batch.empty else batch_flops
         norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), dpo.max_grad_norm)
         metrics = summarize(self.compute.gather(torch.cat(statistics)).cpu())  # a GPU is waited for here alone
         grad_norm = float(norm)
@@ -103,7 +106,7 @@ class Trainer:
             "grad_norm": grad_norm,
             **metrics,
             "pairs_per_second": len(pairs) / seconds,
-            "tokens_per_second": sum(tree.tokens for tree in trees) / seconds,
+            "tokens_per_second": inputs.tokens / seconds,
             "mfu": flops / seconds / self.peak,
         }
         if finite:
@@ -111,22 +114,27 @@ class Trainer:
         row = {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
         return row, [Alarm("non_finite", "skip", figures)]
 
-    def losses(
-        self, pairs: np.ndarray, trees: Sequence[Tree], index: PairIndex, batch: Sequence[int], of_step: Tensor | None
-    ) -> tuple[Tensor, Tensor, float]:
-        """Losses [b] of the pairs of some trees, their statistics [b, S] in the order of `STATISTICS`, and the FLOPs."""
+    def inputs(self, number: int) -> StepInputs:
+        """The micro-batches of a step. On a GPU, a thread makes those of the next one meanwhile."""
+        if self.collator is None:
+            return self.compute.inputs(self.pairs, self.pairs.steps[number])
+        for step in range(number, min(number + 2, len(self.pairs.steps))):
+            if step not in self.ahead:
+                self.ahead[step] = self.collator.submit(self.compute.made_inputs, self.pairs, self.pairs.steps[step])
+        return self.ahead.pop(number).result()
+
+    def losses(self, batch: MicroBatch, of_step: Tensor | None) -> tuple[Tensor, Tensor, float]:
+        """Losses [b] of a batch's pairs, their statistics [b, S] in the order of `STATISTICS`, and the FLOPs."""
         dpo, scorer = self.dpo, self.accelerator.unwrap_model(self.policy)
-        collated = scorer.collate([trees[number] for number in batch])
         with self.compute.saved_tensors(), self.compute.precision(self.policy):
-            branches: CompletionLogps = self.policy(collated, aligned=dpo.wpo)
-        lengths = torch.bincount(collated.branch, minlength=collated.branches)
-        slots = index.in_batch(trees, batch)
+            branches: CompletionLogps = self.policy(batch.batch, aligned=dpo.wpo)
+        lengths, slots = batch.lengths, batch.slots
         chosen, rejected = pair_logps(branches, lengths, slots, ld_alpha=dpo.ld_alpha, absent=math.nan).unbind(dim=1)
         chosen_tokens, rejected_tokens = slots.gather(lengths, absent=0)
-        reference = self.reference_logps[torch.from_numpy(pairs)[slots.local_pairs].to(chosen.device)]
+        reference = self.reference_logps[batch.pairs]
         logps = PairLogps(chosen, rejected, reference[:, 0], reference[:, 1], chosen_tokens, rejected_tokens)
         if of_step is not None and of_step.ndim:
-            of_step = of_step[slots.local_pairs.to(of_step.device)]
+            of_step = of_step[slots.local_pairs]
         losses, chosen_rewards, rejected_rewards = preference_loss(dpo.loss, logps, beta=dpo.beta, of_step=of_step)
         if branches.alignment is not None:
             losses = losses * wpo_weights(*slots.gather(branches.alignment / lengths, absent=math.nan))
@@ -134,9 +142,8 @@ class Trainer:
             nll = nll_term(slots.gather(branches.logps, absent=math.nan)[0], chosen_tokens)
             losses = losses + dpo.nll_coefficient * torch.where(chosen_tokens > 0, nll, torch.zeros_like(nll))
         if dpo.xpo_alpha:
-            others = self.pairs.others(pairs)[slots.local_pairs].to(chosen.device)
             whole = slots.gather(branches.logps, absent=math.nan)  # `ld_alpha` weights rewards alone
-            losses = losses + dpo.xpo_alpha * exploration_term(torch.stack(whole, dim=1), others)
+            losses = losses + dpo.xpo_alpha * exploration_term(torch.stack(whole, dim=1), batch.others)
         none = torch.full_like(chosen, math.nan)
         if dpo.loss.type == "sft":
             chosen_rewards = rejected_rewards = none
@@ -144,7 +151,7 @@ class Trainer:
         columns = (losses, chosen_rewards, rejected_rewards, chosen, rejected, change)
         statistics = torch.stack([column.detach().float() for column in columns], dim=1)
         passes = 2 if dpo.adapter is not None else 3  # the weights' own gradient is a third of the work
-        return losses, statistics, passes * forward_flops(scorer.causal, collated)
+        return losses, statistics, passes * forward_flops(scorer.causal, batch.batch)
 
     def of_step(self, pairs: np.ndarray, *, training: bool = True) -> Tensor | None:
         """What `preference_loss` needs of all pairs of a step, from one more forward pass; None if it needs nothing.
@@ -183,12 +190,11 @@ class Trainer:
         """Metrics of the held-out pairs: `{"eval_loss": 0.62, ...}`."""
         rows = []
         for pairs in self.pairs.held_out_steps:
-            trees, index = self.pairs.trees(pairs)
             of_step = self.of_step(pairs, training=False)
-            for batch in self.compute.micro_batches(trees):
+            for batch in self.compute.inputs(self.pairs, pairs).batches:
                 with torch.no_grad(), without_dropout(self.policy):
-                    _, statistics, _ = self.losses(pairs, trees, index, batch or [0], of_step)
-                rows.append(statistics if batch else statistics[:0])
+                    _, statistics, _ = self.losses(batch, of_step)
+                rows.append(statistics[:0] if batch.empty else statistics)
         metrics = summarize(self.compute.gather(torch.cat(rows)))
         return {f"eval_{name}": value for name, value in metrics.items()}
 
@@ -234,14 +240,50 @@ class Compute:
         accelerator, budget = self.accelerator, self.dpo.tokens_per_micro_batch
         return micro_batches(sizes, budget=budget, rank=accelerator.process_index, world=accelerator.num_processes)
 
+    def inputs(self, pairs: RoundPairs, numbers: np.ndarray) -> StepInputs:
+        """This process's micro-batches of some pairs, each made when it is asked for."""
+        trees, index = pairs.trees(numbers)
+        shares = self.micro_batches(trees)
+        others = pairs.others(numbers)
+
+        def batches() -> Iterator[MicroBatch]:
+            for share in shares:
+                own = share or [0]
+                slots = index.in_batch(trees, own)
+                batch = MicroBatch(
+                    collate([trees[number] for number in own], shared=self.path == "shared"),
+                    torch.tensor([length for number in own for length in trees[number].lengths]),
+                    slots,
+                    torch.from_numpy(numbers)[slots.local_pairs],
+                    others[slots.local_pairs],
+                    empty=not share,
+                )
+                yield moved(batch, self.accelerator.device)
+
+        return StepInputs(sum(tree.tokens for tree in trees), len(shares), batches())
+
+    def made_inputs(self, pairs: RoundPairs, numbers: np.ndarray) -> StepInputs:
+        """As `inputs`, with all micro-batches made, to the last tensor."""
+        inputs = self.inputs(pairs, numbers)
+        batches = list(inputs.batches)
+        for batch in batches:
+            if batch.batch.layout is not None:
+                batch.batch.layout.make_sequences()
+        return inputs._replace(batches=iter(batches))
+
     def branch_logps(self, model: Any, trees: Sequence[Tree]) -> Iterator[tuple[list[int], CompletionLogps]]:
-        """This process's batches of trees, and the log-probabilities of each, without gradient and without dropout."""
+        """This process's batches of trees, and the log-probabilities of each."""
         for batch in self.micro_batches(trees):
             collated = self.accelerator.unwrap_model(model).collate([trees[number] for number in batch or [0]])
-            with torch.no_grad(), self.precision(model), without_dropout(model):
-                branches: CompletionLogps = model(collated)  # processes meet at each batch
+            branches = self.logps(model, collated)
             if batch:
                 yield batch, branches
+
+    def logps(self, model: Any, batch: Batch) -> CompletionLogps:
+        """Without gradient and without dropout. Processes meet here."""
+        with torch.no_grad(), self.precision(model), without_dropout(model):
+            branches: CompletionLogps = model(batch)
+        return branches
 
     def pair_logps(self, model: Any, pairs: RoundPairs, numbers: np.ndarray, *, absent: float) -> Tensor:
         """[n, 2], in nats, of the chosen and the rejected completions of some pairs, without gradient.
@@ -249,13 +291,12 @@ class Compute:
         0 for the pairs that another process computes.
         """
         found = torch.zeros(len(numbers), 2, device=self.accelerator.device)
-        trees, index = pairs.trees(numbers)
-        for batch, branches in self.branch_logps(model, trees):
-            slots = index.in_batch(trees, batch)
-            lengths = torch.tensor([length for number in batch for length in trees[number].lengths])
-            found[slots.local_pairs] = pair_logps(
-                branches, lengths.to(found.device), slots, ld_alpha=self.dpo.ld_alpha, absent=absent
-            )
+        for batch in self.inputs(pairs, numbers).batches:
+            branches = self.logps(model, batch.batch)
+            if not batch.empty:
+                found[batch.slots.local_pairs] = pair_logps(
+                    branches, batch.lengths, batch.slots, ld_alpha=self.dpo.ld_alpha, absent=absent
+                )
         return found
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -265,6 +306,21 @@ class Compute:
         marked = torch.cat((torch.ones_like(rows[:, :1]), rows), dim=1)
         gathered = self.accelerator.gather(self.accelerator.pad_across_processes(marked, dim=0))
         return gathered[gathered[:, 0] == 1, 1:]
+
+
+class StepInputs(NamedTuple):
+    """What goes through the network in a step."""
+
+    tokens: int  # of all processes
+    size: int  # of batches
+    batches: Iterator[MicroBatch]
+
+
+def collator(device: torch.device) -> ThreadPoolExecutor | None:
+    """The thread that makes batches ahead for a GPU, which works on its own meanwhile. A CPU has no time to spare."""
+    if device.type != "cuda":
+        return None
+    return ThreadPoolExecutor(1, "collate", initializer=torch.cuda.set_device, initargs=(device,))
 
 
 @contextmanager

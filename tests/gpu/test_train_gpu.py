@@ -33,13 +33,13 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "train.parquet"
 
 
-def run(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> list[dict[str, Any]]:
+def spec_of(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> TrainSpec:
     from iterdpo.config import DPOConfig
 
     output = tmp_path / "policy.partial"
     output.mkdir(parents=True)
     settings = DPOConfig(**{"learning_rate": 1e-4, "checkpoint_every": 3, **dpo})
-    spec = TrainSpec(
+    return TrainSpec(
         policy=model,
         reference=None,
         pairs=pairs,
@@ -54,8 +54,12 @@ def run(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> list[dict[str, 
         seed=0,
         pairs_cache=tmp_path / "cache",
     )
+
+
+def run(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> list[dict[str, Any]]:
+    spec = spec_of(tmp_path, model, pairs, **dpo)
     log: list[dict[str, Any]] = []
-    launch_training(spec, spec_path=output / "train.json", log=tmp_path / "train.log", on_step=log.append)
+    launch_training(spec, spec_path=spec.output / "train.json", log=tmp_path / "train.log", on_step=log.append)
     return log
 
 
@@ -68,6 +72,28 @@ def test_a_round_trains_from_zero_rewards_and_the_margin_grows(
     assert log[0]["rewards/rejected"] == 0.0
     assert sum(row["rewards/margins"] for row in log[-4:]) > 4 * 0.05
     print(f"{precision}: {log[-1]['pairs_per_second']:.1f} pairs/s, margin {log[-1]['rewards/margins']:.3f}")
+
+
+def test_the_losses_of_a_batch_are_computed_without_a_wait_for_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, pairs: Path
+) -> None:
+    import torch
+
+    from iterdpo.training.step import Trainer
+    from iterdpo.training.train import train
+
+    of_batch = Trainer.losses
+
+    def watched(*arguments: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return of_batch(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "losses", watched)
+    train(spec_of(tmp_path, model, pairs, tokens_per_micro_batch=2048))
+    assert (tmp_path / "policy.partial" / "model.safetensors").exists()
 
 
 def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path, model: Path, pairs: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iterdpo.data.pairs import ABSENT, pairs_table, write_pairs, write_tables
+from iterdpo.training.collate import Batch, collate
 from iterdpo.training.losses import PreferenceLoss
-from iterdpo.training.step import Compute, learning_rate_factor, summarize
+from iterdpo.training.step import Compute, Trainer, learning_rate_factor, summarize
 from iterdpo.types import Completion, PreferencePair, Prompt
 from tests.unit.training.rounds import (
     LOG_2,
@@ -340,6 +344,59 @@ def test_over_bfloat16_copies_of_the_weights_rewards_begin_at_zero_and_losses_ar
     assert [row["loss"] for row in log] == pytest.approx([row["loss"] for row in cast], abs=0.02)
     assert log[-1]["loss"] < log[0]["loss"]
     assert {tensor.dtype for tensor in weights(written).values()} == {torch.float32}
+
+
+def test_batches_that_a_thread_makes_ahead_are_the_same_training_to_the_last_bit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path, grouped: Path
+) -> None:
+    settings = {"loss": "kto", "pairs_per_step": 3, "epochs": 2, "tokens_per_micro_batch": 32}
+    here = run(tmp_path / "a", tiny_model, grouped, **settings)
+    monkeypatch.setattr("iterdpo.training.step.collator", lambda device: ThreadPoolExecutor(1, "collate"))
+    threads: set[str] = set()
+
+    def noted(trees: Any, *, shared: bool) -> Batch:
+        threads.add(threading.current_thread().name)
+        return collate(trees, shared=shared)
+
+    monkeypatch.setattr("iterdpo.training.step.collate", noted)
+    ahead = run(tmp_path / "b", tiny_model, grouped, **settings)
+    assert "collate_0" in threads
+    for name in ("loss", "grad_norm", "kl", "logps/chosen"):
+        assert [row[name] for row in log_of(ahead)] == [row[name] for row in log_of(here)]
+    assert apart(weights(ahead), weights(here)) == 0.0
+
+
+READING = {"_local_scalar_dense", "is_nonzero", "nonzero", "bincount", "masked_select", "equal"}
+
+
+class Reading(TorchDispatchMode):
+    """Notes what would wait for a GPU to say a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in READING:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"wpo": True, "nll_coefficient": 0.5}, {"loss": "aot"}, {"xpo_alpha": 0.1}])
+def test_the_losses_of_a_batch_need_no_value_that_was_computed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path, grouped: Path, settings: dict[str, Any]
+) -> None:
+    of_batch, reading = Trainer.losses, Reading()
+
+    def watched(trainer: Trainer, batch: Any, of_step: Any) -> Any:
+        if batch.batch.layout is not None:
+            assert batch.batch.layout.query_slot.ndim == 1  # of a CPU alone
+        with reading:
+            return of_batch(trainer, batch, of_step)
+
+    monkeypatch.setattr(Trainer, "losses", watched)
+    run(tmp_path, tiny_model, grouped, pairs_per_step=8, precision="bf16", **settings)
+    assert reading.found == []
 
 
 def test_a_loss_that_is_not_finite_ends_training_before_it_is_applied(
