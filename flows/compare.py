@@ -44,6 +44,7 @@ from iterdpo.run.rundir import (
 )
 from iterdpo.sampling import Sampler
 from iterdpo.stages import evaluate, judge, sample, train
+from iterdpo.stages.benchmarks import benchmark_steps
 from iterdpo.stages.gate import decision_record
 from iterdpo.stages.plan import first_pending, first_pending_of
 from iterdpo.stages.runs import IterativeRun
@@ -254,39 +255,52 @@ def adopt(step: Step, donors: Sequence[Path]) -> bool:
 def sharing(donors: Sequence[Path], do: Stages = PLAIN) -> Stages:
     """The stages, each of which first looks whether one of the runs `donors` has what it would make."""
 
+    def take(run: IterativeRun, round: int, step: Step) -> None:
+        if adopt(step, donors) and (name := step.path.name) in PINNED:
+            _pin(run, round if name == "completions" else 0, donors)
+
     def taking(stage: Callable[..., Any], name: str, inputs: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
         def stage_or_step(run: IterativeRun, round: int, *given: Any) -> Any:
-            if adopt(run.dir.step(round, name, inputs(run, round, *given)), donors) and name in PINNED:
-                _pin(run, round if name == "completions" else 0, donors)
+            take(run, round, run.dir.step(round, name, inputs(run, round, *given)))
             return stage(run, round, *given)
 
         return stage_or_step
 
     def evaluated(
         run: IterativeRun, round: int, candidate: PolicyCheckpoint, against: Mapping[str, Evaluation]
-    ) -> dict[str, Any]:
+    ) -> Evaluation:
         for step in evaluate.reference_steps(run).values():
-            if adopt(step, donors):
-                _pin(run, 0, donors)
-        return evaluate.inputs(run, candidate, {**against, **evaluate.references(run)})
+            take(run, 0, step)
+        compared = {**against, **evaluate.references(run)}
+        take(run, round, step := run.dir.step(round, "evaluation", evaluate.inputs(run, candidate, compared)))
+        if (manifest := step.manifest()) is not None:
+            compared = {"initial": Evaluation(step.path, manifest.digest, round), **compared}
+            for more in (
+                *benchmark_steps(run, round, candidate),
+                *evaluate.temperature_steps(run, round, candidate, compared),
+            ):
+                take(run, round, more)
+        return do.evaluate(run, round, candidate, against)
 
     return Stages(
         sample=taking(do.sample, "completions", lambda run, t, policy, prompts, _: sample.inputs(run, policy, prompts)),
         judge=taking(do.judge, "judgments", lambda run, t, completions, by, _: judge.inputs(completions.digest, by)),
         pair=do.pair,  # made quickly, and of more than its arguments
         train=taking(do.train, "policy", train.inputs),
-        evaluate=taking(do.evaluate, "evaluation", evaluated),
+        evaluate=evaluated,
         gate=do.gate,
     )
 
 
-PINNED = ("completions", "evaluation")
+HELD_OUT = ("references", "other_model", "evaluation", "temperatures")
+"""Steps of held-out prompts."""
+PINNED = ("completions", *HELD_OUT)
 """Steps that also write down the prompts they are of."""
 
 
 def _key(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs that decide a step's content. Held-out prompts do not depend on how many a round samples."""
-    if name not in ("evaluation", "references", "other_model"):
+    if name not in HELD_OUT:
         return inputs
     return {**inputs, "prompts": {k: v for k, v in inputs["prompts"].items() if k != "per_round"}}
 
@@ -362,8 +376,10 @@ def _pending(arm: Arm, run: IterativeRun) -> str | None:
     candidate = PolicyCheckpoint(step.path, manifest.digest, 1)
     against = run.baselines(1, run.initial) | evaluate.references(run)
     evaluated = run.dir.step(1, "evaluation", evaluate.inputs(run, candidate, against))
-    if evaluated.manifest() is None:
-        return evaluated.name
+    further = (*benchmark_steps(run, 1, candidate), *evaluate.temperature_steps(run, 1, candidate, against))
+    for step in (evaluated, *further):
+        if step.manifest() is None:
+            return step.name
     return None if run.dir.record(1) == decision_record(run, 1, candidate, run.initial) else "round-001/round.json"
 
 

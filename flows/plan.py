@@ -56,6 +56,7 @@ STEPS = (
     "other_model",
     "evaluation",
     "benchmarks",
+    "temperatures",
 )
 """Directories of a round, in the order of the loop."""
 
@@ -65,12 +66,12 @@ def describe_plan(run: IterativeRun) -> str:
     config = run.config
     per_round, heldout = config.prompts.per_round, len(run.prompts.heldout)
     completions = per_round * config.sampling.n
-    evaluated = heldout * config.evaluation.completions
+    evaluated = heldout * _evaluated(config)
     source = config.pairing.other_side
     others = per_round if source is not None and source.column is None else 0  # one a prompt
     pairs, rounds = pairs_of_a_round(config), config.rounds
     policy, checkpoint = training_bytes(run.model_path, config.dpo)
-    once = evaluated if config.evaluation.against is not None else 0
+    once = heldout * config.evaluation.completions if config.evaluation.against is not None else 0
     in_all = rounds * (completions + others) + (_evaluations(config) + 1) * evaluated + once
     return _table(
         model=run.model_path,
@@ -101,7 +102,7 @@ def load_of(run: IterativeRun) -> Load:
     return Load(
         rounds=config.rounds,
         completions=config.prompts.per_round * config.sampling.n,
-        evaluated=len(run.prompts.heldout) * config.evaluation.completions,
+        evaluated=len(run.prompts.heldout) * _evaluated(config),
         judges=len(run.judges),
         pairs=config.dpo.pairs_seen(pairs_of_a_round(config)),
         prompt_tokens=sum(lengths) / max(1, len(lengths)),
@@ -220,7 +221,7 @@ def _judge_calls(run: IterativeRun) -> dict[str, str]:
     section, sampling = config.evaluation, config.sampling
     rounds, each = config.rounds, section.completions
     heldout, references = len(run.prompts.heldout), section.reference_column is not None
-    other = section.against is not None
+    other, further = section.against is not None, _evaluated(config) / each - 1
     trained = _groups(run.prompts.of(1), sampling.n, sampling.max_tokens)
     scored, compared = (_groups(run.prompts.heldout, k, sampling.max_tokens) for k in (each, 2))
     lines, total = [], Workload()
@@ -230,10 +231,13 @@ def _judge_calls(run: IterativeRun) -> dict[str, str]:
         if compares(judge.use, judge.args):
             # With the initial policy, and from the second round on with the previous one too.
             evaluation = estimate(judge.use, judge.args, compared) * (heldout * each / len(compared))
-            evaluated = evaluation * (2 * _evaluations(config) - 1 + (references + other) * (_evaluations(config) + 1))
+            # At further temperatures, with the initial policy in round 0 too.
+            always = (references + other) * (1 + further) + further
+            evaluated = evaluation * (2 * _evaluations(config) - 1 + always * (_evaluations(config) + 1))
         else:
             evaluation = estimate(judge.use, judge.args, scored) * (heldout / len(scored))
-            evaluated = evaluation * (_evaluations(config) + 1 + references / each + other)
+            evaluated = evaluation * ((_evaluations(config) + 1) * (1 + further) + references / each + other)
+            evaluation *= 1 + further
         work, said = evaluated, f"{round(evaluation.calls):,} an evaluation"
         if role == "training":
             one = estimate(judge.use, judge.args, trained) * (config.prompts.per_round / len(trained))
@@ -263,6 +267,12 @@ def _benchmarks(config: Config) -> dict[str, str]:
 def _evaluations(config: Config) -> int:
     """Rounds that are evaluated, without round 0."""
     return math.ceil(config.rounds / config.evaluation.every)
+
+
+def _evaluated(config: Config) -> int:
+    """Completions of a held-out prompt in an evaluation, at all of its temperatures."""
+    section = config.evaluation
+    return section.completions + sum(map(section.completions_at, config.further_temperatures))
 
 
 def _groups(prompts: PromptFile, completions: int, max_tokens: int) -> list[CompletionGroup]:

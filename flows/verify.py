@@ -242,7 +242,7 @@ def _sources(
             yield "policy", start
         case "benchmarks" if round:
             yield "policy", digest_of("policy")
-        case "evaluation":
+        case "evaluation" | "temperatures":
             yield "policy", digest_of("policy")
             yield "baselines.initial", digest_of("evaluation", 0)
             yield "baselines.reference", digest_of("references", 0)

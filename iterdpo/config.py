@@ -716,6 +716,9 @@ class EvaluationConfig(Section):
     """Completions per held-out prompt. More completions narrow the intervals."""
     temperature: float | None = Field(None, ge=0)
     """Default: the temperature of `sampling`. 0 is greedy; the KL estimate is then not meaningful."""
+    temperatures: list[Annotated[float, Field(ge=0)]] | None = Field(None, min_length=1, exclude_if=_unset)
+    """Further temperatures at which each evaluated policy is sampled and judged, as `temperature/<T>/…`; the report draws the
+    win rate over them: [temperatures](evaluation.md#temperatures)."""
     confidence: float = Field(0.95, gt=0, lt=1)
     """Coverage of the intervals."""
     reference_column: str | None = Field(None, exclude_if=_unset)
@@ -739,8 +742,12 @@ class EvaluationConfig(Section):
 
     @property
     def completions(self) -> int:
-        """Completions of each held-out prompt. All greedy ones of a prompt would be one."""
-        return 1 if self.temperature == 0 else self.n
+        """Completions of each held-out prompt."""
+        return self.completions_at(self.temperature)
+
+    def completions_at(self, temperature: float | None) -> int:
+        """Completions of each held-out prompt at a temperature. All greedy ones of a prompt would be one."""
+        return 1 if temperature == 0 else self.n
 
 
 BOUNDS = ("minimum", "maximum", "max_increase", "max_decrease")
@@ -775,7 +782,9 @@ class RuleConfig(Section):
             found = " and ".join(given) or "none"
             raise ValueError(f"a rule has one of {', '.join(BOUNDS)}, not {found}; write a rule for each bound")
         kind, bound = given[0], getattr(self, given[0])
-        fixed = self.metric.partition("/vs_")[2].startswith(("reference", "model"))
+        fixed = self.metric.partition("/vs_")[2].startswith(("reference", "model")) or self.metric.startswith(
+            "temperature/"
+        )
         if "win_rate/" in self.metric and not fixed and kind.startswith("max_"):
             raise ValueError(
                 f"{kind}: {self.metric} compares with another policy already, and the initial one has none; give a minimum "
@@ -927,6 +936,17 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
     supervision: SupervisionConfig = SupervisionConfig()
+
+    @property
+    def evaluation_temperature(self) -> float:
+        """Of the held-out completions."""
+        own = self.evaluation.temperature
+        return self.sampling.temperature if own is None else own
+
+    @property
+    def further_temperatures(self) -> list[float]:
+        """Those of `evaluation.temperatures` that are not the evaluation's own, each once."""
+        return [t for t in dict.fromkeys(self.evaluation.temperatures or []) if t != self.evaluation_temperature]
 
     @model_validator(mode="before")
     @classmethod

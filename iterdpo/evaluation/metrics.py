@@ -40,6 +40,11 @@ WITH_INTERVAL = (
     *OF_TWO_JUDGES,
     "kl/to_initial",
 )
+OVER_TEMPERATURES = (
+    *(f"score/{role}" for role in ROLES),
+    *(f"win_rate/vs_{name}" for name in ("initial", *REFERENCES)),
+)
+"""What is also measured at further temperatures, against the same completions."""
 WITHOUT = (
     *(f"win_rate/vs_{name}_{test}" for name in BASELINES for test in ("p", "ties")),
     "length/mean_tokens",
@@ -192,6 +197,12 @@ def evaluation_metrics(
     }
 
 
+def at_temperature(temperature: float) -> dict[str, str]:
+    """The metrics at a further temperature, each with the metric that it is at the evaluation's own."""
+    names = [f"{name}{end}" for name in OVER_TEMPERATURES for end in ENDS]
+    return {f"temperature/{temperature:g}/{name}": name for name in names}
+
+
 def best_of_names(completions: int, roles: Iterable[str]) -> list[tuple[str, int, str]]:
     """The metrics of the best of N of so many completions a prompt, as (metric, N, role), for N = 2, 4, 8, …"""
     sizes = [2**power for power in range(1, completions.bit_length()) if 2**power <= completions]
@@ -214,13 +225,17 @@ def unmeasured(
     completions: int,
     references: bool = False,
     other_model: bool = False,
+    temperatures: Iterable[float] = (),
 ) -> str | None:
     """Why a held-out evaluation of so many completions a prompt never measures `metric`, with the remedy; None if it does."""
     best = [name for name, *_ in best_of_names(completions, ROLES)]
-    known = [*(f"{name}{end}" for name in WITH_INTERVAL for end in ENDS), *WITHOUT, *best]
+    further = [key for temperature in temperatures for key in at_temperature(temperature)]
+    known = [*(f"{name}{end}" for name in WITH_INTERVAL for end in ENDS), *WITHOUT, *best, *further]
     if metric not in known:
         if metric.startswith("best_of/"):
             return f"evaluation.n = {completions}, which gives {', '.join(best) or 'no best of N'}; raise it"
+        if metric.startswith("temperature/"):
+            return f"evaluation.temperatures gives {', '.join(further) or 'no such metric'}; add the temperature to it"
         near = difflib.get_close_matches(metric, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join((*WITH_INTERVAL, *WITHOUT))}"
         return f"no metric of the held-out evaluation; {hint}"

@@ -24,6 +24,8 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
     if steps["evaluation"]:
         metrics |= read_json(directory / "evaluation" / "metrics.json")
     metrics |= _benchmarks(run, round)
+    if read_manifest(directory / "temperatures") is not None:
+        metrics |= read_json(directory / "temperatures" / "metrics.json")
     metrics["prompts/sampled"] = counts["completions"].get("prompts")
     metrics |= _left_out("prompts", counts["completions"])
     if "retired" in counts["completions"]:
@@ -55,7 +57,7 @@ def round_metrics(run: RunDir, round: int) -> dict[str, Any]:
     for stage, step in STAGES.items():
         metrics[f"time/{stage}_s"] = seconds[step]
     metrics["time/judge_streamed_s"] = steps["judgments"].seconds.get("streamed") if steps["judgments"] else None
-    for step in ("others", "against", "benchmarks", "other_model"):
+    for step in ("others", "against", "benchmarks", "other_model", "temperatures"):
         if (manifest := read_manifest(directory / step)) is not None:
             metrics[f"time/{step}_s"] = seconds[step] = manifest.seconds["total"]
     metrics["time/round_s"] = sum(s for s in seconds.values() if s is not None)

@@ -270,6 +270,11 @@ def _plots(run: Run) -> Iterator[tuple[str, str, str, Markup]]:
 CAPTIONS = {  # title and explanation of each plot
     "scores": ("Score", "Means over the held-out prompts with {confidence} intervals.{hollow}"),
     "win_rate": ("Win rate", "Held-out prompts won; a tie is half a win. With {confidence} intervals.{hollow}"),
+    "temperatures": (
+        "Win rate over temperature",
+        "Held-out prompts won by completions sampled at each temperature, against completions that stay the same, with "
+        "{confidence} intervals.",
+    ),
     "reward_kl": (
         "Score against KL",
         "The score reached at each distance from the initial policy. Points are rounds.{hollow}",

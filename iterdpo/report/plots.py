@@ -52,6 +52,8 @@ STYLE = {
 }
 MAX_POINTS = 300  # of a line over steps: more cannot be seen, and would make the page large
 
+OPPONENTS = {"initial": "the initial policy", "reference": "the reference completions", "model": "the other model"}
+
 Panel = Callable[[Axes], None]
 
 
@@ -68,12 +70,8 @@ def figures(run: Run) -> dict[str, Figure]:
     rounds, steps = run.metrics, run.train_log()
     heldout = Line("score/heldout_judge", "held-out judge", BLUE)
     training = Line("score/train_judge", "training judge", ORANGE)
-    against = [
-        Line("win_rate/vs_initial", "vs initial", BLUE),
-        Line("win_rate/vs_previous", "vs previous", ORANGE),
-        Line("win_rate/vs_reference", "vs reference", GREEN),
-        Line("win_rate/vs_model", "vs model", PURPLE),
-    ]
+    against = [Line("win_rate/vs_initial", "vs initial", BLUE), Line("win_rate/vs_previous", "vs previous", ORANGE)]
+    others = [Line("win_rate/vs_reference", "vs reference", GREEN), Line("win_rate/vs_model", "vs model", PURPLE)]
     distinct = [Line("distinct/1", "single tokens", BLUE), Line("distinct/2", "token pairs", ORANGE)]
     logps = [Line("logps/chosen", "chosen", BLUE), Line("logps/rejected", "rejected", ORANGE)]
     accuracies = Line("rewards/accuracies", "", BLUE)
@@ -82,7 +80,11 @@ def figures(run: Run) -> dict[str, Figure]:
             *_over_rounds(rounds, "Score by the held-out judge", heldout),
             *_over_rounds(rounds, "Score by the training judge", training),
         ],
-        "win_rate": _over_rounds(rounds, "Win rate on held-out prompts", *against, level=0.5, share=True),
+        "win_rate": [
+            *_over_rounds(rounds, "Win rate on held-out prompts", *against, level=0.5, share=True),
+            *_over_rounds(rounds, "Win rate against completions from outside", *others, level=0.5, share=True),
+        ],
+        "temperatures": _over_temperatures(run),
         "reward_kl": [
             *_against_kl(rounds, "Score by the held-out judge", heldout),
             *_against_kl(rounds, "Score by the training judge", training),
@@ -191,6 +193,40 @@ def _against_kl(rounds: pd.DataFrame, title: str, line: Line) -> list[Panel]:
         ax.set_xlabel("KL to the initial policy, nats per completion")
 
     return [draw]
+
+
+def _over_temperatures(run: Run) -> list[Panel]:
+    """A panel for each opponent: the win rate of the initial and of the last evaluated policy at each temperature."""
+    evaluation, sampling = run.config.get("evaluation") or {}, run.config.get("sampling") or {}
+    own = evaluation.get("temperature")
+    own = sampling.get("temperature", 1.0) if own is None else own
+    panels: list[Panel] = []
+    for name, opponent in OPPONENTS.items():
+        points: dict[
+            tuple[int, float], list[float | None]
+        ] = {}  # by round and temperature: the win rate and its interval
+        for key in run.metrics.columns:
+            of = re.fullmatch(rf"temperature/([^/]+)/win_rate/vs_{name}", key)
+            for column, temperature in ((key, float(of[1])), (f"win_rate/vs_{name}", own)) if of else ():
+                ends = [_series(run.metrics, f"{column}{end}") for end in ("", "_low", "_high")]
+                points |= {(r, temperature): [end.get(r) for end in ends] for r in ends[0].index}
+        if not points:
+            continue
+        if name == "initial":
+            points[0, own] = [0.5] * 3
+        table = pd.DataFrame(points, index=["y", "low", "high"]).T.astype(float).sort_index()
+
+        def draw(ax: Axes, table: pd.DataFrame = table, opponent: str = opponent) -> None:
+            rounds = sorted({r for r, _ in table.index})
+            for r, color in zip(dict.fromkeys((rounds[0], rounds[-1])), (FAINT, BLUE), strict=False):
+                line = table.loc[r]
+                ax.plot(line.index, line["y"], "o-", color=color, label=f"round {r}")
+                ax.vlines(line.index, line["low"], line["high"], color=color, linewidth=1, alpha=0.7)
+            _finish(ax, f"Win rate against {opponent}", legend=True, level=0.5, share=True)
+            ax.set_xlabel("temperature")
+
+        panels.append(draw)
+    return panels
 
 
 def _over_steps(

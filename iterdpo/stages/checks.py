@@ -30,6 +30,7 @@ def check_gate(run: IterativeRun, *, heldout_judge: bool) -> None:
             completions=config.evaluation.completions,
             references=config.evaluation.reference_column is not None,
             other_model=config.evaluation.against is not None,
+            temperatures=config.further_temperatures,
         ):
             raise ConfigError(f"{key} = {metric!r}: {why}")
 

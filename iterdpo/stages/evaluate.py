@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.errors import ChildFailed, DataError
-from iterdpo.evaluation.metrics import Thoughts, evaluation_metrics
+from iterdpo.evaluation.metrics import REFERENCES, Thoughts, at_temperature, evaluation_metrics
 from iterdpo.evaluation.scores import Scores, logp_gap
 from iterdpo.judging.judge import RunJudge
 from iterdpo.judging.shards import NamedShard, completion_shards
@@ -44,7 +44,7 @@ def evaluate(
 ) -> Evaluation:
     """The candidate on the held-out prompts, compared with the evaluations in `against` (`initial`, `previous`) and references.
 
-    Its benchmarks follow, if there are any. Raises ChildFailed if the engine does not sample from this policy.
+    Its benchmarks and further temperatures follow, if there are any. Raises ChildFailed if the engine does not sample from this policy.
     """
     against = {**against, **references(run)}
     step = run.dir.step(round, "evaluation", inputs(run, candidate, against))
@@ -54,7 +54,9 @@ def evaluate(
             run.prompts.pin(0)
         manifest = step.finish(counts=_evaluate(run, round, directory, candidate, against))
     benchmark(run, round, candidate)
-    return Evaluation(step.path, manifest.digest, round)
+    evaluation = Evaluation(step.path, manifest.digest, round)
+    _over_temperatures(run, round, candidate, {"initial": evaluation, **against})
+    return evaluation
 
 
 def references(run: IterativeRun) -> dict[str, Evaluation]:
@@ -89,11 +91,10 @@ def _judged(run: IterativeRun, step: Step, name: str) -> Evaluation:
     if (manifest := step.manifest()) is None:
         directory = step.begin()
         completions = directory / "completions"
-        completions.mkdir(exist_ok=True)
         run.prompts.pin(0)
         if name == "model":
             assert run.compared_model is not None
-            counts = _sampled(run, completions, name, run.compared_model)
+            counts = _sampled(run, completions, name, run.compared_model, *_sampling(run))
         else:
             counts = _of_column(run, completions)
         with run.turn_of(*run.judges):
@@ -115,6 +116,7 @@ def _judged(run: IterativeRun, step: Step, name: str) -> Evaluation:
 
 def _of_column(run: IterativeRun, directory: Path) -> dict[str, int]:
     """Write the completions in the column; one a prompt."""
+    directory.mkdir(exist_ok=True)
     rows = zip(run.prompts.heldout, run.pinned_ids(0), strict=True)
     for number, batch in enumerate(batches(rows, run.config.sampling.shard_size)):
         groups = [CompletionGroup(prompt, ids, [_reference(run, prompt)]) for prompt, ids in batch]
@@ -141,7 +143,7 @@ def inputs(run: IterativeRun, candidate: PolicyCheckpoint, against: Mapping[str,
         "prompts": prompts_key(run, run.prompts.heldout),
         "sampling": sampling_key(run, *_sampling(run)),
         "evaluation": run.config.evaluation.model_dump(
-            exclude={"judge", "max_logp_gap", "every", "benchmarks", "against"}
+            exclude={"judge", "max_logp_gap", "every", "benchmarks", "against", "temperatures"}
         ),
         "judges": {judge.role: judge.key for judge in run.judges},
         "baselines": {name: baseline.digest for name, baseline in against.items()},
@@ -151,28 +153,15 @@ def inputs(run: IterativeRun, candidate: PolicyCheckpoint, against: Mapping[str,
 
 def _sampling(run: IterativeRun) -> tuple[int, float]:
     """Completions a prompt, and their temperature."""
-    section = run.config.evaluation
-    temperature = run.config.sampling.temperature if section.temperature is None else section.temperature
-    return section.completions, temperature
+    return run.config.evaluation.completions, run.config.evaluation_temperature
 
 
 def _evaluate(
     run: IterativeRun, round: int, directory: Path, candidate: PolicyCheckpoint, against: Mapping[str, Evaluation]
 ) -> dict[str, int]:
     section, completions = run.config.evaluation, directory / "completions"
-    completions.mkdir(exist_ok=True)
-    counts = _sampled(run, completions, "evaluate", candidate)
-    scores: dict[str, list[Scores]] = {}
-    duels: dict[str, dict[str, Duels]] = {}
-    with run.turn_of(*run.judges):
-        for judge in run.judges:
-            judge.begin_stage()
-            if judge.load().comparative:
-                target = directory / "judgments" / judge.role
-                duels[judge.role] = {n: _duels(run, judge, completions, b, target, n) for n, b in against.items()}
-                continue
-            scores[judge.role] = _score(run, "score", judge, completions, directory, counts["completions"])
-        run.release_judges()
+    counts = _sampled(run, completions, "evaluate", candidate, *_sampling(run))
+    judged = _judged_against(run, directory, counts["completions"], against)
     logps = _sequence_logps(run, directory / "logps.json", candidate, completions, counts["completions"])
     gap = None
     if logps is not None:
@@ -184,14 +173,87 @@ def _evaluate(
             f"evaluation.max_logp_gap = {section.max_logp_gap:g}): it does not sample from this policy, or its precision "
             "is too low"
         )
+    metrics = _measured(run, round, completions, counts, judged, logps, against)
+    write_json(directory / "metrics.json", metrics | {"sampler/logp_gap": gap})
+    return {"prompts": counts["prompts"], "completions": counts["completions"]}
+
+
+def _over_temperatures(
+    run: IterativeRun, round: int, policy: PolicyCheckpoint, against: Mapping[str, Evaluation]
+) -> None:
+    """The policy at further temperatures, in the step `temperatures`; see `temperature_steps`."""
+    for step in temperature_steps(run, round, policy, against):
+        if step.manifest() is None:
+            directory, total = step.begin(), 0
+            metrics: dict[str, Any] = {}
+            against = _same_at_every_round(against)
+            for temperature in run.config.further_temperatures:
+                place, n = directory / f"{temperature:g}", run.config.evaluation.completions_at(temperature)
+                counts = _sampled(run, place / "completions", f"at {temperature:g}", policy, n, temperature)
+                judged = _judged_against(run, place, counts["completions"], against)
+                found = _measured(run, round, place / "completions", counts, judged, None, against)
+                metrics |= {key: found[name] for key, name in at_temperature(temperature).items() if name in found}
+                total += counts["completions"]
+            write_json(directory / "metrics.json", metrics)
+            step.finish(counts={"prompts": len(run.prompts.heldout), "completions": total})
+
+
+def temperature_steps(
+    run: IterativeRun, round: int, policy: PolicyCheckpoint, against: Mapping[str, Evaluation]
+) -> Iterator[Step]:
+    """The step of further temperatures, if the round has it.
+
+    Of the evaluations in `against`, the policy is compared with that of the initial policy, whose completions stay at the
+    evaluation's own temperature, and with the references.
+    """
+    if further := run.config.further_temperatures:
+        key = inputs(run, policy, _same_at_every_round(against))
+        key["evaluation"]["temperatures"] = further
+        yield run.dir.step(round, "temperatures", key)
+
+
+def _same_at_every_round(against: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
+    return {name: against[name] for name in ("initial", *REFERENCES) if name in against}
+
+
+def _judged_against(
+    run: IterativeRun, directory: Path, total: int, against: Mapping[str, Evaluation]
+) -> tuple[dict[str, list[Scores]], dict[str, dict[str, Duels]]]:
+    """By the judge's role, the scores of the completions in `directory`, or the duels with those in `against`."""
+    completions = directory / "completions"
+    scores: dict[str, list[Scores]] = {}
+    duels: dict[str, dict[str, Duels]] = {}
+    with run.turn_of(*run.judges):
+        for judge in run.judges:
+            judge.begin_stage()
+            if judge.load().comparative:
+                target = directory / "judgments" / judge.role
+                duels[judge.role] = {n: _duels(run, judge, completions, b, target, n) for n, b in against.items()}
+                continue
+            scores[judge.role] = _score(run, "score", judge, completions, directory, total)
+        run.release_judges()
+    return scores, duels
+
+
+def _measured(
+    run: IterativeRun,
+    round: int,
+    completions: Path,
+    counts: Mapping[str, int],
+    judged: tuple[dict[str, list[Scores]], dict[str, dict[str, Duels]]],
+    logps: dict[str, list[list[float]]] | None,
+    against: Mapping[str, Evaluation],
+) -> dict[str, Any]:
+    """The metrics of completions as they were judged."""
+    section = run.config.evaluation
     seed, confidence = derive_seed(run.config.seed, "bootstrap"), section.confidence
     if section.looks == "spending" and round:
         confidence = spending_confidence(confidence, round)
-    metrics = evaluation_metrics(
+    return evaluation_metrics(
         lambda: read_answer_ids(completions),
-        scores,
+        judged[0],
         {name: {r: _scores(path) for r, path in b.judgments().items()} for name, b in against.items()},
-        duels,
+        judged[1],
         logps,
         prompts=counts["prompts"],
         truncated=counts["truncated"],
@@ -210,12 +272,13 @@ def _evaluate(
         ),
         bootstrap=Bootstrap(confidence=confidence, samples=section.bootstrap_samples, seed=seed),
     )
-    write_json(directory / "metrics.json", metrics | {"sampler/logp_gap": gap})
-    return {"prompts": counts["prompts"], "completions": counts["completions"]}
 
 
-def _sampled(run: IterativeRun, completions: Path, name: str, policy: PolicyCheckpoint) -> dict[str, int]:
+def _sampled(
+    run: IterativeRun, completions: Path, name: str, policy: PolicyCheckpoint, n: int, temperature: float
+) -> dict[str, int]:
     """Sample the completions of the held-out prompts, and count them."""
+    completions.mkdir(parents=True, exist_ok=True)
     return sample_shards(
         run,
         completions,
@@ -223,7 +286,7 @@ def _sampled(run: IterativeRun, completions: Path, name: str, policy: PolicyChec
         policy,
         run.prompts.heldout,
         run.pinned_ids(0),
-        parameters_of(run, *_sampling(run)),
+        parameters_of(run, n, temperature),
         # The same seeds every round: what differs between rounds is the policy, not the luck of the draw.
         lambda prompt_id: derive_seed(run.config.seed, "evaluate", prompt_id),
     )
@@ -288,10 +351,14 @@ def _duels(
 
 
 def _opponents(candidates: Path, baselines: Path) -> Iterator[list[CompletionGroup]]:
-    """For each prompt, a group of two for each completion: the candidate's and its counterpart, or the one reference."""
+    """For each prompt, a group of two for each completion: the candidate's and its counterpart, or the one reference.
+
+    A greedy completion, of which there is one, has the first as its counterpart.
+    """
     for ours, theirs in zip(read_groups(candidates), read_groups(baselines), strict=True):
-        alone = len(theirs.completions) == 1
-        pairs = zip(ours.completions, theirs.completions * (len(ours.completions) if alone else 1), strict=True)
+        count, alone = len(ours.completions), len(theirs.completions) == 1
+        others = theirs.completions * count if alone else theirs.completions[: 1 if count == 1 else None]
+        pairs = zip(ours.completions, others, strict=True)
         yield [CompletionGroup(ours.prompt, ours.prompt_ids, [a, b]) for a, b in pairs]
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 
 from iterdpo.errors import DamagedError
-from iterdpo.run.artifacts import Judgments, Pairs, PolicyCheckpoint
+from iterdpo.run.artifacts import Evaluation, Judgments, Pairs, PolicyCheckpoint
 from iterdpo.run.rundir import Manifest, Step
 from iterdpo.stages import evaluate, judge, pair, sample, train
 from iterdpo.stages.benchmarks import benchmark_steps
@@ -61,8 +61,11 @@ def steps_of_round(run: IterativeRun, round: int) -> Iterator[Step]:
     step = functools.partial(run.dir.step, round)
     yield from evaluate.reference_steps(run).values()
     if round == 0:
-        yield step("evaluation", evaluate.inputs(run, run.initial, evaluate.references(run)))
+        against = evaluate.references(run)
+        yield (evaluated := step("evaluation", evaluate.inputs(run, run.initial, against)))
         yield from benchmark_steps(run, round, run.initial)
+        initial = Evaluation(evaluated.path, _done(evaluated).digest, round)
+        yield from evaluate.temperature_steps(run, round, run.initial, {"initial": initial, **against})
         return
     policy = run.policy_after(round - 1)
     yield (sampled := step("completions", sample.inputs(run, policy, run.prompts.of(round))))
@@ -84,6 +87,7 @@ def steps_of_round(run: IterativeRun, round: int) -> Iterator[Step]:
         against = run.baselines(round, run.standing(round)) | evaluate.references(run)
         yield step("evaluation", evaluate.inputs(run, candidate, against))
         yield from benchmark_steps(run, round, candidate)
+        yield from evaluate.temperature_steps(run, round, candidate, against)
 
 
 def _done(step: Step) -> Manifest:

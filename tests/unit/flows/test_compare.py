@@ -205,7 +205,7 @@ def test_what_every_round_is_compared_with_is_made_once_for_all_arms_of_a_seed(b
     other = build_tiny_checkpoint(tmp_path / "other", seed=5)
     prompts = [{"prompt": f"Tale {i}", "gold": "once"} for i in range(40)]
     (bench.root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    against = {"against": {"model": str(other)}, "reference_column": "gold"}
+    against = {"against": {"model": str(other)}, "reference_column": "gold", "temperatures": [0]}
     evaluation = bench.values["base"]["evaluation"]
     bench.values["base"] |= {"evaluation": {**evaluation, **against}}
     bench.sampler.fails = 6
@@ -213,10 +213,10 @@ def test_what_every_round_is_compared_with_is_made_once_for_all_arms_of_a_seed(b
         bench.run()
     bench.sampler.fails = None
     bench.run()
-    assert bench.sampler.asked == [4, 4, 6, 4, 6, 4, 8, 4, 4]  # the model first
+    assert bench.sampler.asked == [4, 4, 4, 6, 4, 4, 6, 4, 4, 8, 4, 4, 4]  # the model first; each evaluation twice
     for run in (bench.root / "out" / arm / "seed-0" for arm in ("iterative", "offline")):
         assert verify(run).problems == []
-        assert {"win_rate/vs_reference", "win_rate/vs_model"} <= read_json(run / "round-001/round.json")[
+        assert {"win_rate/vs_reference", "temperature/0/win_rate/vs_model"} <= read_json(run / "round-001/round.json")[
             "metrics"
         ].keys()
 

@@ -147,6 +147,17 @@ def test_another_model_to_compare_with_is_counted(model: Path, tmp_path: Path) -
     assert rows["judge calls"].endswith(f"; {170 + (1 + 2 + 2 + 4) * 20} in all")
 
 
+def test_an_evaluation_at_further_temperatures_is_counted(model: Path, tmp_path: Path) -> None:
+    judges = [{"use": f"{tmp_path}/judge.py:{name}"} for name in ("score", "both")]
+    evaluation = {"n": 2, "temperatures": [0, 0.5, 1.0], "judge": judges[1]}
+    rows = planned(model, tmp_path, judge=judges[0], evaluation=evaluation)
+    # Two completions at 1 and at 0.5, and a greedy one. Both orders are compared at 1 with one other round in round 1 and with
+    # two in rounds 2 and 3, and elsewhere with the initial policy in each of four evaluations.
+    assert rows["completions"] == "40 a round and 25 an evaluation; 220 in all"
+    assert "40 a round and 25 an evaluation" in rows["judge calls"]
+    assert rows["judge calls"].endswith(f"; {220 + 5 * 20 + 4 * 3 * 5 * 2} in all")
+
+
 def test_the_calls_of_judges_that_compare_count_both_orders_and_both_baselines(model: Path, tmp_path: Path) -> None:
     endpoint = {"base_url": "http://127.0.0.1:9/v1", "price_in": 1.0, "price_out": 10.0}
     llm = {"use": "pairwise", "args": {"model": "m", "endpoint": endpoint, "constrain": "none"}}

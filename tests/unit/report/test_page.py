@@ -9,8 +9,10 @@ from pathlib import Path
 from iterdpo.config import RuleConfig
 from iterdpo.gate import decide
 from iterdpo.report.page import EXAMPLES, write_report
+from iterdpo.report.plots import figures
 from iterdpo.run.artifacts import shard_name, write_completion_shard, write_judgment_shard
 from iterdpo.run.cost import ESTIMATE, Load, Rates, estimate_to_json
+from iterdpo.run.read import read_run
 from iterdpo.run.rundir import RunDir, write_json, write_jsonl
 from iterdpo.types import Completion, CompletionGroup, Judgment, Prompt, RoundRecord
 
@@ -83,6 +85,24 @@ def test_the_comparison_with_the_best_round_is_shown_if_it_is_not_the_previous_o
         row = {"round": 1, "gate/decision": "promote", "win_rate/vs_previous": 0.6, "win_rate/vs_best": best}
         write_jsonl(tmp_path / "metrics.jsonl", [row])
         assert ("Wins vs best" in write_report(tmp_path).read_text()) is shown
+
+
+def test_the_page_has_the_win_rate_over_temperatures_and_against_another_model(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.write_config({"sampling": {"temperature": 1.0}, "evaluation": {}})
+    rows = [
+        {"round": 0, "gate/decision": "promote", "temperature/0.5/win_rate/vs_initial": 0.61},
+        {"round": 1, "gate/decision": "promote", "win_rate/vs_initial": 0.7, "temperature/0/win_rate/vs_initial": None},
+        {"round": 2, "gate/decision": "promote", "win_rate/vs_initial": 0.8, "win_rate/vs_model": 0.4},
+    ]
+    rows[2] |= {"temperature/0.5/win_rate/vs_initial": 0.9, "temperature/0.5/win_rate/vs_initial_low": 0.85}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(tmp_path).read_text()
+    assert "Wins vs model" in page
+    [axes] = figures(read_run(tmp_path))["temperatures"].axes
+    drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines[:2]}
+    assert drawn == {"round 0": [(0.5, 0.61), (1.0, 0.5)], "round 2": [(0.5, 0.9), (1.0, 0.8)]}
+    assert 'id="plot-temperatures"' in page
 
 
 def test_the_estimate_stands_beside_what_a_round_took_and_later_rounds_have_the_last_one(tmp_path: Path) -> None:

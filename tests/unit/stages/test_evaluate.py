@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flows.verify import verify
 from iterdpo.data.prompts import PromptFile
 from iterdpo.errors import ChildFailed, ConfigError, DataError, StaleStepError
 from iterdpo.run.artifacts import Evaluation, PolicyCheckpoint, read_groups, read_judgments
@@ -332,6 +333,54 @@ def test_a_model_that_the_engine_cannot_take_is_refused_at_once(room: Room) -> N
         room.open(evaluation={"against": {"model": str(wider)}})
     with pytest.raises(ConfigError, match=r"evaluation\.against\.model '/nowhere': no such directory"):
         room.open(evaluation={"against": {"model": "/nowhere"}})
+
+
+def test_further_temperatures_are_compared_with_what_stays_the_same(room: Room, candidate: PolicyCheckpoint) -> None:
+    with_references(room)
+    section = {"n": 2, "reference_column": "gold", "temperatures": [0, 0.5, 1.0]}
+    run = room.open(evaluation=section)
+    before = initial(run)
+    step = run.dir.round_dir(0) / "temperatures"
+    found = read_json(step / "metrics.json")
+    assert {name.partition("/")[2].partition("/")[0] for name in found} == {"0", "0.5"}  # 1 is the evaluation's own
+    # "ab" alone against "ab" and "abab"; at 0.5 both against both
+    assert (found["temperature/0/win_rate/vs_initial"], found["temperature/0.5/win_rate/vs_initial"]) == (0.25, 0.5)
+    assert (found["temperature/0/score/train_judge"], found["temperature/0.5/score/train_judge"]) == (2.0, 3.0)
+    assert "temperature/0/win_rate/vs_previous" not in found
+    seeds = room.sampler.seeds
+    assert seeds[:HELDOUT] == seeds[HELDOUT : 2 * HELDOUT] == seeds[2 * HELDOUT :]
+
+    room.sampler.reply = lambda ids, k: "y" * 50
+    evaluate(run, 1, candidate, {"initial": before, "previous": before})
+    found = read_json(run.dir.round_dir(1) / "temperatures" / "metrics.json")
+    assert found["temperature/0/win_rate/vs_initial"] == found["temperature/0.5/win_rate/vs_reference_low"] == 1.0
+
+    asked = len(room.sampler.asked)
+    assert initial(room.open(evaluation={**section, "temperatures": [1.0]})) == before  # the evaluation is the same
+    with pytest.raises(StaleStepError, match=r"round-000/temperatures was made with evaluation\.temperatures = \[0"):
+        initial(room.open(evaluation={**section, "temperatures": [0, 0.7]}))
+    assert len(room.sampler.asked) == asked
+
+
+def test_a_judge_that_compares_sees_a_greedy_completion_beside_the_first_of_the_initial_policy(room: Room) -> None:
+    judge = room.judge = PrefersFirst(comparative=True)
+    room.sampler.reply = lambda ids, k: "greedy" if len(room.sampler.asked) > 1 else "ab" * (k + 1)
+    initial(room.open(evaluation={"n": 2, "temperatures": [0]}))
+    asked = [[c.text for c in group.completions] for shard in judge.asked for group in shard]
+    assert asked == [["greedy", "ab"]] * HELDOUT
+
+
+def test_a_run_with_further_temperatures_is_followed_and_its_rules_are_about_them(room: Room) -> None:
+    rules = [{"metric": "temperature/0.5/win_rate/vs_initial", "max_increase": 0.5, "against": "initial"}]
+    settings = {"evaluation": {"temperatures": [0.5]}, "gate": {"minimum": 0.0, "rules": rules}}
+    records = finish(room.open(rounds=1, **settings))
+    assert [record.metrics["temperature/0.5/win_rate/vs_initial"] for record in records] == [0.5, 0.5]
+    assert records[1].decision == "promote"
+    assert records[1].metrics["time/temperatures_s"] > 0
+    assert first_pending(room.open(rounds=1, **settings)) is None
+    assert verify(room.root / "run").problems == []
+    with pytest.raises(ConfigError, match=r"temperature/0\.7/.*: evaluation\.temperatures gives temperature/0\.5/"):
+        room.open(evaluation={"temperatures": [0.5]}, gate={"rules": [{**rules[0], "metric": "temperature/0.7/x"}]})
 
 
 def test_references_that_are_not_there_are_named(room: Room) -> None:
