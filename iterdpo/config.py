@@ -726,6 +726,8 @@ class EvaluationConfig(Section):
     `win_rate/vs_reference`: [references](evaluation.md#reference-completions)."""
     against: ComparedConfig | None = Field(None, exclude_if=_unset)
     """Another model, to compare with as `win_rate/vs_model`: [another model](evaluation.md#another-model)."""
+    self_bleu: bool = Field(False, exclude_if=lambda measured: not measured)
+    """Also measure `text/self_bleu`, how alike the completions are. It holds all of their tokens in memory."""
     looks: Literal["plain", "spending"] = Field("plain", exclude_if=lambda looks: looks == "plain")
     """The rounds look at the same prompts. `plain`: each interval alone has its coverage. `spending`: the intervals of a
     metric over all rounds together have it, so those of later rounds are wider: [looks](evaluation.md#looking-again-and-again)."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from iterdpo.evaluation.scores import Scores, best_of, mean_score, sequence_kl
-from iterdpo.evaluation.texts import TokenIds, distinct_n, loops, refuses
+from iterdpo.evaluation.texts import TokenIds, distinct_n, loops, refuses, self_bleu
 from iterdpo.evaluation.wins import (
     Outcomes,
     agreement,
@@ -33,6 +33,8 @@ BASELINES = ("initial", "previous", "best", *REFERENCES)
 """What is compared with. The best round so far is mostly the previous one, and then has its figures."""
 OF_THOUGHTS = ("length/mean_reasoning_tokens", "length/unfinished_thoughts")
 """Metrics of thinking models alone."""
+SELF_BLEU = "text/self_bleu"
+"""Measured if it is asked for."""
 OF_TWO_JUDGES = ("judges/agreement", "judges/gap")
 WITH_INTERVAL = (
     *(f"score/{role}" for role in ROLES),
@@ -55,6 +57,7 @@ WITHOUT = (
     "text/loops",
     "text/refusals",
     "text/entropy",
+    SELF_BLEU,
     "evaluation/unjudged",
 )
 
@@ -85,11 +88,12 @@ def evaluation_metrics(
     lengths: Mapping[str, Sequence[float]] | None = None,
     entropy: float | None = None,
     thoughts: Thoughts | None = None,
+    with_self_bleu: bool = False,
     bootstrap: Bootstrap,
 ) -> dict[str, Any]:
     """All metrics of an evaluation.
 
-    Memory does not grow with the tokens: of each prompt a number is held, and token ids and texts are streamed. What is
+    Without self-BLEU, memory does not grow with the tokens: of each prompt a number is held, and token ids and texts are streamed. What is
     an Iterable, but for `texts`, is read more than once, so it must be a list or an object that starts over.
 
     Args:
@@ -107,6 +111,7 @@ def evaluation_metrics(
         lengths: of `policy` and of the policies compared with, the mean tokens of each prompt's completions.
         entropy: in nats per token.
         thoughts: of a thinking model, the lengths of its reasoning, and which completions are unfinished thoughts.
+        with_self_bleu: measure self-BLEU too, which holds all tokens in memory.
         bootstrap: how intervals are drawn.
 
     Win rates are by the held-out judge if there is one. An unfinished thought loses against every answer.
@@ -190,6 +195,7 @@ def evaluation_metrics(
         "text/loops": looping / answers if answers else None,
         "text/refusals": sum(refusals) / answers if refusals and answers else None,
         "text/entropy": entropy,
+        **({SELF_BLEU: self_bleu(token_ids())} if with_self_bleu else {}),
         "evaluation/confidence": bootstrap.get("confidence"),
         "evaluation/prompts": prompts,
         "evaluation/completions": completions,
@@ -226,6 +232,7 @@ def unmeasured(
     references: bool = False,
     other_model: bool = False,
     temperatures: Iterable[float] = (),
+    with_self_bleu: bool = False,
 ) -> str | None:
     """Why a held-out evaluation of so many completions a prompt never measures `metric`, with the remedy; None if it does."""
     best = [name for name, *_ in best_of_names(completions, ROLES)]
@@ -246,6 +253,8 @@ def unmeasured(
         return f"there are no reference completions, {never}; set evaluation.reference_column, or choose another metric"
     if "/vs_model" in metric and not other_model:
         return f"there is no other model, {never}; set evaluation.against, or choose another metric"
+    if metric == SELF_BLEU and not with_self_bleu:
+        return f"it is not measured, {never}; set evaluation.self_bleu, or choose another metric"
     if metric in OF_THOUGHTS and not thinking:
         return f"the policy is no thinking model, {never}; choose another metric"
     return None

@@ -82,6 +82,61 @@ def distinct_n(token_ids: Callable[[], Iterable[TokenIds]], n: int, *, held: int
     return distinct / total if total else None
 
 
+def self_bleu(token_ids: Iterable[TokenIds], order: int = 4) -> float | None:
+    """The mean BLEU of each completion with all others as its references (Zhu et al., arXiv:1802.01886, Section 2.2).
+
+    1 if each has a twin, 0 if none shares an n-gram of `order` tokens with another. It rises with the number of completions:
+    compare equal ones. BLEU is that of one sentence without smoothing, over the orders that it is long enough for. Empty
+    completions are left out. None if fewer than two are left.
+
+    A library would count the n-grams of all references anew for each completion, which takes the square of their number. Here
+    they are counted once: of each n-gram, the greatest count in another completion is its greatest or its second greatest.
+    """
+    rows = [np.asarray(ids, np.int64) for ids in token_ids if len(ids)]
+    if len(rows) < 2:
+        return None
+    flat, lengths = np.concatenate(rows), np.array([len(row) for row in rows])
+    of = np.repeat(np.arange(len(rows)), lengths)
+    left = np.cumsum(lengths)[of] - np.arange(len(flat))  # tokens from here to the completion's end
+    width = int(flat.max()) + 1
+    grams, logs, orders = np.zeros(len(flat), np.int64), np.zeros(len(rows)), np.zeros(len(rows))
+    for n in range(1, order + 1):
+        starts = np.flatnonzero(left >= n)  # of the n-grams; each is an (n-1)-gram, by its number, and a token
+        if not len(starts):
+            break
+        grams[starts] = np.unique(grams[starts] * width + flat[starts + n - 1], return_inverse=True)[1]
+        matches = _clipped_matches(grams[starts], of[starts], len(rows))
+        possible = np.maximum(lengths - n + 1, 0)
+        with np.errstate(divide="ignore"):  # of none, log 0
+            logs[possible > 0] += np.log(matches[possible > 0] / possible[possible > 0])
+        orders += possible > 0
+    return float(np.mean(_brevity(lengths) * np.exp(logs / orders)))
+
+
+def _clipped_matches(grams: NDArray[np.int64], of: NDArray[np.int64], rows: int) -> NDArray[Any]:
+    """Of each completion, its n-grams that another has too, each at most as often as the one that has it most often."""
+    pairs, counts = np.unique(grams * rows + of, return_counts=True)
+    gram, row = pairs // rows, pairs % rows
+    order = np.lexsort((-counts, gram))  # by n-gram, the greatest count first
+    gram, row, counts = gram[order], row[order], counts[order]
+    first = np.append(True, gram[1:] != gram[:-1])
+    group = np.flatnonzero(first)[np.cumsum(first) - 1]  # where the n-gram's greatest count is
+    second = np.append(counts, 0)[group + 1] * np.append(~first, False)[group + 1]
+    others = np.where(first, second, counts[group])
+    return np.bincount(row, np.minimum(counts, others), rows)
+
+
+def _brevity(lengths: NDArray[np.int64]) -> NDArray[Any]:
+    """BLEU's penalty of completions that are shorter than the one nearest in length; of two as near, the shorter counts."""
+    ordered = np.sort(lengths)
+    place = np.searchsorted(ordered, lengths)
+    twin = np.append(ordered, -1)[place + 1] == lengths
+    below = np.append(ordered, -np.inf)[place - 1]  # before the first, infinitely far
+    above = np.append(ordered, np.inf)[place + 1]
+    nearest = np.where(lengths - below <= above - lengths, below, above)
+    return np.where(twin | (nearest < lengths), 1.0, np.exp(1 - nearest / lengths))
+
+
 def _ngram_hashes(token_ids: Iterable[TokenIds], n: int, *, block: int) -> Iterator[NDArray[np.uint64]]:
     """A hash of each n-gram, equal for equal ones alone, computed for about `block` tokens at a time."""
     bits = 64 // n

@@ -48,6 +48,7 @@ ROUNDS = (
     Column("KL, nats", "kl/to_initial", "{:.1f}".format),
     Column("Tokens", "length/mean_tokens", number),
     Column("Truncated", "length/truncated", percent),
+    Column("Self-BLEU", "text/self_bleu", number),
     Column("Reasoning tokens", "length/mean_reasoning_tokens", number),
     Column("Unfinished thoughts", "length/unfinished_thoughts", percent),
     Column("Pairs", "pairs/kept", count),

@@ -92,6 +92,7 @@ def figures(run: Run) -> dict[str, Figure]:
         "kl": [
             *_over_rounds(rounds, "KL to the initial policy, nats per completion", Line("kl/to_initial", "", BLUE)),
             *_over_rounds(rounds, "Share of distinct tokens and token pairs", *distinct),
+            *_over_rounds(rounds, "Self-BLEU", Line("text/self_bleu", "", BLUE)),
         ],
         "length": [
             *_over_rounds(rounds, "Mean length, tokens", Line("length/mean_tokens", "", BLUE)),

@@ -31,6 +31,7 @@ def check_gate(run: IterativeRun, *, heldout_judge: bool) -> None:
             references=config.evaluation.reference_column is not None,
             other_model=config.evaluation.against is not None,
             temperatures=config.further_temperatures,
+            with_self_bleu=config.evaluation.self_bleu,
         ):
             raise ConfigError(f"{key} = {metric!r}: {why}")
 

@@ -270,6 +270,7 @@ def _measured(
             _unfinished(completions),
             {name: _unfinished(b.completions) for name, b in against.items()},
         ),
+        with_self_bleu=section.self_bleu,
         bootstrap=Bootstrap(confidence=confidence, samples=section.bootstrap_samples, seed=seed),
     )
 

@@ -106,6 +106,7 @@ def test_every_metric_with_an_interval_or_a_rule_is_one_that_an_evaluation_has()
         prompts=1,
         truncated=0,
         thoughts=Thoughts(0, [[False]], {name: [[False]] for name in REFERENCES}),
+        with_self_bleu=True,
         bootstrap={},
     )
     known = {f"{name}{end}" for name in WITH_INTERVAL for end in ENDS} | {*WITHOUT}
@@ -113,10 +114,8 @@ def test_every_metric_with_an_interval_or_a_rule_is_one_that_an_evaluation_has()
         "win_rate/judge",
         *(f"evaluation/{n}" for n in ("confidence", "prompts", "completions")),
     }
-    assert all(
-        unmeasured(name, heldout_judge=True, thinking=True, completions=1, references=True, other_model=True) is None
-        for name in known
-    )
+    given = {"heldout_judge": True, "references": True, "other_model": True, "with_self_bleu": True}
+    assert all(unmeasured(name, thinking=True, completions=1, **given) is None for name in known)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +132,9 @@ def test_every_metric_with_an_interval_or_a_rule_is_one_that_an_evaluation_has()
             "evaluation.n = 3, which gives best_of/2/train_judge, best_of/2/heldout_judge; raise it",
         ),
         ("length/mean_reasoning_tokens", "no thinking model"),
+        ("text/self_bleu", "set evaluation.self_bleu"),
+        ("win_rate/vs_model_low", "set evaluation.against"),
+        ("temperature/0.5/win_rate/vs_initial", "evaluation.temperatures gives no such metric"),
     ],
 )
 def test_a_metric_that_will_not_be_measured_is_known_with_the_remedy(metric: str, why: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from iterdpo.evaluation.texts import MIX, distinct_n, loops, refuses
+from iterdpo.evaluation.texts import MIX, distinct_n, loops, refuses, self_bleu
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,39 @@ def test_tokens_too_large_to_be_counted_exactly_are_refused() -> None:
     assert distinct_n(lambda: [[2**21 - 1, 0, 1]], 3) == 1.0
     with pytest.raises(ValueError, match="below 2,097,152"):
         distinct_n(lambda: [[2**21, 0, 1]], 3)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "expected"),
+    [
+        ([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]], 1.0),
+        ([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]], 0.0),
+        ([[1, 2], [1, 2], []], 1.0),  # too short for longer n-grams, and one that is empty
+        # The second is a part of the first. Of the first, 4 of 5, 3 of 4, 2 of 3 and 1 of 2 n-grams are in the second; of the
+        # second all are, and it is one token shorter.
+        ([[1, 2, 3, 4, 5], [1, 2, 3, 4]], ((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25 + np.exp(1 - 5 / 4)) / 2),
+        ([[1, 1, 1], [1], [2]], (0.0 + 1.0 + 0.0) / 3),  # no pair of the first is elsewhere
+        # By sacrebleu 2.6: BLEU(smooth_method="none", tokenize="none", effective_order=True), each against all others.
+        (
+            [
+                [3, 2, 2, 3, 2, 3, 3, 0, 0, 1, 1, 3],
+                [3, 0, 1, 3, 0, 3, 0, 1, 3],
+                [1, 1, 1, 2, 1, 3, 1, 1, 2, 2, 2, 2, 3, 3],
+                [3, 2, 2],
+                [1],
+                [],
+                [3, 1, 0, 3, 0, 3, 2, 0, 0, 1, 0, 0],
+            ],
+            0.1892225472061022,
+        ),
+        ([[1, 2], []], None),
+        ([], None),
+    ],
+)
+def test_self_bleu_is_the_mean_bleu_of_each_completion_against_all_others(
+    token_ids: list[list[int]], expected: float | None
+) -> None:
+    assert self_bleu(token_ids) == (expected if expected is None else pytest.approx(expected))
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,12 @@ def test_a_candidate_is_compared_with_the_baselines_prompt_by_prompt(room: Room,
     assert metrics["sampler/logp_gap"] > 1  # the sampler says -1 for every token, and is no engine
 
 
+def test_self_bleu_is_measured_if_it_is_asked_for(room: Room) -> None:
+    assert "text/self_bleu" not in metrics_of(initial(room.open()))
+    metrics = metrics_of(initial(room.open(evaluation={"self_bleu": True}, redo=True)))
+    assert metrics["text/self_bleu"] == 1.0  # all are "ab"
+
+
 def test_seeds_are_the_same_in_every_round(room: Room, candidate: PolicyCheckpoint) -> None:
     run = room.open()
     before = initial(run)
