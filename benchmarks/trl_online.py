@@ -1,10 +1,10 @@
 """Online RL by TRL, as an arm of `iterdpo compare`: GRPO or RLOO on the arm's prompts, with its judge as the reward.
 
     arms:
-      grpo: {command: [python, benchmarks/trl_online.py, "{spec}"]}
-      rloo: {command: [python, benchmarks/trl_online.py, "{spec}", rloo]}
+      grpo: {command: ["{python}", benchmarks/trl_online.py, "{spec}"], requires: [trl]}
+      rloo: {command: ["{python}", benchmarks/trl_online.py, "{spec}", rloo], requires: [trl]}
 
-`python` may be that of another environment, with iterdpo, for the judge, and the TRL of your choice (tried: 1.16, with a
+In place of `{python}`, which is iterdpo's own, may be that of another environment, with iterdpo, for the judge, and the TRL of your choice (tried: 1.16, with a
 tiny model). As many completions are sampled as the other arms sample and never more, `n` of each prompt, in as many
 optimizer steps. `beta` is TRL's weight of the KL to the initial policy. The checkpoint and `budget.json` are written where
 the spec says.

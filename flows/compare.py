@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,6 +53,8 @@ from iterdpo.stages.runs import IterativeRun
 from iterdpo.training.launch import TRAIN_LOG
 from iterdpo.types import RoundRecord, content_to_json
 
+MISSING = "import sys; from importlib.util import find_spec; print(*(m for m in sys.argv[1:] if find_spec(m) is None))"
+"""A program that prints which of the modules in its arguments its Python lacks."""
 OWN_BUDGET = "budget.json"
 """What a command may leave beside its policy: `{"completions": 4096, "judge_calls": 4096, "steps": 64, "tokens": 81920}`."""
 
@@ -148,7 +152,7 @@ def check(experiment: Experiment) -> None:
         try:
             with open_run(config) as run:
                 if planned.arm.kind == "command":
-                    _program(planned.arm)
+                    _check_command(planned.arm)
                 if prompts not in tokenized:  # one that is too long is refused here
                     run.estimated_max_model_len()
                     tokenized.add(prompts)
@@ -434,7 +438,8 @@ def _commanded(arm: Arm, run: IterativeRun) -> PolicyCheckpoint:
             "beta": config.dpo.beta,
         }
         write_json(files / "spec.json", spec, record=run.dir.root)
-        command = [str(files / "spec.json") if word == "{spec}" else word for word in [_program(arm), *arm.command[1:]]]
+        places = {"{spec}": str(files / "spec.json"), "{python}": sys.executable}
+        command = [places.get(word, word) for word in [_program(arm), *arm.command[1:]]]
         with run.progress.stage("command", len(rows), "prompts") as stage:
             log = run.dir.log_path("command")
             reserved = run.devices.descriptors
@@ -462,9 +467,32 @@ def _command_budget(directory: Path, spec: dict[str, Any]) -> dict[str, float]:
 
 def _program(arm: Arm) -> str:
     """The path of the command's program; a UserError if there is none."""
+    if arm.command[0] == "{python}":
+        return sys.executable
     if (found := shutil.which(arm.command[0])) is None:
         raise UserError(f"command: {arm.command[0]!r}: no such program; install it, or give its path")
     return found
+
+
+def _check_command(arm: Arm) -> None:
+    """Check that the command could run, without running it.
+
+    Raises:
+        UserError: its program, its script or a module that it requires is missing.
+    """
+    program = _program(arm)
+    for word in arm.command[1:]:
+        if word.endswith(".py") and not word.startswith("-") and not Path(word).is_file():
+            raise UserError(f"command: {word!r}: no such file in {Path.cwd()}; correct the path, or start there")
+    if arm.requires:
+        asked = subprocess.run([program, "-c", MISSING, *arm.requires], capture_output=True, text=True, check=False)
+        if asked.returncode != 0:
+            raise UserError(f"requires: modules of a Python, which {program} is not; remove it")
+        if missing := asked.stdout.split():
+            raise UserError(
+                f"requires: {program} lacks {', '.join(missing)}; install that there, name another Python in command, or "
+                f"leave the arm out: arms.{arm.name}=null"
+            )
 
 
 def _tried(planned: Planned) -> dict[str, Any] | None:

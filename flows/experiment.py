@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -69,7 +69,9 @@ class Arm:
     n: int = 1
     """With `best_of_n`: of how many completions the best is taken."""
     command: tuple[str, ...] = ()
-    """With `command`: the program that makes the policy."""
+    """With `command`: the program that makes the policy, with its arguments."""
+    requires: tuple[str, ...] = ()
+    """With `command`: modules that its Python must have."""
     grid: Mapping[str, list[Any]] = field(default_factory=dict)
     """The settings that are tuned for it."""
 
@@ -147,7 +149,7 @@ def load_experiment(*paths: str | Path, overrides: Sequence[str] = (), out: str 
         values = merge(values, _based(read_yaml(path), path.parent))
     own = [o for o in overrides if o.partition("=")[0].strip().partition(".")[0] in ExperimentConfig.model_fields]
     for override in own:
-        values = assign(values, override)
+        values = _overridden(values, override)
     if found := sorted(Config.model_fields.keys() & values.keys()):
         raise ConfigError(
             f"{source}: has {found[0]!r}, a key of a run; put it below `base`, for all arms, or into an arm of `arms`"
@@ -176,6 +178,15 @@ def load_experiment(*paths: str | Path, overrides: Sequence[str] = (), out: str 
     return experiment
 
 
+def _overridden(values: dict[str, Any], override: str) -> dict[str, Any]:
+    """The values with an override. `arms.NAME=null` leaves out an arm that is there."""
+    key, _, value = map(str.strip, override.partition("="))
+    arms, name = values.get("arms"), key.removeprefix("arms.")
+    if value == "null" and name != key and isinstance(arms, dict) and name in arms:
+        return {**values, "arms": {other: arm for other, arm in arms.items() if other != name}}
+    return assign(values, override)
+
+
 def _based(values: dict[str, Any], directory: Path) -> dict[str, Any]:
     """The values of a file with the paths of `base` made relative to the current directory."""
     if "base" not in values:
@@ -197,6 +208,7 @@ def _arm(source: str, name: str, values: dict[str, Any], tune: TuneConfig | None
     if kind not in get_args(Kind):
         raise ConfigError(f"{where}.kind = {kind!r}: input should be one of {', '.join(get_args(Kind))}")
     n, command, tuned = values.pop("n", None), values.pop("command", None), values.pop("tune", None)
+    requires = values.pop("requires", None)
     if (n is not None) != (kind == "best_of_n"):
         raise ConfigError(
             f"{where}.n: the completions that kind = 'best_of_n' takes the best of; that kind needs it, and no other has it"
@@ -207,15 +219,20 @@ def _arm(source: str, name: str, values: dict[str, Any], tune: TuneConfig | None
         raise ConfigError(
             f"{where}.command: the program that kind = 'command' starts; that kind needs it, and no other has it"
         )
-    if command is not None and not (
-        isinstance(command, list) and all(isinstance(word, str) for word in command) and "{spec}" in command
-    ):
+    if command is not None and not (_are_words(command) and "{spec}" in command):
         raise ConfigError(
             f"{where}.command = {command!r}: input should be a list of words, of which {{spec}} is replaced by the path of "
             "the file that says what to do, such as [python, my_trainer.py, '{spec}']"
         )
+    if requires is not None and (
+        kind != "command" or not (_are_words(requires) and all(map(str.isidentifier, requires)))
+    ):
+        raise ConfigError(
+            f"{where}.requires = {requires!r}: input should be a list of modules, such as [trl], that the Python of "
+            "kind = 'command' must have"
+        )
     settings = dict(_flat(values))
-    arm = Arm(name, kind, settings, n or 1, tuple(command or ()))
+    arm = Arm(name, kind, settings, n or 1, tuple(command or ()), tuple(requires or ()))
     if (
         tuned is not None
         and tuned is not False
@@ -225,7 +242,11 @@ def _arm(source: str, name: str, values: dict[str, Any], tune: TuneConfig | None
     if tune is None or tuned is False or not arm.trains or kind == "command":
         return arm
     grid = {key: tried for key, tried in tune.grid.items() if key not in settings and (tuned is None or key in tuned)}
-    return Arm(name, kind, settings, arm.n, arm.command, grid)
+    return replace(arm, grid=grid)
+
+
+def _are_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

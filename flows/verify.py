@@ -162,7 +162,9 @@ def _check_records(run: RunDir, manifests: dict[tuple[int, str], Manifest], foun
     for path in [run.root / "heldout.jsonl", *(run.round_dir(round) / "prompts.jsonl" for round in run.rounds())]:
         _try(found, lambda path=path: read_jsonl(path) if path.exists() else None)
     for round, known in records.items():
-        for name in _steps_of(round, config):
+        policy = manifests.get((round, "policy"))
+        commanded = policy is not None and "command" in policy.inputs
+        for name in _steps_of(round, config, commanded=commanded):
             step = run.round_dir(round) / name
             if step.with_name(f"{name}.partial").is_dir():
                 break  # it is made again, and what follows from it
@@ -198,12 +200,14 @@ def _check_initial(config: dict[str, Any], manifests: dict[tuple[int, str], Mani
             found.add(f"{path}: not the checkpoint that the run began with ({digest}, then {', '.join(sorted(asked))})")
 
 
-def _steps_of(round: int, config: dict[str, Any]) -> tuple[str, ...]:
-    """The steps that a round has once it is decided."""
+def _steps_of(round: int, config: dict[str, Any], *, commanded: bool) -> tuple[str, ...]:
+    """The steps that a round has once it is decided. `commanded`: another program made its policy, in an experiment."""
     if "prompts" not in config:
         return ()
     if round == 0:
         return ("evaluation",)
+    if commanded:
+        return ("policy", "evaluation")
     steps = ("completions", "judgments", "pairs", "policy")
     every = (config.get("evaluation") or {}).get("every", 1)
     return steps if round % every and round != config.get("rounds") else (*steps, "evaluation")

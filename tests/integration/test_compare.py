@@ -16,6 +16,7 @@ from tests.integration.harness import Workspace, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
 from flows.compare import compare
@@ -33,6 +34,24 @@ class Noting(FakeSampler):
 sampler = Noting(lambda ids, k: "abcdefghij"[: 3 + (k * 2 + ids[-1]) % 7])
 print(compare(load_experiment(sys.argv[1], out=sys.argv[2]), sampler=sampler))
 """
+
+
+def test_an_arm_of_online_rl_by_trl_moves_the_policy_with_no_more_completions_than_others(workspace: Workspace) -> None:
+    root, out = workspace.root, workspace.root / "out"
+    base = {**workspace.config, "evaluation": {**workspace.config["evaluation"], "max_logp_gap": 1e3}}
+    del base["run_dir"]
+    grpo = {"command": ["{python}", str(ROOT / "benchmarks" / "trl_online.py"), "{spec}"], "requires": ["trl"]}
+    experiment = {"base": base, "arms": {"grpo": grpo}, "seeds": [0]}
+    (root / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    command = [sys.executable, "-c", SCRIPT, str(root / "experiment.yaml"), str(out), str(root / "asked")]
+    done = subprocess.run(command, env=workspace.environment(), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    found = read_json(out / "compare.json")["arms"]["grpo"]
+    assert found["budget"]["completions"] == found["budget"]["judge_calls"] == 16 * 3
+    assert found["budget"]["steps"] == 8
+    first, last = found["seeds"]["0"]["points"]
+    assert first["kl"] == 0 != last["kl"]
+    assert verify(out / "grpo" / "seed-0").problems == []
 
 
 def test_an_experiment_that_is_killed_goes_on_and_samples_nothing_twice(workspace: Workspace) -> None:

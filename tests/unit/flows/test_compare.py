@@ -311,8 +311,8 @@ if not Path(sys.argv[2]).exists():
 def test_a_command_makes_a_policy_that_is_evaluated_as_all_others_are(bench: Bench) -> None:
     (bench.root / "trainer.py").write_text(COMMAND)
     licence = bench.root / "licence"
-    command = ["python3", str(bench.root / "trainer.py"), "{spec}", str(licence)]
-    arms = {"grpo": {"command": command}}
+    command = ["{python}", str(bench.root / "trainer.py"), "{spec}", str(licence)]
+    arms = {"grpo": {"command": command, "requires": ["json", "shutil"]}}
     with pytest.raises(ChildFailed, match=r"arms\.grpo: the command failed: no licence"):
         bench.run(arms=arms)
     licence.touch()
@@ -329,6 +329,31 @@ def test_a_command_makes_a_policy_that_is_evaluated_as_all_others_are(bench: Ben
     asked = len(bench.sampler.asked)
     bench.run(arms=arms)
     assert len(bench.sampler.asked) == asked
+    root = bench.root / "out" / "grpo" / "seed-0"
+    assert verify(root).problems == []
+    shutil.rmtree(root / "round-001" / "evaluation")
+    assert any("evaluation: damaged: is missing" in problem for problem in verify(root).problems)
+
+
+@pytest.mark.parametrize(
+    ("command", "requires", "message"),
+    [
+        (["nowhere", "{spec}"], [], r"command: 'nowhere': no such program"),
+        (["{python}", "nowhere.py", "{spec}"], [], r"command: 'nowhere\.py': no such file in "),
+        (
+            ["{python}", "{spec}"],
+            ["json", "nowhere", "neither"],
+            r"requires: .* lacks nowhere, neither; .*arms\.grpo=null",
+        ),
+        (["false", "{spec}"], ["json"], r"requires: modules of a Python, which .*false is not"),
+    ],
+)
+def test_a_command_that_could_not_run_is_refused_before_anything_runs(
+    bench: Bench, command: list[str], requires: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=rf"arms\.grpo: {message}"):
+        bench.run(arms={"iterative": {}, "grpo": {"command": command, "requires": requires}})
+    assert bench.sampler.asked == []
 
 
 def test_the_plan_names_budgets_and_trials_and_changes_nothing(bench: Bench) -> None:

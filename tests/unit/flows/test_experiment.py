@@ -137,6 +137,9 @@ def test_a_key_that_an_arm_sets_is_not_tuned_for_it_nor_arms_without_training() 
         ({"arms": {"one": {"kind": "command"}}}, r"arms\.one\.command: .*needs it"),
         ({"arms": {"one": {"command": "python x.py"}}}, r"arms\.one\.command = 'python x\.py': input should be a list of words"),
         ({"arms": {"one": {"command": ["python", "x.py"]}}}, r"of which \{spec\} is replaced"),
+        ({"arms": {"one": {"requires": ["trl"]}}}, r"arms\.one\.requires = \['trl'\]: input should be a list of modules"),
+        ({"arms": {"one": {"command": ["a", "{spec}"], "requires": "trl"}}}, r"arms\.one\.requires = 'trl'"),
+        ({"arms": {"one": {"command": ["a", "{spec}"], "requires": ["trl>=1"]}}}, r"arms\.one\.requires = \['trl>=1'\]"),
         ({"arms": {"one": {"tune": ["dpo.beta"]}}}, r"arms\.one\.tune = .*a list of keys of tune\.grid"),
         ({"seeds": []}, r"seeds = \[\]"),
         ({"seeds": [1, 1]}, r"a seed is named twice"),
@@ -151,6 +154,15 @@ def test_a_key_that_an_arm_sets_is_not_tuned_for_it_nor_arms_without_training() 
 def test_a_mistake_is_told_with_the_file_the_arm_and_the_key(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_experiment(written(**changes))
+
+
+def test_an_override_leaves_an_arm_out() -> None:
+    path = written(arms={"one": {}, "beta-0.1": {"dpo.beta": 0.1}})
+    assert [arm.name for arm in load_experiment(path, overrides=["arms.beta-0.1=null"]).arms] == ["one"]
+    with pytest.raises(ConfigError, match=r"arms\.two = None: input should be a valid dictionary"):
+        load_experiment(path, overrides=["arms.two=null"])
+    with pytest.raises(ConfigError, match=r"arms = \{\}"):
+        load_experiment(path, overrides=["arms.one=null", "arms.beta-0.1=null"])
 
 
 def test_a_judge_that_compares_is_refused_since_arms_are_compared_by_scores(tmp_path: Path) -> None:
@@ -171,7 +183,8 @@ def test_every_experiment_that_ships_loads_and_has_a_plan(
     (assets / "prompts.jsonl").write_text("".join(rows))
     np.savez(assets / "judge.npz", weights=np.zeros(4), intercept=0.0)
     monkeypatch.setenv("HOME", str(tmp_path))
-    said = describe_experiment(load_experiment(path))
+    monkeypatch.chdir(ROOT)  # where benchmarks/ is
+    said = describe_experiment(load_experiment(path, out=tmp_path / "out"))
     assert len(said.splitlines()) > 5
     assert "runs" in said.splitlines()[-1]
 
