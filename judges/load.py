@@ -248,8 +248,14 @@ class _Source(NamedTuple):
     name: str
 
 
+@functools.cache
+def _declared() -> dict[str, str]:
+    """Judges of installed packages, by name. Read once: there is a file to open for each package that is installed."""
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+
+
 def _locate(use: str) -> _Source:
-    declared = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+    declared = _declared()
     place, _, name = declared.get(use, use).rpartition(":")
     if not place or not name.isidentifier():
         forms = "a judge is named `path/to/file.py:name`, `package.module:name`, or by a name that is known"

@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,22 @@ def vowels(prompt, completion, topic):
 def length(prompt, completion):
     return float(len(completion))
 '''
+
+
+FAKE = """
+import hashlib
+from iterdpo.stages import runs
+from iterdpo.testing import FakeSampler
+
+
+def words(ids, k):
+    return hashlib.sha256(repr((ids, k)).encode()).hexdigest()[: 4 + k]
+
+
+runs.VLLMSampler = type("VLLMSampler", (FakeSampler,), {"__init__": lambda self, **_: FakeSampler.__init__(self, words),
+                                                        "warm_up": lambda self: None})
+"""
+"""Put before the user's judge, which a process of a run imports before it samples."""
 
 
 class Workspace:
@@ -63,6 +79,12 @@ class Workspace:
     @property
     def run_dir(self) -> Path:
         return Path(self.config["run_dir"])
+
+    def without_engine(self) -> None:
+        """Let the runs of this workspace sample from a fake."""
+        judge = self.root / "judge.py"
+        judge.write_text(FAKE + judge.read_text())
+        self.config["evaluation"]["max_logp_gap"] = 1e3  # the fake's log-probabilities are no model's
 
     def write(self, **changes: Any) -> Path:
         path = self.root / "config.yaml"
@@ -101,9 +123,18 @@ class Workspace:
                 continue
         return found
 
+    def processes(self, words: bytes) -> list[int]:
+        """Those of `survivors` that have these words in their command."""
+        found = []
+        for pid in self.survivors():
+            with suppress(OSError):  # it has just ended
+                if words in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+        return found
+
     def serve_process(self) -> int:
         """The process of this workspace's `iterdpo serve`."""
-        [found] = [pid for pid in self.survivors() if b"\0serve\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        [found] = self.processes(b"\0serve\0")
         return found
 
 

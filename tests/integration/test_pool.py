@@ -21,22 +21,6 @@ from tests.integration.harness import Workspace, call, users_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-FAKE = """
-import hashlib
-from iterdpo.stages import runs
-from iterdpo.testing import FakeSampler
-
-
-def words(ids, k):
-    return hashlib.sha256(repr((ids, k)).encode()).hexdigest()[: 4 + k]
-
-
-runs.VLLMSampler = type("VLLMSampler", (FakeSampler,), {"__init__": lambda self, **_: FakeSampler.__init__(self, words),
-                                                        "warm_up": lambda self: None})
-"""
-"""Put before the user's judge, which a flow's process imports before it samples: no engine starts."""
-
-
 POSTGRES = "ITERDPO_TEST_POSTGRES"
 """The variable with the URL of an empty PostgreSQL database, postgresql+asyncpg://..., for the server."""
 
@@ -51,17 +35,15 @@ class Deployed(NamedTuple):
 def deployed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
 ) -> Iterator[Deployed]:
-    """A deployment to a new pool, and a worker of it. One trigger after the other has added three rounds."""
+    """A deployment to a new pool, and a worker of it."""
     database: dict[str, str] = {}
     if request.param == "postgresql":
         if POSTGRES not in os.environ:
             pytest.skip(f"{POSTGRES} names no PostgreSQL database")
         database["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = os.environ[POSTGRES]
     workspace = Workspace(tmp_path_factory.mktemp("pool"), tiny_model)
-    judge = workspace.root / "judge.py"
-    judge.write_text(FAKE + judge.read_text())
+    workspace.without_engine()
     workspace.config["prompts"] |= {"per_round": 4, "heldout": 2}
-    workspace.config["evaluation"]["max_logp_gap"] = 100.0
     with users_server(workspace, **database) as url:
         workspace.variables |= {"PREFECT_API_URL": url, "PREFECT_WORKER_QUERY_SECONDS": "1"}
         result = workspace.iterdpo("deploy", str(workspace.write()), "--pool", "gpus", "--name", "nightly")
@@ -69,8 +51,6 @@ def deployed(
         with worker(workspace):
             found = call(f"{url}/deployments/name/add_rounds/nightly")
             create = f"{url}/deployments/{found['id']}/create_flow_run"
-            for _ in range(3):
-                assert ended(url, call(create, {})["id"]) == "COMPLETED", (workspace.root / "worker.log").read_text()
             yield Deployed(workspace, url, create)
 
 
@@ -91,7 +71,10 @@ def ended(url: str, run: str) -> str:
 
 @pytest.mark.extended
 def test_three_triggers_add_a_round_each_the_third_from_the_seconds_policy(deployed: Deployed) -> None:
-    run_dir = deployed.workspace.run_dir
+    workspace, url, create = deployed
+    for _ in range(3):
+        assert ended(url, call(create, {})["id"]) == "COMPLETED", (workspace.root / "worker.log").read_text()
+    run_dir = workspace.run_dir
     records = [json.loads((run_dir / f"round-00{t}" / "round.json").read_text()) for t in (1, 2, 3)]
     inputs = [
         json.loads((run_dir / f"round-00{t}" / step / "MANIFEST.json").read_text())["inputs"]["policy"]

@@ -347,7 +347,7 @@ print(json.dumps([[parser.is_reasoning_end(i), parser.extract_reasoning(t, None)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_vllms_parser_of_deepseek_r1_finds_the_same_ends_and_the_same_answers(
     tokenizers: dict[str, Any], tmp_path: Path
 ) -> None:

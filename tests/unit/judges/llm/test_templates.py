@@ -247,7 +247,7 @@ class TestFiles:
 
 
 class TestFence:
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(prompt=TEXT, a=TEXT, b=TEXT)
     def test_every_text_stands_between_its_marks_and_nothing_of_it_outside(self, prompt: str, a: str, b: str) -> None:
         template = load_template("helpfulness", "pairwise")
@@ -259,14 +259,14 @@ class TestFence:
         assert [m["role"] for m in messages] == ["system", "user"]
         assert messages[0] == plain[0]
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(texts=st.lists(TEXT, min_size=1, max_size=5))
     def test_a_list_of_completions_is_fenced_one_by_one(self, texts: list[str]) -> None:
         messages = load_template("listwise", "listwise").render(**{**VALUES, "completions": texts})
         found, _ = fenced_texts(user_message(messages))
         assert found == [harmless(t) for t in ["2+2?", *texts]]
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(text=TEXT)
     def test_no_control_token_is_left_and_all_else_is_unchanged(self, text: str) -> None:
         made = harmless(text)
