@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tests.integration.harness import Workspace
+from tests.integration.harness import Workspace, train_here
 
 
 @pytest.fixture
 def workspace(tmp_path: Path, tiny_model: Path) -> Workspace:
     return Workspace(tmp_path / "workspace", tiny_model)
+
+
+@pytest.fixture
+def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_here(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,10 +19,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from iterdpo.run import supervise
 from iterdpo.run.devices import answers, free_port
+from iterdpo.run.rundir import read_jsonl
+from iterdpo.training.launch import TRAIN_LOG, TrainSpec
 
 JUDGE = '''
 """A user's judge, in a file outside the project."""
@@ -136,6 +140,22 @@ class Workspace:
         """The process of this workspace's `iterdpo serve`."""
         [found] = self.processes(b"\0serve\0")
         return found
+
+
+def train_here(patch: pytest.MonkeyPatch) -> None:
+    """Train rounds in this process. One of their own takes ten seconds to start; test_crash.py has them, and others."""
+
+    def launch(spec: TrainSpec, *, on_step: Callable[[dict[str, Any]], None], **_: Any) -> None:
+        from iterdpo.training.train import train
+
+        train(spec)
+        for row in read_jsonl(spec.output / TRAIN_LOG):
+            on_step(row)
+        for left in spec.output.glob("checkpoint-*"):
+            shutil.rmtree(left)
+
+    patch.setattr("iterdpo.stages.train.launch_training", launch)
+    patch.setattr("iterdpo.stages.runs.warm_up", lambda *_, **__: None)
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float, what: str) -> None:

@@ -27,7 +27,7 @@ from iterdpo.testing_http import FAULTS, FakeEndpoint
 from iterdpo.types import Comparison
 from tests.integration.harness import Workspace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trained_here")]
 
 K, PROMPTS = 4, 48
 CALLS = PROMPTS * K * (K - 1)

@@ -21,7 +21,7 @@ from judges import load_judge
 from judges.llm.server import Server, ServerSettings
 from tests.integration.harness import Workspace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trained_here")]
 
 PROMPTS = {
     "pairwise": "{{ prompt }} A: {{ a }} B: {{ b }}",

@@ -18,7 +18,7 @@ from iterdpo.testing import FakeSampler
 from iterdpo.testing_http import FakeEndpoint
 from tests.integration.harness import Workspace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trained_here")]
 
 GOLD = """
 import re

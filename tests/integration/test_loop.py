@@ -15,7 +15,7 @@ from iterdpo.testing import FakeSampler
 from tests.integration.harness import Workspace
 from tests.unit.run.tracked import tensorboard, wandb_offline
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trained_here")]
 
 
 def longer(prompt: str, completion: str) -> int:

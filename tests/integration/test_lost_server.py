@@ -13,7 +13,7 @@ import pytest
 from flows import run_rounds
 from iterdpo.config import load_config
 from iterdpo.testing import FakeSampler
-from tests.integration.harness import Workspace, users_server
+from tests.integration.harness import Workspace, train_here, users_server
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +64,9 @@ def begun(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Workspa
         "PREFECT_CLIENT_MAX_RETRIES": "0",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    run_rounds(load_config(workspace.write()), sampler=sampler(), prefect=False)
+    with pytest.MonkeyPatch.context() as patch:
+        train_here(patch)
+        run_rounds(load_config(workspace.write()), sampler=sampler(), prefect=False)
     shutil.rmtree(workspace.run_dir / "round-000")
     (workspace.run_dir / "round-001" / "round.json").unlink()
     return workspace

@@ -22,7 +22,7 @@ from iterdpo.stages.runs import OfflineRun
 from iterdpo.testing import THINKING, FakeSampler, build_tiny_checkpoint
 from iterdpo.types import Completion
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trained_here")]
 
 REPLIES = (
     "<think>\nfirst aaa\n</think>\n\nee eee",
