@@ -344,6 +344,19 @@ def status(run_dir: RunDirectory, /) -> int:
 
 
 @app.command
+def join(
+    run_dir: RunDirectory,
+    /,
+    *,
+    rank: Annotated[int, Parameter(help="the number of this node, from 1 on; the node of the run itself is 0")],
+) -> int:
+    """Take part in the training of a run on several nodes, as one of the others; until it is ended."""
+    from iterdpo.training.launch import join as join_training
+
+    join_training(Path(run_dir).expanduser().absolute(), rank, say=Progress(sys.stdout).say)
+
+
+@app.command
 def plan(
     *config: Word,
     card: Annotated[str | None, Parameter(help=CARD)] = None,

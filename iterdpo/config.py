@@ -598,10 +598,10 @@ class DPOConfig(Section):
     checkpoint_every: int = Field(50, ge=1)
     """Optimizer steps between checkpoints within a round. A crash repeats at most this many."""
     processes: int = Field(1, ge=1)
-    """Training processes (GPUs) on this machine."""
+    """Training processes (GPUs), of all nodes together."""
     accelerate_config: OptionalPath = None
     """An `accelerate` configuration file, for settings other than the number of processes: see configs/accelerate. Its
-    `num_processes` must equal `processes`."""
+    `num_processes` must equal `processes`. With `num_machines`, training takes [several nodes](scaling.md#training-on-several-nodes)."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
     """Experiment trackers that also receive each step's and each round's metrics, and a few completions. A run directory
     is one run in each tracker. Each requires its package."""

@@ -174,8 +174,8 @@ SECTIONS: dict[str, dict[str, Equivalent]] = {
     "Several processes": {
         "accelerator_config": _is("dpo.accelerate_config", note="a file of `accelerate config`"),
         "parallelism_config": _is("dpo.accelerate_config"),
-        "fsdp": _is("dpo.accelerate_config", note="an FSDP file of accelerate; untested"),
-        "fsdp_config": _is("dpo.accelerate_config", note="an FSDP file of accelerate; untested"),
+        "fsdp": _is("dpo.accelerate_config", note="an FSDP file of accelerate; untested on GPUs"),
+        "fsdp_config": _is("dpo.accelerate_config", note="an FSDP file of accelerate; untested on GPUs"),
         "deepspeed": _is("dpo.accelerate_config", note="a DeepSpeed file of accelerate; untested"),
         "ddp_backend": _no(_DDP),
         "ddp_timeout": _no(_DDP),

@@ -55,7 +55,7 @@ from iterdpo.sampling.client import engine_share
 from iterdpo.sampling.ray import RaySampler, connect
 from iterdpo.sampling.servers import ServerSampler
 from iterdpo.stages.checks import check_evaluation, check_gate, check_pairing
-from iterdpo.training.launch import check_training, warm_up
+from iterdpo.training.launch import check_training, processes_here, warm_up
 from iterdpo.types import Content, Prompt, RoundRecord
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class OfflineRun:
         self._trainer: Child | None = None
         self._sums: dict[str, str] = {}  # of the initial policy's files
         check_training(config.dpo)
-        check_devices(config.dpo.processes, "dpo.processes")
+        check_devices(processes_here(config.dpo), "dpo.processes")
         self.model_path = resolve_checkpoint(config.model.path, revision=config.model.revision)
         self.model_config = check_checkpoint(self.model_path, trust_remote_code=config.model.trust_remote_code)
         check_whole_modules(self.model_path, config.dpo.adapter)
@@ -209,7 +209,7 @@ class OfflineRun:
 
     @property
     def _devices(self) -> int:
-        return self.settings.dpo.processes
+        return processes_here(self.settings.dpo)
 
     @property
     def _merges_adapters(self) -> bool:
@@ -546,7 +546,7 @@ class IterativeRun(OfflineRun):
 
     @property
     def _devices(self) -> int:
-        return max(self._replicas * self.config.sampling.engine.tensor_parallel_size, self.config.dpo.processes)
+        return max(self._replicas * self.config.sampling.engine.tensor_parallel_size, processes_here(self.config.dpo))
 
     @property
     def _replicas(self) -> int:

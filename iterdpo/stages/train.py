@@ -14,7 +14,8 @@ from iterdpo.run.rundir import Step, check_step
 from iterdpo.run.sums import check_files, record
 from iterdpo.seeds import derive_seed
 from iterdpo.stages.runs import IterativeRun, OfflineRun
-from iterdpo.training.launch import OPTIMIZER_STATE, TRAIN_LOG, ReferenceInputs, TrainSpec, launch_training
+from iterdpo.training.launch import OPTIMIZER_STATE, TRAIN_LOG, ReferenceInputs, TrainSpec, launch_training, nodes
+from iterdpo.training.nodes import CALL
 
 SPEED_ONLY = {
     "tokens_per_micro_batch",
@@ -100,6 +101,8 @@ def _train(
         pairs_cache=place / "pairs.cache",
         optimizer=carried if dpo.optimizer_state == "carry" and carried.exists() else None,
     )
+    if (count := nodes(dpo)) > 1:
+        run.progress.say(f"training on {count} nodes: the others run iterdpo join {run.dir.root} --rank 1, 2, …")
     for left in reversed(range(run.settings.supervision.restarts + 1)):
         try:
             with run.devices.turn():
@@ -136,6 +139,7 @@ def _launch(run: OfflineRun, round: int, spec: TrainSpec, *, total: int) -> None
             on_step=on_step,
             reserved=run.devices.descriptors,
             child=run.take_trainer(),
+            call=run.dir.root / CALL,
             supervision=run.settings.supervision,
         )
 

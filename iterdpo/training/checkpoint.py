@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from iterdpo.run.rundir import fsync, read_json, sync_tree, write_json, write_text
 from iterdpo.run.sums import note, sha256_file
@@ -44,6 +49,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, *, steps: int) -> No
 def resume(accelerator: Accelerator, output: Path, *, adapter: bool) -> int:
     """Load the last whole checkpoint, and the training log up to it. Returns how many steps are done."""
     whole = sorted(path for path in output.glob("checkpoint-*") if not path.name.endswith(".new"))
+    [whole] = broadcast_object_list([whole])  # another node may see the directory as it was
     done = int(whole[-1].name.removeprefix("checkpoint-")) if whole else 0
     if whole:
         sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -66,6 +72,7 @@ def drop_frozen(models: list[Any], states: list[dict[str, Tensor]], directory: s
 def save_policy(accelerator: Accelerator, policy: Any, optimizer: Any, spec: TrainSpec) -> None:
     """Write the policy as a Hugging Face checkpoint, or as a PEFT adapter, in `dpo.policy_dtype`."""
     state = accelerator.get_state_dict(policy)
+    moments = whole_moments(accelerator, policy, optimizer) if spec.dpo.optimizer_state == "carry" else None
     if accelerator.is_main_process:
         output, dtype = spec.output, getattr(torch, spec.dpo.policy_dtype)
         model = accelerator.unwrap_model(policy).model
@@ -90,6 +97,35 @@ def save_policy(accelerator: Accelerator, policy: Any, optimizer: Any, spec: Tra
             for file in spec.policy.glob(pattern):
                 shutil.copy(file, output / file.name)
         (output / "README.md").unlink(missing_ok=True)  # PEFT's, with nothing in it
-        if spec.dpo.optimizer_state == "carry":
-            torch.save(optimizer.state_dict(), output / OPTIMIZER_STATE)
+        if moments is not None:
+            torch.save(moments, output / OPTIMIZER_STATE)
     accelerator.wait_for_everyone()
+
+
+def whole_moments(accelerator: Accelerator, policy: Any, optimizer: Any) -> dict[str, Any]:
+    """The optimizer's state, as of one process; under FSDP2 on the first alone, but all of them call this."""
+    if not accelerator.is_fsdp2:
+        state: dict[str, Any] = optimizer.state_dict()
+        return state
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found = get_optimizer_state_dict(policy, optimizer.optimizer, options=options)["state"]
+    return {"state": {at: found[name] for at, name in enumerate(_names(policy, optimizer)) if name in found}}
+
+
+def carry_moments(accelerator: Accelerator, policy: Any, optimizer: Any, file: Path) -> None:
+    """Give the optimizer the moments of an earlier round, whatever it was trained on; the settings stay this round's."""
+    state = torch.load(file, weights_only=True, map_location="cpu")["state"]
+    if not accelerator.is_fsdp2:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        return
+    names = _names(policy, optimizer)
+    groups = [{**group, "params": [names.pop(0) for _ in group["params"]]} for group in optimizer.param_groups]
+    moments = {"state": {name: state[at] for at, name in enumerate(_names(policy, optimizer))}, "param_groups": groups}
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(policy, optimizer.optimizer, moments, options=options)
+
+
+def _names(policy: Any, optimizer: Any) -> list[str]:
+    """Of the optimizer's parameters, in its order."""
+    names = {parameter: name for name, parameter in policy.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""Starts the processes of a training (`train.py`), and follows their log. Does not import torch."""
+"""Starts the processes of a training (`train.py`) on this node, and follows their log. Does not import torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import yaml
 from pydantic import Field
@@ -21,10 +22,12 @@ from iterdpo.errors import ChildFailed, ChildLost, ConfigError
 from iterdpo.escape import printable
 from iterdpo.run import supervise
 from iterdpo.run.devices import visible_gpus
-from iterdpo.run.rundir import write_json
+from iterdpo.run.rundir import read_json, write_json
+from iterdpo.training.nodes import CALL, Caller, Calls, Node, calling
 
 TRAIN_LOG = "train_log.jsonl"
 OPTIMIZER_STATE = "optimizer.pt"
+GRACE = 5.0  # seconds that another node has to end by itself
 WAITING = "-"  # in place of a specification's path: it comes on standard input
 MALLOC = {"hugetlb": 1, "trim_threshold": 16 << 30, "mmap_threshold": 32 << 20, "top_pad": 64 << 20}
 
@@ -90,13 +93,42 @@ def check_training(dpo: DPOConfig) -> None:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{key}: the package {package!r} is not installed; run: pip install {package}")
     if dpo.accelerate_config is not None:
-        path = Path(dpo.accelerate_config)
-        if not path.is_file():
-            raise ConfigError(f"dpo.accelerate_config = {dpo.accelerate_config!r}: no such file")
-        processes = yaml.safe_load(path.read_text()).get("num_processes", 1)
+        path, processes = dpo.accelerate_config, accelerate_settings(dpo).get("num_processes", 1)
         if processes != dpo.processes:
             problem = f"num_processes is {processes}, but dpo.processes is {dpo.processes}"
-            raise ConfigError(f"{path}: {problem}; set both to the number of GPUs")
+            raise ConfigError(f"{path}: {problem}; set both to the number of GPUs, of all nodes together")
+        if processes % nodes(dpo):
+            raise ConfigError(f"{path}: {processes} processes are not the same number on each of {nodes(dpo)} machines")
+
+
+def accelerate_settings(dpo: DPOConfig) -> dict[str, Any]:
+    """What `dpo.accelerate_config` says; nothing without such a file.
+
+    Raises:
+        ConfigError: it is missing, or not such a file.
+    """
+    if dpo.accelerate_config is None:
+        return {}
+    where = f"dpo.accelerate_config = {dpo.accelerate_config!r}"
+    try:
+        settings = yaml.safe_load(Path(dpo.accelerate_config).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{where}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{where}: cannot be read ({printable(' '.join(str(error).split()))[:200]})") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{where}: it is no file of accelerate's settings")
+    return settings
+
+
+def nodes(dpo: DPOConfig) -> int:
+    """The number of machines that train."""
+    return int(accelerate_settings(dpo).get("num_machines") or 1)
+
+
+def processes_here(dpo: DPOConfig) -> int:
+    """Of the training processes, those on each machine."""
+    return dpo.processes // nodes(dpo)
 
 
 def warm_up(dpo: DPOConfig, *, log: Path, reserved: Sequence[int] = ()) -> supervise.Child | None:
@@ -117,11 +149,12 @@ def launch_training(
     on_step: Callable[[dict[str, Any]], None],
     reserved: Sequence[int] = (),
     child: supervise.Child | None = None,
+    call: Path | None = None,
     supervision: SupervisionConfig = SUPERVISED,
 ) -> None:
     """Run the round in a child process, and return when its policy is written. The child dies with this process.
 
-    `reserved` are descriptors of `devices.Turns`. `child` is one of `warm_up`. `on_step` gets each line of the training
+    `reserved` are descriptors of `devices.Turns`. `child` is one of `warm_up`. `call`: the file that calls other nodes. `on_step` gets each line of the training
     log soon after it is written; those of an earlier start come first. Each micro-batch changes the time of the log, by
     which a child that hangs is told.
 
@@ -133,18 +166,27 @@ def launch_training(
     steps.touch()
     status: int | None = None
     beat, since, patience = steps.stat().st_mtime_ns, time.monotonic(), supervision.start
+    caller: Caller | None = None
+    open_call = ExitStack()
     if child is None:
-        env = environment(processes=spec.dpo.processes)
-        child = supervise.start(command(spec.dpo, str(spec_path)), log=log, env=env, reserved=reserved)
+        words = command(spec.dpo, str(spec_path))
+        if nodes(spec.dpo) > 1:
+            assert call is not None
+            node, caller = open_call.enter_context(calling(call, spec_path, accelerate_settings(spec.dpo)))
+            words = on_node(words, node)
+        env = environment(processes=processes_here(spec.dpo))
+        child = supervise.start(words, log=log, env=env, reserved=reserved)
     else:
         assert child.process.stdin is not None
         assert child.process.stdout is not None
         child.process.stdout.close()  # it says nothing there; open, it would stay so until the run ends
         with suppress(BrokenPipeError), child.process.stdin as told:  # else it has ended, and its log says why
             told.write(f"{spec_path}\n".encode())
-    with child:
+    with open_call, child:
         while status is None:
             time.sleep(0.2)
+            if caller is not None:
+                caller.beat()
             status = child.poll()
             if (now := steps.stat().st_mtime_ns) != beat:
                 beat, since, patience = now, time.monotonic(), supervision.silence
@@ -162,6 +204,49 @@ def launch_training(
             raise kind(f"training failed: {printable(child.reason())} (the whole log: {log})")
     for left in spec.output.glob("checkpoint-*"):
         shutil.rmtree(left)
+
+
+def join(run_dir: Path, rank: int, *, say: Callable[[str], None]) -> NoReturn:
+    """Take part, as the node `rank`, in each training of a run that `launch_training` calls to; until this process is ended.
+
+    Raises:
+        ConfigError: a training has no node of that number.
+    """
+    calls, done = Calls(run_dir / CALL), ""
+    while True:
+        call = calls.current()
+        if call is None or call.id == done:
+            time.sleep(0.5)
+            continue
+        done = call.id
+        dpo = TrainSpec.model_validate(read_json(Path(call.spec))).dpo
+        if not 0 < rank < nodes(dpo):
+            count = nodes(dpo)
+            raise ConfigError(
+                f"--rank {rank}: the training has {count} nodes; those beside the first are 1 to {count - 1}"
+            )
+        log = run_dir / "logs" / f"train-{rank}.log"
+        words = on_node(command(dpo, call.spec), Node(rank, call.host, call.port))
+        say(f"{call.spec}: training with the node {call.host}")
+        with supervise.start(words, log=log, env=environment(processes=processes_here(dpo))) as child:
+            while (status := child.poll()) is None and (now := calls.current()) is not None and now.id == done:
+                time.sleep(0.5)
+            with suppress(subprocess.TimeoutExpired):  # the first node may have ended because all is done
+                status = child.wait(GRACE)
+        match status:
+            case 0:
+                say("done")
+            case None:
+                say("ended: the first node is silent, or has ended the training")
+            case _:
+                say(f"ended: {printable(child.reason())} (the whole log: {log})")
+
+
+def on_node(words: Sequence[str], node: Node) -> list[str]:
+    """The command of `accelerate launch` for one of several nodes, whatever its file says of them."""
+    at = words.index("--config_file")
+    place = [f"--machine_rank={node.rank}", f"--main_process_ip={node.host}", f"--main_process_port={node.port}"]
+    return [*words[:at], *place, *words[at:]]
 
 
 def command(dpo: DPOConfig, spec: str) -> list[str]:

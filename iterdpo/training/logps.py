@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from iterdpo.training import attention
@@ -63,6 +64,10 @@ class Scorer(torch.nn.Module):
     def causal(self) -> Any:
         """The transformers model, inside its adapter if it has one."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    def tie_weights(self) -> None:
+        """FSDP asks for it after it has loaded weights."""
+        self.causal.tie_weights()
 
     def set_path(self, path: LogpPath) -> None:
         """Compute with this path from now on."""
@@ -236,21 +241,22 @@ def select_logp_path(
 ) -> LogpPath:
     """The first of the `allowed` paths, or else `plain`, that gives the model's own log-probabilities of `trees`.
 
-    Logs why each faster path was rejected. The trial uses truncated trees. It runs without autocast, unless a frozen
+    `model` is a model or a `Scorer`, which may be divided among processes by FSDP2: then all of them call this. Logs why each faster path was rejected. The trial uses truncated trees. It runs without autocast, unless a frozen
     model is in bfloat16; on a GPU also with it, since attention in half precision has kernels of its own.
     """
     trees = [Tree(tree.prompt[-64:], [branch[:32] for branch in tree.branches]) for tree in trees]
-    first = next(model.parameters())
+    scorer = model if isinstance(model, Scorer) else Scorer(model)
+    first = next(scorer.parameters())
+    copies = first.device.type == "cuda" and not isinstance(first, DTensor)
     device, half = first.device.type, first.dtype != torch.float32
     kinds = (half, True) if device == "cuda" else (half,)
     tolerances = {half: 0.03 if half else 1e-4 for half in kinds}  # by whether in half precision; nats a token
-    scorer = Scorer(model)
-    training = model.training
-    model.eval()
+    training = scorer.model.training
+    scorer.eval()
     selected: LogpPath = "plain"
 
     def logps(half: bool) -> Tensor:
-        with bfloat16(model, copies=device == "cuda") if half else nullcontext():
+        with bfloat16(scorer, copies=copies) if half else nullcontext():
             found: CompletionLogps = scorer(scorer.collate(trees))
         return found.logps
 
@@ -274,7 +280,7 @@ def select_logp_path(
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
             log.warning("%s: skipping the %r path: %s", type(scorer.causal).__name__, path, reason)
     scorer.set_path("plain")
-    model.train(training)
+    scorer.train(training)
     return selected
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from iterdpo.run.rundir import Step
@@ -27,7 +28,8 @@ def reference_logps(spec: TrainSpec, compute: Compute, model: Any, pairs: RoundP
 
     accelerator, tolerance = compute.accelerator, spec.dpo.sampler_logps_tolerance
     step = Step(spec.reference_output, spec.reference_inputs.model_dump(mode="json"), attic=spec.attic)
-    if step.manifest() is None:
+    [finished] = broadcast_object_list([step.manifest() is not None])  # another node may see the directory as it was
+    if not finished:
         steps = [*pairs.one_epoch, *pairs.held_out_steps]
         counts: dict[str, Any] = {"pairs": len(pairs)}
         logps = None
@@ -39,6 +41,7 @@ def reference_logps(spec: TrainSpec, compute: Compute, model: Any, pairs: RoundP
             save_file({"logps": logps.cpu()}, step.begin() / "logps.safetensors")
             step.finish(counts=counts)
         accelerator.wait_for_everyone()
+        return logps.to(accelerator.device)
     return load_file(step.path / "logps.safetensors")["logps"].to(accelerator.device)
 
 

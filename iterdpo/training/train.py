@@ -5,7 +5,7 @@ imports what it needs, and reads the file's path from its standard input.
     AdamW on the loss, step by step                               -> train_log.jsonl               step.py
     a checkpoint every few steps, the policy at the end           -> <round>/policy.partial/       checkpoint.py
 
-One model is in memory at a time. If the reference is the policy that the round starts from, its log-probabilities come
+Under FSDP2 no process has a whole model on its device. One model is in memory at a time. If the reference is the policy that the round starts from, its log-probabilities come
 from the policy itself, over the very batches that training will use: at step 0 the implicit rewards are exactly 0. If
 it is the base of the policy's adapter, they come from the policy with its adapter off.
 """
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import fsdp2_prepare_model, set_seed
 from torch import Tensor
 
 from iterdpo.config import AdapterConfig, DPOConfig
@@ -33,7 +33,7 @@ from iterdpo.data.pairs import TokenPairs
 from iterdpo.run.rundir import read_json, write_json
 from iterdpo.run.supervise import REASON, end_with
 from iterdpo.run.worker import import_heavy
-from iterdpo.training.checkpoint import drop_frozen, resume, save_checkpoint, save_policy
+from iterdpo.training.checkpoint import carry_moments, drop_frozen, resume, save_checkpoint, save_policy
 from iterdpo.training.collate import RoundPairs
 from iterdpo.training.launch import TRAIN_LOG, WAITING, TrainSpec
 from iterdpo.training.logps import LogpPath, Scorer, select_logp_path
@@ -129,14 +129,13 @@ def _trainer(spec: TrainSpec, accelerator: Accelerator, pairs: RoundPairs) -> Tr
         compute, reference = _foreign_reference(spec, spec.reference, accelerator, pairs)
         accelerator.free_memory()
     model = _policy_to_train(spec)
-    compute = compute or _compute(spec, accelerator, model, pairs)
-    scorer = _beating(Scorer(model, compute.path), spec)
-    scorer.train()
+    scorer = Scorer(model).train()
     optimizer = _optimizer(dpo, parameter_groups(scorer, dpo.weight_decay))
-    if spec.optimizer is not None:
-        carried = torch.load(spec.optimizer, weights_only=True)  # the moments; the settings are this round's
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": carried["state"]})
     policy, optimizer = accelerator.prepare(scorer, optimizer)
+    if spec.optimizer is not None:
+        carry_moments(accelerator, policy, optimizer, spec.optimizer)
+    compute = compute or _compute(spec, accelerator, scorer, pairs)
+    _beating(scorer, spec).set_path(compute.path)
     accelerator.register_save_state_pre_hook(drop_frozen)
     if reference is None:
         with model.disable_adapter() if spec.reference is not None else nullcontext():
@@ -148,9 +147,10 @@ def _foreign_reference(
     spec: TrainSpec, path: Path, accelerator: Accelerator, pairs: RoundPairs
 ) -> tuple[Compute, Tensor]:
     """Log-probabilities under a reference that is another checkpoint, which is in memory only while this runs."""
-    model = load_policy(path, trust_remote_code=spec.trust_remote_code)
-    compute = _compute(spec, accelerator, model, pairs)
-    scorer = _beating(Scorer(model, compute.path).to(accelerator.device).eval(), spec)
+    scorer = Scorer(load_policy(path, trust_remote_code=spec.trust_remote_code)).eval()
+    scorer = fsdp2_prepare_model(accelerator, scorer) if accelerator.is_fsdp2 else scorer.to(accelerator.device)
+    compute = _compute(spec, accelerator, scorer, pairs)
+    _beating(scorer, spec).set_path(compute.path)
     return compute, reference_logps(spec, compute, scorer, pairs)
 
 
@@ -191,11 +191,11 @@ def _policy_to_train(spec: TrainSpec) -> Any:
     return model
 
 
-def _compute(spec: TrainSpec, accelerator: Accelerator, model: Any, pairs: RoundPairs) -> Compute:
+def _compute(spec: TrainSpec, accelerator: Accelerator, scorer: Scorer, pairs: RoundPairs) -> Compute:
     """How models compute in this round, with the fastest path that gives the right numbers on the first pairs."""
     allowed: Sequence[LogpPath] = ("shared", "rows") if spec.dpo.shared_prompts else ("rows",)
     trees, _ = pairs.trees(pairs.steps[0][:2])
-    path = select_logp_path(model.to(accelerator.device), trees, allowed=allowed)
+    path = select_logp_path(scorer, trees, allowed=allowed)
     if accelerator.is_main_process:
         log.info("computing log-probabilities with the %r path", path)
     return Compute(accelerator, spec.dpo, path)

@@ -14,7 +14,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from iterdpo.config import DPOConfig
 from iterdpo.errors import ConfigError
-from iterdpo.training.launch import check_training
+from iterdpo.training.launch import check_training, command, nodes, on_node, processes_here
+from iterdpo.training.nodes import Node
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "configs" / "accelerate").glob("*"))
@@ -28,13 +29,15 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def launched(file: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Namespace]:
-    """The launcher that `accelerate launch` would call with the file, and what it would be given."""
+def launched(file: Path, monkeypatch: pytest.MonkeyPatch, node: Node | None = None) -> tuple[str, Namespace]:
+    """The launcher that `accelerate launch` would call with the file, as on that node, and what it would be given."""
     calls: list[tuple[str, Namespace]] = []
     for name in ("deepspeed_launcher", "multi_gpu_launcher", "simple_launcher"):
         monkeypatch.setattr(launch, name, lambda args, name=name: calls.append((name, args)))
     parser = launch.launch_command_parser()
-    launch.launch_command(parser.parse_args(["--config_file", str(file), "-m", "iterdpo.training.train", "train.json"]))
+    words = command(DPOConfig(accelerate_config=str(file)), "train.json")
+    words = words if node is None else on_node(words, node)
+    launch.launch_command(parser.parse_args(words[3:]))
     [call] = calls
     return call
 
@@ -44,15 +47,19 @@ def test_there_is_a_file_for_each_kind_of_distribution() -> None:
         "ddp-8gpu.yaml",
         "deepspeed-zero2.yaml",
         "deepspeed-zero3.yaml",
+        "fsdp2-2x8gpu.yaml",
         "fsdp2-8gpu.yaml",
     ]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_every_file_loads_and_names_as_many_processes_as_the_configuration_must(file: Path) -> None:
-    assert load_config_from_file(str(file)).num_processes == 8
-    check_training(DPOConfig(processes=8, accelerate_config=str(file)))
-    with pytest.raises(ConfigError, match=r"num_processes is 8, but dpo\.processes is 4"):
+    machines = 2 if "2x8" in file.name else 1
+    assert load_config_from_file(str(file)).num_processes == 8 * machines
+    dpo = DPOConfig(processes=8 * machines, accelerate_config=str(file))
+    check_training(dpo)
+    assert (nodes(dpo), processes_here(dpo)) == (machines, 8)
+    with pytest.raises(ConfigError, match=rf"num_processes is {8 * machines}, but dpo\.processes is 4"):
         check_training(DPOConfig(processes=4, accelerate_config=str(file)))
 
 
@@ -67,21 +74,31 @@ def test_ddp_is_a_launch_on_several_gpus(clean_environment: pytest.MonkeyPatch) 
     assert (launcher, args.multi_gpu, args.use_fsdp, args.num_processes) == ("multi_gpu_launcher", True, False, 8)
 
 
-def test_fsdp2_divides_the_weights_by_layer_and_gives_every_process_the_whole_ones_first(
-    clean_environment: pytest.MonkeyPatch,
+@pytest.mark.parametrize("name", ["fsdp2-8gpu", "fsdp2-2x8gpu"])
+def test_fsdp2_divides_the_weights_by_layer_and_reads_the_checkpoint_once(
+    name: str, clean_environment: pytest.MonkeyPatch
 ) -> None:
-    launcher, args = launched(BY_NAME["fsdp2-8gpu"], clean_environment)
+    launcher, args = launched(BY_NAME[name], clean_environment)
     assert (launcher, args.use_fsdp) == ("multi_gpu_launcher", True)
-    for name, value in prepare_multi_gpu_env(args).items():
-        clean_environment.setenv(name, value)
+    for variable, value in prepare_multi_gpu_env(args).items():
+        clean_environment.setenv(variable, value)
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward is True
     assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
-    assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer"]
+    assert plugin.transformer_cls_names_to_wrap is None  # the model's own
     assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
-    assert plugin.cpu_ram_efficient_loading is False
+    assert plugin.cpu_ram_efficient_loading is True
     assert plugin.activation_checkpointing is False
+
+
+def test_the_second_of_two_nodes_starts_its_eight_processes_against_the_first(
+    clean_environment: pytest.MonkeyPatch,
+) -> None:
+    _, args = launched(BY_NAME["fsdp2-2x8gpu"], clean_environment, Node(1, "node1", 4321))
+    prepare_multi_gpu_env(args)
+    assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("2", "8", 1)
+    assert (args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}") == "node1:4321"
 
 
 @pytest.mark.parametrize("stage", [2, 3])
