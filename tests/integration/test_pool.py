@@ -126,3 +126,28 @@ def test_the_server_refuses_a_bad_value_before_anything_starts(deployed: Deploye
     with pytest.raises(urllib.error.HTTPError) as refused:
         call(deployed.create, {"parameters": parameters})
     assert refused.value.code == 409
+
+
+def test_the_form_of_prefects_page_refuses_a_bad_value_before_anything_starts(deployed: Deployed, browser: Any) -> None:
+    _, url, create = deployed
+    deployment = create.split("/")[-2]
+    of_it = {"deployments": {"id": {"any_": [deployment]}}}
+    before = call(f"{url}/flow_runs/count", of_it)
+    page = browser.new_page(viewport={"width": 1280, "height": 1400})
+    page.goto(f"{url.removesuffix('/api')}/deployments/deployment/{deployment}/run")
+    configuration, rounds = page.locator("textarea").first, page.locator("input[type=number]").first
+    rounds.wait_for(timeout=60_000)
+    assert (configuration.input_value(), rounds.input_value()) == ("config.yaml", "1")
+    for fields, reason in (
+        ({rounds: "0"}, "field 'rounds'. Failure reason: 0 is less than the minimum of 1"),
+        (
+            {rounds: "1", configuration: "../other.yaml"},
+            "field 'configuration'. Failure reason: '../other.yaml' does not",
+        ),
+    ):
+        for field, value in fields.items():
+            field.fill(value)
+        page.get_by_role("button", name="Submit").click()
+        page.get_by_text(reason).first.wait_for(timeout=20_000)
+    page.close()
+    assert call(f"{url}/flow_runs/count", of_it) == before
