@@ -323,7 +323,7 @@ def score_completions(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(policy, torch.nn.Module):
-        policy = load_policy(policy, trust_remote_code=trust_remote_code)
+        policy = load_policy(policy, device=device, trust_remote_code=trust_remote_code)
     model = policy.to(device).eval()
     scores = [0.0] * len(prompts)
     done = 0

@@ -22,6 +22,8 @@ DROPOUTS = (
 def load_policy(
     path: str | Path,
     *,
+    device: torch.device | str | None = None,
+    empty: bool = False,
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
     quantize: str = "none",
@@ -30,20 +32,22 @@ def load_policy(
 ) -> Any:
     """A checkpoint, or an adapter with its base, without dropout: preferences are learnt, and compared, without noise.
 
-    `dtype` is that of a checkpoint's weights; an adapter's own are float32. `trainable`: training continues an adapter,
-    with `lora_dropout`, whatever it was trained with before.
+    `dtype` is that of a checkpoint's weights; an adapter's own are float32. On a `device` other than the CPU, they are
+    never all in the host's memory. `empty`: they have no values, for another process to send. `trainable`: training
+    continues an adapter, with `lora_dropout`, whatever it was trained with before.
 
     Raises:
         ValueError: the checkpoint lacks weights, which would be random.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # the progress line is ours
     if (base := adapter_base(path)) is not None:
         from peft import PeftConfig, PeftModel
 
-        model = load_policy(base, trust_remote_code=trust_remote_code, dtype=dtype, quantize=quantize)
+        how: dict[str, Any] = {"device": device, "empty": empty, "dtype": dtype, "quantize": quantize}
+        model = load_policy(base, trust_remote_code=trust_remote_code, **how)
         adapter = PeftConfig.from_pretrained(str(path))
         adapter.lora_dropout = lora_dropout
         return _whole_in_float32(PeftModel.from_pretrained(model, str(path), is_trainable=trainable, config=adapter))
@@ -52,26 +56,48 @@ def load_policy(
         for name in DROPOUTS:
             if getattr(section, name, None):
                 setattr(section, name, 0.0)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"  # sdpa would leave the soft cap out (Gemma 2)
+    if empty:
+        model = _empty(config, dtype, options)
+    else:
+        if device is not None and torch.device(device).type != "cpu":
+            options["device_map"] = {"": device}
+        model = _loaded(path, config, dtype, quantize, options)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _loaded(path: str | Path, config: Any, dtype: torch.dtype, quantize: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
     if quantize == "nf4":
         from transformers import BitsAndBytesConfig
 
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
-    options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
-    model, report = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=dtype, use_safetensors=True, **options
-    )
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    model, report = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **options)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{path}: has no weights for {', '.join(missing[:3])}, which would be random; download it again"
         )
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    return model
+
+
+def _empty(config: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """A model with its buffers, such as the rotary tables, and memory for its weights that nothing is written to."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    model._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
+    model.tie_weights()
     return model
 
 

@@ -128,7 +128,7 @@ def _trainer(spec: TrainSpec, accelerator: Accelerator, pairs: RoundPairs) -> Tr
     elif spec.reference is not None and str(spec.reference) != adapter_base(spec.policy):
         compute, reference = _foreign_reference(spec, spec.reference, accelerator, pairs)
         accelerator.free_memory()
-    model = _policy_to_train(spec)
+    model = _policy_to_train(spec, accelerator)
     scorer = Scorer(model).train()
     optimizer = _optimizer(dpo, parameter_groups(scorer, dpo.weight_decay))
     policy, optimizer = accelerator.prepare(scorer, optimizer)
@@ -147,7 +147,7 @@ def _foreign_reference(
     spec: TrainSpec, path: Path, accelerator: Accelerator, pairs: RoundPairs
 ) -> tuple[Compute, Tensor]:
     """Log-probabilities under a reference that is another checkpoint, which is in memory only while this runs."""
-    scorer = Scorer(load_policy(path, trust_remote_code=spec.trust_remote_code)).eval()
+    scorer = Scorer(load_policy(path, trust_remote_code=spec.trust_remote_code, **_placed(accelerator))).eval()
     scorer = fsdp2_prepare_model(accelerator, scorer) if accelerator.is_fsdp2 else scorer.to(accelerator.device)
     compute = _compute(spec, accelerator, scorer, pairs)
     _beating(scorer, spec).set_path(compute.path)
@@ -168,15 +168,25 @@ def _beating(scorer: Scorer, spec: TrainSpec) -> Scorer:
     return scorer
 
 
-def _policy_to_train(spec: TrainSpec) -> Any:
+def _placed(accelerator: Accelerator, *, quantize: str = "none") -> dict[str, Any]:
+    """Where this process loads weights: onto its device, or, if FSDP2 sends them, nowhere but in the first process."""
+    if not accelerator.is_fsdp2:
+        return {"device": accelerator.device}
+    sent = accelerator.state.fsdp_plugin.cpu_ram_efficient_loading and quantize == "none"
+    return {"empty": sent and not accelerator.is_main_process}
+
+
+def _policy_to_train(spec: TrainSpec, accelerator: Accelerator) -> Any:
     dpo, adapter = spec.dpo, spec.dpo.adapter
+    quantize = adapter.quantize if adapter is not None else "none"
     model = load_policy(
         spec.policy,
         trust_remote_code=spec.trust_remote_code,
         dtype=torch.bfloat16 if adapter is not None and dpo.precision == "bf16" else getattr(torch, dpo.weights_dtype),
-        quantize=adapter.quantize if adapter is not None else "none",
+        quantize=quantize,
         trainable=True,
         lora_dropout=adapter.lora_dropout if adapter is not None else 0.0,
+        **_placed(accelerator, quantize=quantize),
     )
     if adapter_base(spec.policy) is not None:
         _check_adapter(adapter, spec.policy)

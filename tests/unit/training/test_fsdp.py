@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from iterdpo.run.rundir import read_json
@@ -69,6 +70,7 @@ def test_a_round_divided_by_fsdp2_is_the_round_of_a_whole_model(
     ours = run(tmp_path / "divided", first, pairs, carried=first / "optimizer.pt", **settings)
     assert losses(ours) == pytest.approx(losses(whole), abs=1e-5)
     assert apart(weights(ours), weights(whole)) < 1e-5
+    assert load_file(ours / "model.safetensors").keys() == load_file(whole / "model.safetensors").keys()
     one, other = (torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (whole, ours))
     assert one.keys() == other.keys()
     for at, moments in one.items():

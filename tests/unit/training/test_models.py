@@ -11,7 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from iterdpo.testing import build_tiny_checkpoint
-from iterdpo.training.models import adapter_base, average_checkpoints, load_policy, make_savable, with_new_adapter
+from iterdpo.training.models import (
+    adapter_base,
+    average_checkpoints,
+    load_policy,
+    make_savable,
+    with_new_adapter,
+)
 
 IDS = torch.arange(3, 30).unsqueeze(0)
 
@@ -59,6 +65,19 @@ def test_a_model_with_capped_attention_is_loaded_with_the_attention_that_caps(tm
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 8}
     Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).save_pretrained(tmp_path)
     assert load_policy(tmp_path).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_empty_model_has_its_buffers_and_ties_for_weights_that_are_sent(tmp_path: Path, tied: bool) -> None:
+    path = build_tiny_checkpoint(tmp_path, tie_word_embeddings=tied)
+    empty, whole = load_policy(path, empty=True, dtype=torch.bfloat16), load_policy(path, dtype=torch.bfloat16)
+    assert (empty.lm_head.weight is empty.model.embed_tokens.weight) == tied
+    for (name, buffer), (expected, value) in zip(empty.named_buffers(), whole.named_buffers(), strict=True):
+        assert name == expected
+        assert torch.equal(buffer, value)
+    empty.load_state_dict(whole.state_dict())  # as those that are sent
+    assert {p.dtype for p in empty.parameters()} == {torch.bfloat16}
+    assert torch.equal(empty.eval()(IDS).logits, whole.eval()(IDS).logits)
 
 
 # Adapters
