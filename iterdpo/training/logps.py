@@ -241,8 +241,9 @@ def select_logp_path(
 ) -> LogpPath:
     """The first of the `allowed` paths, or else `plain`, that gives the model's own log-probabilities of `trees`.
 
-    `model` is a model or a `Scorer`, which may be divided among processes by FSDP2: then all of them call this. Logs why each faster path was rejected. The trial uses truncated trees. It runs without autocast, unless a frozen
-    model is in bfloat16; on a GPU also with it, since attention in half precision has kernels of its own.
+    `model` is a model or a `Scorer`, which may be divided among processes by FSDP2: then all of them call this. Logs why
+    each faster path was rejected. The trial uses truncated trees. It runs without autocast, unless a frozen model is in
+    bfloat16; on a GPU also with it, since attention in half precision has kernels of its own.
     """
     trees = [Tree(tree.prompt[-64:], [branch[:32] for branch in tree.branches]) for tree in trees]
     scorer = model if isinstance(model, Scorer) else Scorer(model)

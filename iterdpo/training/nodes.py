@@ -80,9 +80,7 @@ class Calls:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._stamp: int | None = None  # the time that the file had, as last seen
-        self._since = (
-            -SILENCE
-        )  # when that was new; not if it was the first, which may be left from a run that was killed
+        self._since = -SILENCE  # when that was new; not if it was the first, which a killed run may have left
 
     def current(self) -> Call | None:
         """The training that the first node calls to now; None if there is none, or it is silent."""

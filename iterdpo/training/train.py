@@ -5,9 +5,10 @@ imports what it needs, and reads the file's path from its standard input.
     AdamW on the loss, step by step                               -> train_log.jsonl               step.py
     a checkpoint every few steps, the policy at the end           -> <round>/policy.partial/       checkpoint.py
 
-Under FSDP2 no process has a whole model on its device. One model is in memory at a time. If the reference is the policy that the round starts from, its log-probabilities come
-from the policy itself, over the very batches that training will use: at step 0 the implicit rewards are exactly 0. If
-it is the base of the policy's adapter, they come from the policy with its adapter off.
+One model is in memory at a time. Under FSDP2 no process has a whole one on its device. If the reference is the policy
+that the round starts from, its log-probabilities come from the policy itself, over the very batches that training will
+use: at step 0 the implicit rewards are exactly 0. If it is the base of the policy's adapter, they come from the policy
+with its adapter off.
 """
 
 from __future__ import annotations
