@@ -115,6 +115,7 @@ def test_rankings_by_a_random_judge_are_held_to_their_form(
     assert 0 < counts["metrics"]["first_position"] < 1
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("use", ["rubric"])
 def test_a_judge_serves_itself_for_a_stage_and_leaves_nothing_but_its_log(
     workspace: Workspace, use: str, args: dict[str, Any], monkeypatch: pytest.MonkeyPatch

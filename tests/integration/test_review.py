@@ -32,11 +32,14 @@ HOSTILE = (
 )
 RUN = """
 import sys
+import pytest
 from flows import run_rounds
 from iterdpo.config import load_config
 from iterdpo.run.progress import Progress
 from iterdpo.testing import FakeSampler
+from tests.integration.harness import train_here
 
+train_here(pytest.MonkeyPatch())
 texts = ("bad tale", "good tale", "bad <script>window.pwned=1</script>", "<img src=x onerror='window.pwned=1'> good")
 sampler = FakeSampler(lambda ids, k: texts[k + 2 * (sum(ids) % 2)])
 progress = Progress(sys.stdout)

@@ -166,6 +166,7 @@ def test_a_server_whose_scheduler_fails_is_an_error_at_once(
             "CREATE TRIGGER refuse BEFORE INSERT ON flow_run WHEN NEW.auto_scheduled "
             "BEGIN SELECT RAISE(ABORT, 'no run can be planned'); END"
         )
+    workspace.variables["PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS"] = "5"
     result = workspace.iterdpo("serve", str(workspace.write()), "--cron", "* * * * *")
     assert result.returncode == 1
     assert "the scheduler of Prefect's server fails" in result.stderr
