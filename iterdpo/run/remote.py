@@ -66,7 +66,7 @@ class Remote:
                         raise OSError(f"{size:,} of {info['size']:,} bytes of {name} came; was it written meanwhile?")
                 sync_tree(fresh)
                 if replace:
-                    for old in cache.glob(f"{key}-*"):
+                    for old in set(cache.glob(f"{key}-*")) - {place}:
                         shutil.rmtree(old, ignore_errors=True)
                 with suppress(OSError):  # another process was quicker
                     os.replace(fresh, place)

@@ -154,9 +154,9 @@ def launch_training(
 ) -> None:
     """Run the round in a child process, and return when its policy is written. The child dies with this process.
 
-    `reserved` are descriptors of `devices.Turns`. `child` is one of `warm_up`. `call`: the file that calls other nodes. `on_step` gets each line of the training
-    log soon after it is written; those of an earlier start come first. Each micro-batch changes the time of the log, by
-    which a child that hangs is told.
+    `reserved` are descriptors of `devices.Turns`. `child` is one of `warm_up`. `call`: the file that calls other nodes.
+    `on_step` gets each line of the training log soon after it is written; those of an earlier start come first. Each
+    micro-batch changes the time of the log, by which a child that hangs is told.
 
     Raises:
         ChildFailed: with the reason. ChildLost if it hung, or a signal ended it: another one goes on from its checkpoint.
@@ -218,8 +218,12 @@ def join(run_dir: Path, rank: int, *, say: Callable[[str], None]) -> NoReturn:
         if call is None or call.id == done:
             time.sleep(0.5)
             continue
+        try:
+            dpo = TrainSpec.model_validate(read_json(Path(call.spec))).dpo
+        except FileNotFoundError:  # this node does not see it yet
+            time.sleep(0.5)
+            continue
         done = call.id
-        dpo = TrainSpec.model_validate(read_json(Path(call.spec))).dpo
         if not 0 < rank < nodes(dpo):
             count = nodes(dpo)
             raise ConfigError(

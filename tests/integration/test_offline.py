@@ -57,12 +57,20 @@ def test_a_round_on_hh_rlhf_reports_what_it_left_out_and_why(
         train_offline(load_offline_config(path, overrides=["dpo.beta=0.5"]))
 
 
+TWO_NODES = {"distributed_type": "MULTI_GPU", "num_machines": 2, "num_processes": 2, "mixed_precision": "no"}
+
+
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("loss", ["aot_unpaired"])  # each process needs the other's pairs
-def test_two_processes_train_the_policy_of_one(workspace: Workspace, tiny_model: Path, loss: str) -> None:
-    """On CPUs by torchrun and gloo; 21 pairs, so that the shares of the last step differ."""
+def test_two_processes_train_the_policy_of_one(workspace: Workspace, tiny_model: Path, loss: str, nodes: int) -> None:
+    """On CPUs, by torchrun or by `iterdpo join`, and gloo; 21 pairs, so that the shares of the last step differ."""
     import torch
     from safetensors.torch import load_file
 
+    other = None
+    if nodes == 2:
+        (workspace.root / "nodes.yaml").write_text(yaml.safe_dump(TWO_NODES))
+        other = workspace.start("join", str(workspace.root / "run-2"), "--rank", "1")
     rows = [{"prompt": f"Tale {i}", "chosen": f" of sea {i * 7}", "rejected": f" sky {i}"} for i in range(21)]
     (workspace.root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     policies, logs = [], []
@@ -80,9 +88,15 @@ def test_two_processes_train_the_policy_of_one(workspace: Workspace, tiny_model:
             "dpo.learning_rate=1e-3",
             "dpo.precision=fp32",
         ]
+        if processes == nodes == 2:
+            settings.append(f"dpo.accelerate_config={workspace.root}/nodes.yaml")
         run = train_offline(load_offline_config(overrides=overrides + settings))
         policies.append(load_file(run.policy() / "model.safetensors"))
         logs.append(run.train_log())
+    if other is not None:
+        assert "training with the node" in (workspace.root / "output.log").read_text()
+        other.terminate()
+        other.wait(20)
     one, two = logs
     assert two["loss"].tolist() == pytest.approx(one["loss"].tolist(), abs=1e-5)
     assert two["rewards/accuracies"].tolist() == pytest.approx(one["rewards/accuracies"].tolist())
