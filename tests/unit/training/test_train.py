@@ -137,6 +137,13 @@ def test_modules_to_save_are_trained_whole_saved_with_the_adapter_and_merged(
         run(tmp_path / "c", first, grouped, adapter={"r": 4})
 
 
+def test_a_cpu_computes_without_kernels_whatever_is_configured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path, pairs: Path
+) -> None:
+    monkeypatch.setattr("iterdpo.training.train.use_kernels", lambda *call: pytest.fail("kernels on a CPU"))
+    run(tmp_path, tiny_model, pairs, kernels="liger", max_steps=1)
+
+
 def test_an_alarm_is_noted_in_the_log_and_training_goes_on(
     tmp_path: Path, tiny_model: Path, grouped: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
