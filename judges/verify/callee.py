@@ -7,6 +7,7 @@ this process, it can change its answers alone.
 from __future__ import annotations
 
 import builtins
+import copy
 import importlib
 import inspect
 import io
@@ -14,11 +15,11 @@ import operator
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stdout
-from types import ModuleType
+from contextlib import redirect_stdout, suppress
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from judges.verify.wire import Peer
+from judges.verify.wire import PLAIN, Peer, parameters_of, put, run_awaitable, signature_of
 
 
 def serve(program: str, reading: int, writing: int) -> None:
@@ -28,6 +29,7 @@ def serve(program: str, reading: int, writing: int) -> None:
     callee.module = module
     exec(compile(program, "solution.py", "exec", dont_inherit=True), module.__dict__)
     builtins.input = lambda prompt="": callee.peer.ask("input", prompt)
+    sys.stdin = Stdin(callee.peer)  # type: ignore[assignment]
     callee.peer.send(["ready"])
     while (message := callee.peer.receive()) is not None:
         callee.peer.answer(message)
@@ -39,6 +41,7 @@ class Callee:
         self.objects: list[Any] = []
         self.numbers: dict[int, int] = {}
         self.handles: dict[int, Handle] = {}
+        self.errors: dict[int, type[BaseException]] = {}  # the tests' own
         self.peer = Peer(
             reading,
             writing,
@@ -46,7 +49,7 @@ class Callee:
             export=self.export,
             resolve=self.resolve,
             error_to_json=self.error_to_json,
-            error_from_json=error_from_json,
+            error_from_json=self.error_from_json,
         )
 
     def number(self, value: Any) -> int:
@@ -75,29 +78,65 @@ class Callee:
                 return self.objects[number]
             case ["name", str(module), str(name)]:
                 return getattr(importlib.import_module(module), name)
+            case ["coroutine", int(number)]:
+
+                async def run() -> Any:
+                    return self.peer.ask("await", self.resolve(["handle", number]))
+
+                return run()
             case ["handle", int(number)]:
                 if number not in self.handles:
                     self.handles[number] = Handle(self.peer, number)
                 return self.handles[number]
+            case ["error", int(number), str(name), str(base)]:
+                return self.errors.setdefault(number, type(name, (getattr(builtins, base),), {}))
         raise ValueError("a value that is none of the protocol's")
 
     def lineage(self, kind: type) -> list[list[Any]]:
         kinds = [base for base in kind.__mro__ if issubclass(base, BaseException)]
-        return [[str(base.__module__), str(base.__qualname__), self.number(base)] for base in kinds]
+        return [
+            [str(base.__module__), str(base.__qualname__), self.number(base), self.constants(base)] for base in kinds
+        ]
+
+    def constants(self, kind: type) -> dict[str, Any]:
+        """The attributes of a class of the program's that are plain data."""
+        own = vars(kind).items() if kind.__module__ == "solution" else ()
+        return {str(name): self.peer.encode(value) for name, value in own if isinstance(value, PLAIN)}
 
     def error_to_json(self, error: BaseException) -> list[Any]:
+        """Where the tests have it, if they raised it; else its lineage, arguments, text, attributes, and cause."""
+
         def plain(value: Any) -> Any:
             try:
                 return self.peer.encode(value)
             except Exception:
                 return repr(value)
 
-        attributes = {str(name): plain(value) for name, value in vars(error).items() if not name.startswith("_")}
+        if (place := vars(error).get("_place")) is not None:
+            return [place]
+        attributes = {}
+        for name in set(dir(error)).difference(dir(Exception)):
+            if not name.startswith("_"):
+                with suppress(Exception):
+                    attributes[name] = plain(getattr(error, name))
         try:
             text = str(error)
         except Exception:
             text = ""
-        return [self.lineage(type(error)), [plain(argument) for argument in error.args], text, attributes]
+        cause = self.error_to_json(error.__cause__) if error.__cause__ else None
+        return [self.lineage(type(error)), [plain(argument) for argument in error.args], text, attributes, cause]
+
+    def error_from_json(self, error: list[Any]) -> BaseException:
+        kind, arguments, place = error
+        found = self.resolve(kind)
+        if not issubclass(found, Exception):
+            found = RuntimeError
+        try:
+            made: BaseException = found(*arguments)
+        except Exception:  # one whose constructor wants more than a text
+            made = found.__new__(found, *arguments)
+        vars(made)["_place"] = place
+        return made
 
     def handle(self, verb: str, *values: Any) -> Any:
         match verb, values:
@@ -110,27 +149,43 @@ class Callee:
             case "setattr", [value, name, item]:
                 setattr(value, name, item)
                 return None
+            case "put", [value, name, content]:
+                put(value, name, content)
+                return None
             case "delattr", [value, name]:
                 delattr(value, name)
                 return None
+            case "construct", [kind, arguments, named]:
+                return self.error_to_json(kind(*arguments, **named))
+            case "module", []:
+                return self.module
+            case "value", [value]:
+                return value
             case "await", [value]:
-                import asyncio
-
-                return asyncio.run(value)
+                return run_awaitable(value)
+            case "anext", [value]:
+                try:
+                    return True, run_awaitable(anext(value))
+                except StopAsyncIteration:
+                    return False, None
             case "next", [value]:
                 try:
                     return True, next(value)
-                except StopIteration:
-                    return False, None
-            case "call", [function, arguments, named, capture]:
-                return self.call(function, arguments, named, capture=capture)
+                except StopIteration as stop:
+                    return False, stop.value
+            case "call", [function, arguments, named, capture, in_place]:
+                return self.call(function, arguments, named, capture=capture, in_place=in_place)
             case "operator", [name, *operands]:
                 function = OPERATORS.get(name) or getattr(operator, name)
                 return function(*operands)
         raise ValueError(f"no verb {verb!r}")
 
-    def call(self, function: Any, arguments: tuple[Any, ...], named: dict[str, Any], *, capture: bool) -> Any:
-        """The result; the arguments afterwards, if the result is None; and the output, if it is captured."""
+    def call(
+        self, function: Any, arguments: tuple[Any, ...], named: dict[str, Any], *, capture: bool, in_place: bool
+    ) -> Any:
+        """The result; the arguments afterwards, if the result is None, or a number of something done in place; and the
+        output, if it is captured.
+        """
         output = io.StringIO()
         if capture:
             with redirect_stdout(output):
@@ -140,7 +195,21 @@ class Callee:
         made = isinstance(function, type) and function.__module__ == "solution"
         if made and not isinstance(result, BaseException):
             result = Made(result)
-        return result, ((arguments, named) if result is None else None), output.getvalue()
+        changed = result is None or (in_place and isinstance(result, int))
+        return result, ((arguments, named) if changed else None), output.getvalue()
+
+
+class Stdin:
+    """The standard input of the tests, which they may replace."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self._peer.ask("stdin", name, *arguments)
+
+    def __iter__(self) -> Any:
+        return iter(self.readline, "")
 
 
 class Made:
@@ -153,6 +222,13 @@ class Made:
 OPERATORS: dict[str, Callable[..., Any]] = {
     "len": len, "iter": iter, "str": str, "repr": repr, "hash": hash, "bool": bool, "int": int, "float": float,
     "complex": complex, "round": round, "abs": abs, "reversed": reversed, "format": format, "divmod": divmod,
+    "isinstance": isinstance, "hasattr": hasattr, "callable": callable, "is_function": inspect.isfunction, "copy": copy.copy, "deepcopy": copy.deepcopy,
+    "dataclass": lambda value, name, more, named: getattr(importlib.import_module("dataclasses"), name)(
+        value, *more, **named
+    ),
+    "seed": lambda *seed: importlib.import_module("random").seed(*seed), "signature": parameters_of, "aiter": aiter,
+    "aenter": lambda value: run_awaitable(value.__aenter__()),
+    "aexit": lambda value, kind, text: run_awaitable(value.__aexit__(kind, kind(text) if kind else None, None)),
     "enter": lambda value: value.__enter__(),
     "exit": lambda value, kind, text: value.__exit__(kind, kind(text) if kind else None, None),
 }  # fmt: skip
@@ -181,8 +257,16 @@ class Handle:
             raise StopIteration
         return value
 
+    __doc__ = property(lambda self: self._ask("getattr", "__doc__"))  # type: ignore[assignment]
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        if name == "__signature__":
+            return signature_of(self._ask("getattr", name))
+        if name == "__code__":
+            rows = self._ask("getattr", "__signature__")
+            names = tuple(name for name, kind, _ in rows if kind < inspect.Parameter.VAR_POSITIONAL)
+            return SimpleNamespace(co_argcount=len(names), co_varnames=names)
+        if name.startswith("_") and name not in ("__name__", "__qualname__", "__annotations__"):
             raise AttributeError(name)
         return self._ask("getattr", name)
 
@@ -208,23 +292,13 @@ class Handle:
     def __eq__(self, other: object) -> bool:
         return bool(self._ask("operator", "eq", other))
 
-    def __lt__(self, other: Any) -> bool:
-        return bool(self._ask("operator", "lt", other))
-
-    def __gt__(self, other: Any) -> bool:
-        return bool(self._ask("operator", "gt", other))
-
     def __hash__(self) -> int:
         number: int = object.__getattribute__(self, "_number")
         return number
 
 
-def error_from_json(error: list[Any]) -> BaseException:
-    name, arguments = error
-    kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
-        return kind(*arguments)
-    return RuntimeError(*arguments)
+for _name in ("lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "contains"):
+    setattr(Handle, f"__{_name}__", lambda self, other, name=_name: self._ask("operator", name, other))
 
 
 def main(program: str, reading: int, writing: int) -> None:

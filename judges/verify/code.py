@@ -56,7 +56,7 @@ class CodeTests(Verifier):
 
     name = "code_tests"
     SPEED_ONLY = frozenset({"concurrency", "allow_unsandboxed"})
-    REVISION = 5
+    REVISION = 6
     column: str = "tests"
     """The prompt's column with the tests."""
     entry_point: str = "entry_point"
@@ -113,7 +113,9 @@ class CodeTests(Verifier):
         real = self._real_tests(suite)
         outcome = run_pair(
             _child("callee", program, PEER_READING, PEER_WRITING),
-            _child("tester", suite.tests, suite.names, suite.objects, PEER_READING, PEER_WRITING, REPORT),
+            _child(
+                "tester", suite.tests, suite.names, suite.objects, suite.in_place, PEER_READING, PEER_WRITING, REPORT
+            ),
             max_report=max(1 << 16, 40 * len(suite.tests)),
             **self._limits,
         )
@@ -142,7 +144,7 @@ class CodeTests(Verifier):
         return real
 
     def _run_without_program(self, suite: Suite) -> set[int] | str:
-        tester = _child("tester", suite.tests, suite.names, suite.objects, None, None, REPORT)
+        tester = _child("tester", suite.tests, suite.names, suite.objects, suite.in_place, None, None, REPORT)
         outcome = run_python(tester, max_output=max(1 << 16, 400 * len(suite.tests)), **self._limits)
         if unsupported := re.search("^unsupported (.*)", outcome.report, re.MULTILINE):
             return f"the tests of column {self.column!r} need what the sandbox lacks: {unsupported[1]}"

@@ -21,7 +21,7 @@ from judges.verify.base import fenced_blocks
 
 BUILTINS = frozenset(dir(builtins))
 COMPARATORS = re.compile(
-    r"allclose|array_equal|assert\w*|np|numpy|pd|pandas|scipy|torch|sympy|(?i:eps\w*|tol|[ar]tol|\w*tolerance)"
+    r"allclose|array_equal|assert\w*|expect|np|numpy|pd|pandas|scipy|torch|sympy|(?i:eps\w*|tol|[ar]tol|\w*tolerance)"
 )
 """Names that a program may not define for its tests: they compare a result with what is expected."""
 LIBRARY = {
@@ -52,6 +52,8 @@ class Suite:
     wants_entry: bool = False
     objects: bool = False
     """Whether the tests use objects. If not, a name that begins with a capital letter is not one of a class to them."""
+    in_place: bool = False
+    """Whether the prompt asks for a change in place, so that a function which returns a number changes its arguments."""
 
 
 class BadTests(ValueError):
@@ -77,7 +79,7 @@ def read_suite(gold: Any, column: str, entry: str | None = None, prompt: str = "
             gold = json.loads(gold)
     match gold:
         case str():
-            return _of_text(gold, column, entry, prompt)
+            return _of_texts([gold], column, entry, prompt, apart=True)
         case {"inputs": [*inputs], "outputs": [*outputs]} if len(inputs) == len(outputs):
             return _of_apps(gold, inputs, outputs)
         case [*tests] if all(isinstance(test, str) for test in tests):
@@ -88,23 +90,53 @@ def read_suite(gold: Any, column: str, entry: str | None = None, prompt: str = "
     raise BadTests(f"the column {column!r} is neither {kinds}")
 
 
-def _of_text(text: str, column: str, entry: str | None, prompt: str) -> Suite:
-    """Each part of the text is a test of its own."""
-    body = _parsed(text, column)
-    steps = _steps(body, entry)
-    suite = Suite(
-        [[step] for step in steps], _names(body), wants_entry=_wants_entry(steps), objects=_uses_objects(body, prompt)
-    )
-    return _with_helpers(suite, _checked(body, entry), prompt)
-
-
-def _of_texts(texts: list[str], column: str, entry: str | None, prompt: str) -> Suite:
-    """Each text is a test, of all of its parts."""
+def _of_texts(texts: list[str], column: str, entry: str | None, prompt: str, *, apart: bool = False) -> Suite:
+    """Each text is a test, of all of its parts; or `apart`, each part is one."""
     bodies = [_parsed(text, column) for text in texts]
     tests = [_steps(body, entry) for body in bodies]
     whole = [statement for body in bodies for statement in body]
-    suite = Suite(tests, _names(whole), wants_entry=any(map(_wants_entry, tests)), objects=_uses_objects(whole, prompt))
+    names = _names(whole)
+    if lacking := _out_of_reach(whole, {name for name, module in names.items() if not module}):
+        raise BadTests(f"the tests of column {column!r} need what the sandbox lacks: {lacking}")
+    suite = Suite(
+        [[step] for steps in tests for step in steps] if apart else tests,
+        names,
+        wants_entry=any(map(_wants_entry, tests)),
+        objects=_uses_objects(whole, prompt),
+        in_place=re.search(r"\bin[- ]?place\b", prompt, re.IGNORECASE) is not None,
+    )
     return _with_helpers(suite, _checked(whole, entry), prompt)
+
+
+FILES = {
+    "open", "NamedTemporaryFile", "TemporaryFile", "TemporaryDirectory", "mkdtemp", "mkstemp", "read_text", "write_text",
+}  # fmt: skip
+RECORDS = {"assertLogs", "assertNoLogs", "assertWarns", "assertWarnsRegex", "catch_warnings"}
+PATCHED = re.compile(r"builtins\.input|sys\.std(in|out)|solution\..*")
+"""What tests may patch: the rest is patched in their process, and not in the program's."""
+
+
+def _out_of_reach(body: list[ast.stmt], own: set[str]) -> str | None:
+    """What the tests share with the program as if it were in their process. `own`: the names of the program's."""
+    for node in (node for statement in body for node in ast.walk(statement)):
+        match node:
+            case ast.ClassDef(bases=bases, keywords=keywords) if not _is_test(node):
+                values = [inner.value for inner in node.body if isinstance(inner, ast.Assign | ast.AnnAssign)]
+                if any(_loads(part) & own for part in [*bases, *(keyword.value for keyword in keywords)]):
+                    return f"{node.name}, a class that is derived from one of the program's"
+                if any(isinstance(value, ast.Call) and _loads(value.func) & own for value in values):
+                    return f"{node.name}, a class with descriptors of the program's"
+            case ast.Call(func=function, args=arguments):
+                name = ast.unparse(function)
+                last = name.rpartition(".")[2]
+                if last in FILES and last not in own:
+                    return "files that they share with the program"
+                if last in RECORDS:
+                    return f"{last}, of the program's process"
+                target = arguments[0].value if arguments and isinstance(arguments[0], ast.Constant) else ""
+                if re.fullmatch(r"(.+\.)?patch(\.object|\.dict)?", name) and not PATCHED.fullmatch(str(target)):
+                    return f"{name}, of the program's process"
+    return None
 
 
 def _checked(body: list[ast.stmt], entry: str | None) -> set[str]:

@@ -12,17 +12,19 @@ import ast
 import builtins
 import functools
 import importlib
+import inspect
 import math
+import operator
 import os
 import re
 import sys
-import threading
-from collections.abc import Callable, Collection, ItemsView, Iterator, KeysView, ValuesView
+import types
+from collections.abc import Callable, Collection, Iterator
 from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 from judges.verify import pytest_subset
-from judges.verify.wire import LIBRARY, TYPES, VERDICTS, Peer
+from judges.verify.wire import LIBRARY, TYPES, VERDICTS, Derived, Peer, parameters_of, put, run_awaitable, signature_of
 
 Step = list[Any]
 NOT_FINITE = {"nan": r"(?i)\b(is)?nan\b", "inf": r"(?i)\b(is)?(inf|infinity|infinite|finite)\b"}
@@ -30,10 +32,17 @@ NOT_FINITE = {"nan": r"(?i)\b(is)?nan\b", "inf": r"(?i)\b(is)?(inf|infinity|infi
 ARITHMETIC = (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift", "divmod",
 )  # fmt: skip
-CHANGES = {"call", "await", "setattr", "delattr", "setitem", "delitem", "enter", "exit", *(f"i{n}" for n in ARITHMETIC)}
+SCALING = {"add", "mul", "truediv"}
+"""Operators that may have a plain operand beside any object of a class whose name the tests use."""
+CHANGES = {
+    "call", "await", "anext", "aenter", "aexit", "setattr", "delattr", "setitem", "delitem", "enter", "exit",
+    *(f"i{n}" for n in ARITHMETIC),
+}  # fmt: skip
 """Questions after which an object of the program may have another length."""
+READS = {"lt", "le", "gt", "ge", "getitem", "contains"}
 COMPARISONS = (("eq", "ne"), ("lt", "le", "gt", "ge"))
 CONTRADICTIONS = (("eq", "ne"), ("lt", "gt"), ("lt", "ge"), ("gt", "le"))
+CONTRADICTED = "an object of the program contradicts itself"
 GONE = (math.inf, math.inf)
 """The size of an iterator that has given items: it has no length."""
 EVALUATING: dict[str, Callable[..., Any]] = {"eval": eval, "exec": exec, "compile": compile}
@@ -53,12 +62,15 @@ FILES = {"read", "readline", "readlines", "write", "writelines", "getvalue", "se
 class Tester:
     """The tests' end of the wire.
 
+    `in_place`: whether a function may change its arguments and return a number.
     `not_finite`: which of "nan" and "inf" are answers at all. `abs(f(2) - 3) > 1e-6` is False of no number.
     `objects`: whether the tests use objects. If not, a class of the program is only a function to them.
     """
 
-    def __init__(self, reading: int, writing: int, not_finite: Collection[str], *, objects: bool) -> None:
-        self.objects = objects
+    def __init__(
+        self, reading: int, writing: int, not_finite: Collection[str], *, objects: bool, in_place: bool
+    ) -> None:
+        self.objects, self.in_place = objects, in_place
         self.peer = Peer(
             reading,
             writing,
@@ -66,27 +78,37 @@ class Tester:
             export=self.export,
             resolve=self.resolve,
             error_to_json=lambda error: [
-                type(error).__name__,
+                self.exception_to_json(type(error)),
                 [] if isinstance(error, AssertionError) else [str(error)],
+                self.place(error),
             ],
             error_from_json=self.error_from_json,
             not_finite=not_finite,
         )
-        self.lock = threading.RLock()
+        self.namespace: dict[str, Any] = {}  # of the tests
+        self.plain: list[str] = []  # names in it of plain data of the program, which its functions may change
         self.refs: dict[int, Ref] = {}
         self.made_by: set[int] = set()  # the classes whose names the tests use
+        self.made: dict[int, Ref] = {}  # the objects that the tests made by them
         self.passed_on: list[Any] = []
         self.places: dict[int, int] = {}  # in it, by id
         self.exceptions: dict[int, type[BaseException]] = {}
         self.sizes: dict[int, tuple[float, float]] = {}  # by object, the least and the most items that it may have
+        self.answers: dict[int, dict[tuple[str, int], Any]] = {}  # by object and question, what no question changes
+        self.wholes: dict[int, list[Any]] = {}  # by object, all of its items
         self.checking: set[tuple[str, int]] = set()  # the files and lines of `with` statements and functions that check
         self.denied = False  # whether an object of the tests has failed an assertion in a question of the program
 
     def ask(self, verb: str, *values: Any) -> Any:
-        with self.lock:
-            if verb in CHANGES or (verb == "operator" and values[0] in CHANGES):
-                self.sizes.clear()
+        changes = verb in CHANGES or (verb == "operator" and values[0] in CHANGES)
+        if changes:
+            for noted in (self.sizes, self.answers, self.wholes):
+                noted.clear()
+        try:
             return self.peer.ask(verb, *values)
+        finally:
+            for name in self.plain if changes else ():
+                self.namespace[name] = self.peer.ask("global", name)
 
     def named(self, name: str) -> Any:
         """What the program calls `name`. Raises AttributeError if it has none."""
@@ -100,24 +122,40 @@ class Tester:
         """Whether all are objects of classes whose names the tests use."""
         return all(type(value) is Ref and not self.made_by.isdisjoint(value._ref_lineage) for value in values)
 
+    def exception_to_json(self, kind: type[BaseException]) -> list[Any]:
+        if kind in self.exceptions.values():
+            return ["object", next(number for number, one in self.exceptions.items() if one is kind)]
+        if kind.__module__ != "tests":
+            return ["name", kind.__module__, kind.__qualname__]
+        base = next(one for one in kind.__mro__ if one.__module__ == "builtins")
+        return ["error", self.place(kind), kind.__name__, base.__name__]
+
     def export(self, value: Any) -> list[Any]:
         if type(value) is Ref:
             return ["object", value._ref_number]
         if isinstance(value, type) and value in self.exceptions.values():
-            return ["object", next(number for number, kind in self.exceptions.items() if kind is value)]
+            return self.exception_to_json(value)
         module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
-        if (
-            isinstance(value, type | BuiltinFunctionType)
-            and module in ("builtins", "_operator", "math")
-            and name.isidentifier()
-        ):
+        if isinstance(value, type) and issubclass(value, BaseException) and module == "tests":
+            return self.exception_to_json(value)
+        if isinstance(value, type) and module == "builtins" and not hasattr(builtins, name):  # `generator`
+            module, name = "types", next((key for key, kind in vars(types).items() if kind is value), "")
+        is_known = isinstance(value, type) and str(module).partition(".")[0] in sys.stdlib_module_names
+        is_function = isinstance(value, BuiltinFunctionType) and module in ("builtins", "_operator", "math")
+        if (is_known or is_function) and name.isidentifier():
             return ["name", module, name]
-        if isinstance(value, KeysView | ValuesView | ItemsView):
-            return ["list", [self.peer.encode(item) for item in value]]
+        if inspect.iscoroutine(value):
+            return ["coroutine", self.place(value)]
+        return ["handle", self.place(value)]
+
+    def place(self, value: Any) -> int:
+        """Where `value` stands in what was passed on. A method of an object is made anew each time it is named."""
+        if isinstance(value, types.MethodType | BuiltinFunctionType):
+            value = next((one for one in self.passed_on if type(one) is type(value) and one == value), value)
         if id(value) not in self.places:
             self.places[id(value)] = len(self.passed_on)
             self.passed_on.append(value)
-        return ["handle", self.places[id(value)]]
+        return self.places[id(value)]
 
     def resolve(self, value: list[Any]) -> Any:
         match value:
@@ -142,7 +180,7 @@ class Tester:
 
     def exception(self, lineage: list[Any]) -> type[BaseException]:
         """The class of an exception of the program: the tests' own class of that name, or a new one."""
-        (module, name, number), *bases = lineage
+        (module, name, number, constants), *bases = lineage
         if number in self.exceptions:
             return self.exceptions[number]
         if module == "builtins":
@@ -151,7 +189,16 @@ class Tester:
             found = getattr(sys.modules.get(module), name, None)
         else:
             base = self.exception(bases) if bases else Exception
-            found = type(str(name), (base if issubclass(base, Exception) else Exception,), {})
+            told = {key: self.peer.decode(value) for key, value in constants.items() if not key.startswith("_")}
+            told = {key: value for key, value in told.items() if key not in VERDICTS and not hasattr(Exception, key)}
+
+            def construct(error: BaseException, *arguments: Any, **named: Any) -> None:
+                made = self.error_from_json(self.ask("construct", found, arguments, named))
+                error.args, error.__class__ = made.args, type(made)
+                vars(error).update(vars(made))
+
+            own = base if issubclass(base, Exception) else Exception
+            found = type(str(name), (own,), {**told, "__init__": construct})
         allowed = isinstance(found, type) and issubclass(found, (Exception, SystemExit))
         # One that ends a loop, or this process's patience, would end the test well.
         if not allowed or issubclass(found, (StopIteration, StopAsyncIteration)):  # type: ignore[arg-type]
@@ -161,15 +208,26 @@ class Tester:
         return found
 
     def error_from_json(self, error: list[Any]) -> BaseException:
-        lineage, arguments, text, attributes = error
+        match error:
+            case [int(place)] if isinstance(self.passed_on[place], Exception):  # what a function of the tests raised
+                again: BaseException = self.passed_on[place]
+                ends = isinstance(again, StopIteration | StopAsyncIteration) or type(again).__name__ == "SkipTest"
+                return RuntimeError() if ends else again
+        lineage, arguments, text, attributes, cause = error
         kind = self.exception(lineage)
         values = list(map(self.decoded, arguments))
         made = _raised(kind, values)
         if _text(made) != text:
             made = _raised(type(kind.__name__, (kind,), {"__str__": lambda self: str(text)}), values)
         for name, value in attributes.items():
-            if name.isidentifier() and not name.startswith("_") and not hasattr(made, name) and name not in VERDICTS:
+            if (
+                name.isidentifier()
+                and not name.startswith("_")
+                and not hasattr(Exception, name)
+                and name not in VERDICTS
+            ):
                 setattr(made, name, self.decoded(value))
+        made.__cause__ = self.error_from_json(cause) if cause else None
         return made
 
     def decoded(self, value: Any) -> Any:
@@ -187,6 +245,10 @@ class Tester:
     def answer(self, verb: str, *values: Any) -> Any:
         if verb == "input":
             return input(*values)
+        if verb == "await" and inspect.iscoroutine(values[0]):
+            return run_awaitable(values[0])
+        if verb == "stdin" and values[0] in FILES:
+            return getattr(sys.stdin, values[0])(*values[1:])
         target, *rest = values
         mine = getattr(type(target), "__module__", "") == "tests" and not isinstance(target, type)
         match verb, rest:
@@ -198,10 +260,19 @@ class Tester:
                 for item in target:
                     return True, item
                 return False, None
-            case "getattr", [name] if not name.startswith("_") and (mine or name in FILES):
+            case "getattr", [name] if not name.startswith("_") and (
+                mine or name in FILES or is_part_of_mock(target, name)
+            ):
+                return getattr(target, name)
+            case "getattr", ["__signature__"] if callable(target):
+                return parameters_of(target)
+            case "getattr", ["__name__" | "__qualname__" | "__doc__" | "__annotations__" as name]:
                 return getattr(target, name)
             case "setattr", [name, value] if not name.startswith("_") and mine and not hasattr(type(target), name):
                 setattr(target, name, value)
+                return None
+            case "put", [name, content] if not name.startswith("_") and mine and not hasattr(type(target), name):
+                put(target, name, content)
                 return None
             case "operator", ["len"] if mine:
                 return len(target)
@@ -211,16 +282,15 @@ class Tester:
                 return str(target)
             case "operator", ["eq", other]:
                 return target is other or bool(mine and target == other)
-            case "operator", ["lt", other] if mine:
-                return target < other
-            case "operator", ["gt", other] if mine:
-                return target > other
-            case "operator", ["getitem", key] if mine:
-                return target[key]
+            case "operator", [str(name), other] if mine and (name in ARITHMETIC or name in READS):
+                return getattr(operator, name)(target, other)
             case "operator", ["setitem", key, value] if mine:
                 target[key] = value
                 return None
         raise AttributeError(f"{verb} is not possible here")
+
+
+SLOTS = ("_ref_is_class", "_ref_lineage", "_ref_made", "_ref_number", "_ref_tester")
 
 
 class Ref:
@@ -229,10 +299,10 @@ class Ref:
     `made`: the tests made it, by a call of its class, or it is a class that they call by its name.
     """
 
-    __slots__ = ("_ref_is_class", "_ref_lineage", "_ref_made", "_ref_number", "_ref_tester")
+    __slots__ = SLOTS
 
     def __init__(self, tester: Tester, number: int, lineage: frozenset[int], is_class: bool, *, made: bool) -> None:
-        for name, value in zip(Ref.__slots__, (is_class, lineage, made, number, tester), strict=True):
+        for name, value in zip(SLOTS, (is_class, lineage, made, number, tester), strict=True):
             object.__setattr__(self, name, value)
 
     _ref_is_class: bool
@@ -247,15 +317,30 @@ class Ref:
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         tester = self._ref_tester
         capture = sys.stdout is not sys.__stdout__
-        result, changed, output = tester.ask("call", self, arguments, named, capture)
+        result, changed, output = tester.ask("call", self, arguments, named, capture, tester.in_place)
         if output:
             sys.stdout.write(output)
-        if result is None and changed is not None:
+        if changed is not None:
             refresh(arguments, changed[0])
             refresh(named, changed[1])
-        if self._ref_is_class and self._ref_number in tester.made_by and type(result) is Ref:
-            result = Ref(tester, result._ref_number, result._ref_lineage, False, made=True)
+        if self._ref_is_class and self._ref_made and type(result) is Ref:  # not a class that the program gave
+            return result._ref_as_made()
         return result
+
+    def _ref_as_made(self) -> Ref:
+        made = Ref(self._ref_tester, self._ref_number, self._ref_lineage, False, made=True)
+        return self._ref_tester.made.setdefault(self._ref_number, made)
+
+    def __copy__(self) -> Any:
+        return self._ref_copy("copy")
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self._ref_copy("deepcopy")
+
+    def _ref_copy(self, name: str) -> Any:
+        value = self._ref_ask(name)
+        alike = type(value) is Ref and not value._ref_is_class and value._ref_lineage == self._ref_lineage
+        return value._ref_as_made() if self._ref_made and alike else value
 
     def __getattr__(self, name: str) -> Any:
         if name in VERDICTS and not self._ref_made:
@@ -274,6 +359,11 @@ class Ref:
         sizes[number] = before
         self._ref_has(len(items), len(items))
         return items
+
+    def __index__(self) -> int:
+        if not self._ref_made:
+            raise TypeError("an object that the program made is no index: it could be another one each time")
+        return int(self._ref_ask("index"))
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._ref_tester.ask("setattr", self, name, value)
@@ -294,6 +384,7 @@ class Ref:
 
     def __bool__(self) -> bool:
         truth = bool(self._ref_ask("bool"))
+        self._ref_note("bool", 0, truth)
         if truth:
             self._ref_has(1, math.inf)
         return truth
@@ -310,17 +401,65 @@ class Ref:
 
         def follow() -> Iterator[Any]:
             sizes, number, count = self._ref_tester.sizes, self._ref_number, 0
+            whole: list[Any] = []
             while (got := self._ref_tester.ask("next", items))[0] is True:
                 count += 1
                 if once and sizes.get(number, GONE)[1] == math.inf:
                     sizes[number] = GONE
                 else:
                     self._ref_has(count, math.inf)
+                if once:
+                    self._ref_tester.answers.pop(number, None)
+                else:
+                    whole.append(got[1])
+                    if order == "iter":
+                        self._ref_note("place", count - 1, got[1])
                 yield got[1]
             if sizes.get(number) != GONE:
                 self._ref_has(count, count)
+            if not once:
+                whole = whole if order == "iter" else whole[::-1]
+                for place, item in enumerate(whole):
+                    self._ref_note("place", place, item)
+                self._ref_tester.wholes[number] = whole
+                self._ref_agree([key for kind, key in self._ref_tester.answers.get(number, {}) if kind == "item"])
 
         return follow()
+
+    def __getitem__(self, key: Any) -> Any:
+        """An item. It fails if there is another one at this place by iteration, or was before."""
+        answer = self._ref_ask("getitem", key)
+        if self._ref_made or self._ref_is_class:
+            return answer
+        if type(key) is int:
+            self._ref_note("item", key, answer)
+            self._ref_agree([key])
+        if type(key) is slice:
+            try:
+                items, places = list(answer), range(len(self))[key]
+            except TypeError:  # it has no items, or no length
+                return answer
+            if len(items) != len(places):
+                raise AssertionError(CONTRADICTED)
+            for place, item in zip(places, items, strict=True):
+                self._ref_note("place", place, item)
+        return answer
+
+    def _ref_note(self, question: str, key: int, answer: Any) -> None:
+        """Note an answer. The same question has the same answer until a call may have changed the object."""
+        if self._ref_made or type(answer) not in (bool, int, float, str, bytes):
+            return
+        if self._ref_tester.answers.setdefault(self._ref_number, {}).setdefault((question, key), answer) != answer:
+            raise AssertionError(CONTRADICTED)
+
+    def _ref_agree(self, keys: list[int]) -> None:
+        """Compare items by number with those by iteration, if these are not the keys of a mapping."""
+        items = self._ref_tester.wholes.get(self._ref_number, [])
+        for key in keys:
+            if -len(items) <= key < len(items) and key not in items:
+                answer = self._ref_tester.answers.get(self._ref_number, {}).get(("item", key))
+                if type(answer) is type(items[key]) and answer != items[key]:
+                    raise AssertionError(CONTRADICTED)
 
     def _ref_has(self, least: float, most: float) -> None:
         """Note how many items it has."""
@@ -329,14 +468,20 @@ class Ref:
         before = self._ref_tester.sizes.get(self._ref_number, (0, math.inf))
         least, most = max(least, before[0]), min(most, before[1])
         if least > most:
-            raise AssertionError("its length and its items contradict each other")
+            raise AssertionError(CONTRADICTED)
         self._ref_tester.sizes[self._ref_number] = least, most
 
     def __next__(self) -> Any:
+        self._ref_tester.answers.pop(self._ref_number, None)
         going, value = self._ref_tester.ask("next", self)
         if going is not True:
-            raise StopIteration
+            raise StopIteration(value)
         return value
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """A function of the program's in a class of the tests is a method."""
+        bound = instance is not None and not self._ref_is_class and self._ref_ask("is_function") is True
+        return types.MethodType(self, instance) if bound else self
 
     def __contains__(self, item: Any) -> bool:
         if self._ref_made and not self._ref_is_class:
@@ -344,15 +489,16 @@ class Ref:
         return any(item is one or item == one for one in self)
 
     def __eq__(self, other: object) -> bool:
-        if type(other) is not Ref:
-            return False  # not NotImplemented, which counts as true if a test calls this by name
+        if type(other) is not Ref:  # not NotImplemented, which counts as true if a test calls this by name
+            value = self._ref_tester.ask("value", self) if self._ref_made and not self._ref_is_class else self
+            return isinstance(value, Derived) and bool(value == other)
         if self._ref_number == other._ref_number:
             return True
         return self._ref_tester.own(self, other) and self._ref_compare("eq", other) is True
 
     def __ne__(self, other: object) -> bool:
         if type(other) is not Ref:
-            return True
+            return not self == other
         if not self._ref_tester.own(self, other):
             return not self == other
         return self._ref_number != other._ref_number and self._ref_compare("ne", other) is True
@@ -376,22 +522,47 @@ class Ref:
 
     def __enter__(self) -> Any:
         value = self._ref_ask("enter")
-        same = type(value) is Ref and value._ref_number == self._ref_number
-        return self if same else value
+        return self if same(self, value) else value
+
+    async def __aenter__(self) -> Any:
+        value = self._ref_ask("aenter")
+        return self if same(self, value) else value
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+        return self._ref_leave("exit", kind, error, trace)
+
+    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> bool:
+        return self._ref_leave("aexit", kind, error, trace)
+
+    def __await__(self) -> Any:
+        yield from ()
+        return self._ref_tester.ask("await", self)
+
+    def __aiter__(self) -> Any:
+        return self._ref_ask("aiter")
+
+    async def __anext__(self) -> Any:
+        going, value = self._ref_tester.ask("anext", self)
+        if going is not True:
+            raise StopAsyncIteration
+        return value
+
+    def _ref_leave(self, verb: str, kind: Any, error: Any, trace: Any) -> bool:
         if kind is None:
-            return bool(self._ref_ask("exit", None, ""))
-        wanted = bool(self._ref_ask("exit", kind, str(error)))
+            return bool(self._ref_ask(verb, None, ""))
+        wanted = bool(self._ref_ask(verb, kind, str(error)))
         # It suppresses no failed check, and nothing that keeps the tests from a check.
-        frame = sys._getframe(1)
+        frame = sys._getframe(2)
         place = frame.f_code.co_filename, frame.f_lineno
         places = {place, *_places(trace and trace.tb_next)}
         free = place[0].startswith("tests ") and places.isdisjoint(self._ref_tester.checking)
         return wanted and free and not issubclass(kind, AssertionError)
 
     def __instancecheck__(self, instance: Any) -> bool:
-        return type(instance) is Ref and not instance._ref_is_class and self._ref_number in instance._ref_lineage
+        instance = standing(instance)
+        if type(instance) is not Ref or instance._ref_is_class:
+            return False
+        return self._ref_number in instance._ref_lineage or instance._ref_ask("isinstance", self) is True
 
     def __subclasscheck__(self, kind: Any) -> bool:
         return type(kind) is Ref and kind._ref_is_class and self._ref_number in kind._ref_lineage
@@ -403,6 +574,95 @@ class Ref:
         raise TypeError("an object of the program cannot be copied")
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether they are one object, as `is` has it. There may be two `Ref`s of an object."""
+    one, other = standing(one), standing(other)
+    return one is other or (type(one) is type(other) is Ref and one._ref_number == other._ref_number)
+
+
+def assert_same(case: Any, one: Any, other: Any, msg: Any = None) -> None:
+    if not same(one, other):
+        case.fail(msg)
+
+
+def assert_not_same(case: Any, one: Any, other: Any, msg: Any = None) -> None:
+    if same(one, other):
+        case.fail(msg)
+
+
+def standing(value: Any) -> Any:
+    """The object of the program that a value of plain data came from, if it is of a class of the program's own."""
+    return value._object if isinstance(value, Derived) else value
+
+
+def type_of(value: Any) -> Any:
+    value = standing(value)
+    if type(value) is not Ref:
+        return type(value)
+    kind = value._ref_tester.ask("getattr", value, "__class__")
+    return kind if type(kind) is Ref else Ref
+
+
+def is_instance(value: Any, kinds: Any) -> bool:
+    """`isinstance`. Whether an object of the program is of a type of Python, the program says, as in
+    `isinstance(f(3), Iterator)`, but not of an answer and a type of plain data.
+    """
+    if type(value) is not Ref:
+        return isinstance(value, kinds)
+    for kind in kinds if isinstance(kinds, tuple) else [kinds]:
+        is_known = isinstance(kind, type) and kind.__module__.partition(".")[0] in sys.stdlib_module_names
+        if type(kind) is Ref or not is_known or kind is object:
+            found = isinstance(value, kind)
+        else:
+            is_plain = TYPES.get(kind.__name__) is kind
+            found = (value._ref_made or not is_plain) and value._ref_ask("isinstance", kind) is True
+        if found:
+            return True
+    return False
+
+
+def has_attribute(value: Any, name: str) -> bool:
+    if type(value) is Ref and name.startswith("__"):
+        return value._ref_ask("hasattr", name) is True
+    return hasattr(value, name)
+
+
+def is_callable(value: Any) -> bool:
+    return value._ref_ask("callable") is True if type(value) is Ref else callable(value)
+
+
+class Identities(ast.NodeTransformer):
+    """Has tests call `same` for `is`, and `type_of` for `type(x)` and `x.__class__`."""
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        self.generic_visit(node)
+        match node:
+            case ast.Compare(left=left, ops=[ast.Is() | ast.IsNot() as operator], comparators=[right]) if not any(
+                isinstance(side, ast.Constant) for side in (left, right)
+            ):
+                call = ast.Call(ast.Name("__same__", ast.Load()), [left, right], [])
+                return call if isinstance(operator, ast.Is) else ast.UnaryOp(ast.Not(), call)
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Name) and node.func.id == "type" and len(node.args) == 1:
+            node.func.id = "__type__"
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        if node.attr == "__class__" and isinstance(node.ctx, ast.Load):
+            return ast.Call(ast.Name("__type__", ast.Load()), [node.value], [])
+        return node
+
+
+def is_part_of_mock(target: Any, name: str) -> bool:
+    """Whether it is a method that a `Mock` stands in for, and none of its own, such as `assert_called_with`."""
+    mocks = sys.modules.get("unittest.mock")
+    return mocks is not None and isinstance(target, mocks.NonCallableMock) and not hasattr(type(target), name)
+
+
 def _places(trace: Any) -> Iterator[tuple[str, int]]:
     """The files and lines of the functions and statements that an error has passed through."""
     while trace:
@@ -412,6 +672,10 @@ def _places(trace: Any) -> Iterator[tuple[str, int]]:
 
 
 def _raised(kind: type[BaseException], values: list[Any]) -> BaseException:
+    if (
+        kind.__module__.partition(".")[0] not in sys.stdlib_module_names
+    ):  # one of the program's: it has run its constructor
+        return kind.__new__(kind, *values)
     try:
         return kind(*values)
     except Exception:  # one whose constructor wants more than it keeps
@@ -431,22 +695,31 @@ def _unary(name: str) -> Callable[..., Any]:
 
 def _binary(name: str, *, swapped: bool = False) -> Callable[[Ref, Any], Any]:
     def method(self: Ref, other: Any) -> Any:
-        made = self._ref_made and not self._ref_is_class
-        if not made and not self._ref_tester.own(self, other):
+        tester, is_made = self._ref_tester, self._ref_made and not self._ref_is_class
+        scaled = name.removeprefix("i") in SCALING and tester.own(self) and not self._ref_is_class
+        if not (is_made or scaled or tester.own(self, other)):
             raise TypeError(f"{name!r} is not asked of an object that the program made")
         if name in COMPARISONS[1]:
             return self._ref_compare(name, other)
-        return self._ref_tester.ask("operator", name, *((other, self) if swapped else (self, other)))
+        result = tester.ask("operator", name, *((other, self) if swapped else (self, other)))
+        if not is_made and not tester.own(result) and not tester.own(self, other):
+            raise TypeError(f"{name!r} of an object that the program made gives another such object")
+        return self if same(self, result) and name.startswith("i") else result
 
     return method
 
 
 for _name in ("str", "repr", "int", "float", "complex", "round", "abs"):
     setattr(Ref, f"__{_name}__", _unary(_name))
-for _name in ("neg", "pos", "invert", "index", "getitem", "setitem", "delitem"):
+for _name in ("neg", "pos", "invert", "setitem", "delitem"):
     setattr(Ref, f"__{_name}__", _unary(_name))
 for _name in ("lt", "le", "gt", "ge"):
     setattr(Ref, f"__{_name}__", _binary(_name))
+for _name in ("__doc__", "__slots__", "__annotations__"):
+    setattr(
+        Ref, _name, property(functools.partial(lambda name, self: self._ref_tester.ask("getattr", self, name), _name))
+    )
+setattr(Ref, "__signature__", property(lambda self: signature_of(self._ref_ask("signature"))))  # noqa: B010
 for _name in ARITHMETIC:
     _function = f"{_name}_" if _name in ("and", "or") else _name
     setattr(Ref, f"__{_name}__", _binary(_function))
@@ -503,16 +776,22 @@ class Run:
         sys.modules["solution"] = Solution(tester, stub)
         sys.modules["pytest"] = pytest_subset
         self.namespace = module.__dict__
+        self.namespace.update(__same__=same, __type__=type_of)
         if tester:
+            tester.namespace = self.namespace
             self.namespace.update(
                 {function.__name__: restricted(function, texts) for function in (eval, exec, compile)}
             )
+            self.namespace.update(isinstance=is_instance, hasattr=has_attribute, callable=is_callable)
+            inspect.isinstance = is_instance  # type: ignore[attr-defined]
         for name, source in names.items():
             if source:
                 found = importlib.import_module(source)
                 self.namespace[name] = found if source == name else getattr(found, name)
             elif tester and tester.ask("has", name) is True:
                 self.namespace[name] = tester.named(name)
+                if type(self.namespace[name]) is not Ref:
+                    tester.plain.append(name)
             elif stub:
                 self.namespace[name] = stub(name)
 
@@ -523,6 +802,7 @@ class Run:
                 tree, name = ast.parse(source), f"tests {self.parts}"
                 if self.tester:
                     self.tester.checking |= {(name, line) for line in checking_blocks(tree)}
+                tree = ast.fix_missing_locations(Identities().visit(tree))
                 exec(compile(tree, name, "exec", dont_inherit=True), self.namespace)
             case ["function", name]:
                 pytest_subset.call(self.namespace[name], self.namespace)
@@ -547,8 +827,11 @@ class Run:
 
     def method(self, owner: Any, method: str | None) -> None:
         """One test of a class of tests, or all of them."""
-        import unittest
+        import unittest.case
 
+        unittest.case.isinstance = is_instance  # type: ignore[attr-defined]
+        unittest.TestCase.assertIs = assert_same  # type: ignore[method-assign, assignment]
+        unittest.TestCase.assertIsNot = assert_not_same  # type: ignore[method-assign, assignment]
         if not issubclass(owner, unittest.TestCase):
             pytest_subset.call_method(owner, str(method), self.namespace)
             return
@@ -577,9 +860,10 @@ def checking_blocks(tree: ast.AST) -> Iterator[int]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Assert):
             yield node.lineno
-        if isinstance(node, ast.With | ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, ast.With | ast.AsyncWith | ast.FunctionDef | ast.AsyncFunctionDef):
             names = [getattr(inner, "id", getattr(inner, "attr", "")) for inner in ast.walk(node)]
-            checks = (ast.Assert, ast.If, ast.Compare) if isinstance(node, ast.With) else (ast.Assert,)
+            is_with = isinstance(node, ast.With | ast.AsyncWith)
+            checks = (ast.Assert, ast.If, ast.Compare) if is_with else (ast.Assert,)
             conditions = any(isinstance(inner, checks) for inner in ast.walk(node))
             if conditions or any(re.match("[Aa]ssert|check|expect|verify|fail", str(name)) for name in names):
                 yield min([node.lineno, *(first.lineno for first in getattr(node, "decorator_list", []))])
@@ -588,17 +872,32 @@ def checking_blocks(tree: ast.AST) -> Iterator[int]:
 def restricted(function: Callable[..., Any], texts: Collection[str]) -> Callable[..., Any]:
     """`eval`, `exec` or `compile` for the tests: of an expression without attributes, if it is none of `texts`.
 
-    Code of the program in this process could report that all tests pass.
+    Code of the program in this process could report that all tests pass. Nor may it name a variable of the tests,
+    such as the expected value, unless a text of theirs has the word.
     """
+    words = {word for text in texts for word in re.findall(r"\w+", text)}
 
     def run(source: Any, *more: Any, **named: Any) -> Any:
-        if isinstance(source, str | bytes | bytearray) and source not in texts and not is_harmless(source):
-            raise ValueError("a text that the tests did not write is evaluated only if it computes")
         frame = sys._getframe(1)
-        scopes = more or (() if function is compile else (frame.f_globals, frame.f_locals))
+        here = frame.f_globals, frame.f_locals
+        text = ast.unparse(source) if isinstance(source, ast.AST) else source
+        if isinstance(text, str | bytes | bytearray) and text not in texts:
+            known = {
+                name: value for scope in (*here, *more) if isinstance(scope, dict) for name, value in scope.items()
+            }
+            own = {name for name, value in known.items() if not is_of_program(value) and name not in words}
+            if not is_harmless(text, own):
+                raise ValueError("a text that the tests did not write is evaluated only if it computes")
+        scopes = more or (() if function is compile else here)
         return function(source, *scopes, **named)
 
     return run
+
+
+def is_of_program(value: Any) -> bool:
+    """Whether a text of the program may name `value`: an object of the program, or a type of plain data."""
+    kind = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+    return type(value) is Ref or (isinstance(value, type) and kind in LIBRARY)
 
 
 def constants(tests: list[list[Step]]) -> set[str]:
@@ -608,15 +907,46 @@ def constants(tests: list[list[Step]]) -> set[str]:
     return {node.value for node in nodes if isinstance(node.value, str)}
 
 
-def is_harmless(source: str | bytes | bytearray) -> bool:
-    """Whether it is an expression of constants, operators, containers, and calls of functions by their names."""
+def is_harmless(source: str | bytes | bytearray, denied: Collection[str] = ()) -> bool:
+    """Whether it is an expression of constants, operators, containers, and calls of functions by names not `denied`."""
     try:
         nodes = list(ast.walk(ast.parse(source.strip(), mode="eval")))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    own = not any(name.startswith("_") or (name in dir(builtins) and name not in COMPUTING) for name in names)
-    return own and all(isinstance(node, EXPRESSIONS) for node in nodes)
+    for name in names - COMPUTING:
+        if name.startswith("_") or name in denied or name in dir(builtins):
+            return False
+    return all(isinstance(node, EXPRESSIONS) for node in nodes)
+
+
+def ask_for_fields() -> None:
+    """Have the functions of `dataclasses` take objects of the program."""
+    import dataclasses
+
+    def asking(function: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(value: Any, *more: Any, **named: Any) -> Any:
+            if type(value) is Ref:
+                return value._ref_ask("dataclass", function.__name__, more, named)
+            return function(value, *more, **named)
+
+        return ask
+
+    for name in ("asdict", "astuple", "fields", "is_dataclass", "replace"):
+        setattr(dataclasses, name, asking(getattr(dataclasses, name)))
+
+
+def seed_both(tester: Tester) -> None:
+    """Have `random.seed` in the tests seed the program's `random` too."""
+    import random
+
+    seed = random.seed
+
+    def seed_here_and_there(value: Any = None, version: int = 2) -> None:
+        seed(value, version)
+        tester.ask("operator", "seed", value, version)
+
+    random.seed = seed_here_and_there
 
 
 def watch_pickles(event: str, arguments: tuple[Any, ...]) -> None:
@@ -639,6 +969,14 @@ class Solution(ModuleType):
         if name.startswith("_") or not (self._tester or self._stub):
             raise AttributeError(name)
         return self._stub(name) if self._stub else self._tester.named(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._tester:
+            setattr(self._tester.ask("module"), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._tester:
+            delattr(self._tester.ask("module"), name)
 
 
 class Answer:
@@ -706,6 +1044,7 @@ def main(
     tests: list[list[Step]],
     names: dict[str, str],
     objects: bool,
+    in_place: bool,
     reading: int | None,
     writing: int | None,
     report: int,
@@ -721,9 +1060,13 @@ def main(
     text = repr(tests)
     if reading is not None and writing is not None:
         not_finite = [number for number, words in NOT_FINITE.items() if re.search(words, text)]
-        tester = Tester(reading, writing, not_finite, objects=objects)
+        tester = Tester(reading, writing, not_finite, objects=objects, in_place=in_place)
         if tester.peer.receive() != ["ready"]:
             return
+        if "dataclasses" in text:
+            ask_for_fields()
+        if "random.seed" in text:
+            seed_both(tester)
         if "pickle" in text:
             sys.addaudithook(watch_pickles)
     texts = constants(tests) if re.search(r"\b(eval|exec|compile)\b", text) else ()

@@ -2,7 +2,7 @@
 
 A value crosses by value if it is plain: None, bool, int, float, complex, str, bytes, containers of plain data, and the
 types of `LIBRARY`. An instance of a class derived from one of these crosses as the base type's value: whatever methods
-the class overrides stay behind. Anything else crosses as a number that stands for it (`Peer.export`).
+the class overrides stay behind, and its others are asked of the object. Anything else crosses as a number that stands for it (`Peer.export`).
 
 Decoding makes these types alone, whatever the other process sends. Both processes run this file; it imports only what
 starts fast.
@@ -14,7 +14,9 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection
+import sys
+import threading
+from collections.abc import Callable, Collection, ItemsView, KeysView, ValuesView
 from typing import Any
 
 LIBRARY: dict[str, Callable[[Any], tuple[Any, ...]]] = {  # by name, the arguments that make an equal value
@@ -34,6 +36,8 @@ CONTAINERS: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozen
 TYPES = {
     kind.__name__: kind for kind in (int, float, complex, bool, str, bytes, *CONTAINERS.values(), dict, type(None))
 }
+PLAIN = (int, float, complex, str, bytes, bytearray, dict, *CONTAINERS.values())
+VIEWS: dict[str, type] = {"keys": KeysView, "values": ValuesView, "items": ItemsView}
 SMALL = 1 << 53
 WORDS = {"nan": r"(?i)\bnan\b", "inf": r"(?i)\binf(inity)?\b|\b\d+(\.\d*)?e\+?\d{3,}\b"}
 """By number that is not finite, the words that `float` and JSON read as it."""
@@ -42,6 +46,77 @@ VERDICTS = {  # methods that are told what is expected
     "union", "replace", "strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "partition", "rpartition", "difference", "symmetric_difference", "intersection", "equals", "__contains__", "__eq__", "__ne__", "__lt__",
     "__le__", "__gt__", "__ge__", "__sub__", "__rsub__", "__truediv__", "__floordiv__", "__mod__", "__xor__", "__and__",
 }  # fmt: skip
+
+
+class Derived:
+    """What an instance of a class derived from plain data is here: the base type's value, and the object's attributes."""
+
+    _object: Any
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_object" or name.startswith("__") or name in VERDICTS:
+            raise AttributeError(name)
+        return getattr(self._object, name)
+
+
+_DERIVED: dict[type, type] = {}
+
+
+def _derived(value: Any, standing: Any) -> Any:
+    base = type(value)
+    kind = _DERIVED.setdefault(base, type(base.__name__, (Derived, base), {}))
+    made = kind(*value) if hasattr(base, "_fields") else kind(value)
+    made._object = standing
+    return made
+
+
+def parameters_of(function: Any) -> list[tuple[str, int, bool]]:
+    """The parameters of a function, each with its kind and whether it has a default."""
+    import inspect
+
+    parameters = inspect.signature(function).parameters.values()
+    return [(one.name, int(one.kind), one.default is not one.empty) for one in parameters]
+
+
+def signature_of(parameters: list[tuple[str, int, bool]]) -> Any:
+    from inspect import Parameter, Signature, _ParameterKind
+
+    defaults = {True: None, False: Parameter.empty}
+    return Signature([Parameter(name, _ParameterKind(kind), default=defaults[has]) for name, kind, has in parameters])
+
+
+def put(owner: Any, name: str, content: Any) -> None:
+    """Give a container, which is an attribute of `owner`, another content."""
+    container = getattr(owner, name)
+    if type(container) is not type(content):
+        setattr(owner, name, content)
+    elif isinstance(container, list | bytearray):
+        container[:] = content
+    elif isinstance(container, dict | set):
+        container.clear()
+        container.update(content)
+
+
+_LOOPS: list[Any] = []
+
+
+def run_awaitable(awaitable: Any) -> Any:
+    """The result of an awaitable. It has the event loop of the one before, or within that one's, another."""
+    import asyncio
+
+    async def run() -> Any:
+        return await awaitable
+
+    outer = asyncio._get_running_loop()
+    loop = next((loop for loop in _LOOPS if not loop.is_running()), None)
+    if loop is None:
+        loop = asyncio.new_event_loop()
+        _LOOPS.append(loop)
+    asyncio._set_running_loop(None)
+    try:
+        return loop.run_until_complete(run())
+    finally:
+        asyncio._set_running_loop(outer)
 
 
 class Peer:
@@ -71,9 +146,28 @@ class Peer:
         self.reading, self.writing, self.not_finite = reading, writing, not_finite
         self.handle, self.export, self.resolve = handle, export, resolve
         self.error_to_json, self.error_from_json = error_to_json, error_from_json
+        self.lock = threading.RLock()
+        self.lent: list[tuple[Any, str, Any, Any]] = []  # owner, attribute, its container, and that encoded
 
     def ask(self, verb: str, *values: Any) -> Any:
         """The other end's answer; raises the exception that it met."""
+        with self.lock:
+            self.settle()
+            answer = self._ask(verb, *values)
+            if verb == "getattr" and type(answer) in (list, dict, set, bytearray):
+                self.lent.append((*values, answer, self.encode(answer)))
+            return answer
+
+    def settle(self) -> None:
+        """Change the other end's containers as this end has changed its copies, as in `node.children.append(leaf)`."""
+        lent, self.lent = self.lent, []
+        for owner, name, container, before in lent:
+            if (now := self.encode(container)) != before:
+                self._ask("put", owner, name, container)
+            if sys.getrefcount(container) > 3:  # more than here: the tuple, `container`, and the argument
+                self.lent.append((owner, name, container, now))
+
+    def _ask(self, verb: str, *values: Any) -> Any:
         self.send(["ask", verb, [self.encode(value) for value in values]])
         while True:
             message = self.receive()
@@ -85,13 +179,15 @@ class Peer:
                 case ["is", value]:
                     return self.decode(value)
                 case ["raised", list(error)]:
-                    raise self.error_from_json(error) from None
+                    met = self.error_from_json(error)
+                    raise met from met.__cause__
                 case _:
                     raise ValueError("a message that is none of the protocol's")
 
     def answer(self, message: list[Any]) -> None:
         try:
             result = self.handle(message[1], *map(self.decode, message[2]))
+            self.settle()
             reply = ["is", self.encode(result)]
         except BaseException as error:
             reply = ["raised", self.error_to_json(error)]
@@ -122,12 +218,20 @@ class Peer:
 
     def encode(self, value: Any) -> Any:
         kind = type(value)
+        if isinstance(value, Derived):
+            return self.export(value._object)
         if value is None or kind is bool or kind is str:
             return value
         if isinstance(value, type) and TYPES.get(value.__name__) is value:
             return ["type", value.__name__]
         if (name := f"{kind.__module__}.{kind.__qualname__}") in LIBRARY:
             return ["library", name, self.encode(LIBRARY[name](value))]
+        if kind.__module__ == "solution" and isinstance(value, PLAIN):
+            return ["derived", self._plain(value), self.export(value)]
+        return self._plain(value)
+
+    def _plain(self, value: Any) -> Any:
+        kind = type(value)
         match value:  # by the base type's own methods
             case int():
                 number = int.__index__(value)
@@ -150,6 +254,9 @@ class Peer:
         for tag, base in CONTAINERS.items():
             if isinstance(value, base):
                 return [tag, [self.encode(item) for item in base.__iter__(value)]]  # type: ignore[attr-defined]
+        for tag, view in VIEWS.items():
+            if isinstance(value, view):
+                return ["view", tag, [self.encode(item) for item in value]]
         return self.export(value)
 
     def decode(self, value: Any) -> Any:
@@ -172,6 +279,17 @@ class Peer:
                 return {self.decode(key): self.decode(item) for key, item in items}
             case ["range" | "slice" as tag, [start, stop, step]]:
                 return {"range": range, "slice": slice}[tag](*map(self.decode, (start, stop, step)))
+            case ["view", "keys", list(items)]:
+                return dict.fromkeys(map(self.decode, items)).keys()
+            case ["view", "values", list(items)]:
+                return dict(enumerate(map(self.decode, items))).values()
+            case ["view", "items", list(items)]:
+                return dict(map(self.decode, items)).items()
+            case ["derived", plain, list(standing)]:
+                value = self.decode(plain)
+                if not isinstance(value, PLAIN):
+                    raise ValueError("a value that is not plain")
+                return _derived(value, self.resolve(standing))
             case ["type", str(name)]:
                 return TYPES[name]
             case ["namedtuple", str(name), list(fields), list(items)]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from iterdpo.errors import JudgeError
+from iterdpo.testing import make_group
 from judges.verify.code import CodeTests, program_of
 from judges.verify.sandbox import SandboxError, sandbox_problems
 from judges.verify.suites import entry_point
@@ -183,7 +184,16 @@ class TestCodeTests:
         assert self.score(ADD, ["assert True", "assert add(1, 2) == 3", "assert add(1, 1) == 3"]) == 0.5
 
     def test_tests_that_need_what_the_sandbox_lacks_abstain(self) -> None:
-        for tests in ("import not_installed\nassert add(1, 2) == 3", "def test_add(tmp_path): assert add(1, 2) == 3"):
+        for tests in (
+            "import not_installed\nassert add(1, 2) == 3",
+            "def test_add(tmp_path): assert add(1, 2) == 3",
+            "open('x', 'w').write('1')\nassert count('x') == 1",
+            "from pathlib import Path\nsave('x')\nassert Path('x').read_text() == '1'",
+            "class Mine(Base): pass\nassert Mine().go() == 3",
+            "class Mine:\n    x = Positive()\nMine().x = 3",
+            "from unittest.mock import patch\nwith patch('builtins.print') as p: add(1, 2)\np.assert_called_with(3)",
+            "import warnings\nwith warnings.catch_warnings(record=True) as w: add(1, 2)\nassert len(w) == 1",
+        ):
             assert "need what the sandbox lacks" in reason(self.JUDGE, ADD, tests=tests)
 
     RIGHT = (  # a program, and tests that it passes, each
@@ -220,7 +230,7 @@ class TestCodeTests:
         ("import enum, collections, dataclasses\nclass Color(enum.Enum):\n    RED = 1\nP = collections.namedtuple('P', 'x y')\n"
          "@dataclasses.dataclass\nclass Item:\n    name: str\n    n: int = 0\ndef red(): return Color.RED\ndef point(): return P(1, 2)\ndef item(): return Item('a')", [
             "assert red() == Color.RED and red() is Color.RED", "assert Color.RED.value == 1", "assert point().x == 1 and point() == (1, 2)",
-            "assert item() == Item('a') and Item('a') != Item('b')", "assert item().name == 'a'"]),
+            "assert item() == Item('a') and Item('a') != Item('b')", "import dataclasses\nassert dataclasses.asdict(item()) == {'name': 'a', 'n': 0} and dataclasses.replace(item(), n=2).n == 2", "assert item().name == 'a'"]),
         ("async def f(x): return x + 1\nclass Box:\n    def __enter__(self): return self\n    def __exit__(self, *a): self.closed = True\n    def get(self, k): return k", [
             "import asyncio\nassert asyncio.run(f(1)) == 2", "b = Box()\nwith b as c: assert c.get(2) == 2\nassert b.closed is True"]),
         ("def hello(): print('hi')\ndef ask(): return int(input('n? ')) + 1", [
@@ -232,6 +242,42 @@ class TestCodeTests:
         ("def f(x): raise ValueError('neither NaN nor Infinity')", ["import pytest\nwith pytest.raises(ValueError, match='neither'): f(1)"]),
         ("def sum(a, b): return a + b + 1", ["assert sum(1, 2) == 4"]),
         ("def add(a, b): return a + b", ["def run(add): assert add(1, 2) == 3\nrun(add)", "assert add('na', 'n') == 'nan'"]),
+        ("class One:\n    made = None\n    def __new__(cls):\n        cls.made = cls.made or super().__new__(cls)\n        return cls.made\n    def me(self): return self\nONE = One()\ndef one(): return ONE", [
+            "assert One() is One() and One().me() is One() and one() is One()", "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertIs(One(), One())",
+            "assert type(One()) is One and One().__class__.__name__ == 'One' and type(one()).__name__ == 'One'"]),
+        ("import enum, collections\nclass Level(enum.IntEnum):\n    LOW = 1\n    HIGH = 2\nclass Color(enum.Enum):\n    RED = 'r'\nclass P(collections.namedtuple('P', 'x y')):\n    def total(self): return self.x + self.y\n"
+         "class Stack(list):\n    def push(self, x): self.append(x)\nclass Slug(str):\n    def shout(self): return self.upper()\ndef level(n): return Level(n)\ndef point(): return P(1, 2)\ndef slug(): return Slug('a')\n"
+         "def is_high(n): return n is Level.HIGH\ndef keys(d): return d.keys()\ndef items(d): return d.items()", [
+            "assert level(2) == 2 and level(2) is Level.HIGH and level(1).name == 'LOW' and isinstance(level(1), Level) and is_high(level(2))", "assert Color('r') is Color.RED",
+            "assert point() == (1, 2) and point().total() == 3 and P(1, 2) == (1, 2)", "s = Stack()\ns.push(1)\nassert s == [1] and isinstance(s, list) and s != [2]",
+            "assert slug() == 'a' and slug().shout() == 'A'", "assert keys({'a': 1}) == {'a'} and items({'a': 1}) == {('a', 1)}"]),
+        ("import functools, inspect\ncalls = {}\ndef count(f):\n    @functools.wraps(f)\n    def inner(*a):\n        calls[f.__name__] = calls.get(f.__name__, 0) + 1\n        return f(*a)\n    return inner\n"
+         "def curry(f):\n    n = len(inspect.signature(f).parameters)\n    def take(*a): return f(*a) if len(a) >= n else lambda *b: take(*a, *b)\n    return take\ndef arity(f): return f.__code__.co_argcount\n"
+         "def log(f):\n    def inner(self, *a):\n        self.seen.append(f.__name__)\n        return f(self, *a)\n    return inner\n"
+         "def retry(f, kinds=Exception):\n    try: return f()\n    except kinds: return f()", [
+            "@count\ndef g(x):\n    'doubles'\n    return x * 2\nassert g(2) == 4 and g(3) == 6 and g.__name__ == 'g' and g.__doc__ == 'doubles' and calls == {'g': 2}",
+            "assert curry(lambda a, b, c: a + b + c)(1)(2)(3) == 6 and arity(lambda a, b: 0) == 2", "class A:\n    def __init__(self): self.seen = []\n    @log\n    def go(self, x): return x\na = A()\nassert a.go(1) == 1 and a.seen == ['go']",
+            "import inspect\nassert list(inspect.signature(retry).parameters) == ['f', 'kinds']",
+            "class Mine(Exception): pass\ndef bad(): raise Mine('x')\nimport pytest\nwith pytest.raises(Mine): retry(bad)", "class Mine(Exception): pass\nn = []\ndef once():\n    n.append(1)\n    if len(n) < 2: raise Mine\n    return 3\nassert retry(once, (Mine,)) == 3"]),
+        ("import asyncio, contextlib\nclass Pool:\n    async def __aenter__(self):\n        self.task = asyncio.create_task(self.work())\n        return self\n    async def __aexit__(self, *a): self.closed = await self.task\n    async def work(self):\n        await asyncio.sleep(0.001)\n        return True\n"
+         "async def count(n):\n    for i in range(n): yield i\nasync def both(f): return await asyncio.gather(f(1), f(2))\n@contextlib.asynccontextmanager\nasync def made(): yield 3\nclass Ignores:\n    async def __aenter__(self): return self\n    async def __aexit__(self, kind, *a): return kind is KeyError", [
+            "import asyncio\nasync def run():\n    async with Pool() as p: pass\n    return p.closed\nassert asyncio.run(run()) is True", "import asyncio\nasync def run(): return [x async for x in count(3)]\nassert asyncio.run(run()) == [0, 1, 2]",
+            "import asyncio\nasync def twice(x):\n    await asyncio.sleep(0.001)\n    return x * 2\nassert asyncio.run(both(twice)) == [2, 4]", "import asyncio\nasync def run():\n    async with made() as x: assert x == 3\nasyncio.run(run())",
+            "import asyncio\nasync def run():\n    async with Ignores(): raise KeyError\nasyncio.run(run())"]),
+        ("class NotFound(Exception):\n    status = 404\n    def __init__(self, key): self.key = key; super().__init__(f'no {key}')\n    def hint(self): return f'add {self.key}'\ndef find(k):\n    try: return {}[k]\n    except KeyError as e: raise NotFound(k) from e\ndef guard(f):\n    try: return f()\n    except NotFound as e: return 'caught'", [
+            "import pytest\nwith pytest.raises(NotFound) as e: find('a')\nassert e.value.status == NotFound.status == 404 and e.value.hint() == 'add a' and isinstance(e.value.__cause__, KeyError)", "def f(): raise NotFound('x')\nassert guard(f) == 'caught'", "e = NotFound('b')\nassert str(e) == 'no b' and e.key == 'b' and isinstance(e, Exception)"]),
+        ("class Node:\n    def __init__(self, v): self.v, self.children, self.tags = v, [], {}\n    def total(self): return self.v + sum(c.total() for c in self.children)\nseen = []\ndef see(x): seen.append(x)\nRATE = 2\ndef price(x): return fetch(x) * RATE\ndef fetch(x): return x\n"
+         "class Bus:\n    def __init__(self): self.found = []\n    def on(self, f): self.found.append(f)\n    def off(self, f): self.found.remove(f)\n    def fire(self, x): return [f(x) for f in self.found]\ndef name_of(api, i): return api.get(i)['name']\nimport random, sys\ndef mixed(x): return random.sample(x, len(x))\ndef read(): return sys.stdin.read().split()", [
+            "a = Node(1)\na.children.append(Node(2))\na.tags['x'] = 1\nassert a.total() == 3 and a.tags == {'x': 1}", "import copy\na = Node(1)\nb = copy.deepcopy(a)\nb.v = 5\nassert a.v == 1 and b.v == 5", "see(1)\nsee(2)\nassert seen == [1, 2]",
+            "import solution\nassert solution.price(2) == 4\nsolution.RATE = 3\nassert solution.price(2) == 6", "from unittest.mock import patch\nwith patch('solution.fetch', return_value=5): assert price(1) in (10, 15)\nassert price(0) == 0",
+            "got = []\nb = Bus()\nb.on(got.append)\nb.fire(1)\nb.off(got.append)\nb.fire(2)\nassert got == [1]", "from unittest.mock import Mock\napi = Mock()\napi.get.return_value = {'name': 'x'}\nassert name_of(api, 3) == 'x'\napi.get.assert_called_once_with(3)",
+            "import random\nrandom.seed(1)\na = mixed([1, 2, 3, 4, 5, 6])\nrandom.seed(1)\nassert a == mixed([1, 2, 3, 4, 5, 6]) and sorted(a) == [1, 2, 3, 4, 5, 6]", "import io\nfrom unittest.mock import patch\nwith patch('sys.stdin', io.StringIO('1 2')): assert read() == ['1', '2']"]),
+        ("class V:\n    def __init__(s, x): s.x = x\n    def __add__(s, o): return V(s.x + o.x)\n    def __iadd__(s, o): s.x += o.x; return s\n    def __mul__(s, k): return V(s.x * k)\n    __rmul__ = __mul__\n    def __truediv__(s, k): return V(s.x / k)\n    def __eq__(s, o): return s.x == o.x\n"
+         "class P:\n    __slots__ = ('x',)\ndef f(x: int) -> int:\n    'One more.'\n    return x + 1\ndef total(xs): return xs[0] + xs[1]\ndef gen():\n    yield 1\n    return 5\nfrom concurrent.futures import ThreadPoolExecutor\ndef at_once(f, xs): return list(ThreadPoolExecutor(3).map(f, xs))\n"
+         "import typing\n@typing.runtime_checkable\nclass HasX(typing.Protocol):\n    x: int", [
+            "a, b = V(1), V(3)\nassert (a + b) * 2 == V(8) and 2 * (a + b) == V(8) and (a + b) / 2 == V(2)\na += b\nassert 2 * a == V(8)", "assert P.__slots__ == ('x',) and not hasattr(P(), '__dict__')", "assert f.__doc__ == 'One more.' and f.__annotations__ == {'x': int, 'return': int}",
+            "class N:\n    def __init__(s, n): s.n = n\n    def __add__(s, o): return N(s.n + o.n)\nassert total([N(1), N(2)]).n == 3", "g = gen()\nnext(g)\ntry: next(g)\nexcept StopIteration as e: assert e.value == 5", "assert at_once(lambda x: x * 2, [1, 2, 3]) == [2, 4, 6]",
+            "import inspect\nfrom collections.abc import Iterator\nassert inspect.isgenerator(gen()) and isinstance(gen(), Iterator) and hasattr(gen(), '__next__') and not callable(gen())", "assert isinstance(V(1), HasX)"]),
         ("class Solution:\n    def twice(self, x): return [x, x]", ["assert Solution().twice(2) == [2, 2]", "s = Solution()\nassert s.twice('a') == ['a', 'a']"]),
     )  # fmt: skip
 
@@ -239,6 +285,13 @@ class TestCodeTests:
         for program, tests in self.RIGHT:
             if self.score(program, tests) != 1:
                 assert [test for test in tests if self.score(program, [test]) != 1] == []
+
+    def test_a_change_in_place_beside_a_number_counts_if_the_prompt_asks_for_it(self) -> None:
+        program = "```python\ndef dedupe(x):\n    x[:] = sorted({*x})\n    return len(x)\n```"
+        tests = "x = [1, 1, 2]\nassert dedupe(x) == 2 and x[:2] == [1, 2]"
+        prompts = ("Remove duplicates in-place and return the number left.", "Count the different numbers.")
+        groups = [make_group(prompt, [program], tests=tests) for prompt in prompts]
+        assert [judgment.scores for judgment in self.JUDGE.judge(groups)] == [[1], [0]]
 
     def test_bad_tests_abstain(self) -> None:
         assert reason(self.JUDGE, ADD) == "the prompt's column 'tests' is missing"

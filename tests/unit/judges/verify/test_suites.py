@@ -115,3 +115,33 @@ def test_a_capital_name_is_a_class_only_if_the_tests_or_the_prompt_use_it_as_one
         "import unittest\nclass A(unittest.TestCase):\n    def test(self): self.assertEqual(self.s.peek(), 2)",
     ):
         assert read_suite(text, "t").objects, text
+
+
+def test_tests_that_need_the_program_in_their_process_abstain() -> None:
+    for text in (
+        "with open('x', 'w') as f: f.write('1')\nassert count('x') == 1",
+        "import tempfile\nwith tempfile.TemporaryDirectory() as d: assert save(d) == 1",
+        "class Mine(Base): pass\nassert Mine().x == 1",
+        "class Mine(metaclass=Meta): pass\nassert Mine().x == 1",
+        "class Mine:\n    x = Positive()\nMine().x = 1",
+        "from unittest.mock import patch\n@patch('time.sleep')\ndef test_f(sleep): assert f(1) == 2",
+        "from unittest import mock\nwith mock.patch.object(f, 'x'): assert f(1) == 2",
+        "import unittest\nclass A(unittest.TestCase):\n    def test(self):\n        with self.assertLogs(): f(1)",
+    ):
+        with pytest.raises(BadTests, match="need what the sandbox lacks"):
+            read_suite(text, "t")
+    for text in (
+        "from unittest.mock import patch\nwith patch('builtins.input', return_value='1'): assert f(1) == 2",
+        "from unittest.mock import patch\n@patch('solution.g', return_value=1)\ndef test_f(g): assert f(1) == 2",
+        "import unittest\nclass A(unittest.TestCase):\n    s = Stack()\n    def test(self): assert self.s.pop() == 1",
+        "class Node:\n    def __init__(self, x): self.x = make(x)\nassert f(Node(1)) == 2",
+        "from dataclasses import dataclass, field\n@dataclass\nclass P:\n    x: list = field(default_factory=list)\nassert f(P()) == 1",
+        "assert open(1) == 2",
+    ):
+        assert "" in read_suite(text, "t").names.values(), text
+
+
+def test_a_prompt_may_ask_for_a_change_in_place() -> None:
+    assert read_suite("f(1)", "t", prompt="Sort it in-place.").in_place
+    assert read_suite("f(1)", "t", prompt="Sort it\nIn Place").in_place
+    assert not read_suite("f(1)", "t", prompt="Replace the placeholder in places.").in_place

@@ -43,6 +43,33 @@ def test_an_instance_of_a_derived_class_crosses_as_the_base_types_value() -> Non
     assert crossed(Yes(0)) != 3
 
 
+def test_a_view_of_a_dictionary_crosses_as_one() -> None:
+    table = {"a": 1, "b": 2}
+    assert crossed(table.keys()) == {"a", "b"}
+    assert list(crossed(table.values())) == [1, 2]
+    assert crossed(table.items()) == table.items()
+
+
+def test_an_instance_of_a_class_of_the_program_keeps_its_attributes() -> None:
+    class Name(str):
+        __module__ = "solution"
+        short = "N"
+        startswith = None  # type: ignore[assignment]
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    both = peer()
+    both.export = lambda value: ["object", 0]
+    both.resolve = lambda value: Name("x")
+    name = both.decode(both.encode(Name("abc")))
+    assert (name, name != "x", name.short, name.startswith("ab")) == ("abc", True, "N", True)
+    assert both.encode(name) == ["object", 0]
+    for value in (["object", 0], ["type", "int"], None):
+        with pytest.raises((TypeError, ValueError)):
+            peer().decode(["derived", value, ["object", 0]])
+
+
 def test_numbers_that_are_not_finite_cross_only_if_they_are_expected() -> None:
     nan, inf = float("nan"), float("inf")
     strict = peer()
