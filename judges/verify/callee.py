@@ -29,7 +29,7 @@ def serve(program: str, reading: int, writing: int) -> None:
     callee.module = module
     exec(compile(program, "solution.py", "exec", dont_inherit=True), module.__dict__)
     builtins.input = lambda prompt="": callee.peer.ask("input", prompt)
-    sys.stdin = Stdin(callee.peer)  # type: ignore[assignment]
+    sys.stdin = Stdin(callee.peer)
     callee.peer.send(["ready"])
     while (message := callee.peer.receive()) is not None:
         callee.peer.answer(message)
@@ -257,7 +257,7 @@ class Handle:
             raise StopIteration
         return value
 
-    __doc__ = property(lambda self: self._ask("getattr", "__doc__"))  # type: ignore[assignment]
+    __doc__ = property(lambda self: self._ask("getattr", "__doc__"))
 
     def __getattr__(self, name: str) -> Any:
         if name == "__signature__":

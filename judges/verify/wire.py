@@ -37,7 +37,7 @@ TYPES = {
     kind.__name__: kind for kind in (int, float, complex, bool, str, bytes, *CONTAINERS.values(), dict, type(None))
 }
 PLAIN = (int, float, complex, str, bytes, bytearray, dict, *CONTAINERS.values())
-VIEWS: dict[str, type] = {"keys": KeysView, "values": ValuesView, "items": ItemsView}
+VIEWS: dict[str, Any] = {"keys": KeysView, "values": ValuesView, "items": ItemsView}
 SMALL = 1 << 53
 WORDS = {"nan": r"(?i)\bnan\b", "inf": r"(?i)\binf(inity)?\b|\b\d+(\.\d*)?e\+?\d{3,}\b"}
 """By number that is not finite, the words that `float` and JSON read as it."""
@@ -49,12 +49,15 @@ VERDICTS = {  # methods that are told what is expected
 
 
 class Derived:
-    """What an instance of a class derived from plain data is here: the base type's value, and the object's attributes."""
+    """What an instance of a class derived from plain data is here: the base type's value, and the object's attributes.
+
+    Not its `keys`, `values` and `items`: the base type would not know how many there must be.
+    """
 
     _object: Any
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_object" or name.startswith("__") or name in VERDICTS:
+        if name == "_object" or name.startswith("__") or name in VERDICTS or name in VIEWS:
             raise AttributeError(name)
         return getattr(self._object, name)
 
@@ -64,8 +67,9 @@ _DERIVED: dict[type, type] = {}
 
 def _derived(value: Any, standing: Any) -> Any:
     base = type(value)
-    kind = _DERIVED.setdefault(base, type(base.__name__, (Derived, base), {}))
-    made = kind(*value) if hasattr(base, "_fields") else kind(value)
+    if base not in _DERIVED:
+        _DERIVED[base] = type(base.__name__, (Derived, base), {})
+    made = _DERIVED[base](*value) if hasattr(base, "_fields") else _DERIVED[base](value)
     made._object = standing
     return made
 
@@ -87,14 +91,14 @@ def signature_of(parameters: list[tuple[str, int, bool]]) -> Any:
 
 def put(owner: Any, name: str, content: Any) -> None:
     """Give a container, which is an attribute of `owner`, another content."""
-    container = getattr(owner, name)
-    if type(container) is not type(content):
-        setattr(owner, name, content)
-    elif isinstance(container, list | bytearray):
-        container[:] = content
-    elif isinstance(container, dict | set):
-        container.clear()
-        container.update(content)
+    match getattr(owner, name), content:
+        case (list() as container, list()) | (bytearray() as container, bytearray()):
+            container[:] = content
+        case (dict() as container, dict()) | (set() as container, set()):
+            container.clear()
+            container.update(content)
+        case _:
+            setattr(owner, name, content)
 
 
 _LOOPS: list[Any] = []
