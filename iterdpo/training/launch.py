@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,10 @@ from iterdpo.training.nodes import CALL, Caller, Calls, Node, calling
 
 TRAIN_LOG = "train_log.jsonl"
 OPTIMIZER_STATE = "optimizer.pt"
+LOST_NODE = re.compile(
+    r"[Cc]onnection (reset|closed|refused)|[Bb]roken pipe|DistBackendError|NCCL|[Tt]imed out|[Tt]imeout"
+)
+"""What gloo and NCCL say if a process of another node is gone."""
 GRACE = 5.0  # seconds that another node has to end by itself
 WAITING = "-"  # in place of a specification's path: it comes on standard input
 MALLOC = {"hugetlb": 1, "trim_threshold": 16 << 30, "mmap_threshold": 32 << 20, "top_pad": 64 << 20}
@@ -163,7 +168,8 @@ def launch_training(
     micro-batch changes the time of the log, by which a child that hangs is told.
 
     Raises:
-        ChildFailed: with the reason. ChildLost if it hung, or a signal ended it: another one goes on from its checkpoint.
+        ChildFailed: with the reason. ChildLost if it hung, a signal ended it, or another node was lost: another one goes
+            on from its checkpoint.
     """
     write_json(spec_path, spec.model_dump(mode="json"))
     steps, seen = spec.output / TRAIN_LOG, 0
@@ -204,8 +210,10 @@ def launch_training(
                     with suppress(ValueError):  # a line that is damaged: training begins with the checkpoint's log
                         on_step(json.loads(line))
         if status != 0:
-            kind = ChildLost if child.lost else ChildFailed
-            raise kind(f"training failed: {printable(child.reason())} (the whole log: {log})")
+            reason = child.reason()
+            lost = child.lost or (caller is not None and LOST_NODE.search(reason) is not None)
+            kind = ChildLost if lost else ChildFailed
+            raise kind(f"training failed: {printable(reason)} (the whole log: {log})")
     for left in spec.output.glob("checkpoint-*"):
         shutil.rmtree(left)
 

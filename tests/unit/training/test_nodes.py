@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from iterdpo.config import SupervisionConfig
-from iterdpo.errors import ChildFailed, ConfigError
+from iterdpo.errors import ChildFailed, ChildLost, ConfigError
 from iterdpo.run.rundir import read_json, write_json
 from iterdpo.training import launch, nodes
 from iterdpo.training.launch import check_training, command, join, launch_training, on_node, processes_here
@@ -145,13 +146,22 @@ def test_a_node_ends_its_processes_if_the_first_one_no_longer_calls(
     until(lambda: not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists())
 
 
-def test_a_training_on_several_nodes_calls_while_it_lasts(
-    two_nodes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("reason", "lost"),
+    [
+        ("RuntimeError: gloo/transport/tcp/pair.cc:537] Read error [10.0.0.8]:27303: Connection reset by peer.", True),
+        ("torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:2, remote process exited", True),
+        ("RuntimeError: step 3: loss nan, gradient norm 1.0: not finite, and not applied.", False),
+    ],
+)
+def test_a_training_on_several_nodes_calls_while_it_lasts_and_knows_that_a_node_was_lost(
+    two_nodes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, lost: bool
 ) -> None:
     call = tmp_path / nodes.CALL
-    script = f"echo RuntimeError: $(grep -c . {call}) call; exit 1"
+    script = f"grep -q node {call} && echo '{reason}'; exit 1"
     monkeypatch.setattr(launch, "on_node", lambda words, node: ["sh", "-c", script])
-    with pytest.raises(ChildFailed, match=r"RuntimeError: [1-9]"):
+    monkeypatch.setattr("socket.getfqdn", lambda: "node1")
+    with pytest.raises(ChildFailed, match=re.escape(reason)) as failed:
         launch_training(
             spec(**two_nodes).model_copy(update={"output": tmp_path}),
             spec_path=tmp_path / "train.json",
@@ -160,6 +170,7 @@ def test_a_training_on_several_nodes_calls_while_it_lasts(
             call=call,
             supervision=SupervisionConfig(),
         )
+    assert isinstance(failed.value, ChildLost) is lost
     assert not call.exists()
 
 
