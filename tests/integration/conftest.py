@@ -26,15 +26,16 @@ def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Workspace:
-    """A finished run of two rounds, made by the command line without a Prefect server, once for all workers."""
+    """A finished run of two rounds, made by the command line, once for all workers. `screen.txt` is what it printed."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
     with FileLock(shared / "finished.lock"):
         workspace = Workspace(shared / "finished", tiny_model)
         if not (workspace.root / "done").exists():
-            result = workspace.iterdpo("run", str(workspace.write(rounds=2)), "--no-prefect")
+            result = workspace.iterdpo("run", str(workspace.write(rounds=2)))
             assert result.returncode == 0, result.stdout + result.stderr
+            (workspace.root / "screen.txt").write_text(result.stdout + result.stderr)
             (workspace.root / "done").touch()
     return workspace
 

@@ -42,19 +42,36 @@ def length(prompt, completion):
 
 
 FAKE = """
-import hashlib
-from iterdpo.stages import runs
-from iterdpo.testing import FakeSampler
+import hashlib, sys
+from importlib.machinery import PathFinder
+
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != "iterdpo.stages.runs":
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            from iterdpo.testing import FakeSampler
+
+            run(module)
+            own = {"__init__": lambda self, **_: FakeSampler.__init__(self, words), "warm_up": lambda self: None}
+            module.VLLMSampler = type("VLLMSampler", (FakeSampler,), own)
+
+        spec.loader.exec_module = exec_module
+        return spec
 
 
 def words(ids, k):
     return hashlib.sha256(repr((ids, k)).encode()).hexdigest()[: 4 + k]
 
 
-runs.VLLMSampler = type("VLLMSampler", (FakeSampler,), {"__init__": lambda self, **_: FakeSampler.__init__(self, words),
-                                                        "warm_up": lambda self: None})
+sys.meta_path.insert(0, Finder)
 """
-"""Put before the user's judge, which a process of a run imports before it samples."""
+"""A `sitecustomize` for the processes of a run, whose sampler is a fake then."""
 
 
 class Workspace:
@@ -86,8 +103,10 @@ class Workspace:
 
     def without_engine(self) -> None:
         """Let the runs of this workspace sample from a fake."""
-        judge = self.root / "judge.py"
-        judge.write_text(FAKE + judge.read_text())
+        site = self.root / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(FAKE)
+        self.variables["PYTHONPATH"] = os.pathsep.join([str(site), str(Path(__file__).parents[2])])
         self.config["evaluation"]["max_logp_gap"] = 1e3  # the fake's log-probabilities are no model's
 
     def write(self, **changes: Any) -> Path:
@@ -104,6 +123,7 @@ class Workspace:
             "ITERDPO_TEST_MARK": self.mark,
             "HF_HUB_OFFLINE": "1",
             "PREFECT_HOME": str(self.root / "prefect"),
+            "PREFECT_RUNNER_POLL_FREQUENCY": "1",
             **self.variables,
         }
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from flows import run_rounds
+from iterdpo import read_run
 from iterdpo.config import Config, parse_config
 from iterdpo.errors import ChildFailed, StaleStepError
 from iterdpo.run.rundir import RunDir, read_jsonl
@@ -110,3 +111,21 @@ def test_trackers_show_a_lineage_of_three_rounds_in_two_starts_as_one_run(
 def test_an_engine_that_does_not_sample_from_the_policy_stops_the_run(workspace: Workspace) -> None:
     with pytest.raises(ChildFailed, match=r"does not sample from this policy"):
         run(config_of(workspace, evaluation={}))  # the fake reports -1 for every token
+
+
+def test_completions_on_which_a_judge_fails_are_unjudged_and_the_run_says_why(workspace: Workspace) -> None:
+    def picky(prompt: str, completion: str) -> float:
+        if len(completion) % 4 == 0:
+            raise RuntimeError(f"no verdict on {completion[:3]!r}")
+        return float("nan") if len(completion) % 4 == 1 else len(completion)
+
+    config = config_of(workspace, judge={"use": "given:below", "max_abstained": 0.9})
+    fake = FakeSampler(lambda ids, k: "abcdefghij"[: 1 + (sum(ids) + k) % 9])
+    run_rounds(config, judge=picky, sampler=fake, prefect=False)
+    found = read_run(workspace.run_dir)
+    reasons = found.abstentions(1)
+    assert any("RuntimeError" in reason for reason in reasons)
+    assert any("nan" in reason for reason in reasons)
+    judged = found.completions(1)
+    assert judged[judged.text.str.len() % 4 < 2].score.isna().all()
+    assert judged[judged.text.str.len() % 4 >= 2].score.notna().all()

@@ -126,32 +126,12 @@ def test_vllm_and_transformers_load_the_policy(finished: Workspace) -> None:
     assert "TOKENS" in result.stdout, result.stderr[-2000:]
 
 
-def test_the_screen_has_a_line_a_stage_and_the_noise_is_in_the_logs(tmp_path: Path, tiny_model: Path) -> None:
-    """Also: the loop under Prefect, with a server of its own, and a judge of the user's that sometimes fails."""
-    workspace = Workspace(tmp_path / "screen", tiny_model)
-    (workspace.root / "judge.py").write_text(
-        "def picky(prompt, completion):\n"
-        "    if len(completion) % 4 == 0:\n"
-        "        raise RuntimeError('no verdict on ' + repr(completion[:3]))\n"
-        "    return float('nan') if len(completion) % 4 == 1 else len(completion)\n"
-    )
-    judge = {"use": f"{workspace.root / 'judge.py'}:picky", "max_abstained": 0.9}
-    result = workspace.iterdpo("run", str(workspace.write(judge=judge, evaluation={})))
-    assert result.returncode == 0, result.stdout + result.stderr
-
-    screen = result.stdout.splitlines()
+def test_the_screen_has_a_line_a_stage_and_the_noise_is_in_the_logs(finished: Workspace) -> None:
+    screen = (finished.root / "screen.txt").read_text()
     for stage in ("sample", "judge", "pair", "train", "evaluate", "score"):
-        assert any(line.startswith(f"  {stage} ") for line in screen), stage
+        assert any(line.startswith(f"  {stage} ") for line in screen.splitlines()), stage
     for noise in ("INFO", "WARNING", "Loading", "Traceback", "vllm"):
-        assert noise not in result.stdout + result.stderr
+        assert noise not in screen
     for name in ("sampler", "train", "prefect"):
-        assert (workspace.run_dir / "logs" / f"{name}.log").stat().st_size > 0
-
-    run = read_run(workspace.run_dir)
-    reasons = run.abstentions(1)
-    assert any("RuntimeError" in reason for reason in reasons)
-    assert any("nan" in reason for reason in reasons)
-    judged = run.completions(1)
-    assert judged[judged.text.str.len() % 4 < 2].score.isna().all()
-    assert judged[judged.text.str.len() % 4 >= 2].score.notna().all()
-    assert (workspace.run_dir / "report.html").stat().st_size > 10_000
+        assert (finished.run_dir / "logs" / f"{name}.log").stat().st_size > 0
+    assert (finished.run_dir / "report.html").stat().st_size > 10_000
