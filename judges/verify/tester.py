@@ -268,10 +268,10 @@ class Tester:
                 return parameters_of(target)
             case "getattr", ["__name__" | "__qualname__" | "__doc__" | "__annotations__" as name]:
                 return getattr(target, name)
-            case "setattr", [name, value] if not name.startswith("_") and mine and not hasattr(type(target), name):
+            case "setattr", [str(name), value] if mine and may_be_set(target, name):
                 setattr(target, name, value)
                 return None
-            case "put", [name, content] if not name.startswith("_") and mine and not hasattr(type(target), name):
+            case "put", [str(name), content] if mine and may_be_set(target, name):
                 put(target, name, content)
                 return None
             case "operator", ["len"] if mine:
@@ -657,6 +657,15 @@ class Identities(ast.NodeTransformer):
         return node
 
 
+def may_be_set(target: Any, name: str) -> bool:
+    """Whether the program may set an attribute of an object of the tests.
+
+    Not a method, which may be the verdict, nor what all objects of the class share, which may be the expected value.
+    """
+    shared = getattr(type(target), name, None)
+    return not name.startswith("_") and not callable(shared) and not isinstance(shared, list | dict | set | bytearray)
+
+
 def is_part_of_mock(target: Any, name: str) -> bool:
     """Whether it is a method that a `Mock` stands in for, and none of its own, such as `assert_called_with`."""
     mocks = sys.modules.get("unittest.mock")
@@ -873,15 +882,16 @@ def restricted(function: Callable[..., Any], texts: Collection[str]) -> Callable
     """`eval`, `exec` or `compile` for the tests: of an expression without attributes, if it is none of `texts`.
 
     Code of the program in this process could report that all tests pass. Nor may it name a variable of the tests,
-    such as the expected value, unless a text of theirs has the word.
+    such as the expected value, unless a text of theirs computes with it, as "x + 1" does.
     """
-    words = {word for text in texts for word in re.findall(r"\w+", text)}
+    words = set().union(*map(variables, texts))
 
     def run(source: Any, *more: Any, **named: Any) -> Any:
         frame = sys._getframe(1)
         here = frame.f_globals, frame.f_locals
         text = ast.unparse(source) if isinstance(source, ast.AST) else source
-        if isinstance(text, str | bytes | bytearray) and text not in texts:
+        written = isinstance(text, str) and text in texts and not text.strip().isidentifier()
+        if isinstance(text, str | bytes | bytearray) and not written:
             known = {
                 name: value for scope in (*here, *more) if isinstance(scope, dict) for name, value in scope.items()
             }
@@ -892,6 +902,16 @@ def restricted(function: Callable[..., Any], texts: Collection[str]) -> Callable
         return function(source, *scopes, **named)
 
     return run
+
+
+def variables(text: str) -> set[str]:
+    """The names in a text, if it is an expression with an operator."""
+    try:
+        nodes = list(ast.walk(ast.parse(text.strip(), mode="eval")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    computes = any(isinstance(node, ast.BinOp) for node in nodes)
+    return {node.id for node in nodes if computes and isinstance(node, ast.Name)}
 
 
 def is_of_program(value: Any) -> bool:
