@@ -102,12 +102,29 @@ def check_training(dpo: DPOConfig) -> None:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{key}: the package {package!r} is not installed; run: pip install {package}")
     if dpo.accelerate_config is not None:
-        path, processes = dpo.accelerate_config, accelerate_settings(dpo).get("num_processes", 1)
+        path, settings = dpo.accelerate_config, accelerate_settings(dpo)
+        processes = settings.get("num_processes", 1)
+        if _zero_stage(settings) == 3:
+            raise ConfigError(
+                f"{path}: the trainer does not run under DeepSpeed's ZeRO-3; to divide weights among GPUs, use FSDP2, as in "
+                "configs/accelerate/fsdp2-8gpu.yaml"
+            )
         if processes != dpo.processes:
             problem = f"num_processes is {processes}, but dpo.processes is {dpo.processes}"
             raise ConfigError(f"{path}: {problem}; set both to the number of GPUs, of all nodes together")
         if processes % nodes(dpo):
             raise ConfigError(f"{path}: {processes} processes are not the same number on each of {nodes(dpo)} machines")
+
+
+def _zero_stage(settings: dict[str, Any]) -> int:
+    """DeepSpeed's stage in accelerate's settings, which may have DeepSpeed's own file in it, or name it; 0 without one."""
+    section = settings.get("deepspeed_config") or {}
+    own = str(section.get("deepspeed_config_file") or "{}")
+    try:
+        found = json.loads(own if own.lstrip().startswith("{") else Path(own).read_text(encoding="utf-8"))
+        return int(section.get("zero_stage") or found.get("zero_optimization", {}).get("stage", 0))
+    except (OSError, ValueError, AttributeError):  # DeepSpeed says what is wrong with it
+        return 0
 
 
 def accelerate_settings(dpo: DPOConfig) -> dict[str, Any]:

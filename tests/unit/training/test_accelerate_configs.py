@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
@@ -46,7 +49,6 @@ def test_there_is_a_file_for_each_kind_of_distribution() -> None:
     assert [file.name for file in FILES] == [
         "ddp-8gpu.yaml",
         "deepspeed-zero2.yaml",
-        "deepspeed-zero3.yaml",
         "fsdp2-2x8gpu.yaml",
         "fsdp2-8gpu.yaml",
     ]
@@ -101,19 +103,30 @@ def test_the_second_of_two_nodes_starts_its_eight_processes_against_the_first(
     assert (args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}") == "node1:4321"
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_is_told_what_it_would_ask_a_data_loader_for(
-    stage: int, clean_environment: pytest.MonkeyPatch
-) -> None:
-    launcher, args = launched(BY_NAME[f"deepspeed-zero{stage}"], clean_environment)
+def test_deepspeed_is_told_what_it_would_ask_a_data_loader_for(clean_environment: pytest.MonkeyPatch) -> None:
+    launcher, args = launched(BY_NAME["deepspeed-zero2"], clean_environment)
     assert launcher == "deepspeed_launcher"
     for name, value in prepare_deepspeed_cmd_env(args)[1].items():
         clean_environment.setenv(name, value)
     plugin = DeepSpeedPlugin()
     settings = plugin.deepspeed_config
-    assert plugin.zero_stage == settings["zero_optimization"]["stage"] == stage
+    assert plugin.zero_stage == settings["zero_optimization"]["stage"] == 2
     assert plugin.gradient_accumulation_steps == settings["gradient_accumulation_steps"] == 1
     assert plugin.gradient_clipping == settings["gradient_clipping"] == DPOConfig().max_grad_norm
     assert settings["train_micro_batch_size_per_gpu"] == 1
     assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
-    assert plugin.zero3_save_16bit_model is (stage == 3)
+
+
+@pytest.mark.parametrize("how", ["stage", "inside", "named"])
+def test_zero_3_is_refused_with_what_divides_weights_instead(tmp_path: Path, how: str) -> None:
+    own = {"zero_optimization": {"stage": 3}}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    section: dict[str, Any] = {
+        "stage": {"zero_stage": 3},
+        "inside": {"deepspeed_config_file": json.dumps(own)},
+        "named": {"deepspeed_config_file": str(tmp_path / "own.json")},
+    }[how]
+    file = tmp_path / "zero3.yaml"
+    file.write_text(yaml.safe_dump({"num_processes": 2, "deepspeed_config": section}))
+    with pytest.raises(ConfigError, match=r"zero3\.yaml: .* use FSDP2, as in configs/accelerate/fsdp2-8gpu\.yaml"):
+        check_training(DPOConfig(processes=2, accelerate_config=str(file)))
