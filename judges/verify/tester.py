@@ -13,7 +13,6 @@ import builtins
 import functools
 import importlib
 import inspect
-import math
 import operator
 import os
 import re
@@ -24,27 +23,28 @@ from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 from judges.verify import pytest_subset
-from judges.verify.wire import LIBRARY, TYPES, VERDICTS, Derived, Peer, parameters_of, put, run_awaitable, signature_of
+from judges.verify.refs import (
+    ARITHMETIC,
+    Ref,
+    assert_not_same,
+    assert_same,
+    has_attribute,
+    is_callable,
+    is_instance,
+    same,
+    type_of,
+)
+from judges.verify.wire import LIBRARY, TYPES, VERDICTS, Peer, parameters_of, put, run_awaitable
 
 Step = list[Any]
 NOT_FINITE = {"nan": r"(?i)\b(is)?nan\b", "inf": r"(?i)\b(is)?(inf|infinity|infinite|finite)\b"}
 """By number, how tests speak of it."""
-ARITHMETIC = (
-    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift", "divmod",
-)  # fmt: skip
-SCALING = {"add", "mul", "truediv"}
-"""Operators that may have a plain operand beside any object of a class whose name the tests use."""
 CHANGES = {
     "call", "await", "anext", "aenter", "aexit", "setattr", "delattr", "setitem", "delitem", "enter", "exit",
     *(f"i{n}" for n in ARITHMETIC),
 }  # fmt: skip
 """Questions after which an object of the program may have another length."""
 READS = {"lt", "le", "gt", "ge", "getitem"}
-COMPARISONS = (("eq", "ne"), ("lt", "le", "gt", "ge"))
-CONTRADICTIONS = (("eq", "ne"), ("lt", "gt"), ("lt", "ge"), ("gt", "le"))
-CONTRADICTED = "an object of the program contradicts itself"
-GONE = (math.inf, math.inf)
-"""The size of an iterator that has given items: it has no length."""
 EVALUATING: dict[str, Callable[..., Any]] = {"eval": eval, "exec": exec, "compile": compile}
 COMPUTING = {
     "abs", "all", "any", "bool", "complex", "dict", "divmod", "float", "frozenset", "int", "len", "list", "max", "min", "pow",
@@ -290,347 +290,6 @@ class Tester:
         raise AttributeError(f"{verb} is not possible here")
 
 
-SLOTS = ("_ref_is_class", "_ref_lineage", "_ref_made", "_ref_number", "_ref_tester")
-
-
-class Ref:
-    """An object of the program: `Ref(tester, 4, {4, 5}, is_class=True)`, the class with number 4, derived from 5.
-
-    `made`: the tests made it, by a call of its class, or it is a class that they call by its name.
-    """
-
-    __slots__ = SLOTS
-
-    def __init__(self, tester: Tester, number: int, lineage: frozenset[int], is_class: bool, *, made: bool) -> None:
-        for name, value in zip(SLOTS, (is_class, lineage, made, number, tester), strict=True):
-            object.__setattr__(self, name, value)
-
-    _ref_is_class: bool
-    _ref_lineage: frozenset[int]
-    _ref_made: bool
-    _ref_number: int
-    _ref_tester: Tester
-
-    def _ref_ask(self, name: str, *operands: Any) -> Any:
-        return self._ref_tester.ask("operator", name, self, *operands)
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        tester = self._ref_tester
-        capture = sys.stdout is not sys.__stdout__
-        result, changed, output = tester.ask("call", self, arguments, named, capture, tester.in_place)
-        if output:
-            sys.stdout.write(output)
-        if changed is not None:
-            refresh(arguments, changed[0])
-            refresh(named, changed[1])
-        if self._ref_is_class and self._ref_made and type(result) is Ref:  # not a class that the program gave
-            return result._ref_as_made()
-        return result
-
-    def _ref_as_made(self) -> Ref:
-        made = Ref(self._ref_tester, self._ref_number, self._ref_lineage, False, made=True)
-        return self._ref_tester.made.setdefault(self._ref_number, made)
-
-    def __copy__(self) -> Any:
-        return self._ref_copy("copy")
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return self._ref_copy("deepcopy")
-
-    def _ref_copy(self, name: str) -> Any:
-        value = self._ref_ask(name)
-        alike = type(value) is Ref and not value._ref_is_class and value._ref_lineage == self._ref_lineage
-        return value._ref_as_made() if self._ref_made and alike else value
-
-    def __getattr__(self, name: str) -> Any:
-        if name in VERDICTS and not self._ref_made:
-            raise AttributeError(f"{name!r} is not asked of an object that the program made")
-        value = self._ref_tester.ask("getattr", self, name)
-        if name in ("keys", "values", "items") and type(value) is Ref and not self._ref_made:
-            return lambda: self._ref_view(value)
-        return value
-
-    def _ref_view(self, method: Ref) -> Any:
-        """Its keys, values or items, of which it has as many as it says."""
-        sizes, number = self._ref_tester.sizes, self._ref_number
-        before = sizes.get(number, (0, math.inf))
-        result = method()
-        items = list(result) if type(result) is Ref else result
-        sizes[number] = before
-        self._ref_has(len(items), len(items))
-        return items
-
-    def __index__(self) -> int:
-        if not self._ref_made:
-            raise TypeError("an object that the program made is no index: it could be another one each time")
-        return int(self._ref_ask("index"))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._ref_tester.ask("setattr", self, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        self._ref_tester.ask("delattr", self, name)
-
-    def __iter__(self) -> Any:
-        return self._ref_items("iter")
-
-    def __reversed__(self) -> Any:
-        return self._ref_items("reversed")
-
-    def __len__(self) -> int:
-        length: int = self._ref_ask("len")
-        self._ref_has(length, length)
-        return length
-
-    def __bool__(self) -> bool:
-        truth = bool(self._ref_ask("bool"))
-        self._ref_note("bool", 0, truth)
-        if truth:
-            self._ref_has(1, math.inf)
-        return truth
-
-    def _ref_items(self, order: str) -> Any:
-        """An iterator. It fails if there are more or fewer items than the object said.
-
-        Otherwise a test would compare no item of an object that has the right length.
-        """
-        items = self._ref_ask(order)
-        if self._ref_made or type(items) is not Ref:
-            return items
-        once = items._ref_number == self._ref_number  # an iterator itself
-
-        def follow() -> Iterator[Any]:
-            sizes, number, count = self._ref_tester.sizes, self._ref_number, 0
-            whole: list[Any] = []
-            while (got := self._ref_tester.ask("next", items))[0] is True:
-                count += 1
-                if once and sizes.get(number, GONE)[1] == math.inf:
-                    sizes[number] = GONE
-                else:
-                    self._ref_has(count, math.inf)
-                if once:
-                    self._ref_tester.answers.pop(number, None)
-                else:
-                    whole.append(got[1])
-                    if order == "iter":
-                        self._ref_note("place", count - 1, got[1])
-                yield got[1]
-            if sizes.get(number) != GONE:
-                self._ref_has(count, count)
-            if not once:
-                whole = whole if order == "iter" else whole[::-1]
-                for place, item in enumerate(whole):
-                    self._ref_note("place", place, item)
-                self._ref_tester.wholes[number] = whole
-                self._ref_agree([key for kind, key in self._ref_tester.answers.get(number, {}) if kind == "item"])
-
-        return follow()
-
-    def __getitem__(self, key: Any) -> Any:
-        """An item. It fails if there is another one at this place by iteration, or was before."""
-        answer = self._ref_ask("getitem", key)
-        if self._ref_made or self._ref_is_class:
-            return answer
-        if type(key) is int:
-            self._ref_note("item", key, answer)
-            self._ref_agree([key])
-        if type(key) is slice:
-            try:
-                items, places = list(answer), range(len(self))[key]
-            except TypeError:  # it has no items, or no length
-                return answer
-            if len(items) != len(places):
-                raise AssertionError(CONTRADICTED)
-            for place, item in zip(places, items, strict=True):
-                self._ref_note("place", place, item)
-        return answer
-
-    def _ref_note(self, question: str, key: int, answer: Any) -> None:
-        """Note an answer. The same question has the same answer until a call may have changed the object."""
-        if self._ref_made or type(answer) not in (bool, int, float, str, bytes):
-            return
-        if self._ref_tester.answers.setdefault(self._ref_number, {}).setdefault((question, key), answer) != answer:
-            raise AssertionError(CONTRADICTED)
-
-    def _ref_agree(self, keys: list[int]) -> None:
-        """Compare items by number with those by iteration, if these are not the keys of a mapping."""
-        items = self._ref_tester.wholes.get(self._ref_number, [])
-        for key in keys:
-            if -len(items) <= key < len(items) and key not in items:
-                answer = self._ref_tester.answers.get(self._ref_number, {}).get(("item", key))
-                if type(answer) is type(items[key]) and answer != items[key]:
-                    raise AssertionError(CONTRADICTED)
-
-    def _ref_has(self, least: float, most: float) -> None:
-        """Note how many items it has."""
-        if self._ref_made:
-            return
-        before = self._ref_tester.sizes.get(self._ref_number, (0, math.inf))
-        least, most = max(least, before[0]), min(most, before[1])
-        if least > most:
-            raise AssertionError(CONTRADICTED)
-        self._ref_tester.sizes[self._ref_number] = least, most
-
-    def __next__(self) -> Any:
-        self._ref_tester.answers.pop(self._ref_number, None)
-        going, value = self._ref_tester.ask("next", self)
-        if going is not True:
-            raise StopIteration(value)
-        return value
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        """A function of the program's in a class of the tests is a method."""
-        bound = instance is not None and not self._ref_is_class and self._ref_ask("is_function") is True
-        return types.MethodType(self, instance) if bound else self
-
-    def __contains__(self, item: Any) -> bool:
-        if self._ref_made and not self._ref_is_class:
-            return self._ref_ask("contains", item) is True
-        return any(item is one or item == one for one in self)
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not Ref:  # not NotImplemented, which counts as true if a test calls this by name
-            value = self._ref_tester.ask("value", self) if self._ref_made and not self._ref_is_class else self
-            return isinstance(value, Derived) and bool(value == other)
-        if self._ref_number == other._ref_number:
-            return True
-        return self._ref_tester.own(self, other) and self._ref_compare("eq", other) is True
-
-    def __ne__(self, other: object) -> bool:
-        if type(other) is not Ref:
-            return not self == other
-        if not self._ref_tester.own(self, other):
-            return not self == other
-        return self._ref_number != other._ref_number and self._ref_compare("ne", other) is True
-
-    def _ref_compare(self, name: str, other: Any) -> Any:
-        """The answer to a comparison. The others of its kind are asked too: a program that says yes to all fails."""
-        kind = next(names for names in COMPARISONS if name in names)
-        answers: dict[str, Any] = {}
-        for one in kind:  # always in this order, which is then all that the program knows of the question
-            try:
-                answers[one] = self._ref_ask(one, other)
-            except Exception:
-                if one == name:
-                    raise
-        if any(answers.get(a) is True and answers.get(b) is True for a, b in CONTRADICTIONS):
-            raise AssertionError("its comparisons contradict each other")
-        return answers[name]
-
-    def __hash__(self) -> int:
-        return self._ref_ask("hash") if self._ref_tester.own(self) else hash(self._ref_number)
-
-    def __enter__(self) -> Any:
-        value = self._ref_ask("enter")
-        return self if same(self, value) else value
-
-    async def __aenter__(self) -> Any:
-        value = self._ref_ask("aenter")
-        return self if same(self, value) else value
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
-        return self._ref_leave("exit", kind, error, trace)
-
-    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> bool:
-        return self._ref_leave("aexit", kind, error, trace)
-
-    def __await__(self) -> Any:
-        yield from ()
-        return self._ref_tester.ask("await", self)
-
-    def __aiter__(self) -> Any:
-        return self._ref_ask("aiter")
-
-    async def __anext__(self) -> Any:
-        going, value = self._ref_tester.ask("anext", self)
-        if going is not True:
-            raise StopAsyncIteration
-        return value
-
-    def _ref_leave(self, verb: str, kind: Any, error: Any, trace: Any) -> bool:
-        if kind is None:
-            return bool(self._ref_ask(verb, None, ""))
-        wanted = bool(self._ref_ask(verb, kind, str(error)))
-        # It suppresses no failed check, and nothing that keeps the tests from a check.
-        frame = sys._getframe(2)
-        place = frame.f_code.co_filename, frame.f_lineno
-        places = {place, *_places(trace and trace.tb_next)}
-        free = place[0].startswith("tests ") and places.isdisjoint(self._ref_tester.checking)
-        return wanted and free and not issubclass(kind, AssertionError)
-
-    def __instancecheck__(self, instance: Any) -> bool:
-        instance = standing(instance)
-        if type(instance) is not Ref or instance._ref_is_class:
-            return False
-        return self._ref_number in instance._ref_lineage or instance._ref_ask("isinstance", self) is True
-
-    def __subclasscheck__(self, kind: Any) -> bool:
-        return type(kind) is Ref and kind._ref_is_class and self._ref_number in kind._ref_lineage
-
-    def __format__(self, layout: str) -> str:
-        return str(self._ref_ask("format", layout))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("an object of the program cannot be copied")
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether they are one object, as `is` has it. There may be two `Ref`s of an object."""
-    one, other = standing(one), standing(other)
-    return one is other or (type(one) is type(other) is Ref and one._ref_number == other._ref_number)
-
-
-def assert_same(case: Any, one: Any, other: Any, msg: Any = None) -> None:
-    if not same(one, other):
-        case.fail(msg)
-
-
-def assert_not_same(case: Any, one: Any, other: Any, msg: Any = None) -> None:
-    if same(one, other):
-        case.fail(msg)
-
-
-def standing(value: Any) -> Any:
-    """The object of the program that a value of plain data came from, if it is of a class of the program's own."""
-    return value._object if isinstance(value, Derived) else value
-
-
-def type_of(value: Any) -> Any:
-    value = standing(value)
-    if type(value) is not Ref:
-        return type(value)
-    kind = value._ref_tester.ask("getattr", value, "__class__")
-    return kind if type(kind) is Ref else Ref
-
-
-def is_instance(value: Any, kinds: Any) -> bool:
-    """`isinstance`. Whether an object of the program is of a type of Python, the program says, as in
-    `isinstance(f(3), Iterator)`, but not of an answer and a type of plain data.
-    """
-    if type(value) is not Ref:
-        return isinstance(value, kinds)
-    for kind in kinds if isinstance(kinds, tuple) else [kinds]:
-        is_known = isinstance(kind, type) and kind.__module__.partition(".")[0] in sys.stdlib_module_names
-        if type(kind) is Ref or not is_known or kind is object:
-            found = isinstance(value, kind)
-        else:
-            is_plain = TYPES.get(kind.__name__) is kind
-            found = (value._ref_made or not is_plain) and value._ref_ask("isinstance", kind) is True
-        if found:
-            return True
-    return False
-
-
-def has_attribute(value: Any, name: str) -> bool:
-    if type(value) is Ref and name.startswith("__"):
-        return value._ref_ask("hasattr", name) is True
-    return hasattr(value, name)
-
-
-def is_callable(value: Any) -> bool:
-    return value._ref_ask("callable") is True if type(value) is Ref else callable(value)
-
-
 class Identities(ast.NodeTransformer):
     """Has tests call `same` for `is`, and `type_of` for `type(x)` and `x.__class__`."""
 
@@ -672,14 +331,6 @@ def is_part_of_mock(target: Any, name: str) -> bool:
     return mocks is not None and isinstance(target, mocks.NonCallableMock) and not hasattr(type(target), name)
 
 
-def _places(trace: Any) -> Iterator[tuple[str, int]]:
-    """The files and lines of the functions and statements that an error has passed through."""
-    while trace:
-        code = trace.tb_frame.f_code
-        yield from ((code.co_filename, code.co_firstlineno), (code.co_filename, trace.tb_lineno))
-        trace = trace.tb_next
-
-
 def _raised(kind: type[BaseException], values: list[Any]) -> BaseException:
     if (
         kind.__module__.partition(".")[0] not in sys.stdlib_module_names
@@ -696,70 +347,6 @@ def _text(error: BaseException) -> str | None:
         return str(error)
     except Exception:
         return None
-
-
-def _unary(name: str) -> Callable[..., Any]:
-    return lambda self, *rest: self._ref_ask(name, *rest)
-
-
-def _binary(name: str, *, swapped: bool = False) -> Callable[[Ref, Any], Any]:
-    def method(self: Ref, other: Any) -> Any:
-        tester, is_made = self._ref_tester, self._ref_made and not self._ref_is_class
-        scaled = name.removeprefix("i") in SCALING and tester.own(self) and not self._ref_is_class
-        if not (is_made or scaled or tester.own(self, other)):
-            raise TypeError(f"{name!r} is not asked of an object that the program made")
-        if name in COMPARISONS[1]:
-            return self._ref_compare(name, other)
-        result = tester.ask("operator", name, *((other, self) if swapped else (self, other)))
-        if not is_made and not tester.own(result) and not tester.own(self, other):
-            raise TypeError(f"{name!r} of an object that the program made gives another such object")
-        return self if same(self, result) and name.startswith("i") else result
-
-    return method
-
-
-for _name in ("str", "repr", "int", "float", "complex", "round", "abs"):
-    setattr(Ref, f"__{_name}__", _unary(_name))
-for _name in ("neg", "pos", "invert", "setitem", "delitem"):
-    setattr(Ref, f"__{_name}__", _unary(_name))
-for _name in ("lt", "le", "gt", "ge"):
-    setattr(Ref, f"__{_name}__", _binary(_name))
-for _name in ("__doc__", "__slots__", "__annotations__"):
-    setattr(
-        Ref, _name, property(functools.partial(lambda name, self: self._ref_tester.ask("getattr", self, name), _name))
-    )
-setattr(Ref, "__signature__", property(lambda self: signature_of(self._ref_ask("signature"))))  # noqa: B010
-for _name in ARITHMETIC:
-    _function = f"{_name}_" if _name in ("and", "or") else _name
-    setattr(Ref, f"__{_name}__", _binary(_function))
-    setattr(Ref, f"__r{_name}__", _binary(_function, swapped=True))
-    if _name != "divmod":
-        setattr(Ref, f"__i{_name}__", _binary(f"i{_name}"))
-
-
-def refresh(old: Any, new: Any) -> None:
-    """Give the tests' own containers within `old` the content that the program's copies have."""
-    if type(old) is not type(new):
-        return
-    if isinstance(old, list | tuple) and len(old) == len(new):
-        for index, (before, after) in enumerate(zip(old, new, strict=True)):
-            if isinstance(before, list | dict | set | bytearray) and type(before) is type(after):
-                refresh(before, after)
-            elif isinstance(old, list):
-                old[index] = after
-    elif isinstance(old, list | bytearray):
-        old[:] = new
-    elif isinstance(old, dict):
-        for key in [key for key in old if key not in new]:
-            del old[key]
-        for key, after in new.items():
-            if key in old and isinstance(old[key], list | dict | set | bytearray) and type(old[key]) is type(after):
-                refresh(old[key], after)
-            else:
-                old[key] = after
-    elif isinstance(old, set):
-        old.clear()
-        old.update(new)
 
 
 class Run:
