@@ -25,8 +25,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks.harness import others
-
 Spans = list[tuple[float, float]]
 
 CHECKS = ("note", "note_all", "is_whole", "recorded", "record", "read_checked", "check_files", "known_sha256")
@@ -56,7 +54,7 @@ SITE = "from pathlib import Path\nfrom benchmarks.round_parts import watch\nwatc
 
 
 def main(*overrides: str, directory: Path | None = None) -> None:
-    with tempfile.TemporaryDirectory(dir=directory) as scratch, others() as taken:
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
         root = Path(scratch)
         (root / "sitecustomize.py").write_text(SITE.format(str(root)))
         path = os.pathsep.join(filter(None, [scratch, str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
@@ -64,13 +62,11 @@ def main(*overrides: str, directory: Path | None = None) -> None:
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path}, stdout=sys.stderr)
         lines = [line for file in root.glob("spans-*.jsonl") for line in file.read_text().splitlines()]
         ends = [record.stat().st_mtime for record in sorted((root / "run").glob("round-*/round.json"))]
-        share = taken()
     found: dict[str, Spans] = {what: [] for what in SPANS}
     for what, begin, end in map(json.loads, lines):
         found[what].append((begin, end))
     for number, round in enumerate(pairwise(ends), 1):
         print(describe(number, round, found))
-    print(f"other programs took {share:.0%} of the processors meanwhile")
 
 
 def describe(number: int, round: tuple[float, float], found: dict[str, Spans]) -> str:
