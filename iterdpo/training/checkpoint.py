@@ -77,9 +77,6 @@ def save_policy(accelerator: Accelerator, policy: Any, optimizer: Any, spec: Tra
         output, dtype = spec.output, getattr(torch, spec.dpo.policy_dtype)
         model = accelerator.unwrap_model(policy).model
         state = {name.removeprefix("model.").replace("._orig_mod", ""): tensor for name, tensor in state.items()}
-        for name, source in model.all_tied_weights_keys.items():  # FSDP has gathered both
-            if name in state and source in state:
-                state[name] = state[source]
         cast: dict[tuple[Any, ...], Tensor] = {}  # tied weights stay one tensor
         for name, tensor in state.items():
             if tensor.is_floating_point():
