@@ -4,8 +4,8 @@
       grpo: {command: ["{python}", benchmarks/trl_online.py, "{spec}"], requires: [trl]}
       rloo: {command: ["{python}", benchmarks/trl_online.py, "{spec}", rloo], requires: [trl]}
 
-In place of `{python}`, which is iterdpo's own, may be that of another environment, with iterdpo, for the judge, and the TRL of your choice (tried: 1.16, with a
-tiny model). As many completions are sampled as the other arms sample and never more, `n` of each prompt, in as many
+In place of `{python}`, which is iterdpo's own, may be that of another environment, with iterdpo, for the judge, and the TRL
+of your choice (tried: 1.16, with a tiny model). As many completions are sampled as the other arms sample and never more, `n` of each prompt, in as many
 optimizer steps. `beta` is TRL's weight of the KL to the initial policy. The checkpoint and `budget.json` are written where
 the spec says.
 """

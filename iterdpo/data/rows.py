@@ -30,9 +30,9 @@ def load_rows(path: str, split: str, *, limit: int | None = None) -> Iterator[di
     """The rows of a data set, one at a time, so that its size does not matter: the first `limit` of them, or all.
 
     `path` is a .json, .jsonl or .csv file (also .gz), a .parquet file, a directory of such files, the URL of either (see
-    `iterdpo.run.remote`), or a hub id. Of a directory, the files named for `split` are read (`train.jsonl`, `train-00000-of-00002.parquet`), or all if no
-    name tells of a split. CSV values are text. A file that is missing, empty or broken (with the line, also while
-    iterating), or a data set that the hub does not give, is a DataError.
+    `iterdpo.run.remote`), or a hub id. Of a directory, the files named for `split` are read (`train.jsonl`,
+    `train-00000-of-00002.parquet`), or all if no name tells of a split. CSV values are text. A file that is missing, empty
+    or broken (with the line, also while iterating), or a data set that the hub does not give, is a DataError.
     """
     return (whole(row) for _, row in located_rows(path, split, limit=limit))
 

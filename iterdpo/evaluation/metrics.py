@@ -93,8 +93,9 @@ def evaluation_metrics(
 ) -> dict[str, Any]:
     """All metrics of an evaluation.
 
-    Without self-BLEU, memory does not grow with the tokens: of each prompt a number is held, and token ids and texts are streamed. What is
-    an Iterable, but for `texts`, is read more than once, so it must be a list or an object that starts over.
+    Without self-BLEU, memory does not grow with the tokens: of each prompt a number is held, and token ids and texts are
+    streamed. What is an Iterable, but for `texts`, is read more than once, so it must be a list or an object that starts
+    over.
 
     Args:
         token_ids: called once for each reading; yields the token ids of every completion, of a thinking model's those of

@@ -203,9 +203,8 @@ def _over_temperatures(run: Run) -> list[Panel]:
     own = sampling.get("temperature", 1.0) if own is None else own
     panels: list[Panel] = []
     for name, opponent in OPPONENTS.items():
-        points: dict[
-            tuple[int, float], list[float | None]
-        ] = {}  # by round and temperature: the win rate and its interval
+        # by round and temperature, the win rate and its interval
+        points: dict[tuple[int, float], list[float | None]] = {}
         for key in run.metrics.columns:
             of = re.fullmatch(rf"temperature/([^/]+)/win_rate/vs_{name}", key)
             for column, temperature in ((key, float(of[1])), (f"win_rate/vs_{name}", own)) if of else ():

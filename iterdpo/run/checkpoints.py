@@ -46,7 +46,7 @@ def resolve_checkpoint(path: str, *, revision: str | None = None, key: str = "mo
     not there yet). `key` names it in messages.
 
     Raises:
-        ConfigError: neither a directory nor a hub id that can be reached. DataError: nor a URL.
+        ConfigError: neither a directory nor a hub id that can be reached. DataError: a URL that cannot be.
     """
     if is_url(path):
         remote = Remote(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from iterdpo.errors import ChildFailed, DataError
 from iterdpo.evaluation.metrics import REFERENCES, Thoughts, at_temperature, evaluation_metrics
@@ -44,7 +44,8 @@ def evaluate(
 ) -> Evaluation:
     """The candidate on the held-out prompts, compared with the evaluations in `against` (`initial`, `previous`) and references.
 
-    Its benchmarks and further temperatures follow, if there are any. Raises ChildFailed if the engine does not sample from this policy.
+    Its benchmarks and further temperatures follow, if there are any. Raises ChildFailed if the engine does not sample from
+    this policy.
     """
     against = {**against, **references(run)}
     step = run.dir.step(round, "evaluation", inputs(run, candidate, against))
@@ -67,7 +68,7 @@ def references(run: IterativeRun) -> dict[str, Evaluation]:
     Raises:
         DataError: a held-out prompt has no completion in the column, with its place in the data.
     """
-    return {name: _judged(run, step, name) for name, step in reference_steps(run).items()}
+    return {name: _compared_with(run, step) for name, step in reference_steps(run).items()}
 
 
 def reference_steps(run: IterativeRun) -> dict[str, Step]:
@@ -87,28 +88,22 @@ def reference_steps(run: IterativeRun) -> dict[str, Step]:
     return steps
 
 
-def _judged(run: IterativeRun, step: Step, name: str) -> Evaluation:
+def _compared_with(run: IterativeRun, step: Step) -> Evaluation:
+    """One of `reference_steps`, made if it is not there."""
     if (manifest := step.manifest()) is None:
-        directory = step.begin()
+        directory, name = step.begin(), step.path.name
         completions = directory / "completions"
         run.prompts.pin(0)
-        if name == "model":
+        if name == "references":
+            counts = _of_column(run, completions)
+        else:
             assert run.compared_model is not None
             counts = _sampled(run, completions, name, run.compared_model, *_sampling(run))
-        else:
-            counts = _of_column(run, completions)
         with run.turn_of(*run.judges):
             for judge in run.judges:
                 judge.begin_stage()
                 if not judge.load().comparative:
-                    _score(
-                        run,
-                        "references" if name == "reference" else name,
-                        judge,
-                        completions,
-                        directory,
-                        counts["completions"],
-                    )
+                    _score(run, name, judge, completions, directory, counts["completions"])
             run.release_judges()
         manifest = step.finish(counts={key: counts[key] for key in ("prompts", "completions")})
     return Evaluation(step.path, manifest.digest, 0)
@@ -216,10 +211,15 @@ def _same_at_every_round(against: Mapping[str, Evaluation]) -> dict[str, Evaluat
     return {name: against[name] for name in ("initial", *REFERENCES) if name in against}
 
 
-def _judged_against(
-    run: IterativeRun, directory: Path, total: int, against: Mapping[str, Evaluation]
-) -> tuple[dict[str, list[Scores]], dict[str, dict[str, Duels]]]:
-    """By the judge's role, the scores of the completions in `directory`, or the duels with those in `against`."""
+class Judged(NamedTuple):
+    """What the judges said of completions, by the judge's role; `duels` also by the name of what they were against."""
+
+    scores: dict[str, list[Scores]]
+    duels: dict[str, dict[str, Duels]]
+
+
+def _judged_against(run: IterativeRun, directory: Path, total: int, against: Mapping[str, Evaluation]) -> Judged:
+    """The scores of the completions in `directory`, or their duels with those in `against`."""
     completions = directory / "completions"
     scores: dict[str, list[Scores]] = {}
     duels: dict[str, dict[str, Duels]] = {}
@@ -232,7 +232,7 @@ def _judged_against(
                 continue
             scores[judge.role] = _score(run, "score", judge, completions, directory, total)
         run.release_judges()
-    return scores, duels
+    return Judged(scores, duels)
 
 
 def _measured(
@@ -240,7 +240,7 @@ def _measured(
     round: int,
     completions: Path,
     counts: Mapping[str, int],
-    judged: tuple[dict[str, list[Scores]], dict[str, dict[str, Duels]]],
+    judged: Judged,
     logps: dict[str, list[list[float]]] | None,
     against: Mapping[str, Evaluation],
 ) -> dict[str, Any]:
@@ -251,9 +251,9 @@ def _measured(
         confidence = spending_confidence(confidence, round)
     return evaluation_metrics(
         lambda: read_answer_ids(completions),
-        judged[0],
+        judged.scores,
         {name: {r: _scores(path) for r, path in b.judgments().items()} for name, b in against.items()},
-        judged[1],
+        judged.duels,
         logps,
         prompts=counts["prompts"],
         truncated=counts["truncated"],

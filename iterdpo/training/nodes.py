@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
+from iterdpo.run.devices import free_port
 from iterdpo.run.rundir import write_json
 
 CALL = "training.json"
@@ -59,19 +60,12 @@ class Caller:
 def calling(file: Path, spec: Path, settings: dict[str, Any]) -> Iterator[tuple[Node, Caller]]:
     """Call the others, while inside. `settings` are accelerate's: its file may name the address."""
     host = settings.get("main_process_ip") or socket.getfqdn()
-    port = int(settings.get("main_process_port") or _free_port())
+    port = int(settings.get("main_process_port") or free_port(""))
     write_json(file, Call(uuid4().hex, str(spec), host, port)._asdict())
     try:
         yield Node(0, host, port), Caller(file)
     finally:
         file.unlink(missing_ok=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 class Calls:

@@ -332,9 +332,7 @@ def is_part_of_mock(target: Any, name: str) -> bool:
 
 
 def _raised(kind: type[BaseException], values: list[Any]) -> BaseException:
-    if (
-        kind.__module__.partition(".")[0] not in sys.stdlib_module_names
-    ):  # one of the program's: it has run its constructor
+    if kind.__module__.partition(".")[0] not in sys.stdlib_module_names:  # the program's: it has run its constructor
         return kind.__new__(kind, *values)
     try:
         return kind(*values)

@@ -2,7 +2,8 @@
 
 A value crosses by value if it is plain: None, bool, int, float, complex, str, bytes, containers of plain data, and the
 types of `LIBRARY`. An instance of a class derived from one of these crosses as the base type's value: whatever methods
-the class overrides stay behind, and its others are asked of the object. Anything else crosses as a number that stands for it (`Peer.export`).
+the class overrides stay behind, and its others are asked of the object. Anything else crosses as a number that stands
+for it (`Peer.export`).
 
 Decoding makes these types alone, whatever the other process sends. Both processes run this file; it imports only what
 starts fast.

@@ -38,6 +38,7 @@ def test_a_stop_in_a_round_leaves_nothing_and_the_next_start_adds_one_round(
         found = call(f"{url}/deployments/name/add_rounds/nightly")
         call(f"{url}/deployments/{found['id']}/create_flow_run", {})
         wait_for(lambda: bool(workspace.processes(b"iterdpo.training.train")), seconds=200, what="the trainer")
+        assert not workspace.processes(b"iterdpo.sampling.worker")  # the sampler is a fake
         os.kill(workspace.serve_process(), signal.SIGTERM)
         wait_for(lambda: not workspace.survivors(), seconds=5, what="the end of the round")
     assert "stopped: the schedule is paused" in output.read_text()

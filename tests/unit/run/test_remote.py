@@ -200,6 +200,15 @@ def test_what_a_web_server_does_not_give_whole_is_refused_and_leaves_nothing(
         load_rows(f"{server.url}/a.jsonl", "train")
 
 
+def test_a_file_that_has_another_size_than_the_store_says_is_refused_and_leaves_nothing(cache: Path) -> None:
+    put("pairs/a.jsonl", {"prompt": "x"})
+    remote = Remote("memory://pairs/a.jsonl")
+    remote._infos["a.jsonl"]["size"] += 1  # it is written while it is copied
+    with pytest.raises(DataError, match=r"memory://pairs/a\.jsonl: cannot be read .* bytes of a\.jsonl came"):
+        remote.copies(["a.jsonl"])
+    assert list(cache.iterdir()) == []
+
+
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"class": "stores_of_nobody.FileSystem", "err": "Install it"}
     monkeypatch.setitem(known_implementations, "nobody", known)

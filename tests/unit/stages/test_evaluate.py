@@ -360,6 +360,9 @@ def test_further_temperatures_are_compared_with_what_stays_the_same(room: Room, 
     evaluate(run, 1, candidate, {"initial": before, "previous": before})
     found = read_json(run.dir.round_dir(1) / "temperatures" / "metrics.json")
     assert found["temperature/0/win_rate/vs_initial"] == found["temperature/0.5/win_rate/vs_reference_low"] == 1.0
+    manifest = read_manifest(run.dir.round_dir(1) / "temperatures")
+    assert manifest is not None
+    assert manifest.inputs["baselines"].keys() == {"initial", "reference"}
 
     asked = len(room.sampler.asked)
     assert initial(room.open(evaluation={**section, "temperatures": [1.0]})) == before  # the evaluation is the same
