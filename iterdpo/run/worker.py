@@ -34,16 +34,17 @@ from iterdpo.run import supervise
 R = TypeVar("R")
 
 
-def import_heavy(module: str) -> None:
-    """Import a module that imports transformers, without scikit-learn: transformers takes it, if it is installed, for a
-    function that no child calls, and it takes seconds.
+def import_heavy(module: str, *, without: Sequence[str] = ("sklearn",)) -> None:
+    """Import a module that imports transformers, without packages that it takes, if they are installed, for what no child
+    calls, and that take seconds: scikit-learn for assisted decoding; SciPy and torchvision for images.
     """
-    found: Any = sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]  # Python takes it for missing
+    hidden = [name for name in without if name not in sys.modules]
+    sys.modules |= dict.fromkeys(hidden)  # type: ignore[arg-type]  # Python takes them for missing
     try:
         importlib.import_module(module)
     finally:
-        if found is None:
-            del sys.modules["sklearn"]
+        for name in hidden:
+            del sys.modules[name]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ with its adapter off.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import logging
 import os
@@ -56,7 +58,12 @@ def main() -> None:
     end_with(os.getppid())  # a launcher between the guard and this process may be killed
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
-        if path := sys.argv[1] if sys.argv[1] != WAITING else _told():
+        waits = sys.argv[1] == WAITING
+        if waits:
+            os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the log: nobody reads the pipe
+        prepare()
+        # A parent that waited writes the path once it knows the work; nothing if there is none.
+        if path := sys.stdin.readline().strip() if waits else sys.argv[1]:
             train(TrainSpec.model_validate(read_json(Path(path))))
     except Exception as error:
         traceback.print_exc()
@@ -64,11 +71,15 @@ def main() -> None:
         sys.exit(1)
 
 
-def _told() -> str:
-    """The path that the parent writes once it knows the work. Empty if there is none."""
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the log: nobody reads the pipe
-    import_heavy("transformers.models.auto.modeling_auto")  # takes longer than torch
-    return sys.stdin.readline().strip()
+def prepare() -> None:
+    """Import transformers, which takes longer than torch, without what no text needs.
+
+    Half a million objects stay from then on: the collector, which takes a tenth of a second to look through them, no
+    longer does. A step on a GPU can take that long.
+    """
+    import_heavy("transformers.models.auto.modeling_auto", without=("sklearn", "scipy", "torchvision"))
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or libraries would report leaks
 
 
 def train(spec: TrainSpec) -> None:

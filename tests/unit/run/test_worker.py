@@ -141,15 +141,20 @@ if __name__ == "__main__":
     serve({Double: double, Die: die, Work: work}, prepare=lambda: time.sleep(0.01))
 
 
-def test_a_heavy_import_does_without_scikit_learn_and_leaves_it_to_others(
+def test_a_heavy_import_does_without_some_packages_and_leaves_them_to_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "heavy_one.py").write_text("from importlib.util import find_spec\nfound = find_spec('sklearn')\n")
+    (tmp_path / "heavy_one.py").write_text(
+        "from importlib.util import find_spec\nfound = [find_spec('sklearn'), find_spec('scipy'), find_spec('json')]\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "sklearn", raising=False)
-    import_heavy("heavy_one")
-    assert sys.modules["heavy_one"].found is None
-    assert "sklearn" not in sys.modules
+    monkeypatch.delitem(sys.modules, "scipy", raising=False)
+    import_heavy("heavy_one", without=("sklearn", "scipy", "json"))
+    sklearn, scipy, there = sys.modules["heavy_one"].found
+    assert sklearn is scipy is None
+    assert there is not None  # it was imported before
+    assert {"sklearn", "scipy"}.isdisjoint(sys.modules)
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         import_heavy("no_such_module")
     assert "sklearn" not in sys.modules
