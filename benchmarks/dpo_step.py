@@ -7,6 +7,7 @@
 Every run is a process of its own. A line of JSON a case:
 
 - pairs_per_second: over all optimizer steps but the first, the reference pass left out where there is one;
+  with_reference_per_second: the same, and of the reference pass all but the first step's pairs;
   whole_pairs_per_second: the reference pass and all steps.
 - tokens_per_second: tokens of prompt + chosen and prompt + rejected, whichever way they were computed.
 - peak_gib: the process's peak resident memory, or the GPU's peak allocation.
@@ -16,7 +17,7 @@ Every run is a process of its own. A line of JSON a case:
   and the exit status is 1.
 
 Ratios are of medians. On a CPU, all runs are bound to the same `--cores`. TRL's `default` is DPOConfig as it comes, its
-`best` precomputes the reference and keeps its activations. Both get the pairs as token ids, bf16 autocast over float32
+`best` precomputes the reference and keeps its activations, `liger` also has Liger's kernels (on a GPU). Both get the pairs as token ids, bf16 autocast over float32
 weights, AdamW, and the same pairs a step.
 """
 
@@ -31,9 +32,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from benchmarks.harness import command_line, fresh, others, peak_mib, process_age
 from iterdpo.testing import build_tiny_checkpoint
@@ -62,9 +64,16 @@ SIZES = {  # hidden size, intermediate size, layers, key-value heads, vocabulary
 }
 HEADS = {"8b": 128}  # a head's size, if not 64
 QUIET = 0.05
-COMPARED = ("pairs_per_second", "whole_pairs_per_second", "tokens_per_second", "peak_gib", "mfu")
+COMPARED = (
+    "pairs_per_second",
+    "with_reference_per_second",
+    "whole_pairs_per_second",
+    "tokens_per_second",
+    "peak_gib",
+    "mfu",
+)
 Case = Literal[*CASES]
-Side = Literal["ours", "trl_best", "trl_default"]
+Side = Literal["ours", "trl_best", "trl_default", "trl_liger"]
 Pairs = list[tuple[list[int], list[int], list[int]]]  # prompt, chosen, rejected
 
 
@@ -83,7 +92,7 @@ def main(
     model: str | None = None,
     random_model: Literal["1b", "small"] = "small",
     cases: tuple[Case, ...] = (),
-    sides: tuple[Side, ...] = get_args(Side),
+    sides: tuple[Side, ...] = ("ours", "trl_best", "trl_default"),
     ablate: bool = False,
     pairs: int = 96,
     pairs_per_step: int = 8,
@@ -184,6 +193,10 @@ def random_checkpoint(scratch: Path, size: str) -> str:
 
 def measure(job: Job) -> dict[str, Any]:
     """One run of one side."""
+    if job.side == "ours":
+        from iterdpo.training.train import prepare
+
+        prepare()  # as the trainer's process does
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -194,21 +207,23 @@ def measure(job: Job) -> dict[str, Any]:
     pairs = make_pairs(job.case, job.pairs, vocabulary=config.vocab_size)
     with tempfile.TemporaryDirectory() as scratch:
         run = _trl if job.side.startswith("trl") else _ours
-        seconds, reference_seconds, losses, mfu, more = run(job, pairs, Path(scratch))
+        seconds, reference, losses, mfu, more = run(job, pairs, Path(scratch))
     cuda = torch.cuda.is_available()
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else peak_mib() / 2**10
     peak = matmul_peak(torch.device("cuda" if cuda else "cpu"), torch.bfloat16)
-    # The first step compiles and faults its memory in.
+    # The first step, and the first of the reference, compile and fault their memory in.
     counted = (len(pairs) - job.pairs_per_step) / sum(seconds[1:])
+    apart = statistics.mean(reference[1:] or reference or [0.0]) / job.pairs_per_step
     tokens = sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
     if mfu is None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         rows = collate([Tree(p, [c, r]) for p, c, r in pairs], shared=False)
-        mfu = 3 * forward_flops(model, rows) / len(pairs) * counted / peak
+        mfu = 3 * forward_flops(model)(rows) / len(pairs) * counted / peak
     return {
         "pairs_per_second": counted,
-        "whole_pairs_per_second": len(pairs) / (sum(seconds) + reference_seconds),
+        "with_reference_per_second": 1 / (1 / counted + apart),
+        "whole_pairs_per_second": len(pairs) / (sum(seconds) + sum(reference)),
         "tokens_per_second": counted * tokens / len(pairs),
         "peak_gib": peak_gib,
         "mfu": mfu,
@@ -221,13 +236,17 @@ def measure(job: Job) -> dict[str, Any]:
     }
 
 
-def _ours(job: Job, pairs: Pairs, root: Path) -> tuple[list[float], float, list[float], float, dict[str, Any]]:
-    import iterdpo.training.reference as reference
+Run = tuple[list[float], list[float], list[float], float | None, dict[str, Any]]
+"""Seconds of each step, and of the reference pass over the pairs of each; losses; MFU; what else there is to say."""
+
+
+def _ours(job: Job, pairs: Pairs, root: Path) -> Run:
     import iterdpo.training.train as trainer
     from iterdpo.config import DPOConfig
     from iterdpo.data.pairs import TRAIN, write_pairs
     from iterdpo.run.rundir import read_jsonl
     from iterdpo.training.launch import ReferenceInputs, TrainSpec
+    from iterdpo.training.step import Compute
     from iterdpo.types import Completion, PreferencePair, Prompt
 
     if job.side == "without chunked_head":
@@ -262,17 +281,7 @@ def _ours(job: Job, pairs: Pairs, root: Path) -> tuple[list[float], float, list[
         seed=0,
         pairs_cache=root / "cache",
     )
-    spent = {"reference": 0.0, "load": 0.0}
-
-    def timed(name: str, work: Any) -> Any:
-        def call(*args: Any, **settings: Any) -> Any:
-            started = time.perf_counter()
-            made = work(*args, **settings)
-            spent[name] += time.perf_counter() - started
-            return made
-
-        return call
-
+    spent: dict[str, list[float]] = {"reference": [], "load": []}
     ages: list[float] = []
     step = trainer.Trainer.step
 
@@ -281,8 +290,8 @@ def _ours(job: Job, pairs: Pairs, root: Path) -> tuple[list[float], float, list[
         ages.append(process_age())
         return done
 
-    reference.computed_logps = timed("reference", reference.computed_logps)
-    trainer.load_policy = timed("load", trainer.load_policy)
+    Compute.pair_logps = _timed(spent["reference"], Compute.pair_logps)  # type: ignore[method-assign]
+    trainer.load_policy = _timed(spent["load"], trainer.load_policy)
     trainer.save_policy = lambda *args: None
     trainer.Trainer.step = noted  # type: ignore[method-assign]
     trainer.train(spec)
@@ -290,25 +299,38 @@ def _ours(job: Job, pairs: Pairs, root: Path) -> tuple[list[float], float, list[
     seconds = [job.pairs_per_step / row["pairs_per_second"] for row in log]
     rewards = [log[0].get(f"rewards/{side}", 0.0) for side in ("chosen", "rejected")]
     more = {
-        "first_step_s": ages[0] - spent["load"] - spent["reference"],
-        "load_s": spent["load"],
-        "reference_s": spent["reference"],
+        "first_step_s": ages[0] - sum(spent["load"]) - sum(spent["reference"]),
+        "load_s": sum(spent["load"]),
+        "reference_s": sum(spent["reference"]),
         "first_reward": max(map(abs, rewards)),
     }
     mfu = statistics.median(row["mfu"] for row in log[1:])
     return seconds, spent["reference"], [row["loss"] for row in log], mfu, more
 
 
-def _trl(
-    job: Job, pairs: Pairs, root: Path, *, parts: int = 1
-) -> tuple[list[float], float, list[float], None, dict[str, Any]]:
+def _timed(spent: list[float], work: Callable[..., Any]) -> Callable[..., Any]:
+    """`work`, which adds its seconds to `spent`, a GPU's work included."""
+    import torch
+
+    def call(*args: Any, **settings: Any) -> Any:
+        started = time.perf_counter()
+        made = work(*args, **settings)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - started)
+        return made
+
+    return call
+
+
+def _trl(job: Job, pairs: Pairs, root: Path, *, parts: int = 1) -> Run:
     """`parts`: micro-batches of a step, as few as the memory allows."""
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    best = {"precompute_ref_log_probs": True, "gradient_checkpointing": False} if job.side == "trl_best" else {}
+    best = {"precompute_ref_log_probs": True, "gradient_checkpointing": False} if job.side != "trl_default" else {}
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -326,15 +348,12 @@ def _trl(
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
-        def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            logps = super()._precompute_ref_logps(*args, **kwargs)
-            self.reference_seconds = time.perf_counter() - started
-            return logps
-
+    reference: list[float] = []
+    TokenTrainer.compute_ref_log_probs = _timed(reference, DPOTrainer.compute_ref_log_probs)
     config = DPOConfig(
         output_dir=str(root),
         per_device_train_batch_size=job.pairs_per_step // parts,
+        precompute_ref_batch_size=job.pairs_per_step,
         gradient_accumulation_steps=parts,
         num_train_epochs=1,
         report_to="none",
@@ -344,6 +363,7 @@ def _trl(
         use_cpu=not torch.cuda.is_available(),
         learning_rate=1e-5,
         max_length=None,
+        use_liger_kernel=job.side == "trl_liger",
         **best,
     )
     rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in pairs]
@@ -366,7 +386,7 @@ def _trl(
         return _trl(job, pairs, root, parts=2 * parts)
     seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return seconds, getattr(trainer, "reference_seconds", 0.0), losses, None, {}
+    return seconds, reference if best else [], losses, None, {}
 
 
 if __name__ == "__main__":

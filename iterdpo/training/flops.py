@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ import torch
 from iterdpo.training.collate import Batch
 
 
-def forward_flops(model: Any, batch: Batch) -> float:
-    """Multiplications and additions of a forward pass over the batch's tokens, padding left out.
+def forward_flops(model: Any) -> Callable[[Batch], float]:
+    """The multiplications and additions of a forward pass over a batch's tokens, padding left out.
 
     Two for each weight of a matrix and token (PaLM, arXiv:2204.02311, appendix B), the output head's at completion
     positions only, and 4 H d for each query and key that attention brings together in each layer. Of a mixture of
@@ -23,8 +24,13 @@ def forward_flops(model: Any, batch: Batch) -> float:
     matrices = sum(weights(p) for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings and p is not head)
     heads = getattr(config, "num_attention_heads", 0) or 0
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
-    attention = 4 * width * getattr(config, "num_hidden_layers", 0) * batch.attention_pairs
-    return float(2.0 * matrices * batch.tokens + 2.0 * head.shape[0] * head.shape[1] * len(batch.targets) + attention)
+    layers, of_head = getattr(config, "num_hidden_layers", 0), 2.0 * head.shape[0] * head.shape[1]
+
+    def of(batch: Batch) -> float:
+        attention = 4 * width * layers * batch.attention_pairs
+        return float(2.0 * matrices * batch.tokens + of_head * len(batch.targets) + attention)
+
+    return of
 
 
 def weights(parameter: Any) -> int:

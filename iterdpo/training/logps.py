@@ -99,9 +99,18 @@ class Scorer(torch.nn.Module):
             hidden = self.causal.base_model(input_ids=batch.input_ids, use_cache=False, **arguments)[0]
             picked = hidden.flatten(0, 1).index_select(0, batch.sources)  # [M, D]
             token_logps, log_square = _chunked_logps(self.causal, picked, batch.targets, aligned)
-        zeros = torch.zeros(batch.branches, device=token_logps.device)
-        alignment = zeros.index_add(0, batch.branch, token_logps.detach() - log_square) if aligned else None
-        return CompletionLogps(zeros.index_add(0, batch.branch, token_logps), alignment, token_logps)
+        alignment = summed(token_logps.detach() - log_square, batch.branch, batch.branches) if aligned else None
+        return CompletionLogps(summed(token_logps, batch.branch, batch.branches), alignment, token_logps)
+
+
+def summed(values: Tensor, owner: Tensor, owners: int) -> Tensor:
+    """[owners], each the sum of its own values.
+
+    A GPU adds in no certain order, which shows in the last digits of a float32. In float64 it does not, so that rewards
+    at step 0 are exactly 0.
+    """
+    kind = torch.float64 if values.is_cuda else torch.float32
+    return values.new_zeros(owners, dtype=kind).index_add(0, owner, values.to(kind)).to(torch.float32)
 
 
 def _cast_once(model: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from iterdpo.config import DPOConfig
 from iterdpo.training.attention import moved
 from iterdpo.training.collate import Batch, MicroBatch, PairSlots, RoundPairs, Tree, collate, micro_batches, tree_sizes
 from iterdpo.training.flops import forward_flops, matmul_peak
-from iterdpo.training.logps import CompletionLogps, LogpPath
+from iterdpo.training.logps import CompletionLogps, LogpPath, summed
 from iterdpo.training.losses import (
     PairLogps,
     RewardShift,
@@ -125,7 +125,7 @@ class Trainer:
 
     def losses(self, batch: MicroBatch, of_step: Tensor | None) -> tuple[Tensor, Tensor, float]:
         """Losses [b] of a batch's pairs, their statistics [b, S] in the order of `STATISTICS`, and the FLOPs."""
-        dpo, scorer = self.dpo, self.accelerator.unwrap_model(self.policy)
+        dpo = self.dpo
         with self.compute.saved_tensors(), self.compute.precision(self.policy):
             branches: CompletionLogps = self.policy(batch.batch, aligned=dpo.wpo)
         lengths, slots = batch.lengths, batch.slots
@@ -151,7 +151,7 @@ class Trainer:
         columns = (losses, chosen_rewards, rejected_rewards, chosen, rejected, change)
         statistics = torch.stack([column.detach().float() for column in columns], dim=1)
         passes = 2 if dpo.adapter is not None else 3  # the weights' own gradient is a third of the work
-        return losses, statistics, passes * forward_flops(scorer.causal, batch.batch)
+        return losses, statistics, passes * self.forward_flops(batch.batch)
 
     def of_step(self, pairs: np.ndarray, *, training: bool = True) -> Tensor | None:
         """What `preference_loss` needs of all pairs of a step, from one more forward pass; None if it needs nothing.
@@ -197,6 +197,10 @@ class Trainer:
                 rows.append(statistics[:0] if batch.empty else statistics)
         metrics = summarize(self.compute.gather(torch.cat(rows)))
         return {f"eval_{name}": value for name, value in metrics.items()}
+
+    @cached_property
+    def forward_flops(self) -> Callable[[Batch], float]:
+        return forward_flops(self.accelerator.unwrap_model(self.policy).causal)
 
     @cached_property
     def peak(self) -> float:
@@ -355,7 +359,7 @@ def pair_logps(
     owner = torch.arange(len(common), device=common.device).repeat_interleave(common)
     before = common.cumsum(dim=0) - common
     token = starts.flatten()[owner] + torch.arange(len(owner), device=owner.device) - before[owner]
-    heads = sums.new_zeros(len(common)).index_add(0, owner, branches.token_logps[token]).view_as(sums)
+    heads = summed(branches.token_logps[token], owner, len(common)).view_as(sums)
     return ld_alpha * sums + (1 - ld_alpha) * heads
 
 

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.gpu
 
 PROMPTS = [[70, 71, 72, 73], [80, 81], [90] * 9, [100, 7, 40]] * 4
 PARAMETERS = SamplingParameters(n=3, max_tokens=24)
-SMALL = EngineConfig(max_num_seqs=4, gpu_memory_utilization=0.3)
+# With a cache of a given size vLLM does not look at free memory, which other tests take and give back meanwhile.
+SMALL = EngineConfig(max_num_seqs=4, gpu_memory_utilization=0.3, extra={"kv_cache_memory_bytes": 2 << 30})
 
 
 @pytest.fixture(scope="module")

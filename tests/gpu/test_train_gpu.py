@@ -1,19 +1,24 @@
-"""The trainer on a CUDA GPU, started as a run starts it."""
+"""The trainer on a CUDA GPU."""
 
 from __future__ import annotations
 
+import logging
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from iterdpo.data.pairs import write_pairs
 from iterdpo.run.devices import visible_gpus
-from iterdpo.training.launch import ReferenceInputs, TrainSpec, launch_training
+from iterdpo.run.rundir import read_jsonl
+from iterdpo.training.launch import TRAIN_LOG, ReferenceInputs, TrainSpec, launch_training
 from iterdpo.types import Completion, PreferencePair, Prompt
 
 pytestmark = pytest.mark.gpu
+
+ACCELERATE = Path(__file__).parents[2] / "configs" / "accelerate"
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,16 @@ def spec_of(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> TrainSpec:
 
 
 def run(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> list[dict[str, Any]]:
+    """The training log of a round in this process."""
+    from iterdpo.training.train import train
+
+    spec = spec_of(tmp_path, model, pairs, **dpo)
+    train(spec)
+    return read_jsonl(spec.output / TRAIN_LOG)
+
+
+def launched(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> list[dict[str, Any]]:
+    """The same, in a process that is started as a run starts it."""
     spec = spec_of(tmp_path, model, pairs, **dpo)
     log: list[dict[str, Any]] = []
     launch_training(spec, spec_path=spec.output / "train.json", log=tmp_path / "train.log", on_step=log.append)
@@ -80,7 +95,6 @@ def test_the_losses_of_a_batch_are_computed_without_a_wait_for_the_gpu(
     import torch
 
     from iterdpo.training.step import Trainer
-    from iterdpo.training.train import train
 
     of_batch = Trainer.losses
 
@@ -92,7 +106,7 @@ def test_the_losses_of_a_batch_are_computed_without_a_wait_for_the_gpu(
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Trainer, "losses", watched)
-    train(spec_of(tmp_path, model, pairs, tokens_per_micro_batch=2048))
+    run(tmp_path, model, pairs, tokens_per_micro_batch=2048)
     assert (tmp_path / "policy.partial" / "model.safetensors").exists()
 
 
@@ -103,11 +117,13 @@ def test_gradient_checkpointing_gives_the_same_losses(tmp_path: Path, model: Pat
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
-def test_sharing_prompts_gives_the_same_losses(tmp_path: Path, model: Path, pairs: Path) -> None:
+def test_sharing_prompts_gives_the_same_losses(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, model: Path, pairs: Path
+) -> None:
+    caplog.set_level(logging.INFO, "iterdpo.training.train")
     shared = run(tmp_path / "shared", model, pairs, precision="fp32")
     own = run(tmp_path / "own", model, pairs, precision="fp32", shared_prompts=False)
-    assert "with the 'shared' path" in (tmp_path / "shared" / "train.log").read_text()
-    assert "with the 'rows' path" in (tmp_path / "own" / "train.log").read_text()
+    assert [record.args for record in caplog.records if "path" in record.msg] == [("shared",), ("rows",)]
     assert [row["loss"] for row in shared] == pytest.approx([row["loss"] for row in own], abs=1e-4)
 
 
@@ -121,8 +137,8 @@ def test_ligers_kernels_train_from_zero_rewards_to_about_the_same_losses(
     tmp_path: Path, model: Path, pairs: Path
 ) -> None:
     pytest.importorskip("liger_kernel")
-    plain = run(tmp_path / "plain", model, pairs, kernels="none")
-    fused = run(tmp_path / "fused", model, pairs, kernels="liger")
+    plain = launched(tmp_path / "plain", model, pairs, kernels="none")  # Liger's replace functions for a whole process
+    fused = launched(tmp_path / "fused", model, pairs, kernels="liger")
     assert fused[0]["rewards/chosen"] == fused[0]["rewards/rejected"] == 0.0
     assert [row["loss"] for row in fused] == pytest.approx([row["loss"] for row in plain], abs=0.02)
 
@@ -142,6 +158,21 @@ def test_an_adapter_trains_from_zero_rewards(tmp_path: Path, model: Path, pairs:
     assert log[0]["rewards/chosen"] == log[0]["rewards/rejected"] == 0.0
     assert log[-1]["loss"] < log[0]["loss"]
     assert (tmp_path / "policy.partial" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["fsdp2-8gpu", "deepspeed-zero2"])
+def test_a_round_under_a_launcher_of_one_process_gives_about_the_same_losses(
+    tmp_path: Path, model: Path, pairs: Path, name: str
+) -> None:
+    if name == "deepspeed-zero2":
+        pytest.importorskip("deepspeed")
+    settings = yaml.safe_load((ACCELERATE / f"{name}.yaml").read_text()) | {"num_processes": 1}
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(settings))
+    plain = run(tmp_path / "plain", model, pairs)
+    divided = launched(tmp_path / "divided", model, pairs, accelerate_config=str(tmp_path / "accelerate.yaml"))
+    assert divided[0]["rewards/chosen"] == divided[0]["rewards/rejected"] == 0.0
+    assert [row["loss"] for row in divided] == pytest.approx([row["loss"] for row in plain], abs=0.02)
+    assert (tmp_path / "divided" / "policy.partial" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("groups", [8, 2])

@@ -28,33 +28,33 @@ def model(tiny_model: Path) -> Any:
 def test_a_row_of_trees_by_hand(model: Any) -> None:
     # 4 + 3 tokens, of which 4 are predicted. Keys seen: prompts 1 and 1 + 2, branches 2, 2 + 3 and 3.
     expected = 2 * MATRICES * 7 + 2 * HEAD * 4 + 4 * 64 * 2 * (1 + 3 + 2 + 5 + 3)
-    assert forward_flops(model, collate(TREES, shared=True)) == expected
+    assert forward_flops(model)(collate(TREES, shared=True)) == expected
 
 
 def test_rows_of_their_own_repeat_the_prompt(model: Any) -> None:
     # 2 + 3 + 3 tokens; keys seen: 1 + 2, 1 + 2 + 3 and 1 + 2 + 3.
     expected = 2 * MATRICES * 8 + 2 * HEAD * 4 + 4 * 64 * 2 * (3 + 6 + 6)
-    assert forward_flops(model, collate(TREES, shared=False)) == expected
+    assert forward_flops(model)(collate(TREES, shared=False)) == expected
 
 
 def test_padding_costs_nothing(model: Any) -> None:
     wide, narrow = collate([Tree([1], [[2] * 63])], shared=True), collate([Tree([1], [[2] * 63])], shared=False)
     assert wide.input_ids.shape[1] == 2 * narrow.input_ids.shape[1]
-    assert forward_flops(model, wide) == forward_flops(model, narrow)
+    assert forward_flops(model)(wide) == forward_flops(model)(narrow)
 
 
 def test_a_head_of_its_own_costs_what_a_tied_one_costs(model: Any, tmp_path: Path) -> None:
     untied = load_policy(build_tiny_checkpoint(tmp_path, tie_word_embeddings=False))
     batch = collate(TREES, shared=True)
-    assert forward_flops(untied, batch) == forward_flops(model, batch)
+    assert forward_flops(untied)(batch) == forward_flops(model)(batch)
 
 
 def test_an_adapters_matrices_are_added(tmp_path: Path) -> None:
     base = load_policy(build_tiny_checkpoint(tmp_path))
     batch = collate(TREES, shared=True)
-    before = forward_flops(base, batch)
+    before = forward_flops(base)(batch)
     with_new_adapter(base, r=4, alpha=8, target_modules=["k_proj"], quantize="none")
-    assert forward_flops(base, batch) == before + 2 * (2 * (64 * 4 + 4 * 32)) * 7
+    assert forward_flops(base)(batch) == before + 2 * (2 * (64 * 4 + 4 * 32)) * 7
 
 
 def test_two_weights_of_four_bits_share_a_byte() -> None:
