@@ -14,6 +14,7 @@ which no time is left is left out. After each part its figures are printed, with
   the reference pass left out, in a second start; the first rewards, which are to be 0; with Liger's kernels and without,
   if they are installed.
 - sampling: tokens/s, with completions of very different lengths. `raw` is vLLM's own `generate` of all prompts at once.
+  Its engine and the loop's are on the GPU together, and work in turns.
 - round: seconds of each part of a second round of 256 prompts, K = 4, 128 tokens.
 - memory: ten steps of Llama 3.1 8B's shape at 4,096 tokens a micro-batch, with an adapter and without.
 """
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from benchmarks.dpo_step import Job, Side, measure, random_checkpoint
-from benchmarks.harness import command_line, fresh
+from benchmarks.harness import command_line, fresh, in_turn, process
 
 Part = Literal["steps", "sampling", "round", "memory"]
 SECONDS: dict[Part, int] = {"steps": 200, "sampling": 200, "round": 100, "memory": 120}  # about, on an H200
@@ -77,14 +78,14 @@ def main(
         setting = Setting(Path(scratch), small, model, repeats)
         for part in only:
             left = 60 * minutes - (time.monotonic() - began)
-            if left < SECONDS[part] and not small:
-                found[part] = [Figure("left out", f"{left:.0f} s are left of {minutes:g} minutes")]
-            else:
-                found[part] = list(_tried(PARTS[part], setting))
+            enough = small or left >= SECONDS[part]
+            left_out = iter([Figure("left out", f"{left:.0f} s are left of {minutes:g} minutes")])
             print(f"\n{part}")
-            for figure in found[part]:
+            found[part] = []
+            for figure in _tried(PARTS[part], setting) if enough else left_out:
+                found[part].append(figure)
                 print(f"  {figure.name:<58}{figure.value!s:>16}   {figure.asked}", flush=True)
-            output.write_text(json.dumps(found, indent=1, default=str))
+                output.write_text(json.dumps(found, indent=1, default=str))
     print(f"\n{time.monotonic() - began:.0f} s; all figures are in {output}")
 
 
@@ -120,45 +121,73 @@ ASKED = {"gpu_long_prompt": 2.2, "gpu_four_pairs": 4.5, "gpu_chat": 1.8}  # time
 def steps(setting: Setting) -> Iterator[Figure]:
     model = setting.checkpoint("1b")
     cases: dict[str, float] = {"short": 0.0} if setting.small else ASKED
-    first = True
-    for case, asked in cases.items():
-        job = Job(case, model, 16 if setting.small else 96, 4 if setting.small else 16, 16_384, "ours")
-        runs: dict[Side, list[dict[str, Any]]] = {"ours": [], "trl_best": []}
-        for side, done in list(runs.items()) * setting.repeats:
-            done.append(fresh(measure, job._replace(side=side)))
-        ours, trl = ({key: _median(done, key) for key in COMPARED} for done in runs.values())
-        for key, name in COMPARED.items():
-            wanted = {"whole_pairs_per_second": f"at least {asked}", "peak_gib": "at most 0.5"}.get(key, "")
-            yield Figure(f"{case}: {name}, ours and TRL's", f"{ours[key]:.4g}, {trl[key]:.4g}")
-            yield Figure(f"{case}: {name}, ours to TRL's", round(ours[key] / trl[key], 3), wanted)
-        last = runs["ours"][-1]
-        achieved = last["mfu"] * last["matmul_peak_gflops"] / 1e3
-        yield Figure(f"{case}: MFU (of 989 TFLOP/s)", f"{last['mfu']:.3f} ({achieved / 989:.3f})", "at least 0.45")
-        steady = last["step_s"][2:]
-        yield Figure(f"{case}: steps differ from the third on by", _spread(steady), "less than 0.1")
-        yield Figure(f"{case}: seconds of each step", last["step_s"])
-        if first:
-            again = fresh(measure, job._replace(side="ours", pairs=2 * job.pairs_per_step))
-            yield Figure(f"{case}: first step of a second start, s", round(again["first_step_s"], 1), "within 12")
-            yield Figure(f"{case}: loading, s", round(again["load_s"], 1))
-            yield Figure(f"{case}: the first rewards, at most", again["first_reward"], "0")
-            with_adapter = job._replace(pairs=2 * job.pairs_per_step, dpo=(("adapter", {}),))
-            yield Figure(f"{case}: the first rewards of an adapter", fresh(measure, with_adapter)["first_reward"], "0")
-            yield from _kernels(case, job._replace(side="ours"), ours)
-        first = False
+    trl: Side = "trl_liger" if _has_liger() else "trl_best"
+    per_step = 4 if setting.small else 16
+    own = Job(next(iter(cases)), model, 6 * per_step, per_step, 16_384, "ours")
+    jobs = [own._replace(case=case, side=side) for case in cases for side in ("ours", trl)] * setting.repeats
+    few = own._replace(pairs=2 * per_step)
+    others = {"adapter": few._replace(dpo=(("adapter", {}),))}
+    if _has_liger():
+        others |= {"plain": own._replace(dpo=(("kernels", "none"),)), "plain TRL": own._replace(side="trl_best")}
+    named = [(f"{job.case}, {job.side}", job) for job in jobs] + list(others.items())
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for (name, job), done in in_turn(_measured, named, _imports):
+        if error := done.exception():
+            yield Figure(f"{name}: failed", f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            continue
+        runs.setdefault(name, []).append(done.result())
+        ours, theirs = (runs.get(f"{job.case}, {side}", []) for side in ("ours", trl))
+        if name not in others and len(ours) == len(theirs) == setting.repeats:
+            yield from _against(job.case, ours, theirs, cases[job.case])
+    for name, side, who in (("plain", "ours", "ours"), ("plain TRL", trl, "TRL's")):
+        if name in runs and (fused := runs.get(f"{own.case}, {side}")):
+            for key, of in COMPARED.items():
+                both = f"{_median(fused, key):.4g}, {_median(runs[name], key):.4g}"
+                yield Figure(f"{own.case}: {of}, {who}, with Liger's kernels and without", both)
+    for name, who in ((f"{own.case}, ours", "the first rewards"), ("adapter", "the first rewards of an adapter")):
+        if name in runs:
+            yield Figure(f"{own.case}: {who}", runs[name][0]["first_reward"], "0")
+    again = fresh(measure, few)
+    yield Figure(f"{own.case}: first step of a second start, s", round(again["first_step_s"], 1), "within 12")
+    yield Figure(f"{own.case}: loading, s", round(again["load_s"], 1))
 
 
-def _kernels(case: str, job: Job, ours: dict[str, float]) -> Iterator[Figure]:
-    """Liger's kernels for norms, rotary positions and activations: `ours` has them, if they are installed."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        yield Figure(f"{case}: Liger's kernels", "not installed")
-        return
-    bare = fresh(measure, job._replace(dpo=(("kernels", "none"),)))
+def _measured(named: tuple[str, Job]) -> dict[str, Any]:
+    return measure(named[1])
+
+
+def _imports(named: tuple[str, Job]) -> None:
+    if named[1].side == "ours":
+        from iterdpo.training.train import prepare
+
+        prepare()
+    else:
+        import trl  # noqa: F401
+
+
+def _against(case: str, ours: list[dict[str, Any]], trl: list[dict[str, Any]], asked: float) -> Iterator[Figure]:
     for key, name in COMPARED.items():
-        yield Figure(f"{case}: {name}, with Liger's kernels and without", f"{ours[key]:.4g}, {float(bare[key]):.4g}")
+        one, other = _median(ours, key), _median(trl, key)
+        wanted = {"with_reference_per_second": f"at least {asked}", "peak_gib": "at most 0.5"}.get(key, "")
+        yield Figure(f"{case}: {name}, ours and TRL's", f"{one:.4g}, {other:.4g}")
+        yield Figure(f"{case}: {name}, ours to TRL's", round(one / other, 3), wanted)
+    last = ours[-1]
+    achieved = last["mfu"] * last["matmul_peak_gflops"] / 1e3
+    yield Figure(f"{case}: MFU (of 989 TFLOP/s)", f"{last['mfu']:.3f} ({achieved / 989:.3f})", "at least 0.45")
+    yield Figure(f"{case}: steps differ from the third on by", _spread(last["step_s"][2:]), "less than 0.1")
+    yield Figure(f"{case}: seconds of each step", last["step_s"])
+    yield Figure(f"{case}: seconds of each step of TRL", trl[-1]["step_s"])
 
 
-COMPARED = {"pairs_per_second": "pairs/s", "whole_pairs_per_second": "with the reference", "peak_gib": "GiB"}
+def _has_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+COMPARED = {
+    "pairs_per_second": "pairs/s",
+    "with_reference_per_second": "with the reference",
+    "peak_gib": "GiB",
+}
 
 
 def _median(runs: list[dict[str, Any]], key: str) -> float:
@@ -194,89 +223,130 @@ class Sampling(NamedTuple):
 
 
 def sampling(setting: Setting) -> Iterator[Figure]:
-    for size in ("135m",) if setting.small else ("1b", "135m"):
+    for size in ("135m",) if setting.small else ("135m", "1b"):
         model = setting.checkpoint(size)
         vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
         job = Sampling(model, 16 if setting.small else 512, 32 if setting.small else 512, vocabulary)
+        rates: dict[str, list[float]] = {}
         own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        found = fresh(_raw, job, environment=own)
-        found |= fresh(_in_the_loop, job)
-        for name, value in found.items():
+        with process() as loop:
+            starting = loop.submit(_start_loop, job)
+            with process(own) as raw:
+                both = (raw.submit(_start_raw, job), starting)
+                for name, started in zip(("vLLM's", "the loop's"), both, strict=True):
+                    yield Figure(f"{size}: {name} engine, beside the other's, s", round(started.result(), 1))
+                for name in ("raw", "in the loop") * 2 + ("raw, seeded", "raw, without text"):
+                    run = loop.submit(_loop, job) if name == "in the loop" else raw.submit(_raw, job, name)
+                    rates.setdefault(name, []).append(run.result())
+                raw.submit(_end_raw).result()
+            more = loop.submit(_sleep, job).result()
+            loop.submit(_end_loop).result()
+        usual = statistics.median(rates["raw"])
+        for name, found in rates.items():
+            share = statistics.median(found) / usual
             wanted = "at least 0.95 of raw" if name == "in the loop" else ""
-            share = f" ({value / found['raw']:.2f})" if name.startswith(("raw, ", "in the loop")) else ""
-            yield Figure(f"{size}: {name}", f"{value:,.0f}{share}" if value > 1000 else f"{value:.3g}{share}", wanted)
+            yield Figure(
+                f"{size}: tokens/s, {name}", f"{', '.join(f'{each:,.0f}' for each in found)} ({share:.2f})", wanted
+            )
+        yield from (Figure(f"{size}: {name}", f"{value:.3g}") for name, value in more.items())
+        with process() as loop:
+            yield Figure(
+                f"{size}: the loop's engine once more, s", round(loop.submit(_start_loop, job).result(), 1), "25"
+            )
+            loop.submit(_end_loop).result()
 
 
 def _engine_settings(job: Sampling) -> dict[str, Any]:
     return {"max_model_len": job.prompt_tokens + job.max_tokens, "max_num_seqs": 256}
 
 
-def _raw(job: Sampling) -> dict[str, float]:
-    """Tokens/s of vLLM by itself, in one engine: as the loop asks, with a seed for each prompt, without text."""
-    from vllm import LLM, SamplingParams
+# Two engines share the GPU: memory for their caches is given, since vLLM would measure what is free.
+CACHE = {"kv_cache_memory_bytes": 6 << 30}
+SHARED: dict[str, Any] = {**CACHE, "gpu_memory_utilization": 0.4}
+_raw_engine: Any = None  # of the process that has one
+_sampler: Any = None
+
+
+def _start_raw(job: Sampling) -> float:
+    global _raw_engine
+    started = time.perf_counter()
+    from vllm import LLM
     from vllm.platforms import current_platform
 
     from iterdpo.sampling.worker import cpu_defaults
 
     settings = _engine_settings(job)
-    own = cpu_defaults(settings["max_model_len"]) if current_platform.is_cpu() else {"gpu_memory_utilization": 0.85}
-    started = time.perf_counter()
-    llm = LLM(job.model, seed=0, dtype="bfloat16", disable_log_stats=True, **settings, **own)
-    found = {"engine of vLLM, s": time.perf_counter() - started}
-    common = {"n": job.n, "max_tokens": job.max_tokens, "stop_token_ids": list(job.ends()), "logprobs": 0}
-    prompts: list[Any] = [{"prompt_token_ids": ids} for ids in job.ids()]
-    llm.generate(prompts[:8], SamplingParams(**{**common, "max_tokens": 8}), use_tqdm=False)
+    more = cpu_defaults(settings["max_model_len"]) if current_platform.is_cpu() else SHARED
+    _raw_engine = LLM(job.model, seed=0, dtype="bfloat16", disable_log_stats=True, **settings, **more)
+    return time.perf_counter() - started
+
+
+def _raw(job: Sampling, variant: str) -> float:
+    """Tokens/s of vLLM by itself: as it comes, with a seed for each prompt, without text."""
+    from vllm import SamplingParams
+
     variants: dict[str, Callable[[int], dict[str, Any]]] = {
         "raw": lambda i: {},
         "raw, seeded": lambda i: {"seed": i},
         "raw, without text": lambda i: {"detokenize": False},
-        "raw, once more": lambda i: {},
     }
-    for name, more in variants.items():
-        llm.reset_prefix_cache()
-        each = [SamplingParams(**common, **more(i)) for i in range(len(prompts))]
-        started = time.perf_counter()
-        outputs = llm.generate(prompts, each, use_tqdm=False)
-        tokens = sum(len(c.token_ids) for output in outputs for c in output.outputs)
-        found[name] = tokens / (time.perf_counter() - started)
-    llm.llm_engine.engine_core.shutdown()  # or this process waits for the engine's, at its end
-    return found
+    _raw_engine.reset_prefix_cache()
+    common = {"n": job.n, "max_tokens": job.max_tokens, "stop_token_ids": list(job.ends()), "logprobs": 0}
+    prompts: list[Any] = [{"prompt_token_ids": ids} for ids in job.ids()]
+    each = [SamplingParams(**common, **variants[variant](i)) for i in range(len(prompts))]
+    started = time.perf_counter()
+    outputs = _raw_engine.generate(prompts, each, use_tqdm=False)
+    tokens = sum(len(c.token_ids) for output in outputs for c in output.outputs)
+    return tokens / (time.perf_counter() - started)
 
 
-def _in_the_loop(job: Sampling) -> dict[str, float]:
-    """Tokens/s of iterdpo's sampler, in shards of 64 prompts, and what it takes to start, sleep, wake and reload."""
+def _end_raw() -> None:
+    _raw_engine.llm_engine.engine_core.shutdown()  # or its process waits for the engine's, at its end
+
+
+def _start_loop(job: Sampling) -> float:
+    global _sampler
     from iterdpo.config import EngineConfig
-    from iterdpo.sampling import SamplingParameters, VLLMSampler
+    from iterdpo.run.devices import visible_gpus
+    from iterdpo.sampling import VLLMSampler
 
     settings = _engine_settings(job)
-    engine = EngineConfig(max_num_seqs=settings["max_num_seqs"])
-    with tempfile.TemporaryDirectory() as scratch:
-        log = Path(scratch) / "sampler.log"
-        sampler = VLLMSampler(max_model_len=lambda: settings["max_model_len"], log=log, engine=engine)
-        found = {}
+    more = {"extra": CACHE, "gpu_memory_utilization": 0.4} if visible_gpus() else {}
+    engine = EngineConfig(max_num_seqs=settings["max_num_seqs"], **more)
+    log = Path(tempfile.mkdtemp(dir=Path(job.model).parent)) / "sampler.log"
+    _sampler = VLLMSampler(max_model_len=lambda: settings["max_model_len"], log=log, engine=engine)
+    return _seconds(_sampler.load, Path(job.model), "first")
 
-        def timed(name: str, work: Callable[..., Any], *arguments: Any) -> None:
-            started = time.perf_counter()
-            work(*arguments)
-            found[name] = time.perf_counter() - started
 
-        try:
-            timed("engine of the loop, s", sampler.load, Path(job.model), "first")
-            parameters = SamplingParameters(job.n, max_tokens=job.max_tokens, stop_token_ids=job.ends())
-            ids = job.ids()
-            sampler.sample(ids[:8], list(range(8)), SamplingParameters(job.n, max_tokens=8))
-            shards = [(ids[at : at + 64], list(range(at, min(at + 64, len(ids))))) for at in range(0, len(ids), 64)]
-            started = time.perf_counter()
-            made = [c for shard in sampler.sample_batches(shards, parameters) for group in shard for c in group]
-            found["in the loop"] = sum(len(c.token_ids) for c in made) / (time.perf_counter() - started)
-            lengths = sorted(len(c.token_ids) for c in made)
-            found["length, median"], found["length, longest"] = lengths[len(lengths) // 2], lengths[-1]
-            timed("sleep, s", sampler.release)
-            timed("wake and reload, s", sampler.load, Path(job.model), "second")
-        finally:
-            sampler.close()
-            sys.stderr.write(log.read_text()[-4000:] if log.exists() and "in the loop" not in found else "")
-    return found
+def _loop(job: Sampling) -> float:
+    """Tokens/s of iterdpo's sampler, in shards of 64 prompts."""
+    from iterdpo.sampling import SamplingParameters
+
+    parameters, ids = SamplingParameters(job.n, max_tokens=job.max_tokens, stop_token_ids=job.ends()), job.ids()
+    shards = [(ids[at : at + 64], list(range(at, min(at + 64, len(ids))))) for at in range(0, len(ids), 64)]
+    started = time.perf_counter()
+    made = [c for shard in _sampler.sample_batches(shards, parameters) for group in shard for c in group]
+    rate = sum(len(c.token_ids) for c in made) / (time.perf_counter() - started)
+    lengths = sorted(len(c.token_ids) for c in made)
+    print(f"lengths: {lengths[len(lengths) // 2]} in the middle, {lengths[-1]} the longest", flush=True)
+    return rate
+
+
+def _sleep(job: Sampling) -> dict[str, float]:
+    return {
+        "sleep, s": _seconds(_sampler.release),
+        "wake and reload, s": _seconds(_sampler.load, Path(job.model), "second"),
+    }
+
+
+def _end_loop() -> None:
+    _sampler.close()
+
+
+def _seconds(work: Callable[..., Any], *arguments: Any) -> float:
+    started = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - started
 
 
 # A round
@@ -331,7 +401,7 @@ def memory(setting: Setting) -> Iterator[Figure]:
     pairs, per_step, case = (40, 4, "short") if setting.small else (40, 4, "gpu_chat")
     ways: dict[str, tuple[dict[str, Any], str]] = {
         "an adapter": ({"adapter": {}, "gradient_checkpointing": True}, "in 30 GiB"),
-        "all weights": ({"gradient_checkpointing": True}, "in 78 GiB"),
+        "all weights": ({"optimizer": "adamw_8bit", "gradient_checkpointing": True}, "in 78 GiB"),
     }
     for name, (settings, asked) in ways.items():
         job = Job(case, model, pairs, per_step, 4096, "ours", tuple(settings.items()))

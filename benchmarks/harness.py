@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,42 @@ def command_line(main: Callable[..., None], help: str | None) -> None:
 
 def fresh(work: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None) -> Any:
     """`work(*arguments)` in a process whose imports and peak memory are its own. It prints to stderr."""
+    with process(environment) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+@contextmanager
+def process(environment: Mapping[str, str] | None = None) -> Iterator[ProcessPoolExecutor]:
+    """A process for one work after another. It starts with the first, and prints to stderr."""
     with (
         mock.patch.dict(os.environ, environment or {}),
         ProcessPoolExecutor(1, get_context("spawn"), initializer=os.dup2, initargs=(2, 1)) as pool,
     ):
-        return pool.submit(work, *arguments).result()
+        yield pool
+
+
+def in_turn(
+    work: Callable[[Any], Any], jobs: Sequence[Any], prepare: Callable[[Any], None]
+) -> Iterator[tuple[Any, Future[Any]]]:
+    """Each job with the future of `work(job)` in a process of its own, one after the other.
+
+    `prepare(job)` is called in that process before, while the one before works: imports, nothing that would disturb it.
+    """
+    pools: list[ProcessPoolExecutor] = []
+    with ExitStack() as stack:
+
+        def start(job: Any) -> None:
+            pools.append(stack.enter_context(process()))
+            pools[-1].submit(prepare, job)
+
+        start(jobs[0])
+        for number, job in enumerate(jobs):
+            done = pools[number].submit(work, job)
+            if number + 1 < len(jobs):
+                start(jobs[number + 1])
+            done.exception()  # waits
+            pools[number].shutdown()  # and gives its memory back
+            yield job, done
 
 
 @contextmanager
