@@ -50,11 +50,11 @@ def card_of(name: str) -> Card:
     return found
 
 
-TRAIN_SHARE = 0.16  # of peak FLOP/s in a training step: 1.2B on an H200, docs/gpu.md
+TRAIN_SHARE = 0.39  # of peak FLOP/s in a training step: 1.2B on an H100, docs/gpu.md
 SCORE_SHARE = 0.3  # in a forward pass alone
 READ_SHARE = 0.6  # of peak bandwidth in a decoding step
-DECODE_SECONDS = 0.024  # of a decoding step besides: 135M on an H200, docs/gpu.md
-ENGINE_START, TRAINER_START = 60.0, 25.0
+DECODE_SECONDS = 0.028  # of a decoding step besides: 135M on an H100 and an H200, docs/gpu.md
+ENGINE_START, TRAINER_START = 60.0, 15.0
 DISK = 1e9  # bytes/s of loading and saving
 WORKSPACE = 2 * GIB  # of the engine and of the trainer: kernels, a decoding step's or a chunk's activations
 
@@ -211,23 +211,29 @@ def trainer_bytes(
     """Bytes of a training process on its GPU at its peak: weights, gradients and moments, activations, a chunk of logits.
 
     `sharded`: FSDP divides the first three among the processes. `directory`: the checkpoint, from whose headers an adapter
-    is counted. `step_tokens`: of an optimizer step on this process, which a micro-batch cannot exceed.
+    is counted. `step_tokens`: of an optimizer step on this process, which micro-batches of equal size divide. If there is
+    but one, its activations are gone when the gradients are there.
     """
     if dpo.adapter is not None:
         frozen = {"none": 2.0 if dpo.precision == "bf16" else 4.0, "nf4": 0.55}[dpo.adapter.quantize]
         trained = training_bytes(directory, dpo)[0] / 4 if directory is not None else 0.01 * shape.weights
-        kept = frozen * shape.weights + 16 * trained
+        kept, gradients = frozen * shape.weights + 12 * trained, 4 * trained
     elif dpo.optimizer == "adamw_8bit":
-        kept = 6.0 * shape.weights
+        kept, gradients = 4.0 * shape.weights, 2.0 * shape.weights
     else:
-        kept = (18.0 if dpo.precision == "bf16" else 16.0) * shape.weights
+        kept, gradients = (14.0 if dpo.precision == "bf16" else 12.0) * shape.weights, 4.0 * shape.weights
     number = 2 if dpo.precision == "bf16" else 4
     layer = number * (8 * shape.hidden + 2 * shape.kv_width + 4 * shape.inner)
     token = number * shape.hidden * shape.layers + layer if dpo.gradient_checkpointing else layer * shape.layers
     if dpo.activation_offload:
         token = 2 * layer
-    activations = token * min(dpo.tokens_per_micro_batch, step_tokens)
-    return kept / (dpo.processes if sharded else 1) + activations + WORKSPACE
+    divided = dpo.processes if sharded else 1
+    kept, gradients = kept / divided, gradients / divided
+    if step_tokens <= dpo.tokens_per_micro_batch:
+        return kept + max(gradients, token * step_tokens) + WORKSPACE
+    parts = step_tokens / dpo.tokens_per_micro_batch
+    tokens = dpo.tokens_per_micro_batch * (parts / math.ceil(parts) if math.isfinite(parts) else 1.0)
+    return kept + gradients + token * tokens + WORKSPACE
 
 
 def engine_bytes(shape: Shape, config: Config, max_model_len: int) -> float:

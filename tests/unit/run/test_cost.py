@@ -37,19 +37,39 @@ def config(**sections: Any) -> Config:
     return Config.model_validate(given | sections)
 
 
-def test_the_figures_of_an_h200_are_met_within_30_percent_of_time_and_15_of_memory() -> None:
-    """docs/gpu.md: 1.2B with 16k tokens a micro-batch 45.4 GiB and 20.1 pairs/s; 135M 9,300 to 11,300 tokens/s."""
-    settings = config(
-        sampling={"max_tokens": 128},
-        dpo={"tokens_per_micro_batch": 16384, "pairs_per_step": 16, "reference": "none", "loss": "simpo"},
-    )
-    assert trainer_bytes(ONE, None, settings.dpo, sharded=False) / GIB == pytest.approx(45.4, rel=0.15)
-    load = Load(1, 4096, 256, 1, 1024, prompt_tokens=1024, completion_tokens=128)
-    rates = rates_of_card(CARDS["H200"], "H200", ONE, settings, load)
-    assert 1 / rates.stages["train"][1] == pytest.approx(20.1, rel=0.3)
-    short = load._replace(completions=1024, prompt_tokens=20)
-    rates = rates_of_card(CARDS["H200"], "H200", TINY, settings, short)
-    assert 128 / rates.stages["sample"][1] == pytest.approx(10_300, rel=0.3)
+# docs/gpu.md, an H100: tokens of a prompt and of a completion; pairs/s, and with the reference pass; GiB
+SEEN = {"prompts of 1,024": (1024, 128, 47.5, 35.0, 36.2), "chat": (320, 320, 47.6, 32.9, 37.2)}
+
+
+@pytest.mark.parametrize("case", SEEN)
+def test_the_figures_of_an_h100_are_met_within_30_percent_of_time_and_15_of_memory(case: str) -> None:
+    prompt, completion, steps, whole, gib = SEEN[case]
+    dpo = {"tokens_per_micro_batch": 16384, "pairs_per_step": 16}
+    settings = config(sampling={"max_tokens": 128}, dpo=dpo)
+    step = 16.0 * (prompt + 2 * completion)
+    memory = trainer_bytes(ONE, None, settings.dpo, sharded=False, step_tokens=step)
+    assert memory / GIB == pytest.approx(gib, rel=0.15)
+    load = Load(1, 4096, 256, 1, 1024, prompt_tokens=prompt, completion_tokens=completion)
+    rates = rates_of_card(CARDS["H100"], "H100", ONE, settings, load)
+    assert 1 / rates.stages["train"][1] == pytest.approx(whole, rel=0.3)
+    alone = config(dpo=dpo | {"reference": "none", "loss": "simpo"})
+    rates = rates_of_card(CARDS["H100"], "H100", ONE, alone, load)
+    assert 1 / rates.stages["train"][1] == pytest.approx(steps, rel=0.3)
+
+
+def test_an_adapter_of_8b_has_the_memory_that_was_seen() -> None:
+    dpo = {"adapter": {}, "gradient_checkpointing": True, "tokens_per_micro_batch": 4096, "pairs_per_step": 4}
+    memory = trainer_bytes(EIGHT, None, config(dpo=dpo).dpo, sharded=False, step_tokens=4 * 960.0)
+    assert memory / GIB == pytest.approx(17.4, rel=0.15)
+
+
+def test_sampling_has_the_speed_that_was_seen() -> None:
+    """135M: 9,300 to 11,300 tokens/s on an H200, 7,400 to 8,800 on an H100."""
+    settings = config(sampling={"max_tokens": 128})
+    load = Load(1, 1024, 256, 1, 1024, prompt_tokens=20, completion_tokens=128)
+    for card, seen in (("H200", 10_300), ("H100", 8_000)):
+        rates = rates_of_card(CARDS[card], card, TINY, settings, load)
+        assert 128 / rates.stages["sample"][1] == pytest.approx(seen, rel=0.3)
 
 
 def test_bytes_of_8b_are_those_of_the_table_in_the_page_about_gpus() -> None:
@@ -64,7 +84,7 @@ def test_bytes_of_8b_are_those_of_the_table_in_the_page_about_gpus() -> None:
     assert gigabytes(adapter={}) == pytest.approx(17, rel=0.05)
     wide = config().dpo
     one_token = trainer_bytes(EIGHT, None, wide, sharded=False, step_tokens=1.0)
-    assert one_token == trainer_bytes(EIGHT, None, config(dpo=one).dpo, sharded=False)
+    assert one_token == pytest.approx(trainer_bytes(EIGHT, None, config(dpo=one).dpo, sharded=False), rel=1e-4)
     eight = config(dpo=one | {"processes": 8}).dpo
     assert (trainer_bytes(EIGHT, None, eight, sharded=True) - 2 * GIB) / 1e9 == pytest.approx(18, rel=0.01)
 
