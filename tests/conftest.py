@@ -18,7 +18,10 @@ def pytest_configure() -> None:
     worker, cores = os.environ.get("PYTEST_XDIST_WORKER"), sorted(os.sched_getaffinity(0))
     if worker is not None:
         share = cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
-        os.sched_setaffinity(0, share or cores)
+        if share:
+            os.sched_setaffinity(0, share)
+        else:  # more workers than cores: wherever there is room, one thread at a time
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
