@@ -21,6 +21,7 @@ from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -148,9 +149,9 @@ class TreeLayout:
 
     def _tokens(self, *, branches: bool) -> Tensor:
         """Made on the CPU: to select them on the device would wait for it."""
-        lengths = torch.tensor([(prompt, sum(own)) for prompt, own in self.trees]).flatten()
-        kinds = torch.tensor([False, True]).repeat(len(self.trees)).repeat_interleave(lengths)
-        found: Tensor = moved((kinds == branches).nonzero().flatten(), self.tree.device)
+        lengths = [length for prompt, own in self.trees for length in (prompt, sum(own))]
+        kinds = np.tile([False, True], len(self.trees)).repeat(lengths)
+        found: Tensor = moved(torch.from_numpy((kinds == branches).nonzero()[0]), self.tree.device)
         return found
 
     @cached_property
@@ -190,25 +191,24 @@ def moved(value: Any, device: torch.device | str) -> Any:
 
 def tree_layout(trees: Sequence[tuple[int, Sequence[int]]], width: int) -> TreeLayout:
     """The layout of trees, each a prompt's length and its branches' lengths, in a row of `width` tokens."""
-    tree: list[int] = []
-    branch: list[int] = []
-    position: list[int] = []
-    branches = 0
-    for number, (prompt, lengths) in enumerate(trees):
-        tree += [number] * (prompt + sum(lengths))
-        branch += [0] * prompt
-        position += range(prompt)
-        for length in lengths:
-            branches += 1
-            branch += [branches] * length
-            position += range(prompt, prompt + length)
-    fill = width - len(tree)
+    parts = [  # number of the tree, number of the branch, position of the first token, length
+        part
+        for number, (prompt, lengths) in enumerate(trees)
+        for part in ((number, 0, 0, prompt), *((number, 1, prompt, length) for length in lengths))
+    ]
+    tree, own, first, lengths = np.array(parts).T
+    fill = width - lengths.sum()
     assert fill > 0, "no room for the padding"
+    branch = own.cumsum() * own
+    before = lengths.cumsum() - lengths
+
+    def of_tokens(values: np.ndarray, padding: int) -> Tensor:
+        return torch.from_numpy(np.append(values.repeat(lengths), np.full(fill, padding)))
+
+    position = of_tokens(first - before, 0)
+    position[:-fill] += torch.arange(width - fill)
     return TreeLayout(
-        tuple((prompt, tuple(lengths)) for prompt, lengths in trees),
-        torch.tensor(tree + [-1] * fill),
-        torch.tensor(branch + [-1] * fill),
-        torch.tensor(position + [0] * fill),
+        tuple((prompt, tuple(own)) for prompt, own in trees), of_tokens(tree, -1), of_tokens(branch, -1), position
     )
 
 

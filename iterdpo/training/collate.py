@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -92,10 +93,10 @@ def _one_row(trees: Sequence[Tree], pad_token_id: int) -> Batch:
     width = -(-(len(ids) + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
     layout = tree_layout([(len(tree.prompt), list(map(len, tree.branches))) for tree in trees], width)
     return Batch(
-        torch.tensor(ids + [pad_token_id] * (width - len(ids))).unsqueeze(0),
+        _tensor(ids + [pad_token_id] * (width - len(ids))).unsqueeze(0),
         layout.position.unsqueeze(0),
         layout,
-        torch.tensor(sources),
+        _tensor(sources),
         *_targets(trees),
         tokens=len(ids),
         attention_pairs=sum(
@@ -111,11 +112,11 @@ def _rows(trees: Sequence[Tree], pad_token_id: int) -> Batch:
     ids = torch.full((len(rows), width), pad_token_id)
     sources: list[int] = []
     for number, (prompt, branch, given) in enumerate(rows):
-        ids[number, : lengths[number]] = torch.tensor(prompt + branch)
+        ids[number, : lengths[number]] = _tensor(prompt + branch)
         first = number * width + len(prompt) - 1
         sources += range(first + given, first + len(branch))
     seen = sum(causal_pairs(0, length) for length in lengths)
-    return Batch(ids, None, None, torch.tensor(sources), *_targets(trees), tokens=sum(lengths), attention_pairs=seen)
+    return Batch(ids, None, None, _tensor(sources), *_targets(trees), tokens=sum(lengths), attention_pairs=seen)
 
 
 def causal_pairs(before: int, length: int) -> int:
@@ -125,9 +126,13 @@ def causal_pairs(before: int, length: int) -> int:
 
 def _targets(trees: Sequence[Tree]) -> tuple[Tensor, Tensor, int]:
     branches = [branch[given:] for tree in trees for branch, given in tree.scored]
-    targets = [token for branch in branches for token in branch]
-    numbers = torch.arange(len(branches)).repeat_interleave(torch.tensor(list(map(len, branches))))
-    return torch.tensor(targets), numbers, len(branches)
+    numbers = np.arange(len(branches)).repeat(list(map(len, branches)))
+    return _tensor(list(chain.from_iterable(branches))), torch.from_numpy(numbers), len(branches)
+
+
+def _tensor(values: list[int]) -> Tensor:
+    """By numpy, which reads a list of numbers five times as fast as torch."""
+    return torch.from_numpy(np.array(values, dtype=np.int64))
 
 
 def grow_trees(pairs: Iterable[TokenPair]) -> tuple[list[Tree], PairIndex]:
