@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,8 +90,8 @@ class JsonLinesWorker:
             contextlib.suppress(BrokenPipeError, ValueError),
             self._child.watched(silence) as seen,
         ):  # ValueError: closed
-            fields = TypeAdapter(type(request)).dump_python(request, mode="json")
-            process.stdin.write(json.dumps({"request": kind, "fields": fields}).encode() + b"\n")
+            given = TypeAdapter(type(request)).dump_python(request, mode="json")
+            process.stdin.write(json.dumps({"request": kind, "fields": given}).encode() + b"\n")
             process.stdin.flush()
             while (line := process.stdout.readline()) == b"\n":
                 seen()
@@ -127,6 +127,11 @@ def beat() -> None:
         tell()
 
 
+def _fields(message: Any) -> dict[str, Any]:
+    """Of a dataclass. `asdict` would copy each number of each list, which takes four times as long as writing them."""
+    return {field.name: getattr(message, field.name) for field in fields(message)}
+
+
 def serve(handlers: Mapping[type, Callable[[Any], Any]], *, prepare: Callable[[], object] = lambda: None) -> None:
     """Answer the parent's requests until it closes the pipe.
 
@@ -158,7 +163,7 @@ def serve(handlers: Mapping[type, Callable[[Any], Any]], *, prepare: Callable[[]
         message = json.loads(line)
         typed, handle = handler_of[message["request"]]
         try:
-            answer = json.dumps({"reply": handle(typed(message["fields"]))}, default=asdict)
+            answer = json.dumps({"reply": handle(typed(message["fields"]))}, default=_fields)
         except Exception as error:
             traceback.print_exc()
             answer = json.dumps({"error": f"{type(error).__name__}: {error}"})

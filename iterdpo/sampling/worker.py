@@ -194,11 +194,14 @@ def _prompts(request: Sample | Enqueue) -> list[dict[str, list[int]]]:
 
 
 def _settings(parameters: SamplingParameters, temperature: float, seed: int | None) -> Any:
-    """As vLLM's SamplingParams, with the log-probability of the sampled token, of the unmodified distribution."""
+    """As vLLM's SamplingParams, with the log-probability of the sampled token, of the unmodified distribution.
+
+    In lists for all tokens: an object for each would keep Python's collector busy.
+    """
     from vllm import SamplingParams
 
     arguments = {**asdict(parameters), "temperature": temperature, "stop_token_ids": list(parameters.stop_token_ids)}
-    return SamplingParams(**arguments, seed=seed, logprobs=0)
+    return SamplingParams(**arguments, seed=seed, logprobs=0, flat_logprobs=True)
 
 
 HEADS = ("lm_head", "embed_out", "output_layer")
@@ -269,9 +272,11 @@ def cpu_defaults(max_model_len: int) -> dict[str, Any]:
 
 def completion_of(output: Any) -> Completion:
     """Ours, of a vLLM CompletionOutput."""
-    ids = list(output.token_ids)
-    logprobs = [position[token].logprob for position, token in zip(output.logprobs, ids, strict=True)]
-    return Completion(output.text, ids, logprobs, "length" if output.finish_reason == "length" else "stop")
+    flat = output.logprobs
+    logprobs = [flat.logprobs[first] for first in flat.start_indices]  # the sampled token is the first at its position
+    return Completion(
+        output.text, list(output.token_ids), logprobs, "length" if output.finish_reason == "length" else "stop"
+    )
 
 
 if __name__ == "__main__":

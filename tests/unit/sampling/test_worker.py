@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace as Namespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +38,7 @@ def test_any_other_engine_that_does_not_start_is_an_error(native: bool, lora: st
 
 
 def test_a_completion_has_the_log_probability_of_each_sampled_token() -> None:
-    logprobs: Any = [{5: Namespace(logprob=-0.5), 6: Namespace(logprob=-0.1)}, {7: Namespace(logprob=-2.0)}]
+    logprobs = Namespace(token_ids=[5, 6, 7], logprobs=[-0.5, -0.1, -2.0], start_indices=[0, 2], end_indices=[2, 3])
     output = Namespace(text="hi", token_ids=(5, 7), logprobs=logprobs, finish_reason="length")
     assert completion_of(output) == Completion("hi", [5, 7], [-0.5, -2.0], "length")
     output.finish_reason = None
