@@ -17,8 +17,8 @@ Every run is a process of its own. A line of JSON a case:
   and the exit status is 1.
 
 Ratios are of medians. On a CPU, all runs are bound to the same `--cores`. TRL's `default` is DPOConfig as it comes, its
-`best` precomputes the reference and keeps its activations, `liger` also has Liger's kernels (on a GPU). Both get the pairs as token ids, bf16 autocast over float32
-weights, AdamW, and the same pairs a step.
+`best` precomputes the reference and keeps its activations, its `liger` also has Liger's kernels (on a GPU). All get the
+pairs as token ids, bf16 autocast over float32 weights, AdamW, and the same pairs a step.
 """
 
 from __future__ import annotations

@@ -154,6 +154,7 @@ def test_a_trainer_that_waits_reads_its_round_from_its_input(tmp_path: Path) -> 
             on_step=lambda row: None,
             child=told,
         )
+    assert "leaked" not in log.read_text()  # of objects that the collector was told to leave alone
 
 
 def test_processes_that_a_launcher_starts_do_not_wait(tmp_path: Path) -> None:
