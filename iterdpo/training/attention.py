@@ -1,8 +1,8 @@
 """Attention over rows of trees, in which a prompt goes through the network once for all of its completions.
 
-A batch is one row of N tokens: tree after tree, each the prompt and then its branches (completions), and at least one
-token of padding. Positions restart after the prompt in every branch. A token sees the prompt of its tree and the tokens
-before it in its own branch. Everything but attention works on single tokens, so nothing else in a model has to change.
+A batch is one row of N tokens: the prompts of all trees, then all their branches (completions), and at least one token of
+padding. Positions restart after the prompt in every branch. A token sees the prompt of its tree and the tokens before it
+in its own branch. Everything but attention works on single tokens, so nothing else in a model has to change.
 It is registered with transformers as the attention implementation `TREE`. No library has it: torch's own kernels take a
 CPU two to three times as long on these masks.
 
@@ -131,28 +131,27 @@ class TreeLayout:
         """Make now what FlashAttention is told."""
         _ = self.own, self.prompts, self.branches
 
+    @property
+    def spans(self) -> tuple[slice, slice]:
+        """Where in the row the prompts are, and where the branches."""
+        middle = sum(prompt for prompt, _ in self.trees)
+        return slice(middle), slice(middle, middle + sum(sum(lengths) for _, lengths in self.trees))
+
     @cached_property
     def own(self) -> Sequences:
         """All of the row: each prompt, each branch and the padding is a sequence of its own."""
-        lengths = [length for prompt, branches in self.trees for length in (prompt, *branches)]
+        lengths = [*(prompt for prompt, _ in self.trees), *(length for _, own in self.trees for length in own)]
         return Sequences.of([*lengths, len(self.tree) - sum(lengths)], self.tree.device)
 
     @cached_property
-    def prompts(self) -> tuple[Tensor, Sequences]:
-        """[P], the tokens of prompts; a sequence is a tree's."""
-        return self._tokens(branches=False), Sequences.of([prompt for prompt, _ in self.trees], self.tree.device)
+    def prompts(self) -> Sequences:
+        """The first of `spans`; a sequence is a tree's."""
+        return Sequences.of([prompt for prompt, _ in self.trees], self.tree.device)
 
     @cached_property
-    def branches(self) -> tuple[Tensor, Sequences]:
-        """[M], the tokens of branches; a sequence is a tree's."""
-        return self._tokens(branches=True), Sequences.of([sum(own) for _, own in self.trees], self.tree.device)
-
-    def _tokens(self, *, branches: bool) -> Tensor:
-        """Made on the CPU: to select them on the device would wait for it."""
-        lengths = [length for prompt, own in self.trees for length in (prompt, sum(own))]
-        kinds = np.tile([False, True], len(self.trees)).repeat(lengths)
-        found: Tensor = moved(torch.from_numpy((kinds == branches).nonzero()[0]), self.tree.device)
-        return found
+    def branches(self) -> Sequences:
+        """The second of `spans`; a sequence is a tree's."""
+        return Sequences.of([sum(own) for _, own in self.trees], self.tree.device)
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -191,10 +190,9 @@ def moved(value: Any, device: torch.device | str) -> Any:
 
 def tree_layout(trees: Sequence[tuple[int, Sequence[int]]], width: int) -> TreeLayout:
     """The layout of trees, each a prompt's length and its branches' lengths, in a row of `width` tokens."""
-    parts = [  # number of the tree, number of the branch, position of the first token, length
-        part
-        for number, (prompt, lengths) in enumerate(trees)
-        for part in ((number, 0, 0, prompt), *((number, 1, prompt, length) for length in lengths))
+    parts = [  # number of the tree, whether a branch, position of the first token, length
+        *((number, 0, 0, prompt) for number, (prompt, _) in enumerate(trees)),
+        *((number, 1, prompt, length) for number, (prompt, lengths) in enumerate(trees) for length in lengths),
     ]
     tree, own, first, lengths = np.array(parts).T
     fill = width - lengths.sum()
@@ -213,11 +211,12 @@ def tree_layout(trees: Sequence[tuple[int, Sequence[int]]], width: int) -> TreeL
 
 
 def _blocks(trees: Sequence[tuple[int, Sequence[int]]], width: int) -> tuple[Block, ...]:
-    pad, end = width - 1, 0
-    prompts, branches = [], []  # token indices
+    pad, end = width - 1, sum(prompt for prompt, _ in trees)
+    prompts: list[range] = []  # token indices
+    branches = []
     for prompt, lengths in trees:
-        prompts.append(range(end, end + prompt))
-        end += prompt
+        first = prompts[-1].stop if prompts else 0
+        prompts.append(range(first, first + prompt))
         for length in lengths:
             branches.append((prompts[-1], range(end, end + length)))
             end += length
@@ -397,14 +396,14 @@ class _Joined(torch.autograd.Function):
         scale: float,
     ) -> Tensor:  # [N, H, d]
         output, lse, own_state = _flash(query, key, value, layout.own, layout.own, scale, causal=True)
-        (queries, of_queries), (keys, of_keys) = layout.branches, layout.prompts
-        q, k, v = query[queries], key[keys], value[keys]
-        part, part_lse, state = _flash(q, k, v, of_queries, of_keys, scale, causal=False)
-        own_lse = lse[:, queries]
+        prompts, branches = layout.spans
+        of_branches = query[branches], key[prompts], value[prompts], layout.branches, layout.prompts
+        part, part_lse, state = _flash(*of_branches, scale, causal=False)
+        own_lse = lse[:, branches]
         joint = torch.logaddexp(own_lse, part_lse)
         own_share, share = ((one - joint).exp().T.unsqueeze(2) for one in (own_lse, part_lse))  # [M, H, 1]
-        output[queries] = (output[queries] * own_share + part * share).to(output.dtype)
-        lse[:, queries] = joint
+        output[branches] = output[branches] * own_share + part * share
+        lse[:, branches] = joint
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.settings = (layout, scale, own_state, state)
         return output
@@ -416,11 +415,13 @@ class _Joined(torch.autograd.Function):
         g = gradients[0].contiguous()
         inputs = (g, query, key, value, output, lse)
         for_own = _flash_backward(*inputs, own_state, layout.own, layout.own, scale, causal=True)
-        (queries, of_queries), (keys, of_keys) = layout.branches, layout.prompts
-        inputs = (g[queries], query[queries], key[keys], value[keys], output[queries], lse[:, queries].contiguous())
-        for_part = _flash_backward(*inputs, state, of_queries, of_keys, scale, causal=False)
-        for whole, some, rows in zip(for_own, for_part, (queries, keys, keys), strict=True):
-            whole.index_add_(0, rows, some)
+        prompts, branches = layout.spans
+        spans = (branches, prompts, prompts)
+        of_branches = (t[span] for t, span in zip((query, key, value), spans, strict=True))
+        inputs = (g[branches], *of_branches, output[branches], lse[:, branches].contiguous())
+        for_part = _flash_backward(*inputs, state, layout.branches, layout.prompts, scale, causal=False)
+        for whole, some, span in zip(for_own, for_part, spans, strict=True):
+            whole[span] += some
         return (*for_own, None, None)
 
 

@@ -81,11 +81,11 @@ def collate(trees: Sequence[Tree], *, shared: bool, pad_token_id: int = 0) -> Ba
 
 
 def _one_row(trees: Sequence[Tree], pad_token_id: int) -> Batch:
-    ids: list[int] = []
+    ids = list(chain.from_iterable(tree.prompt for tree in trees))
     sources: list[int] = []
+    prompt_end = 0
     for tree in trees:
-        prompt_end = len(ids) + len(tree.prompt)
-        ids += tree.prompt
+        prompt_end += len(tree.prompt)
         for branch, given in tree.scored:
             before = [prompt_end - 1, *range(len(ids), len(ids) + len(branch) - 1)]  # of each token, the one before it
             sources += before[given:]

@@ -137,7 +137,7 @@ def _cast_once(model: Any) -> None:
 
 def _picked_logps(logits: Tensor, targets: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
     """Log p(target) [M] and, if `squares`, log sum_v p(v)^2 [M], from logits [M, V]."""
-    logps = logits.float().log_softmax(dim=-1)
+    logps = logits.log_softmax(dim=-1, dtype=torch.float32)
     log_square = (2 * logps.detach()).logsumexp(dim=-1) if squares else logps.new_zeros(())
     return logps.gather(1, targets.unsqueeze(1)).squeeze(1), log_square
 

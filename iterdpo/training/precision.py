@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 
 @contextmanager
@@ -31,13 +31,38 @@ def bfloat16_copies(model: torch.nn.Module) -> Iterator[None]:
         for name, weight in module._parameters.items():
             if weight is not None and weight.dtype == torch.float32:
                 swapped.append((module._parameters, name, weight))
-    made: dict[int, Tensor] = {}  # tied weights stay one
+    weights = {id(weight): weight for _, _, weight in swapped}  # tied ones stay one
+    copies = dict(zip(weights, _Copies.apply(*weights.values()) if weights else (), strict=True))
     for parameters, name, weight in swapped:
-        if id(weight) not in made:
-            made[id(weight)] = weight.to(torch.bfloat16)
-        parameters[name] = made[id(weight)]
+        parameters[name] = copies[id(weight)]
     try:
         yield
     finally:
         for parameters, name, weight in swapped:
             parameters[name] = weight
+
+
+class _Copies(torch.autograd.Function):
+    """bfloat16 copies of weights, whose gradients are added to the weights' in one pass over each."""
+
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.weights = weights
+        copies = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in weights]
+        torch._foreach_copy_(copies, weights)
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if distributed.is_initialized() and distributed.get_world_size() > 1:  # DDP averages what is returned
+            return tuple(None if gradient is None else gradient.float() for gradient in gradients)
+        reached = [(weight, g) for weight, g in zip(ctx.weights, gradients, strict=True) if g is not None]
+        new = [(weight, g) for weight, g in reached if weight.grad is None]
+        if more := [(weight.grad, g) for weight, g in reached if weight.grad is not None]:
+            torch._foreach_add_(*map(list, zip(*more, strict=True)))
+        for weight, _ in new:
+            weight.grad = torch.empty_like(weight)
+        if new:
+            torch._foreach_copy_([weight.grad for weight, _ in new], [g for _, g in new])
+        return (None,) * len(gradients)

@@ -35,16 +35,17 @@ def no_layout_is_left_behind() -> Iterator[None]:
 
 def test_a_layout_by_hand() -> None:
     layout = tree_layout([(1, [2]), (2, [1, 2])], 10)
-    # tokens              x  y  y  x  x  a  b  b  .  .
-    assert layout.tree.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, -1, -1]
-    assert layout.branch.tolist() == [0, 1, 1, 0, 0, 2, 3, 3, -1, -1]
-    assert layout.position.tolist() == [0, 1, 2, 0, 1, 2, 2, 3, 0, 0]
+    # tokens              x  X  X  y  y  a  b  b  .  .
+    assert layout.tree.tolist() == [0, 1, 1, 0, 0, 1, 1, 1, -1, -1]
+    assert layout.branch.tolist() == [0, 0, 0, 1, 1, 2, 3, 3, -1, -1]
+    assert layout.position.tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 0, 0]
+    assert layout.spans == (slice(3), slice(3, 8))
     prompts, branches = layout.blocks
     pad = [9]
-    assert prompts.queries.tolist() == [[0, *pad * 15], [3, 4, *pad * 14]]
+    assert prompts.queries.tolist() == [[0, *pad * 15], [1, 2, *pad * 14]]
     assert torch.equal(prompts.keys, prompts.queries)
-    assert branches.queries.tolist() == [[1, 2, *pad * 14], [5, *pad * 15], [6, 7, *pad * 14]]
-    assert branches.keys[:, :16].tolist() == [[0, *pad * 15], [3, 4, *pad * 14], [3, 4, *pad * 14]]
+    assert branches.queries.tolist() == [[3, 4, *pad * 14], [5, *pad * 15], [6, 7, *pad * 14]]
+    assert branches.keys[:, :16].tolist() == [[0, *pad * 15], [1, 2, *pad * 14], [1, 2, *pad * 14]]
     assert torch.equal(branches.keys[:, 16:], branches.queries)
     # The last branch's second token sees the prompt's two tokens, the first of its own, and itself.
     assert branches.mask[2, 1].nonzero().flatten().tolist() == [0, 1, 16, 17]
@@ -60,7 +61,7 @@ def test_a_layout_says_where_each_token_is_among_the_blocks() -> None:
     for token, places in enumerate(layout.key_slots.tolist()):
         found = [place for place in places if place < 128]
         assert [int(keys[place]) for place in found] == [token] * len(found)
-        assert len(found) == [2, 1, 1, 3, 3, 1, 1, 1, 0, 0][token]
+        assert len(found) == [2, 3, 3, 1, 1, 1, 1, 1, 0, 0][token]
         assert set(places) - set(found) <= {128}
 
 
@@ -75,11 +76,13 @@ def test_a_row_without_room_for_padding_is_refused() -> None:
 def seen(shape: list[tuple[int, list[int]]], window: int | None) -> Tensor:
     """[n, n]: the mask spelled out, token by token, from each token's ancestors."""
     ancestors: list[list[int]] = []
-    for prompt, lengths in shape:
-        start = len(ancestors)
-        ancestors += [[*range(start, start + i + 1)] for i in range(prompt)]
+    prompts = []
+    for prompt, _ in shape:
+        prompts.append(range(len(ancestors), len(ancestors) + prompt))
+        ancestors += [[*prompts[-1][: i + 1]] for i in range(prompt)]
+    for own, (_, lengths) in zip(prompts, shape, strict=True):
         for length in lengths:
-            path = [*range(start, start + prompt)]
+            path = [*own]
             for _ in range(length):
                 path = [*path, len(ancestors)]
                 ancestors.append(path)

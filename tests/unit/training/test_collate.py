@@ -43,13 +43,13 @@ def test_in_rows_of_their_own_each_branch_stands_behind_its_prompt_padded_on_the
     assert batch.attention_pairs == (1 + 2 + 3 + 4 + 5) + (1 + 2 + 3 + 4) + (1 + 2 + 3 + 4)
 
 
-def test_in_one_row_each_prompt_stands_once_before_its_branches() -> None:
+def test_in_one_row_each_prompt_stands_once_and_all_branches_come_after_all_prompts() -> None:
     batch = collate(TREES, shared=True, pad_token_id=99)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 1, 2, 3, 8, 4, 9, 2] + [99] * 54]
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 1, 2, 3, 4, 9, 2] + [99] * 54]
     assert batch.position_ids is not None
-    assert batch.position_ids[0, :10].tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2, 3]
+    assert batch.position_ids[0, :10].tolist() == [0, 1, 2, 0, 3, 4, 3, 1, 2, 3]
     # A branch's first token is predicted at the end of its prompt, wherever that is.
-    assert batch.sources.tolist() == [2, 3, 2, 6, 7, 8]
+    assert batch.sources.tolist() == [2, 4, 2, 3, 7, 8]
     assert batch.targets.tolist() == [1, 2, 3, 4, 9, 2]
     assert batch.branch.tolist() == [0, 0, 1, 2, 2, 2]
     assert (batch.branches, batch.tokens) == (3, 10)
