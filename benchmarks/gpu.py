@@ -259,9 +259,10 @@ def _engine_settings(job: Sampling) -> dict[str, Any]:
     return {"max_model_len": job.prompt_tokens + job.max_tokens, "max_num_seqs": 256}
 
 
-# Two engines share the GPU: memory for their caches is given, since vLLM would measure what is free.
+# Engines share the GPU: memory for their caches is given, since vLLM would measure what is free. It starts only if its
+# share of the GPU is free, whatever it takes.
 CACHE = {"kv_cache_memory_bytes": 6 << 30}
-SHARED: dict[str, Any] = {**CACHE, "gpu_memory_utilization": 0.4}
+SHARE = {"gpu_memory_utilization": 0.2}
 _raw_engine: Any = None  # of the process that has one
 _sampler: Any = None
 
@@ -275,7 +276,7 @@ def _start_raw(job: Sampling) -> float:
     from iterdpo.sampling.worker import cpu_defaults
 
     settings = _engine_settings(job)
-    more = cpu_defaults(settings["max_model_len"]) if current_platform.is_cpu() else SHARED
+    more = cpu_defaults(settings["max_model_len"]) if current_platform.is_cpu() else {**CACHE, **SHARE}
     _raw_engine = LLM(job.model, seed=0, dtype="bfloat16", disable_log_stats=True, **settings, **more)
     return time.perf_counter() - started
 
@@ -310,8 +311,8 @@ def _start_loop(job: Sampling) -> float:
     from iterdpo.sampling import VLLMSampler
 
     settings = _engine_settings(job)
-    more = {"extra": CACHE, "gpu_memory_utilization": 0.4} if visible_gpus() else {}
-    engine = EngineConfig(max_num_seqs=settings["max_num_seqs"], **more)
+    more = {"extra": CACHE, **SHARE} if visible_gpus() else {}
+    engine = EngineConfig.model_validate({"max_num_seqs": settings["max_num_seqs"], **more})
     log = Path(tempfile.mkdtemp(dir=Path(job.model).parent)) / "sampler.log"
     _sampler = VLLMSampler(max_model_len=lambda: settings["max_model_len"], log=log, engine=engine)
     return _seconds(_sampler.load, Path(job.model), "first")

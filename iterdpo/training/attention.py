@@ -492,12 +492,13 @@ def _flex(
     def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
-    return attend(
-        query,
-        key,
-        value,
-        score_mod=None if softcap is None else capped,
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    with torch._dynamo.config.patch(specialize_float=True):  # the backward pass takes no symbol for the soft cap
+        return attend(
+            query,
+            key,
+            value,
+            score_mod=None if softcap is None else capped,
+            block_mask=mask,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )

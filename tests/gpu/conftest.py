@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from iterdpo.testing import build_tiny_checkpoint
+
+# A pool of processes to compile with takes longer to start than the few kernels of these tests take.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.fixture(scope="module")

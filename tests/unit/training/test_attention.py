@@ -265,6 +265,21 @@ def test_flex_attention_sees_the_same(
     assert torch.equal(got, again)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_with_a_soft_cap_is_traced_with_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)  # it refuses gradients on a CPU
+    traced = torch.compile(flex_attention.flex_attention, dynamic=True, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(attention, "_compiled", lambda: (traced, flex_attention.create_block_mask))
+    q, k, v, layout = inputs(4, torch.float32)
+    for softcap in (1.5, 30.0):
+        got = attention._flex(q.requires_grad_(), k, v, layout, 0.3, None, softcap)
+        expected = torchs(q[:, :, :34], k[:, :, :34], v[:, :, :34], seen(SHAPE, None), 0.3, softcap)
+        torch.testing.assert_close(got[:, :, :34], expected, atol=1e-5, rtol=0)
+        assert got.requires_grad
+
+
 def test_a_layer_with_a_window_and_one_without_keep_their_masks_apart() -> None:
     q, k, v, layout = inputs(2)
     use_layout(layout)
