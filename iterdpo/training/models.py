@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from iterdpo.run.rundir import read_json
 
@@ -216,6 +219,29 @@ def average_checkpoints(first: Path, second: Path, *, decay: float, output: Path
                     old = other.get_tensor(name)
                 mixed[name] = torch.lerp(new.float(), old.float(), decay).to(new.dtype)
         save_file(mixed, output / file.name, metadata={"format": "pt"})
+
+
+@contextmanager
+def offloaded(model: torch.nn.Module) -> Iterator[None]:
+    """Keep what a backward pass needs in the host's pinned memory until then, but for weights, which stay anyway.
+
+    Copies are queued behind the work that they belong to: nothing waits for them.
+    """
+    from torch.distributed.tensor import DTensor
+
+    weights = {w.untyped_storage().data_ptr() for w in model.parameters() if not isinstance(w, DTensor)}
+
+    def pack(tensor: Tensor) -> Tensor | tuple[Tensor, torch.device]:
+        if tensor.untyped_storage().data_ptr() in weights:
+            return tensor
+        host = torch.empty(tensor.size(), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return host.copy_(tensor, non_blocking=True), tensor.device
+
+    def unpack(packed: Tensor | tuple[Tensor, torch.device]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed[0].to(packed[1], non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def free_memory() -> None:

@@ -36,6 +36,7 @@ from iterdpo.training.losses import (
     preference_loss,
     wpo_weights,
 )
+from iterdpo.training.models import offloaded
 from iterdpo.training.precision import bfloat16, bfloat16_copies
 from iterdpo.training.sentinels import Alarm, Sentinels
 
@@ -126,7 +127,7 @@ class Trainer:
     def losses(self, batch: MicroBatch, of_step: Tensor | None) -> tuple[Tensor, Tensor, float]:
         """Losses [b] of a batch's pairs, their statistics [b, S] in the order of `STATISTICS`, and the FLOPs."""
         dpo = self.dpo
-        with self.compute.saved_tensors(), self.compute.precision(self.policy):
+        with self.compute.saved_tensors(self.policy), self.compute.precision(self.policy):
             branches: CompletionLogps = self.policy(batch.batch, aligned=dpo.wpo)
         lengths, slots = batch.lengths, batch.slots
         chosen, rejected = pair_logps(branches, lengths, slots, ld_alpha=dpo.ld_alpha, absent=math.nan).unbind(dim=1)
@@ -229,9 +230,9 @@ class Compute:
         """In which the weights do not change: `precision` makes no further copies of them."""
         return bfloat16_copies(model) if self.copies else nullcontext()
 
-    def saved_tensors(self) -> AbstractContextManager[Any]:
+    def saved_tensors(self, policy: Any) -> AbstractContextManager[Any]:
         offload = self.dpo.activation_offload and self.accelerator.device.type == "cuda"
-        return torch.autograd.graph.save_on_cpu(pin_memory=True) if offload else nullcontext()
+        return offloaded(policy) if offload else nullcontext()
 
     def gradient_sync(self, policy: Any, *, now: bool) -> AbstractContextManager[Any]:
         """Gradients are exchanged between processes at a step's last micro-batch only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from iterdpo.training.models import (
     average_checkpoints,
     load_policy,
     make_savable,
+    offloaded,
     use_kernels,
     with_new_adapter,
 )
@@ -27,6 +29,31 @@ def test_a_policy_saved_in_bfloat16_is_loaded_in_float32(tiny_model: Path, tmp_p
     load_policy(tiny_model).to(torch.bfloat16).save_pretrained(tmp_path)
     assert {p.dtype for p in load_policy(tmp_path).parameters()} == {torch.float32}
     assert {p.dtype for p in load_policy(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_offloaded_tensors_give_the_same_gradients_and_weights_are_not_among_them(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    model = load_policy(tiny_model)
+    pinned: set[torch.Size] = set()
+    empty = torch.empty
+
+    def watched(size: torch.Size, *, pin_memory: bool, **settings: Any) -> Any:
+        pinned.add(size)
+        return empty(size, **settings)
+
+    gradients = []
+    for around in (nullcontext(), offloaded(model)):
+        model.zero_grad()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "empty", watched)
+            with around:
+                loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert pinned
+    assert not pinned & {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
 
 
 def test_a_checkpoint_that_lacks_weights_is_not_filled_up_with_random_ones(tmp_path: Path) -> None:
