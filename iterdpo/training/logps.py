@@ -22,7 +22,7 @@ from iterdpo.training.collate import Batch, Tree, collate, micro_batches, tree_s
 from iterdpo.training.models import free_memory, load_policy
 from iterdpo.training.precision import bfloat16
 
-CHUNK_ELEMENTS = 1 << 23  # logits in memory at once: 32 MiB in float32
+CHUNK_ELEMENTS = 1 << 24  # logits in memory at once: 32 MiB in bfloat16. Products of fewer rows are slower
 TOKENS_AT_ONCE = 16_384  # of completions that a GPU scores together
 ON_GPU = 1 << 27  # or a 512th of its memory in bytes: few products, and large ones
 
@@ -170,7 +170,7 @@ def chunk_elements(device: torch.device) -> int:
     if device.type != "cuda":
         return CHUNK_ELEMENTS
     memory = int(torch.cuda.get_device_properties(device).total_memory)
-    return max(CHUNK_ELEMENTS, min(ON_GPU, memory >> 9))
+    return min(ON_GPU, memory >> 9)
 
 
 class _Head(torch.autograd.Function):
