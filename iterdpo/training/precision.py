@@ -51,6 +51,9 @@ class _Copies(torch.autograd.Function):
         ctx.weights = weights
         copies = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in weights]
         torch._foreach_copy_(copies, weights)
+        ctx.mark_non_differentiable(
+            *(copy for copy, weight in zip(copies, weights, strict=True) if not weight.requires_grad)
+        )
         return tuple(copies)
 
     @staticmethod

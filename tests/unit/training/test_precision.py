@@ -95,6 +95,17 @@ def test_gradient_checkpointing_runs_the_layers_again_over_the_copies() -> None:
     assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(model).items())
 
 
+def test_frozen_weights_beside_trained_ones_have_copies_without_gradients() -> None:
+    model = build(tied=False)
+    for frozen in (model.lm_head.weight, model.model.embed_tokens.weight, model.model.layers[0].mlp.up_proj.weight):
+        frozen.requires_grad_(False)
+    expected = {name for name, p in model.named_parameters() if p.requires_grad}
+    with bfloat16(model, copies=True):
+        assert not model.lm_head.weight.requires_grad
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert gradients(model).keys() == expected
+
+
 def test_frozen_weights_in_half_precision_stay_as_they_are() -> None:
     model = build().to(torch.bfloat16).requires_grad_(False)
     weight = model.lm_head.weight
