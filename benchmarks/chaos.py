@@ -1,6 +1,6 @@
 """Every way to stop a run, times its stages: what stays behind, how soon it is gone, what is done again, what comes out.
 
-    nice -n 19 python -m benchmarks.chaos --stops 200 [--root runs/chaos] [--engine vllm] [--prefect yes]
+    nice -n 19 python -m benchmarks.chaos --stops 200 [--root runs/chaos] [--engine vllm] [--prefect yes|serve]
 
 Runs of a tiny model are stopped again and again, inside sampling and training: the whole run by a signal, or one of its
 processes, which the run must notice and replace. A full disk is a small file system of its own, which needs root. Each
@@ -8,7 +8,9 @@ run is held against one that was never stopped. Every stop is a line of ROOT/sto
 prints the table of all stops so far.
 
 `--engine pretended` has a sampler without vLLM (chaos_engine.py) under the same guard, because vLLM takes longer to start
-than all the rest; everything else is real. `--prefect yes` runs under a Prefect server, which is killed too.
+than all the rest; everything else is real. `--prefect yes` runs under a Prefect server, which is killed too. With
+`--prefect serve`, triggers of `iterdpo serve` add the rounds: a round is cancelled on the page, and its worker, which is
+`iterdpo serve`, is stopped.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from typing import Any, Literal
 
 import yaml
 
+from benchmarks.chaos_served import Service
 from benchmarks.harness import command_line
 from iterdpo.run import supervise
 from iterdpo.run.rundir import read_manifest
@@ -63,9 +66,13 @@ CHILD = {
     for stage, child in (("sample", "engine"), ("train", "trainer"))
 }  # a guard that is stopped stops nothing
 SERVER = [Way("Prefect's server", how) for how in ("SIGTERM", "SIGKILL")]
+CANCEL = Way("round on the page", "cancel")
+WORKER = [Way("worker", how) for how in ("SIGINT", "SIGTERM", "SIGKILL")]
 FULL = Way("disk", "fullness")
-ENDING = {*FLOW, FULL}
+ENDING = {*FLOW, FULL, CANCEL, *WORKER}
 """Those after which the run must be started again."""
+NOTICED = {"SIGSTOP": SILENCE + 3, "cancel": 30.0}
+"""Seconds until a stop is noticed, from when on five more are given."""
 WEIGHTS = {"sample": 1.0, "train": 1.0, "evaluate": 0.15}
 """How often a stage is stopped when the run comes to it; the others pass by."""
 
@@ -75,7 +82,7 @@ def main(
     stops: int = 200,
     root: Path = Path("runs/chaos"),
     engine: Literal["pretended", "vllm"] = "pretended",
-    prefect: Literal["yes", "no"] = "no",
+    prefect: Literal["yes", "serve", "no"] = "no",
     seed: int = 0,
 ) -> None:
     signal.signal(
@@ -83,18 +90,23 @@ def main(
     )  # a shell's background job ignores it, and so would the run
     root = root.absolute()
     root.mkdir(parents=True, exist_ok=True)
-    chaos = Chaos(root, engine, prefect == "yes", random.Random(f"{seed} {time.time_ns()}"))
+    chaos = Chaos(root, engine, prefect, random.Random(f"{seed} {time.time_ns()}"))
     try:
         while len(chaos.rows) < stops:
             chaos.lineage(stops)
     finally:
         chaos.end()
+        if chaos.service is not None:
+            chaos.service.end()
         print(table(chaos.rows, read(root / "lineages.jsonl")))
 
 
 class Chaos:
-    def __init__(self, root: Path, engine: str, prefect: bool, draw: random.Random) -> None:
-        self.root, self.engine, self.prefect, self.draw = root, engine, prefect, draw
+    def __init__(self, root: Path, engine: str, prefect: str, draw: random.Random) -> None:
+        self.root, self.draw = root, draw
+        self.engine = "vllm" if prefect == "serve" else engine  # a round that is served imports its own
+        self.prefect = prefect == "yes"
+        self.service = Service(root) if prefect == "serve" else None
         self.rows = read(root / "stops.jsonl")
         self.model = root / "model"
         if not self.model.exists():
@@ -102,7 +114,7 @@ class Chaos:
             (root / "judge.py").write_text(JUDGE)
             prompts = [{"prompt": f"Tale {i}, of the sea"} for i in range(600)]
             (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-        self.flow: subprocess.Popen[bytes] | None = None
+        self.flow: subprocess.Popen[bytes] | Service | None = None
         self.struck_flow = False
         self.shards: dict[str, int] = {}  # at the last stop
         self.disk = root / "disk"
@@ -133,6 +145,11 @@ class Chaos:
         environment = {**os.environ, "CHAOS": str(self.root), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         environment |= {"PREFECT_HOME": str(self.root / "prefect"), "PREFECT_LOGGING_LEVEL": "ERROR"}
         code = PRETENDED if self.engine == "pretended" else MAIN
+        if self.service is not None:
+            command = [sys.executable, "-c", code, "serve", str(self.write(run))]
+            self.service.start(command, run.with_suffix(".log"), environment)
+            self.flow = self.service
+            return
         with open(run.with_suffix(".log"), "ab") as log:
             command = [sys.executable, "-c", code, "run", str(self.write(run))]
             command += [] if self.prefect else ["--no-prefect"]
@@ -146,12 +163,13 @@ class Chaos:
     def reference(self) -> str:
         """The digest of the last policy of a run that is not stopped."""
         run = self.root / f"reference-{self.engine}"
-        if (digest := last_policy(run)) is None:
+        while (digest := last_policy(run)) is None:
             self.start(run)
             assert self.flow is not None
             self.flow.wait()
-            digest = last_policy(run)
-            assert digest is not None, f"see {run.with_suffix('.log')}"
+            assert self.service is not None or last_policy(run) is not None, f"see {run.with_suffix('.log')}"
+        if self.service is not None:
+            self.service.stop()  # it serves this configuration
         return digest
 
     def lineage(self, stops: int) -> None:
@@ -167,8 +185,10 @@ class Chaos:
                 if len(self.rows) >= stops or not self.strike(run):
                     self.flow.wait()
             self.flow.wait()
-            if last_policy(run) is None and not self.struck_flow:
+            if last_policy(run) is None and not self.struck_flow and not isinstance(self.flow, Service):
                 raise SystemExit(f"{run} ended with status {self.flow.returncode}; see {run.with_suffix('.log')}")
+        if self.service is not None:
+            self.service.stop()
         identical = last_policy(run) == reference
         append(self.root / "lineages.jsonl", {"run": run.name, "identical": identical})
         if identical:
@@ -203,20 +223,24 @@ class Chaos:
         way, victims = found
         before, begun = shards(run), time.monotonic()
         steps, checkpoint = log_lines(run), last_checkpoint(run)
-        family = mark(self.root) if way in ENDING else victims[1]
+        family = victims[1] or mark(self.root)
         if way == FULL:
             self.fill()
             self.flow.wait(300)  # the run notices when it next writes
             begun = time.monotonic()
-        for number in way.how.split(", then ") if way != FULL else ():
+        if way == CANCEL:
+            assert self.service is not None
+            self.service.cancel()
+        for number in way.how.split(", then ") if way not in (FULL, CANCEL) else ():
             with suppress(ProcessLookupError):
                 os.kill(victims[0], getattr(signal, number))
             time.sleep(0.05)
-        limit = SILENCE + 20 if way.how == "SIGSTOP" else 20.0
+        noticed = NOTICED.get(way.how, 0.0)
+        limit = noticed + 20
         left_after_5 = None
         while running := [pid for pid in family if runs(pid)]:
             passed = time.monotonic() - begun
-            if left_after_5 is None and passed > 5 + (SILENCE + 3) * (way.how == "SIGSTOP"):
+            if left_after_5 is None and passed > noticed + 5:
                 left_after_5 = len(running)
             if passed > limit:
                 break
@@ -256,13 +280,21 @@ class Chaos:
         """First the way that this stage was stopped least often; those of the flow take a start of it each."""
         done = Counter(row["way"] for row in self.rows if row["stage"] == stage)
         ways = [*FLOW, *([FULL] if self.small else []), *CHILD.get(stage, []), *(SERVER if self.prefect else [])]
+        if self.service is not None:  # its rounds leave SIGINT to it
+            ways = [CANCEL, *WORKER, *FLOW[1:], *CHILD.get(stage, [])]
         return sorted(ways, key=lambda way: (done[str(way)] * (4.0 if way in ENDING else 1.0), self.draw.random()))
 
     def victims(self, way: Way) -> tuple[int, list[int]] | None:
         """The process to stop, and those that must be gone: it, its guard and what is below it. None: it is not there."""
         assert self.flow is not None
+        if way in WORKER:
+            assert self.service is not None
+            assert self.service.process is not None
+            return self.service.process.pid, []
+        if self.service is not None and not self.service.found():
+            return None
         if way in ENDING:
-            return self.flow.pid, []
+            return self.flow.pid, [self.flow.pid, *supervise._descendants(self.flow.pid)] if self.service else []
         engine = "benchmarks.chaos_engine" if self.engine == "pretended" else "iterdpo.sampling.worker"
         modules = {"trainer": "iterdpo.training.train", "engine": engine, "Prefect": "uvicorn"}
         module = modules[way.target.split("'")[0]]
@@ -278,15 +310,15 @@ class Chaos:
 
 def where(run: Path) -> tuple[Stage, str, int] | None:
     """The stage that a run is in, its directory, and how much of it is done; None: none of those that are stopped."""
-    for partial in run.glob("round-*/*.partial"):
-        match partial.name:
-            case "completions.partial":
-                return "sample", str(partial), len(list(partial.glob("shard-*.parquet")))
-            case "policy.partial":
-                with suppress(OSError):
+    with suppress(OSError):  # it changes meanwhile
+        for partial in run.glob("round-*/*.partial"):
+            match partial.name:
+                case "completions.partial":
+                    return "sample", str(partial), len(list(partial.glob("shard-*.parquet")))
+                case "policy.partial":
                     return "train", str(partial), (partial / "train_log.jsonl").read_text().count("\n")
-            case "evaluation.partial":
-                return "evaluate", str(partial), len(list(partial.rglob("shard-*")))
+                case "evaluation.partial":
+                    return "evaluate", str(partial), len(list(partial.rglob("shard-*")))
     return None
 
 

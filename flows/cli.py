@@ -21,6 +21,7 @@ from iterdpo import __version__
 from iterdpo.errors import RunFailed, UserError
 from iterdpo.run import disk
 from iterdpo.run.progress import Progress
+from iterdpo.run.supervise import end_soon
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -452,6 +453,7 @@ def _run_config(config: Config, options: RunOptions) -> int:
             check_surroundings(run, prefect=not options.no_prefect)
         print(plan)
         return 0
+    end_soon()
     worked = continue_run(run, prefect=not options.no_prefect)
     records = run.dir.records()
     if not worked:

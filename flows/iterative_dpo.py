@@ -36,7 +36,7 @@ from iterdpo.report.plots import as_png, figures
 from iterdpo.run.progress import Progress
 from iterdpo.run.read import read_run
 from iterdpo.run.rundir import RunDir
-from iterdpo.run.supervise import end_with
+from iterdpo.run.supervise import end_soon, end_with
 from iterdpo.stages.plan import first_pending, first_pending_of
 from iterdpo.stages.runs import IterativeRun
 from iterdpo.types import RoundRecord
@@ -111,6 +111,7 @@ def add_rounds_flow(config: Config) -> Flow[..., str]:
         if os.getpid() != server:
             end_with(server)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both, and the server ends this process
+            end_soon()
         get_run_logger().info("waiting for %s, which another run may be using", directory.root)
         return add_rounds_to(config, rounds, overrides, wait=True)
 

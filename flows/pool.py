@@ -35,7 +35,7 @@ from iterdpo.config import Config, load_any_config, load_config, load_offline_co
 from iterdpo.errors import ConfigError, RunFailed, RunLockedError, UserError
 from iterdpo.run.progress import Progress
 from iterdpo.run.rundir import RunDir
-from iterdpo.run.supervise import end_with
+from iterdpo.run.supervise import end_soon, end_with
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -116,6 +116,7 @@ def _in_worker(work: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(work)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         end_with(os.getppid())
+        end_soon()
         os.chdir(os.environ[HOME])
         return work(*args, **kwargs)
 

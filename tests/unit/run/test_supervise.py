@@ -396,3 +396,17 @@ def test_a_guard_that_is_killed_or_stopped_leaves_nothing(tmp_path: Path) -> Non
         os.kill(child.process.pid, signal.SIGSTOP)
         child.kill()
         gone(found)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_process_whose_handler_hangs_ends_all_the_same(number: int, status: int) -> None:
+    script = (
+        "import signal, time; from iterdpo.run.supervise import end_soon; end_soon(0.2)\n"
+        "for n in (signal.SIGINT, signal.SIGTERM): signal.signal(n, lambda *_: time.sleep(1000))\n"
+        "print('ready', flush=True); time.sleep(1000)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(number)
+    assert process.wait(10) == status
