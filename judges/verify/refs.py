@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import sys
@@ -55,7 +56,7 @@ class Ref:
         result, changed, output = tester.ask("call", self, arguments, named, capture, tester.in_place)
         if output:
             sys.stdout.write(output)
-        if changed is not None:
+        if changed is not None and (result is None or (tester.in_place and isinstance(result, int))):
             refresh(arguments, changed[0])
             refresh(named, changed[1])
         if self._ref_is_class and self._ref_made and type(result) is Ref:  # not a class that the program gave
@@ -81,18 +82,27 @@ class Ref:
         if name in VERDICTS and not self._ref_made:
             raise AttributeError(f"{name!r} is not asked of an object that the program made")
         value = self._ref_tester.ask("getattr", self, name)
+        self._ref_note("attribute", name, value)
         if name in ("keys", "values", "items") and type(value) is Ref and not self._ref_made:
-            return lambda: self._ref_view(value)
+            return lambda: self._ref_view(name, value)
         return value
 
-    def _ref_view(self, method: Ref) -> Any:
-        """Its keys, values or items, of which it has as many as it says."""
-        sizes, number = self._ref_tester.sizes, self._ref_number
-        before = sizes.get(number, (0, math.inf))
+    def _ref_view(self, name: str, method: Ref) -> Any:
+        """Its keys, values or items, of which it has as many as it says. All three agree, and with items by key."""
+        notes = self._ref_tester.notes()
+        before = [dict(noted) for noted in notes]
         result = method()
         items = list(result) if type(result) is Ref else result
-        sizes[number] = before
+        for noted, kept in zip(notes, before, strict=True):
+            noted.update(kept)
         self._ref_has(len(items), len(items))
+        self._ref_note("view", name, list(items))
+        if name == "items" and all(type(item) is tuple and len(item) == 2 for item in items):
+            self._ref_note("view", "keys", [key for key, _ in items])
+            self._ref_note("view", "values", [value for _, value in items])
+            for key, value in items:
+                if is_key(key):
+                    self._ref_note("item", key, value)
         return items
 
     def __index__(self) -> int:
@@ -135,29 +145,37 @@ class Ref:
         once = items._ref_number == self._ref_number  # an iterator itself
 
         def follow() -> Iterator[Any]:
-            sizes, number, count = self._ref_tester.sizes, self._ref_number, 0
+            sizes, number, count = self._ref_tester.sizes, self._ref_tester.first(self), 0
             whole: list[Any] = []
+            changes = self._ref_tester.changes
+            before = self._ref_tester.ended.get(number)
             while (got := self._ref_tester.ask("next", items))[0] is True:
                 count += 1
                 if once and sizes.get(number, GONE)[1] == math.inf:
                     sizes[number] = GONE
                 else:
                     self._ref_has(count, math.inf)
+                whole.append(got[1])
                 if once:
                     self._ref_tester.answers.pop(number, None)
-                else:
-                    whole.append(got[1])
-                    if order == "iter":
-                        self._ref_note("place", count - 1, got[1])
+                    if before and not self._ref_tester.agree(before[count - 1 : count], [got[1]]):
+                        raise AssertionError(CONTRADICTED)
+                elif order == "iter":
+                    self._ref_note("place", count - 1, got[1])
                 yield got[1]
             if sizes.get(number) != GONE:
                 self._ref_has(count, count)
-            if not once:
+            if once and count:  # it may begin anew, with the same items
+                self._ref_tester.ended.setdefault(number, whole)
+                if before and count < len(before):
+                    raise AssertionError(CONTRADICTED)
+            if not once and changes == self._ref_tester.changes:
                 whole = whole if order == "iter" else whole[::-1]
                 for place, item in enumerate(whole):
                     self._ref_note("place", place, item)
                 self._ref_tester.wholes[number] = whole
-                self._ref_agree([key for kind, key in self._ref_tester.answers.get(number, {}) if kind == "item"])
+                answers = self._ref_tester.answers.get(number, {})
+                self._ref_agree([key for kind, key in answers if kind == "item" and type(key) is int])
 
         return follow()
 
@@ -166,8 +184,9 @@ class Ref:
         answer = self._ref_ask("getitem", key)
         if self._ref_made or self._ref_is_class:
             return answer
-        if type(key) is int:
+        if is_key(key):
             self._ref_note("item", key, answer)
+        if type(key) is int:
             self._ref_agree([key])
         if type(key) is slice:
             try:
@@ -180,34 +199,38 @@ class Ref:
                 self._ref_note("place", place, item)
         return answer
 
-    def _ref_note(self, question: str, key: int, answer: Any) -> None:
+    def _ref_note(self, question: str, key: Any, answer: Any) -> None:
         """Note an answer. The same question has the same answer until a call may have changed the object."""
-        if self._ref_made or type(answer) not in (bool, int, float, str, bytes):
+        if self._ref_made:
             return
-        if self._ref_tester.answers.setdefault(self._ref_number, {}).setdefault((question, key), answer) != answer:
+        kept = copy.copy(answer) if type(answer) in (list, dict, set, bytearray) else answer  # tests may change theirs
+        answers = self._ref_tester.answers.setdefault(self._ref_tester.first(self), {})
+        if not self._ref_tester.agree(answers.setdefault((question, key), kept), answer):
             raise AssertionError(CONTRADICTED)
 
     def _ref_agree(self, keys: list[int]) -> None:
         """Compare items by number with those by iteration, if these are not the keys of a mapping."""
-        items = self._ref_tester.wholes.get(self._ref_number, [])
+        number = self._ref_tester.first(self)
+        items = self._ref_tester.wholes.get(number, [])
         for key in keys:
             if -len(items) <= key < len(items) and key not in items:
-                answer = self._ref_tester.answers.get(self._ref_number, {}).get(("item", key))
-                if type(answer) is type(items[key]) and answer != items[key]:
+                answer = self._ref_tester.answers.get(number, {}).get(("item", key))
+                if type(answer) is type(items[key]) and not self._ref_tester.agree(answer, items[key]):
                     raise AssertionError(CONTRADICTED)
 
     def _ref_has(self, least: float, most: float) -> None:
         """Note how many items it has."""
         if self._ref_made:
             return
-        before = self._ref_tester.sizes.get(self._ref_number, (0, math.inf))
+        number = self._ref_tester.first(self)
+        before = self._ref_tester.sizes.get(number, (0, math.inf))
         least, most = max(least, before[0]), min(most, before[1])
         if least > most:
             raise AssertionError(CONTRADICTED)
-        self._ref_tester.sizes[self._ref_number] = least, most
+        self._ref_tester.sizes[number] = least, most
 
     def __next__(self) -> Any:
-        self._ref_tester.answers.pop(self._ref_number, None)
+        self._ref_tester.answers.pop(self._ref_tester.first(self), None)
         going, value = self._ref_tester.ask("next", self)
         if going is not True:
             raise StopIteration(value)
@@ -303,10 +326,22 @@ class Ref:
         return type(kind) is Ref and kind._ref_is_class and self._ref_number in kind._ref_lineage
 
     def __format__(self, layout: str) -> str:
-        return str(self._ref_ask("format", layout))
+        return str(self._ref_say("format", layout))
+
+    def _ref_say(self, name: str, *rest: Any) -> Any:
+        answer = self._ref_ask(name, *rest)
+        self._ref_note(name, rest, answer)
+        return answer
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("an object of the program cannot be copied")
+
+
+def is_key(value: Any) -> bool:
+    """Whether it is plain data that an item can be asked by, more than once."""
+    if type(value) is tuple:
+        return all(map(is_key, value))
+    return value is None or type(value) in (bool, int, float, str, bytes)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -374,8 +409,8 @@ def _places(trace: Any) -> Iterator[tuple[str, int]]:
         trace = trace.tb_next
 
 
-def _unary(name: str) -> Callable[..., Any]:
-    return lambda self, *rest: self._ref_ask(name, *rest)
+def _unary(name: str, method: str) -> Callable[..., Any]:
+    return lambda self, *rest: getattr(self, method)(name, *rest)
 
 
 def _binary(name: str, *, swapped: bool = False) -> Callable[[Ref, Any], Any]:
@@ -395,9 +430,9 @@ def _binary(name: str, *, swapped: bool = False) -> Callable[[Ref, Any], Any]:
 
 
 for _name in ("str", "repr", "int", "float", "complex", "round", "abs"):
-    setattr(Ref, f"__{_name}__", _unary(_name))
+    setattr(Ref, f"__{_name}__", _unary(_name, "_ref_say"))
 for _name in ("neg", "pos", "invert", "setitem", "delitem"):
-    setattr(Ref, f"__{_name}__", _unary(_name))
+    setattr(Ref, f"__{_name}__", _unary(_name, "_ref_ask"))
 for _name in ("lt", "le", "gt", "ge"):
     setattr(Ref, f"__{_name}__", _binary(_name))
 for _name in ("__doc__", "__slots__", "__annotations__"):

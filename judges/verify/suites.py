@@ -31,10 +31,13 @@ LIBRARY = {
     "fixture": "pytest",
     "Counter": "collections", "OrderedDict": "collections", "defaultdict": "collections", "deque": "collections",
     "namedtuple": "collections", "Decimal": "decimal", "Fraction": "fractions", "date": "datetime",
-    "timedelta": "datetime", "deepcopy": "copy", "Path": "pathlib", "TestCase": "unittest", "patch": "unittest.mock",
+    "datetime": "_datetime", "timedelta": "datetime", "deepcopy": "copy", "Path": "pathlib", "TestCase": "unittest", "patch": "unittest.mock",
     "Mock": "unittest.mock", "MagicMock": "unittest.mock", "StringIO": "io", "BytesIO": "io",
 }  # fmt: skip
-"""Names of the standard library, with their modules, that tests use without an import because programs have one."""
+"""Names of the standard library, with their modules, that tests use without an import because programs have one.
+
+A name that is its own module's is the module, and `_datetime` has the class of that name.
+"""
 METHODS = {name for kind in (str, list, dict, set, int, float) for name in dir(kind)}
 
 
@@ -280,7 +283,7 @@ def _names(body: list[ast.stmt]) -> dict[str, str]:
     own = {name for name in loads - known - modules.keys() - around if not COMPARATORS.fullmatch(name)}
     if not own and len(called & known) == 1 and not _reaches_more(nodes, called & known):
         own |= called & known
-    library = {name: LIBRARY[name] for name in loads & LIBRARY.keys() - own}
+    library = {name: LIBRARY[name] for name in loads & LIBRARY.keys() - own - modules.keys()}
     return {**dict.fromkeys(sorted(own), ""), **modules, **library}
 
 

@@ -13,6 +13,7 @@ import builtins
 import functools
 import importlib
 import inspect
+import math
 import operator
 import os
 import re
@@ -34,7 +35,7 @@ from judges.verify.refs import (
     same,
     type_of,
 )
-from judges.verify.wire import LIBRARY, TYPES, VERDICTS, Peer, parameters_of, put, run_awaitable
+from judges.verify.wire import LIBRARY, PLAIN, TYPES, VERDICTS, Peer, parameters_of, put, run_awaitable
 
 Step = list[Any]
 NOT_FINITE = {"nan": r"(?i)\b(is)?nan\b", "inf": r"(?i)\b(is)?(inf|infinity|infinite|finite)\b"}
@@ -94,21 +95,65 @@ class Tester:
         self.places: dict[int, int] = {}  # in it, by id
         self.exceptions: dict[int, type[BaseException]] = {}
         self.sizes: dict[int, tuple[float, float]] = {}  # by object, the least and the most items that it may have
-        self.answers: dict[int, dict[tuple[str, int], Any]] = {}  # by object and question, what no question changes
+        self.answers: dict[int, dict[tuple[str, Any], Any]] = {}  # by object and question, what no question changes
         self.wholes: dict[int, list[Any]] = {}  # by object, all of its items
+        self.ended: dict[int, list[Any]] = {}  # by iterator, the items that it gave until it ended
+        self.firsts: dict[int, int] = {}  # by object that was the answer to a question, the one that was it before
+        self.changes = 0  # how often all that was forgotten
         self.checking: set[tuple[str, int]] = set()  # the files and lines of `with` statements and functions that check
         self.denied = False  # whether an object of the tests has failed an assertion in a question of the program
 
     def ask(self, verb: str, *values: Any) -> Any:
         changes = verb in CHANGES or (verb == "operator" and values[0] in CHANGES)
-        if changes:
-            for noted in (self.sizes, self.answers, self.wholes):
-                noted.clear()
+        with self.peer.lock:
+            if self.peer.settle() or changes:
+                self.forget()
         try:
             return self.peer.ask(verb, *values)
         finally:
             for name in self.plain if changes else ():
                 self.namespace[name] = self.peer.ask("global", name)
+
+    def notes(self) -> list[dict[int, Any]]:
+        return [self.sizes, self.answers, self.wholes, self.ended, self.firsts]
+
+    def forget(self) -> None:
+        """Forget what the program's objects answered: they may have changed."""
+        self.changes += 1
+        for notes in self.notes():
+            notes.clear()
+
+    def first(self, ref: Ref) -> int:
+        """The number of the object that stood in the place of `ref` first."""
+        number = ref._ref_number
+        while number in self.firsts:
+            number = self.firsts[number]
+        return number
+
+    def agree(self, before: Any, now: Any) -> bool:
+        """Whether two answers to a question are equal. An object may be another one, if it then answers as the first."""
+        match before, now:
+            case Ref(), Ref():
+                return self.first(before) == self.first(now) or self.unite(self.first(before), self.first(now))
+            case (list(), list()) | (tuple(), tuple()):
+                return len(before) == len(now) and all(map(self.agree, before, now))
+            case (set(), set()) | (frozenset(), frozenset()):
+                plain = ({item for item in items if type(item) is not Ref} for items in (before, now))
+                return len(before) == len(now) and operator.eq(*plain)
+            case dict(), dict():
+                return self.agree([*before], [*now]) and self.agree([*before.values()], [*now.values()])
+        return type(before) is type(now) and (not isinstance(now, PLAIN) or before == now or now != now)
+
+    def unite(self, first: int, number: int) -> bool:
+        """Have the object `number` stand for `first`, and tell whether what is noted of the two agrees."""
+        self.firsts[number] = first
+        least, most = zip(*(self.sizes.pop(one, (0, math.inf)) for one in (first, number)), strict=True)
+        self.sizes[first] = max(least), min(most)
+        if number in self.wholes:
+            self.wholes.setdefault(first, self.wholes[number])
+        answers = self.answers.setdefault(first, {})
+        agreed = [self.agree(answers.setdefault(*one), one[1]) for one in self.answers.pop(number, {}).items()]
+        return max(least) <= min(most) and all(agreed)
 
     def named(self, name: str) -> Any:
         """What the program calls `name`. Raises AttributeError if it has none."""
@@ -291,7 +336,7 @@ class Tester:
 
 
 class Identities(ast.NodeTransformer):
-    """Has tests call `same` for `is`, and `type_of` for `type(x)` and `x.__class__`."""
+    """Has tests call `same` for `is`, `type_of` for `type(x)` and `x.__class__`, and their `eval` for `builtins.eval`."""
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         self.generic_visit(node)
@@ -313,6 +358,8 @@ class Identities(ast.NodeTransformer):
         self.generic_visit(node)
         if node.attr == "__class__" and isinstance(node.ctx, ast.Load):
             return ast.Call(ast.Name("__type__", ast.Load()), [node.value], [])
+        if node.attr in EVALUATING and ast.unparse(node.value) in ("builtins", "__builtins__"):
+            return ast.Name(node.attr, node.ctx)
         return node
 
 
@@ -519,8 +566,8 @@ def is_harmless(source: str | bytes | bytearray, denied: Collection[str] = ()) -
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    for name in names - COMPUTING:
-        if name.startswith("_") or name in denied or name in dir(builtins):
+    for name in names:
+        if name in denied or (name not in COMPUTING and (name.startswith("_") or name in dir(builtins))):
             return False
     return all(isinstance(node, EXPRESSIONS) for node in nodes)
 
@@ -555,10 +602,11 @@ def seed_both(tester: Tester) -> None:
 
 
 def watch_pickles(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook: a pickle may be the program's, and makes nothing but plain data and objects of the tests."""
+    """An audit hook: a pickle may be the program's, and makes nothing but plain data and objects of the tests' classes."""
     if event == "pickle.find_class":
         module, name = arguments[:2]
-        if module != "tests" and f"{module}.{name}" not in LIBRARY and (module, name) not in PICKLED:
+        own = module == "tests" and isinstance(vars(sys.modules[module]).get(name), type)
+        if not own and f"{module}.{name}" not in LIBRARY and (module, name) not in PICKLED:
             raise ValueError(f"a pickle with {module}.{name}")
 
 

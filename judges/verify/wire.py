@@ -40,10 +40,12 @@ TYPES = {
 PLAIN = (int, float, complex, str, bytes, bytearray, dict, *CONTAINERS.values())
 VIEWS: dict[str, Any] = {"keys": KeysView, "values": ValuesView, "items": ItemsView}
 SMALL = 1 << 53
-WORDS = {"nan": r"(?i)\bnan\b", "inf": r"(?i)\binf(inity)?\b|\b\d+(\.\d*)?e\+?\d{3,}\b"}
+WORDS = {"nan": r"(?i)\bnan\b", "inf": r"(?i)\binf(inity)?\b"}
 """By number that is not finite, the words that `float` and JSON read as it."""
+NUMBERS = r"(?i)\b\d[\d_]*(?:\.[\d_]*(?:e\+?[\d_]+)?|e\+?[\d_]+)(?!\w)"
+"""Numbers in a text, with a point or an exponent, that may be too large for a float."""
 VERDICTS = {  # methods that are told what is expected
-    "count", "index", "find", "rfind", "rindex", "startswith", "endswith", "issubset", "issuperset", "isdisjoint",
+    "count", "index", "find", "rfind", "rindex", "startswith", "endswith", "issubset", "issuperset", "isdisjoint", "is_relative_to",
     "union", "replace", "strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "partition", "rpartition", "difference", "symmetric_difference", "intersection", "equals", "__contains__", "__eq__", "__ne__", "__lt__",
     "__le__", "__gt__", "__ge__", "__sub__", "__rsub__", "__truediv__", "__floordiv__", "__mod__", "__xor__", "__and__",
 }  # fmt: skip
@@ -163,14 +165,20 @@ class Peer:
                 self.lent.append((*values, answer, self.encode(answer)))
             return answer
 
-    def settle(self) -> None:
-        """Change the other end's containers as this end has changed its copies, as in `node.children.append(leaf)`."""
+    def settle(self) -> bool:
+        """Change the other end's containers as this end has changed its copies, as in `node.children.append(leaf)`.
+
+        Whether there was one to change.
+        """
         lent, self.lent = self.lent, []
+        changed = False
         for owner, name, container, before in lent:
             if (now := self.encode(container)) != before:
                 self._ask("put", owner, name, container)
+                changed = True
             if sys.getrefcount(container) > 3:  # more than here: the tuple, `container`, and the argument
                 self.lent.append((owner, name, container, now))
+        return changed
 
     def _ask(self, verb: str, *values: Any) -> Any:
         self.send(["ask", verb, [self.encode(value) for value in values]])
@@ -319,6 +327,10 @@ class Peer:
         for kind, words in WORDS.items():
             if kind not in self.not_finite and re.search(words, text):
                 raise ValueError(f"{kind} is not expected")
+        if "inf" not in self.not_finite:
+            for number in re.findall(NUMBERS, text):
+                if float(number.replace("_", "")) == float("inf"):
+                    raise ValueError("inf is not expected")
         return text
 
     def _number(self, value: Any) -> Any:
