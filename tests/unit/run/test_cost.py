@@ -64,6 +64,13 @@ def test_8b_has_the_memory_that_was_seen(own: dict[str, Any], gib: float) -> Non
     assert memory / GIB == pytest.approx(gib, rel=0.15)
 
 
+def test_all_weights_of_8b_train_as_fast_as_was_seen_beside_other_work_on_the_card() -> None:
+    dpo = {"optimizer": "adamw_8bit", "gradient_checkpointing": True, "pairs_per_step": 4}
+    load = Load(1, 4096, 256, 1, 1024, prompt_tokens=320, completion_tokens=320)
+    rates = rates_of_card(CARDS["H100"], "H100", EIGHT, config(dpo=dpo), load)
+    assert 1 / rates.stages["train"][1] == pytest.approx(3.65, rel=0.3)
+
+
 def test_sampling_has_the_speed_that_was_seen() -> None:
     """135M: 9,300 to 11,300 tokens/s on an H200, 7,000 to 8,800 on an H100."""
     settings = config(sampling={"max_tokens": 128})
