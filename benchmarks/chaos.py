@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import yaml
 
-from benchmarks.chaos_served import Service
+from benchmarks.chaos_served import Service, command
 from benchmarks.harness import command_line
 from iterdpo.run import supervise
 from iterdpo.run.rundir import read_manifest
@@ -146,14 +146,14 @@ class Chaos:
         environment |= {"PREFECT_HOME": str(self.root / "prefect"), "PREFECT_LOGGING_LEVEL": "ERROR"}
         code = PRETENDED if self.engine == "pretended" else MAIN
         if self.service is not None:
-            command = [sys.executable, "-c", code, "serve", str(self.write(run))]
-            self.service.start(command, run.with_suffix(".log"), environment)
+            serve = [sys.executable, "-c", code, "serve", str(self.write(run))]
+            self.service.start(serve, run.with_suffix(".log"), environment)
             self.flow = self.service
             return
         with open(run.with_suffix(".log"), "ab") as log:
-            command = [sys.executable, "-c", code, "run", str(self.write(run))]
-            command += [] if self.prefect else ["--no-prefect"]
-            self.flow = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            started = [sys.executable, "-c", code, "run", str(self.write(run))]
+            started += [] if self.prefect else ["--no-prefect"]
+            self.flow = subprocess.Popen(started, env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def end(self) -> None:
         if self.flow is not None and self.flow.poll() is None:
@@ -363,12 +363,6 @@ def runs(pid: int) -> bool:
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
-
-
-def command(pid: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return ""
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from iterdpo.run import supervise
-from iterdpo.run.devices import free_port
+from iterdpo.run.devices import answers, free_port
 
 UNDER_WAY = ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING"]
 NAME = "chaos"
@@ -34,16 +34,10 @@ class Service:
         self.process: subprocess.Popen[bytes] | None = None
         self.pid = 0  # of the round under way
         deadline = time.monotonic() + 120
-        while not self.answers():
+        while not answers(f"{self.url}/health"):
             assert self.server.poll() is None, f"see {root / 'server.log'}"
             assert time.monotonic() < deadline, "the Prefect server does not answer"
             time.sleep(0.2)
-
-    def answers(self) -> bool:
-        with suppress(OSError):
-            self.call("health")
-            return True
-        return False
 
     def call(self, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -51,15 +45,15 @@ class Service:
         with urllib.request.urlopen(request, timeout=30) as reply:
             return json.loads(reply.read() or "null")
 
-    def start(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
-        """Serve with `command`, if nothing does, and trigger a round, if none is under way."""
+    def start(self, serve: list[str], log: Path, environment: dict[str, str]) -> None:
+        """Serve by the command `serve`, if nothing does, and trigger a round, if none is under way."""
         if self.process is None or self.process.poll() is not None:
             begun = log.stat().st_size if log.exists() else 0
             with open(log, "ab") as output:
                 options = ["--name", NAME, "--add", "1"]
                 environment = {**environment, "PREFECT_API_URL": self.url}
                 self.process = subprocess.Popen(
-                    [*command, *options], env=environment, stdout=output, stderr=output, start_new_session=True
+                    [*serve, *options], env=environment, stdout=output, stderr=output, start_new_session=True
                 )
             while b"page:" not in log.read_bytes()[begun:]:
                 assert self.process.poll() is None, f"see {log}"
@@ -81,14 +75,14 @@ class Service:
     def found(self) -> bool:
         """Whether a round's process is there; of several, those that wait for their turn have no children."""
         assert self.process is not None
-        rounds = [pid for pid in supervise._descendants(self.process.pid) if b"spawn_main" in _command(pid)]
+        rounds = [pid for pid in supervise._descendants(self.process.pid) if "spawn_main" in command(pid)]
         self.pid = next(filter(supervise._descendants, rounds), next(iter(rounds), 0))
         return self.pid != 0
 
     def poll(self) -> int | None:
         """None while a round is under way; otherwise 0."""
         gone = self.process is None or self.process.poll() is not None
-        return None if _command(self.pid) or (not gone and (self.found() or self.under_way())) else 0
+        return None if command(self.pid) or (not gone and (self.found() or self.under_way())) else 0
 
     def wait(self, timeout: float | None = None) -> int:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -118,7 +112,8 @@ class Service:
         self.server.kill()
 
 
-def _command(pid: int) -> bytes:
+def command(pid: int) -> str:
+    """Its command line; empty if it has ended."""
     with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes() if pid else b""
-    return b""
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from benchmarks.harness import command_line, fresh, others, peak_mib, process_age
-from iterdpo.testing import build_tiny_checkpoint
+from iterdpo.testing import build_tiny_checkpoint, train_spec
 from iterdpo.training.launch import environment
 
 CASES = {  # prompt tokens, completion tokens, pairs a prompt
@@ -245,7 +245,6 @@ def _ours(job: Job, pairs: Pairs, root: Path) -> Run:
     from iterdpo.config import DPOConfig
     from iterdpo.data.pairs import TRAIN, write_pairs
     from iterdpo.run.rundir import read_jsonl
-    from iterdpo.training.launch import ReferenceInputs, TrainSpec
     from iterdpo.training.step import Compute
     from iterdpo.types import Completion, PreferencePair, Prompt
 
@@ -260,27 +259,13 @@ def _ours(job: Job, pairs: Pairs, root: Path) -> Run:
         **dict(job.dpo),
     )
     (root / "pairs").mkdir()
-    (root / "policy").mkdir()
     rows = [
         PreferencePair(Prompt(str(hash(tuple(p))), ""), p, *(Completion("", ids, [], "stop") for ids in (c, r)))
         for p, c, r in pairs
     ]
     write_pairs(root / "pairs", rows, summary="random pairs")
-    spec = TrainSpec(
-        policy=Path(job.model),
-        reference=None,
-        pairs=root / "pairs" / TRAIN,
-        eval_pairs=None,
-        output=root / "policy",
-        reference_output=root / "reference",
-        attic=None,
-        reference_inputs=ReferenceInputs(
-            reference="", pairs="", precision="", adapter=False, sampler_logps_tolerance=None, mismatched=None
-        ),
-        dpo=dpo,
-        seed=0,
-        pairs_cache=root / "cache",
-    )
+    spec = train_spec(root, Path(job.model), root / "pairs" / TRAIN, dpo)
+    spec.output.mkdir()
     spent: dict[str, list[float]] = {"reference": [], "load": []}
     ages: list[float] = []
     step = trainer.Trainer.step
@@ -295,7 +280,7 @@ def _ours(job: Job, pairs: Pairs, root: Path) -> Run:
     trainer.save_policy = lambda *args: None
     trainer.Trainer.step = noted  # type: ignore[method-assign]
     trainer.train(spec)
-    log = read_jsonl(root / "policy" / "train_log.jsonl")
+    log = read_jsonl(spec.output / "train_log.jsonl")
     seconds = [job.pairs_per_step / row["pairs_per_second"] for row in log]
     rewards = [log[0].get(f"rewards/{side}", 0.0) for side in ("chosen", "rejected")]
     more = {

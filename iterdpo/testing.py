@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from iterdpo.config import DPOConfig
 from iterdpo.run.rundir import digest
 from iterdpo.sampling.base import Sampler, SamplingParameters
+from iterdpo.training.launch import ReferenceInputs, TrainSpec
 from iterdpo.types import Completion, CompletionGroup, Message, Prompt
 
 CHATML = (
@@ -101,6 +103,25 @@ class FakeSampler(Sampler):
 
     def close(self) -> None:
         pass
+
+
+def train_spec(directory: Path, policy: Path, pairs: Path, dpo: DPOConfig, **fields: Any) -> TrainSpec:
+    """A training of `policy` on a file of pairs; its output is to be `directory/policy.partial`.
+
+    The reference is the policy. `fields` replace those of `TrainSpec`.
+    """
+    inputs = {"reference": "", "pairs": str(pairs), "precision": dpo.precision, "adapter": False, "mismatched": None}
+    usual = {
+        "reference": None,
+        "eval_pairs": None,
+        "output": directory / "policy.partial",
+        "reference_output": directory / "reference",
+        "attic": None,
+        "reference_inputs": ReferenceInputs(**inputs, sampler_logps_tolerance=dpo.sampler_logps_tolerance),
+        "seed": 0,
+        "pairs_cache": directory / "cache",
+    }
+    return TrainSpec(policy=policy, pairs=pairs, dpo=dpo, **{**usual, **fields})
 
 
 def make_completion(text: str, *, max_tokens: int = 1 << 30, tokenizer: Any = None) -> Completion:

@@ -158,7 +158,7 @@ def rates_of_card(card: Card, name: str, shape: Shape, config: Config, load: Loa
     pair = shape.weights * (prompt + 2 * completion) / trainers / card.flops
     reference = 2 / SCORE_SHARE if config.dpo.uses_reference else 0.0
     # An adapter saves the weights' own gradients, which costs as much as computing activations again.
-    again = config.dpo.gradient_checkpointing and config.dpo.adapter is None
+    recomputes = config.dpo.gradient_checkpointing and config.dpo.adapter is None
     score = 2 * shape.weights * (prompt + completion) / (SCORE_SHARE * card.flops)
     loading = 2 * shape.weights / DISK
     saved = 4 * shape.weights / DISK
@@ -166,7 +166,7 @@ def rates_of_card(card: Card, name: str, shape: Shape, config: Config, load: Loa
         {
             "sample": (1.0, sample),
             "evaluate": (1.0, sample),
-            "train": (TRAINER_START + loading + saved, pair * ((8 if again else 6) / TRAIN_SHARE + reference)),
+            "train": (TRAINER_START + loading + saved, pair * ((8 if recomputes else 6) / TRAIN_SHARE + reference)),
             "kl": (2 * loading, score),
         },
         engine=ENGINE_START + loading,

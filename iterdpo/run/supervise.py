@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import signal
@@ -219,18 +220,18 @@ def end_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@functools.cache  # once a process
 def end_soon(seconds: float = 4.0) -> None:
     """Let SIGINT and SIGTERM end this process after `seconds` at the latest, whatever their handlers wait for.
 
     They may have interrupted code that held a lock, or wait for threads that wait for a server. The guards of its children
-    notice the end. Does nothing outside the main thread.
+    notice the end. Does nothing outside the main thread, where Python lets nobody ask for signals.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    try:
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # Python's own note of each signal, by its number
-    except ValueError:
-        return
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # Python writes the number of each signal here
 
     def watch() -> None:
         while (number := os.read(reader, 1)[0]) not in (signal.SIGINT, signal.SIGTERM):

@@ -129,9 +129,9 @@ class TreeLayout:
 
     def make_sequences(self) -> None:
         """Make now what FlashAttention is told."""
-        _ = self.own, self.prompts, self.branches
+        _ = self.own, self.prompts, self.branches, self.spans
 
-    @property
+    @cached_property
     def spans(self) -> tuple[slice, slice]:
         """Where in the row the prompts are, and where the branches."""
         middle = sum(prompt for prompt, _ in self.trees)

@@ -12,8 +12,11 @@ from iterdpo.data.pairs import write_pairs
 from iterdpo.testing import build_tiny_checkpoint
 from iterdpo.types import Completion, PreferencePair, Prompt
 
-# A pool of processes to compile with takes longer to start than the few kernels of these tests take.
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+@pytest.fixture(autouse=True, scope="session")
+def no_pool_to_compile_with() -> None:
+    """It takes longer to start than the few kernels of these tests take."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.fixture(scope="module")

@@ -5,31 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from iterdpo.config import DPOConfig
 from iterdpo.run.rundir import read_jsonl
-from iterdpo.training.launch import TRAIN_LOG, ReferenceInputs, TrainSpec, launch_training
+from iterdpo.testing import train_spec
+from iterdpo.training.launch import TRAIN_LOG, TrainSpec, launch_training
 
 
 def spec_of(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> TrainSpec:
-    from iterdpo.config import DPOConfig
-
-    output = tmp_path / "policy.partial"
-    output.mkdir(parents=True)
     settings = DPOConfig(**{"learning_rate": 1e-4, "checkpoint_every": 3, **dpo})
-    return TrainSpec(
-        policy=model,
-        reference=None,
-        pairs=pairs,
-        eval_pairs=None,
-        output=output,
-        reference_output=tmp_path / "reference",
-        attic=None,
-        reference_inputs=ReferenceInputs(
-            reference="", pairs="", precision="", adapter=False, sampler_logps_tolerance=None, mismatched=None
-        ),
-        dpo=settings,
-        seed=0,
-        pairs_cache=tmp_path / "cache",
-    )
+    spec = train_spec(tmp_path, model, pairs, settings)
+    spec.output.mkdir(parents=True)
+    return spec
 
 
 def run(tmp_path: Path, model: Path, pairs: Path, **dpo: Any) -> list[dict[str, Any]]:

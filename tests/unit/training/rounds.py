@@ -12,7 +12,7 @@ import torch
 from iterdpo.config import DPOConfig
 from iterdpo.data.pairs import TokenPair, TokenPairs
 from iterdpo.run.rundir import read_jsonl
-from iterdpo.training.launch import ReferenceInputs, TrainSpec
+from iterdpo.testing import train_spec
 from iterdpo.training.models import load_policy
 from iterdpo.training.train import train
 from iterdpo.types import Completion
@@ -43,29 +43,10 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     settings = {"learning_rate": 1e-3, "pairs_per_step": 4, "precision": "fp32", "checkpoint_every": 2, **dpo}
     config = DPOConfig(**settings)
-    train(
-        TrainSpec(
-            policy=model,
-            reference=against,
-            pairs=pairs,
-            eval_pairs=eval_pairs,
-            output=output,
-            reference_output=tmp_path / "reference",
-            attic=None,
-            reference_inputs=ReferenceInputs(
-                reference=str(against),
-                pairs=str(pairs),
-                precision=config.precision,
-                adapter=False,
-                sampler_logps_tolerance=config.sampler_logps_tolerance,
-                mismatched=None,
-            ),
-            dpo=config,
-            seed=3,
-            pairs_cache=tmp_path / "cache",
-            optimizer=carried,
-        )
+    spec = train_spec(
+        tmp_path, model, pairs, config, reference=against, eval_pairs=eval_pairs, seed=3, optimizer=carried
     )
+    train(spec)
     return output
 
 

@@ -10,8 +10,8 @@ import pytest
 from iterdpo.config import DPOConfig, SupervisionConfig
 from iterdpo.errors import ChildFailed, ChildLost, ConfigError
 from iterdpo.run.rundir import read_json, write_json
+from iterdpo.testing import train_spec
 from iterdpo.training.launch import (
-    ReferenceInputs,
     TrainSpec,
     check_training,
     command,
@@ -23,25 +23,8 @@ from iterdpo.training.launch import (
 
 
 def spec(**dpo: Any) -> TrainSpec:
-    return TrainSpec(
-        policy=Path("/policy"),
-        reference=None,
-        pairs=Path("/pairs/train.parquet"),
-        eval_pairs=None,
-        output=Path("/output"),
-        reference_output=Path("/reference"),
-        attic=None,
-        reference_inputs=ReferenceInputs(
-            reference="abc",
-            pairs="def",
-            precision="bf16",
-            adapter=False,
-            sampler_logps_tolerance=None,
-            mismatched=None,
-        ),
-        dpo=DPOConfig(**dpo),
-        seed=3,
-        pairs_cache=Path("/cache"),
+    return train_spec(
+        Path("/"), Path("/policy"), Path("/pairs/train.parquet"), DPOConfig(**dpo), output=Path("/output")
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,28 @@ def test_gradients_of_micro_batches_add_up_in_float32_over_one_copy() -> None:
             model(input_ids=row[None], labels=row[None]).loss.backward()
         apart = {name: g + apart.get(name, 0) for name, g in gradients(model).items()}
     assert all(torch.equal(together[name], apart[name]) for name in apart)
+
+
+def test_with_several_processes_each_weights_gradient_arrives_at_the_weight_for_ddp_to_average(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alone, one_of_two = build(), build()
+    with bfloat16(alone, copies=True):
+        alone(input_ids=IDS, labels=IDS).loss.backward()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    arrived = {name: 0 for name, _ in one_of_two.named_parameters()}
+
+    def count(name: str) -> Any:
+        return lambda gradient: arrived.update({name: arrived[name] + (gradient is not None)})
+
+    for name, weight in one_of_two.named_parameters():
+        weight.register_hook(count(name))
+    with bfloat16(one_of_two, copies=True):
+        one_of_two(input_ids=IDS, labels=IDS).loss.backward()
+    assert set(arrived.values()) == {1}
+    expected = gradients(alone)
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(one_of_two).items())
 
 
 def test_gradient_checkpointing_runs_the_layers_again_over_the_copies() -> None:
