@@ -1,4 +1,4 @@
-"""The arms of an experiment side by side: `compare.json`, and one page with their curves, differences and budgets.
+"""The arms of an experiment side by side: `compare.json`, one page with curves, differences and budgets, plots as PNG.
 
 Made from the arms' run directories alone. A run counts with the policy that stands after each round. Intervals are 95 %.
 
@@ -30,7 +30,7 @@ from iterdpo.evaluation.scores import best_of_weights
 from iterdpo.evaluation.wins import combinations, shares
 from iterdpo.report.format import count, duration, nats, number, percent
 from iterdpo.report.page import page_template
-from iterdpo.report.plots import BLUE, FAINT, GREEN, ORANGE, PURPLE, SKY, Panel, as_svg, figure
+from iterdpo.report.plots import BLUE, FAINT, GREEN, ORANGE, PURPLE, SKY, Panel, as_png, as_svg, figure
 from iterdpo.run.artifacts import read_groups, read_judgments
 from iterdpo.run.rundir import RunDir, read_json, read_manifest, write_json, write_text
 from iterdpo.stats import Floats, nested_bootstrap, resampled_means, student_interval
@@ -110,7 +110,9 @@ def write_comparison(
     settings: Mapping[str, Any],
     own_judge: bool = True,
 ) -> Path:
-    """Write `compare.json` and `compare.html` in `out`; returns the page's path. Arms without a finished run are listed.
+    """Write `compare.json`, `compare.html` and its plots as PNG in `out`; returns the page's path.
+
+    Arms without a finished run are listed.
 
     `own_judge`: whether the judge that evaluates is another than the training judge.
     """
@@ -144,6 +146,9 @@ def write_comparison(
     }
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "compare.json", _finite(result))
+    figures = _figures(curves, [arm.name for arm in arms if arm.kind == "best_of_n"])
+    for name, fig in figures.items():
+        (out / f"{name}.png").write_bytes(as_png(fig))
     page = page_template("iterdpo.report", "compare.html.j2").render(
         name=out.name,
         title=title,
@@ -155,10 +160,7 @@ def write_comparison(
         unequal=_unequal(result["arms"]),
         own_judge=own_judge,
         trials=_trial_rows(trials, {name: arm["settings"] for name, arm in result["arms"].items()}),
-        figures=[
-            (name, *CAPTIONS[name], Markup(as_svg(fig)))
-            for name, fig in _figures(curves, [arm.name for arm in arms if arm.kind == "best_of_n"]).items()
-        ],
+        figures=[(name, *CAPTIONS[name], Markup(as_svg(fig))) for name, fig in figures.items()],
         config=json.dumps(settings, indent=2, ensure_ascii=False),
     )
     path = out / "compare.html"
