@@ -67,11 +67,9 @@ def describe_plan(run: IterativeRun) -> str:
     per_round, heldout = config.prompts.per_round, len(run.prompts.heldout)
     completions = per_round * config.sampling.n
     evaluated = heldout * _evaluated(config)
-    source = config.pairing.other_side
-    others = per_round if source is not None and source.column is None else 0  # one a prompt
+    others, once = _others(config), _compared(run)
     pairs, rounds = pairs_of_a_round(config), config.rounds
     policy, checkpoint = training_bytes(run.model_path, config.dpo)
-    once = heldout * config.evaluation.completions if config.evaluation.against is not None else 0
     in_all = rounds * (completions + others) + (_evaluations(config) + 1) * evaluated + once
     return _table(
         model=run.model_path,
@@ -107,7 +105,22 @@ def load_of(run: IterativeRun) -> Load:
         pairs=config.dpo.pairs_seen(pairs_of_a_round(config)),
         prompt_tokens=sum(lengths) / max(1, len(lengths)),
         completion_tokens=config.sampling.max_tokens,
+        others=_others(config),
+        compared=_compared(run),
+        every=config.evaluation.every,
     )
+
+
+def _others(config: Config) -> int:
+    """Completions of another policy in a round, one a prompt."""
+    source = config.pairing.other_side
+    return config.prompts.per_round if source is not None and source.column is None else 0
+
+
+def _compared(run: IterativeRun) -> int:
+    """Completions of the model in `evaluation.against`."""
+    section = run.config.evaluation
+    return len(run.prompts.heldout) * section.completions if section.against is not None else 0
 
 
 def describe_cost(run: IterativeRun, rates: Rates | None, card: Card | None) -> str:
@@ -118,8 +131,9 @@ def describe_cost(run: IterativeRun, rates: Rates | None, card: Card | None) -> 
     load = load_of(run)
     shape = Shape.of(run.model_path, run.model_config)
     rows: dict[str, str] = {}
-    sampled = load.rounds * load.completions + (load.rounds + 1) * load.evaluated
-    scored = 2 * load.rounds * load.evaluated
+    evaluations = _evaluations(run.config)
+    sampled = load.rounds * (load.completions + load.others) + (evaluations + 1) * load.evaluated + load.compared
+    scored = 2 * evaluations * load.evaluated
     trained = load.rounds * load.pairs * (load.prompt_tokens + 2 * load.completion_tokens)
     rows["tokens"] = (
         f"at most {_count(sampled * load.completion_tokens)} sampled, {_count(trained)} trained on, and "

@@ -100,6 +100,12 @@ class Load(NamedTuple):
     """That the trainer sees in a round, each counted once a pass."""
     prompt_tokens: float
     completion_tokens: float
+    others: int = 0
+    """Sampled in a round from another policy."""
+    compared: int = 0
+    """Sampled once from another model, on held-out prompts."""
+    every: int = 1
+    """Of so many rounds one is evaluated; so is the last."""
 
 
 @dataclass(frozen=True)
@@ -177,21 +183,24 @@ def rates_of_card(card: Card, name: str, shape: Shape, config: Config, load: Loa
 
 def seconds_of_rounds(load: Load, rates: Rates) -> list[dict[str, float]]:
     """Seconds by stage of each round, round 0 first."""
-    evaluation = {
-        "evaluate": rates.seconds("evaluate", load.evaluated),
-        "score": load.judges * rates.seconds("score", load.evaluated),
-        "compare": rates.seconds("compare", 2 * load.evaluated),
-    }
-    first = {"start": rates.engine + rates.round, **evaluation, "compare": 0.0}
+
+    def evaluation(completions: int) -> dict[str, float]:
+        return {
+            "evaluate": rates.seconds("evaluate", completions),
+            "score": load.judges * rates.seconds("score", completions),
+        }
+
+    compare = {"compare": rates.seconds("compare", 2 * load.evaluated)}
+    evaluated = {**evaluation(load.evaluated), **compare, "kl": rates.seconds("kl", 2 * load.evaluated)}
+    first = {"start": rates.engine + rates.round, **evaluation(load.evaluated + load.compared)}
     each = {
         "start": rates.round,
-        "sample": rates.seconds("sample", load.completions),
+        "sample": rates.seconds("sample", load.completions + load.others),
         "judge": rates.seconds("judge", load.completions),
         "train": rates.seconds("train", load.pairs),
-        **evaluation,
-        "kl": rates.seconds("kl", 2 * load.evaluated),
     }
-    return [first, *([each] * load.rounds)]
+    ends = (number % load.every == 0 or number == load.rounds for number in range(1, load.rounds + 1))
+    return [first, *({**each, **evaluated} if evaluates else each for evaluates in ends)]
 
 
 def estimate_to_json(load: Load, rates: Rates) -> dict[str, Any]:
