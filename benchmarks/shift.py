@@ -3,12 +3,14 @@
     python -m benchmarks.shift runs/iterative-vs-offline [--arms iterative offline] [--seeds 0 1] [--rounds 2 3] [--out DIR]
 
 Reads a finished `iterdpo compare`. The policy that starts round t of the first arm is given several kinds of pairs of
-that round's prompts: its own, which are the round's pairs, and those of each further arm. An offline arm's were sampled by
-the initial policy, another iterative arm's by another policy that has moved. Of each kind:
+that round's prompts: its own, which are the round's pairs; those of each further arm, of which an offline one's were sampled
+by the initial policy and an iterative one's by another policy that has moved; and, if the arm's rounds have the same
+prompts, those of its earlier rounds. Of each kind:
 
 - `logp_chosen`, `logp_rejected`: the policy's log-probability of a completion, in nats a token.
 - `weight`: the mean of sigmoid(-margin), by which DPO multiplies a pair's gradient (arXiv:2305.18290, Section 4). The
-  margin is beta times the difference of the log-ratios to the initial policy; without training the weight is 0.5.
+  margin is beta times the difference of the log-ratios to the pairs' own reference, in the experiments that ship the
+  initial policy. Before any training the weight is 0.5.
 - `learned`, `accuracy`: the policy is trained on the pairs of one half of the prompts, from a margin of 0 and with the
   arm's other settings. By how many nats the loss of its own pairs of the other half falls from log 2, and the share of
   these whose margin has the right sign then.
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -85,6 +87,8 @@ def of_round(moving: Run, round: int, others: Mapping[str, Run]) -> Row:
         work = Path(name)
         kinds = {OWN: moving.dir.round_dir(round)}
         kinds |= {arm: with_prompts_of(kinds[OWN], run) for arm, run in others.items()}
+        before = {f"{OWN}, round {t}": moving.dir.round_dir(t) for t in range(1, round)}
+        kinds |= {kind: place for kind, place in before.items() if shared_prompts([kinds[OWN], place])}
         write_halves(work, kinds)
         found = {kind: fresh(trained, work, kind, policy, config.dpo) for kind in kinds}
     return {"kl": moving.metrics.loc[start].get("kl/to_initial") if start else 0.0, "kinds": found}
@@ -92,9 +96,13 @@ def of_round(moving: Run, round: int, others: Mapping[str, Run]) -> Row:
 
 def with_prompts_of(place: Path, run: Run) -> Path:
     """The round of the run that has most pairs of the prompts of the round in `place`."""
-    wanted = set(prompts_of(place))
     rounds = [run.dir.round_dir(r) for r in run.dir.rounds() if (run.dir.round_dir(r) / "pairs").exists()]
-    return max(rounds, key=lambda other: len(wanted.intersection(prompts_of(other))))
+    return max(rounds, key=lambda other: len(shared_prompts([place, other])))
+
+
+def shared_prompts(places: Iterable[Path]) -> list[str]:
+    """The ids of the prompts of which each round has a pair, in one order."""
+    return sorted(set.intersection(*(set(prompts_of(place)) for place in places)))
 
 
 def prompts_of(place: Path) -> list[str]:
@@ -113,13 +121,13 @@ def write_halves(work: Path, kinds: Mapping[str, Path]) -> None:
     import pyarrow.parquet as pq
     from safetensors.numpy import load_file
 
-    rows = {kind: {id: row for row, id in enumerate(prompts_of(place))} for kind, place in kinds.items()}
-    shared = sorted(set.intersection(*map(set, rows.values())))
+    shared = shared_prompts(kinds.values())
     for kind, place in kinds.items():
+        rows = {id: row for row, id in enumerate(prompts_of(place))}
         table = pq.read_table(place / "pairs" / TRAIN)
         logps = load_file(place / "reference" / "logps.safetensors")["logps"][:, :2]
         for half in (0, 1):
-            chosen = [rows[kind][id] for id in shared[half::2]]
+            chosen = [rows[id] for id in shared[half::2]]
             pq.write_table(table.take(chosen), work / f"{kind}-{half}.parquet")
             np.save(work / f"{kind}-{half}.npy", logps[chosen])
 
@@ -183,11 +191,13 @@ TITLES = {
 
 def panel(rows: Sequence[Row], name: str) -> Panel:
     def draw(ax: Axes) -> None:
-        for kind, color in zip(rows[0]["kinds"], COLORS, strict=False):
-            points = [(row["round"], row["seed"], row["kl"], row["kinds"][kind][name]) for row in rows]
-            for seed in {row["seed"] for row in rows}:
+        kinds = dict.fromkeys(kind for row in rows for kind in row["kinds"])
+        for kind, color in zip(kinds, COLORS, strict=False):
+            there = [row for row in rows if kind in row["kinds"]]
+            points = [(row["round"], row["seed"], row["kl"], row["kinds"][kind][name]) for row in there]
+            for seed in {row["seed"] for row in there}:
                 ax.plot(*zip(*(p[2:] for p in points if p[1] == seed), strict=True), color=color, lw=0.8, alpha=0.35)
-            rounds = [[p[2:] for p in points if p[0] == round] for round in sorted({row["round"] for row in rows})]
+            rounds = [[p[2:] for p in points if p[0] == round] for round in sorted({row["round"] for row in there})]
             means = np.array([np.mean(of_round, axis=0) for of_round in rounds])
             ax.plot(means[:, 0], means[:, 1], color=color, marker="o", label=f"{kind} pairs")
         ax.set_title(TITLES[name])

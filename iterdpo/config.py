@@ -135,6 +135,8 @@ class PromptsConfig(Section):
     bad_rows: Literal["error", "skip"] = "error"
     """What becomes of rows that cannot be used, such as those without a prompt: `error` names them all and ends the run
     before it begins; `skip` leaves them out, counted by reason."""
+    limit: int | None = Field(None, ge=1, exclude_if=_unset)
+    """Train on so many prompts at most: the first of those that a run without it would sample."""
     reuse: bool = False
     """When all prompts have been used, start again in another order instead of refusing."""
     choose: Literal["all", "untied"] = Field("all", exclude_if=lambda which: which == "all")
@@ -143,6 +145,8 @@ class PromptsConfig(Section):
 
     @model_validator(mode="after")
     def _prompts_come_again(self) -> PromptsConfig:
+        if self.limit is not None and self.limit < self.per_round:
+            raise ValueError(f"limit = {self.limit}: a round needs per_round = {self.per_round} prompts")
         if self.choose == "untied" and not self.reuse:
             raise ValueError("choose = 'untied': no prompt is sampled twice without reuse; set reuse=true")
         return self

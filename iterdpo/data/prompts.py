@@ -131,6 +131,11 @@ class PromptFile:
         return PromptFile(self._lines, self._rows[which])
 
 
+ABOVE_LIMIT = "above prompts.limit"
+OF_USE = ("in_heldout", ABOVE_LIMIT)
+"""Why a row may have no part in training although it gives a prompt."""
+
+
 @dataclass
 class PromptSet:
     """A run's prompts. No held-out prompt, by id or by content, is in `train`.
@@ -195,7 +200,15 @@ def split_prompts(
             "prompts.per_round or prompts.heldout"
         )
     dropped = {**_dropped(prompts, rows), "in_heldout": int(apart.sum() - own)}
+    if config.limit is not None and len(train) > config.limit:
+        dropped[ABOVE_LIMIT] = len(train) - config.limit
+        train = train._among(np.sort(_in_order(train, seed)[: config.limit]))
     return PromptSet(train, heldout, dropped, rows, {} if pool is prompts else _dropped(pool, pool_rows))
+
+
+def _in_order(prompts: PromptFile, seed: int, turn: int = 0) -> Array:
+    """The positions of prompts in the order in which rounds sample them for the first time, or again in a later turn."""
+    return np.argsort(prompts.seeds(seed, "order", turn), kind="stable")  # of equal ones, the file's
 
 
 def _dropped(prompts: PromptFile, rows: int) -> dict[str, int]:
@@ -232,8 +245,7 @@ def next_prompts(
     for apart, turn in itertools.product((False, True), np.unique(times)):
         if len(chosen) < per_round:
             (at,) = np.nonzero((times == turn) & (last == apart))
-            order = np.argsort(train.seeds(seed, "order", int(turn))[at], kind="stable")  # of equal ones, the file's
-            chosen = np.concatenate([chosen, at[order]])
+            chosen = np.concatenate([chosen, at[_in_order(train._among(at), seed, int(turn))]])
     return train._among(chosen[:per_round])
 
 
@@ -343,7 +355,7 @@ class RoundPrompts:
 
     def left_out(self) -> dict[str, int]:
         """How many rows of `prompts.path` gave no prompt, by reason, without those that are held out."""
-        return {reason: count for reason, count in self._set.dropped.items() if count and reason != "in_heldout"}
+        return {reason: count for reason, count in self._set.dropped.items() if count and reason not in OF_USE}
 
     def _file(self, round: int) -> Path:
         return self._run_dir.round_dir(round) / "prompts.jsonl" if round else self._run_dir.root / "heldout.jsonl"

@@ -169,6 +169,20 @@ def test_all_of_a_heldout_file_is_kept_out_of_training_even_what_heldout_leaves_
     assert prompts.dropped == {"repeated": 0, "in_heldout": 10}
 
 
+def test_a_limit_keeps_the_prompts_that_the_first_rounds_sample_anyway(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", numbered(100))
+    few, all = split(path, limit=10), split(path)
+    first = next_prompts(all, [], round=1, per_round=10, seed=0, reuse=False)
+    assert {p.id for p in few.train} == {p.id for p in first}
+    assert list(few.heldout) == list(all.heldout)
+    assert few.summary() == "kept 10 of 100 prompts to train on (20 held out, 70 above prompts.limit)"
+    assert list(next_prompts(few, [], round=1, per_round=10, seed=0, reuse=True)) == list(first)
+    again = next_prompts(few, [first], round=2, per_round=10, seed=0, reuse=True)
+    assert {p.id for p in again} == {p.id for p in first}
+    with pytest.raises(ValueError, match=r"limit = 9: a round needs per_round = 10 prompts"):
+        split(path, limit=9)
+
+
 def test_too_few_prompts_for_one_round_are_refused_with_the_counts(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", numbered(29))
     with pytest.raises(DataError, match=r"29 different prompts leave 9 to train on after 20 are held out.* needs 10"):

@@ -189,5 +189,5 @@ def test_every_experiment_that_ships_loads_and_has_a_plan(
     assert "runs" in said.splitlines()[-1]
 
 
-def test_eight_experiments_ship() -> None:
-    assert len(EXPERIMENTS) == 8
+def test_nine_experiments_ship() -> None:
+    assert len(EXPERIMENTS) == 9
