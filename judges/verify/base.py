@@ -63,7 +63,7 @@ def check_positive(judge: str, **values: float) -> None:
             raise JudgeError(f"judge {judge!r}: {key} is {value}; it must be more than 0")
 
 
-FENCE = re.compile(r"^[ \t]*```[ \t]*([^\s`]*)[^\n`]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^[ \t]*```[ \t]*+([^\s`]*+)[^\n`]*+\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:

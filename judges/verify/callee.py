@@ -19,7 +19,7 @@ from contextlib import redirect_stdout, suppress
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from judges.verify.wire import PLAIN, Peer, parameters_of, put, run_awaitable, signature_of
+from judges.verify.wire import PLAIN, Peer, may_have_effects, parameters_of, put, run_awaitable, signature_of
 
 
 def serve(program: str, reading: int, writing: int) -> None:
@@ -173,19 +173,17 @@ class Callee:
                     return True, next(value)
                 except StopIteration as stop:
                     return False, stop.value
-            case "call", [function, arguments, named, capture, in_place]:
-                return self.call(function, arguments, named, capture=capture, in_place=in_place)
+            case "call", [function, arguments, named, capture, effects]:
+                return self.call(function, arguments, named, capture=capture, effects=effects)
             case "operator", [name, *operands]:
                 function = OPERATORS.get(name) or getattr(operator, name)
                 return function(*operands)
         raise ValueError(f"no verb {verb!r}")
 
     def call(
-        self, function: Any, arguments: tuple[Any, ...], named: dict[str, Any], *, capture: bool, in_place: bool
+        self, function: Any, arguments: tuple[Any, ...], named: dict[str, Any], *, capture: bool, effects: str
     ) -> Any:
-        """The result; the arguments afterwards, if the result is None, or a number of something done in place; and the
-        output, if it is captured.
-        """
+        """The result; the arguments afterwards, if they may have been changed; and the output, if it is captured."""
         output = io.StringIO()
         if capture:
             with redirect_stdout(output):
@@ -195,7 +193,7 @@ class Callee:
         made = isinstance(function, type) and function.__module__ == "solution"
         if made and not isinstance(result, BaseException):
             result = Made(result)
-        changed = result is None or (in_place and isinstance(result, int))
+        changed = may_have_effects(result, effects)
         return result, ((arguments, named) if changed else None), output.getvalue()
 
 
@@ -275,7 +273,10 @@ class Handle:
         self._ask("setattr", name, value)
 
     def __len__(self) -> int:
-        length: int = self._ask("operator", "len")
+        try:
+            length: int = self._ask("operator", "len")
+        except AttributeError as error:  # which `list(iterator)` would not take for "unknown"
+            raise TypeError(*error.args) from None
         return length
 
     def __bool__(self) -> bool:

@@ -45,8 +45,9 @@ class CodeTests(Verifier):
     - or APPS's object with `inputs` and `outputs`, and perhaps `fn_name`, as it is or as JSON text.
 
     In the first two the tests run in a sandbox of their own, which never holds the program. They call it in its
-    sandbox and get plain data back (see `judges.verify.tester`). A run of the program that does not end by itself, and
-    well, within the limits passes none.
+    sandbox and get plain data back (see `judges.verify.tester`). Those that pass so are run again beside the program, in
+    one process, and have to pass there too. A run of the program that does not end by itself, and well, within the limits
+    passes none.
 
     A test that an empty program passes is no test, and does not count; nor is one that passes whatever the program's
     functions return. A completion abstains if there are no others, if all of them call several functions and pass if
@@ -56,7 +57,7 @@ class CodeTests(Verifier):
 
     name = "code_tests"
     SPEED_ONLY = frozenset({"concurrency", "allow_unsandboxed"})
-    REVISION = 7
+    REVISION = 8
     column: str = "tests"
     """The prompt's column with the tests."""
     entry_point: str = "entry_point"
@@ -119,7 +120,14 @@ class CodeTests(Verifier):
             max_report=max(1 << 16, 40 * len(suite.tests)),
             **self._limits,
         )
-        return len(_passed(outcome.report) & real) if outcome.ok else 0, len(real)
+        passed = _passed(outcome.report) & real if outcome.ok else set()
+        if passed:
+            arguments = (suite.tests, suite.names, suite.objects, suite.in_place, None, None, REPORT, program)
+            together = run_python(
+                _child("tester", *arguments), max_output=max(1 << 16, 40 * len(suite.tests)), **self._limits
+            )
+            passed &= _passed(together.report)
+        return len(passed), len(real)
 
     def _real_tests(self, suite: Suite) -> set[int]:
         """The numbers of the tests that an empty program fails, found by running them without a program, once.

@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from judges.verify.wire import TYPES, VERDICTS, Derived, signature_of
+from judges.verify.wire import LIBRARY, PLAIN, TYPES, VERDICTS, Derived, may_have_effects, signature_of
 
 if TYPE_CHECKING:
     from judges.verify.tester import Tester
@@ -23,6 +23,9 @@ SCALING = {"add", "mul", "truediv"}
 COMPARISONS = (("eq", "ne"), ("lt", "le", "gt", "ge"))
 CONTRADICTIONS = (("eq", "ne"), ("lt", "gt"), ("lt", "ge"), ("gt", "le"))
 CONTRADICTED = "an object of the program contradicts itself"
+NUMBERS = (int, float, complex)
+KNOWN = {*LIBRARY, "builtins.bytearray", "builtins.range", "collections.defaultdict"}
+"""Types of the standard library whose values cross by value."""
 GONE = (math.inf, math.inf)
 """The size of an iterator that has given items: it has no length."""
 
@@ -53,10 +56,11 @@ class Ref:
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         tester = self._ref_tester
         capture = sys.stdout is not sys.__stdout__
-        result, changed, output = tester.ask("call", self, arguments, named, capture, tester.in_place)
+        effects = "any" if tester.effect else "number" if tester.in_place else "none"
+        result, changed, output = tester.ask("call", self, arguments, named, capture, effects)
         if output:
             sys.stdout.write(output)
-        if changed is not None and (result is None or (tester.in_place and isinstance(result, int))):
+        if changed is not None and may_have_effects(result, effects):
             refresh(arguments, changed[0])
             refresh(named, changed[1])
         if self._ref_is_class and self._ref_made and type(result) is Ref:  # not a class that the program gave
@@ -79,13 +83,19 @@ class Ref:
         return value._ref_as_made() if self._ref_made and alike else value
 
     def __getattr__(self, name: str) -> Any:
-        if name in VERDICTS and not self._ref_made:
-            raise AttributeError(f"{name!r} is not asked of an object that the program made")
         value = self._ref_tester.ask("getattr", self, name)
         self._ref_note("attribute", name, value)
+        if name in VERDICTS and not self._ref_made and not isinstance(value, PLAIN):
+            return functools.partial(self._ref_untold, name, value)
         if name in ("keys", "values", "items") and type(value) is Ref and not self._ref_made:
             return lambda: self._ref_view(name, value)
         return value
+
+    def _ref_untold(self, name: str, method: Any, /, *arguments: Any, **named: Any) -> Any:
+        """The answer of a method such as `count`, which is not told what is expected."""
+        if arguments or named or type(method) is not Ref:
+            raise AttributeError(f"{name!r} of a value is not asked of an object that the program made")
+        return method()
 
     def _ref_view(self, name: str, method: Ref) -> Any:
         """Its keys, values or items, of which it has as many as it says. All three agree, and with items by key."""
@@ -189,8 +199,9 @@ class Ref:
         if type(key) is int:
             self._ref_agree([key])
         if type(key) is slice:
+            whole = self._ref_tester.wholes.get(self._ref_tester.first(self))
             try:
-                items, places = list(answer), range(len(self))[key]
+                items, places = list(answer), range(len(self) if whole is None else len(whole))[key]
             except TypeError:  # it has no items, or no length
                 return answer
             if len(items) != len(places):
@@ -212,11 +223,17 @@ class Ref:
         """Compare items by number with those by iteration, if these are not the keys of a mapping."""
         number = self._ref_tester.first(self)
         items = self._ref_tester.wholes.get(number, [])
+        keys = [key for key in keys if -len(items) <= key < len(items)]
+        if any(key in items for key in keys) and self._ref_ask("hasattr", "keys") is True:
+            return
         for key in keys:
-            if -len(items) <= key < len(items) and key not in items:
-                answer = self._ref_tester.answers.get(number, {}).get(("item", key))
-                if type(answer) is type(items[key]) and not self._ref_tester.agree(answer, items[key]):
-                    raise AssertionError(CONTRADICTED)
+            answer, item = self._ref_tester.answers.get(number, {}).get(("item", key)), items[key]
+            if isinstance(answer, NUMBERS) and isinstance(item, NUMBERS):
+                agreed = answer == item
+            else:
+                agreed = type(answer) is not type(item) or self._ref_tester.agree(answer, item)
+            if not agreed:
+                raise AssertionError(CONTRADICTED)
 
     def _ref_has(self, least: float, most: float) -> None:
         """Note how many items it has."""
@@ -267,7 +284,8 @@ class Ref:
         answers: dict[str, Any] = {}
         for one in kind:  # always in this order, which is then all that the program knows of the question
             try:
-                answers[one] = self._ref_ask(one, other)
+                answer = self._ref_ask(one, other)
+                answers[one] = bool(answer) if isinstance(answer, NUMBERS) else answer
             except Exception:
                 if one == name:
                     raise
@@ -337,6 +355,11 @@ class Ref:
         raise TypeError("an object of the program cannot be copied")
 
 
+def type_name(value: Any) -> str:
+    """As in `LIBRARY`."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def is_key(value: Any) -> bool:
     """Whether it is plain data that an item can be asked by, more than once."""
     if type(value) is tuple:
@@ -384,7 +407,7 @@ def is_instance(value: Any, kinds: Any) -> bool:
         if type(kind) is Ref or not is_known or kind is object:
             found = isinstance(value, kind)
         else:
-            is_plain = TYPES.get(kind.__name__) is kind
+            is_plain = TYPES.get(kind.__name__) is kind or f"{kind.__module__}.{kind.__qualname__}" in KNOWN
             found = (value._ref_made or not is_plain) and value._ref_ask("isinstance", kind) is True
         if found:
             return True

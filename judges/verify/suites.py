@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import importlib
 import itertools
 import json
 import re
@@ -38,6 +39,11 @@ LIBRARY = {
 
 A name that is its own module's is the module, and `_datetime` has the class of that name.
 """
+STARRED = {
+    "bisect", "cmath", "collections", "datetime", "decimal", "fractions", "functools", "heapq", "itertools", "math", "operator",
+    "random", "statistics", "string", "typing",
+}  # fmt: skip
+"""Modules of the standard library whose names tests have by `from math import *`."""
 METHODS = {name for kind in (str, list, dict, set, int, float) for name in dir(kind)}
 
 
@@ -160,10 +166,12 @@ def _with_helpers(suite: Suite, checked: set[str], prompt: str) -> Suite:
     """The suite, with the functions that the prompt defines whole and the tests use, ahead of its first test."""
     if not checked:
         return suite
-    body = [node for node in _code_of(prompt) if isinstance(node, _Imports) or _is_whole(node, checked)]
+    code = _code_of(prompt)
+    body = [node for node in code if isinstance(node, _Imports) or _is_constant(node) or _is_whole(node, checked)]
     helpers = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+    classes = {node.name for node in code if isinstance(node, ast.ClassDef)}  # the program has them too
     names = {name: module for name, module in _names(body).items() if name not in BUILTINS}
-    if not helpers & suite.names.keys() or "" in names.values():
+    if not helpers & suite.names.keys() or {name for name, module in names.items() if not module} - classes:
         return suite
     names |= {name: module for name, module in suite.names.items() if name not in helpers}
     first: list[list[Any]] = [["code", "\n".join(map(ast.unparse, body))]]
@@ -175,6 +183,16 @@ def _is_whole(node: ast.stmt, checked: set[str]) -> bool:
     if not isinstance(node, ast.FunctionDef) or node.name in checked:
         return False
     return any(not isinstance(part, ast.Pass | ast.Raise) and not _is_text(part) for part in node.body)
+
+
+def _is_constant(node: ast.stmt) -> bool:
+    """Whether it gives a name a value that needs nothing."""
+    if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+        return False
+    with contextlib.suppress(ValueError):
+        ast.literal_eval(node.value)
+        return True
+    return False
 
 
 def _is_text(node: ast.stmt) -> bool:
@@ -300,6 +318,9 @@ def _free(body: list[ast.stmt]) -> set[str]:
             symbols = [symbol for symbol in table.get_symbols() if table is tables[0] or symbol.is_global()]
             used |= {symbol.get_name() for symbol in symbols if symbol.is_referenced()}
             bound |= {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
+        if isinstance(statement, ast.ImportFrom) and statement.module in STARRED and statement.names[0].name == "*":
+            module = importlib.import_module(statement.module)
+            bound |= {*getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")])}
     return used - bound
 
 

@@ -1,5 +1,9 @@
 """The process of the tests, in a sandbox: it runs them, and calls the program, which is in another sandbox.
 
+Tests that pass so are run once more together with the program, in one process, as everybody runs them: between two
+processes an object is a copy, threads take turns, and a function of the program may print unheard. What the program does
+to that process gains it nothing.
+
 The tests' names for the program's objects are `Ref`s. Plain data comes back by value. An object comes back as a `Ref`,
 whose methods and operators are calls too, except those that hand the program a value of the tests and take its word for
 the answer (`==`, `in`, `<`, `-`, `.startswith(...)`): these are asked of objects alone that the tests themselves made by
@@ -19,9 +23,9 @@ import os
 import re
 import sys
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, ItemsView, Iterator, KeysView, ValuesView
 from types import BuiltinFunctionType, ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from judges.verify import pytest_subset
 from judges.verify.refs import (
@@ -33,9 +37,10 @@ from judges.verify.refs import (
     is_callable,
     is_instance,
     same,
+    type_name,
     type_of,
 )
-from judges.verify.wire import LIBRARY, PLAIN, TYPES, VERDICTS, Peer, parameters_of, put, run_awaitable
+from judges.verify.wire import LIBRARY, PLAIN, TYPES, VERDICTS, Derived, Peer, parameters_of, put, run_awaitable
 
 Step = list[Any]
 NOT_FINITE = {"nan": r"(?i)\b(is)?nan\b", "inf": r"(?i)\b(is)?(inf|infinity|infinite|finite)\b"}
@@ -87,7 +92,8 @@ class Tester:
             not_finite=not_finite,
         )
         self.namespace: dict[str, Any] = {}  # of the tests
-        self.plain: list[str] = []  # names in it of plain data of the program, which its functions may change
+        self.plain: dict[str, Any] = {}  # names in it of plain data of the program, which its functions may change
+        self.effect = False  # whether the call under way is a statement, made for what it does to its arguments
         self.refs: dict[int, Ref] = {}
         self.made_by: set[int] = set()  # the classes whose names the tests use
         self.made: dict[int, Ref] = {}  # the objects that the tests made by them
@@ -111,8 +117,9 @@ class Tester:
         try:
             return self.peer.ask(verb, *values)
         finally:
-            for name in self.plain if changes else ():
-                self.namespace[name] = self.peer.ask("global", name)
+            for name, last in list(self.plain.items()) if changes else ():
+                if self.namespace.get(name) is last:  # not one that the tests have bound since
+                    self.namespace[name] = self.plain[name] = self.peer.ask("global", name)
 
     def notes(self) -> list[dict[int, Any]]:
         return [self.sizes, self.answers, self.wholes, self.ended, self.firsts]
@@ -132,9 +139,13 @@ class Tester:
 
     def agree(self, before: Any, now: Any) -> bool:
         """Whether two answers to a question are equal. An object may be another one, if it then answers as the first."""
+        derived = isinstance(before, Derived) and isinstance(now, Derived)
+        if derived and not self.agree(before._object, now._object):
+            return False
         match before, now:
             case Ref(), Ref():
-                return self.first(before) == self.first(now) or self.unite(self.first(before), self.first(now))
+                one, other = self.first(before), self.first(now)
+                return one == other or (before._ref_lineage == now._ref_lineage and self.unite(one, other))
             case (list(), list()) | (tuple(), tuple()):
                 return len(before) == len(now) and all(map(self.agree, before, now))
             case (set(), set()) | (frozenset(), frozenset()):
@@ -142,7 +153,15 @@ class Tester:
                 return len(before) == len(now) and operator.eq(*plain)
             case dict(), dict():
                 return self.agree([*before], [*now]) and self.agree([*before.values()], [*now.values()])
-        return type(before) is type(now) and (not isinstance(now, PLAIN) or before == now or now != now)
+        if type(before) is not type(now):
+            return False
+        if isinstance(now, ValuesView):
+            return self.agree(list(before), list(now))
+        if isinstance(now, type):
+            return bool(before.__name__ == now.__name__)
+        if isinstance(now, PLAIN) or type_name(now) in LIBRARY or isinstance(now, range | KeysView | ItemsView):
+            return bool(before == now or now != now)
+        return before is now or type(now).__module__ != "tests"
 
     def unite(self, first: int, number: int) -> bool:
         """Have the object `number` stand for `first`, and tell whether what is noted of the two agrees."""
@@ -297,7 +316,7 @@ class Tester:
         target, *rest = values
         mine = getattr(type(target), "__module__", "") == "tests" and not isinstance(target, type)
         match verb, rest:
-            case "call", [arguments, named] if callable(target):
+            case "call", [arguments, named] if callable(target) and type(target) is not Ref:
                 return target(*arguments, **named)
             case "iter", []:
                 return iter(target)
@@ -335,8 +354,41 @@ class Tester:
         raise AttributeError(f"{verb} is not possible here")
 
 
+class Namespace(dict[str, Any]):
+    """The globals of tests, with `names` of a program that is in this process: plain data as it is at the time."""
+
+    def __init__(self, program: ModuleType, names: Collection[str], own: dict[str, Any]) -> None:
+        there = {name: vars(program)[name] for name in names if name in vars(program)}
+        # The body of a class does not ask `__missing__`.
+        super().__init__({**own, **{name: value for name, value in there.items() if not isinstance(value, PLAIN)}})
+        self.program, self.names = program, names
+
+    def __missing__(self, name: str) -> Any:
+        if name in self.names and hasattr(self.program, name):
+            return getattr(self.program, name)
+        raise KeyError(name)
+
+    def attribute(self, name: str) -> Any:
+        """An attribute of the module of the tests."""
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
 class Identities(ast.NodeTransformer):
-    """Has tests call `same` for `is`, `type_of` for `type(x)` and `x.__class__`, and their `eval` for `builtins.eval`."""
+    """Has tests call `same` for `is`, `type_of` for `type(x)` and `x.__class__`, and their `eval` for `builtins.eval`, and
+    say which calls they make for their effect.
+    """
+
+    def visit_Expr(self, node: ast.Expr) -> Any:
+        self.generic_visit(node)
+        if not isinstance(node.value, ast.Call):
+            return node
+        before, after = (
+            ast.Expr(ast.Call(ast.Name("__effect__", ast.Load()), [ast.Constant(wanted)], []))
+            for wanted in (True, False)
+        )
+        return [before, ast.Try(body=[node], handlers=[], orelse=[], finalbody=[after])]
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         self.generic_visit(node)
@@ -398,10 +450,11 @@ class Run:
     """Runs the steps of tests in one namespace.
 
     Args:
-        tester: the wire; None if there is no program.
+        tester: the wire; None if there is no program, or it is here.
         names: the names that the tests use and do not bind, with the module of each; "" is the program.
         texts: what the tests may evaluate, whatever it is; another text may be the program's.
         stub: makes what stands for a name of the program, if there is none.
+        program: the program's module, if it is in this process.
     """
 
     def __init__(
@@ -410,14 +463,19 @@ class Run:
         names: dict[str, str],
         texts: Collection[str] = (),
         stub: Callable[[str], Stub] | None = None,
+        program: ModuleType | None = None,
     ) -> None:
-        self.tester, self.stub = tester, stub
+        self.tester, self.stub, self.program = tester, stub, program
         self.parts = 0
         module = sys.modules["tests"] = ModuleType("tests")
-        sys.modules["solution"] = Solution(tester, stub)
+        sys.modules["solution"] = program or Solution(tester, stub)
         sys.modules["pytest"] = pytest_subset
         self.namespace = module.__dict__
-        self.namespace.update(__same__=same, __type__=type_of)
+        if program:
+            own = {name for name, source in names.items() if not source}
+            self.namespace = Namespace(program, own, module.__dict__)
+            module.__dict__["__getattr__"] = self.namespace.attribute
+        self.namespace.update(__same__=same, __type__=type_of, __effect__=self.effect)
         if tester:
             tester.namespace = self.namespace
             self.namespace.update(
@@ -432,18 +490,25 @@ class Run:
             elif tester and tester.ask("has", name) is True:
                 self.namespace[name] = tester.named(name)
                 if type(self.namespace[name]) is not Ref:
-                    tester.plain.append(name)
+                    tester.plain[name] = self.namespace[name]
             elif stub:
                 self.namespace[name] = stub(name)
 
+    def effect(self, wanted: bool) -> None:
+        """Before and after a call whose result the tests do not use: it is made for what it does to its arguments."""
+        if self.tester:
+            self.tester.effect = wanted
+
     def step(self, step: Step) -> None:
+        self.effect(False)
         match step:
             case ["code", source]:
                 self.parts += 1
                 tree, name = ast.parse(source), f"tests {self.parts}"
                 if self.tester:
                     self.tester.checking |= {(name, line) for line in checking_blocks(tree)}
-                tree = ast.fix_missing_locations(Identities().visit(tree))
+                if not self.program:
+                    tree = ast.fix_missing_locations(Identities().visit(tree))
                 exec(compile(tree, name, "exec", dont_inherit=True), self.namespace)
             case ["function", name]:
                 pytest_subset.call(self.namespace[name], self.namespace)
@@ -458,21 +523,32 @@ class Run:
         def missing(*arguments: Any, **named: Any) -> Any:
             raise NameError(f"the program has no {entry!r}")
 
-        if entry is not None and self.stub:
-            return self.stub(entry)
-        if self.tester is None or entry is None:
+        owner, _, name = (entry or "").rpartition("().")
+        if name and self.stub:
+            return self.stub(name)
+        if not name or not (self.tester or self.program):
             return missing
-        if self.tester.ask("has", entry) is not True and self.tester.ask("has", "Solution") is True:
-            return self.tester.ask("getattr", self.tester.named("Solution")(), entry)  # as LeetCode's programs have it
-        return self.tester.named(entry)
+        if not owner and not self.has(name) and self.has("Solution"):
+            owner = "Solution"  # as LeetCode's programs have it
+        if not owner:
+            return self.named(name)
+        made = self.named(owner)()
+        return self.tester.ask("getattr", made, name) if self.tester else getattr(made, name)
+
+    def has(self, name: str) -> bool:
+        return self.tester.ask("has", name) is True if self.tester else hasattr(self.program, name)
+
+    def named(self, name: str) -> Any:
+        return self.tester.named(name) if self.tester else getattr(self.program, name)
 
     def method(self, owner: Any, method: str | None) -> None:
         """One test of a class of tests, or all of them."""
         import unittest.case
 
-        unittest.case.isinstance = is_instance  # type: ignore[attr-defined]
-        unittest.TestCase.assertIs = assert_same  # type: ignore[method-assign, assignment]
-        unittest.TestCase.assertIsNot = assert_not_same  # type: ignore[method-assign, assignment]
+        if not self.program:
+            unittest.case.isinstance = is_instance  # type: ignore[attr-defined]
+            unittest.TestCase.assertIs = assert_same  # type: ignore[method-assign, assignment]
+            unittest.TestCase.assertIsNot = assert_not_same  # type: ignore[method-assign, assignment]
         if not issubclass(owner, unittest.TestCase):
             pytest_subset.call_method(owner, str(method), self.namespace)
             return
@@ -504,9 +580,9 @@ def checking_blocks(tree: ast.AST) -> Iterator[int]:
         if isinstance(node, ast.With | ast.AsyncWith | ast.FunctionDef | ast.AsyncFunctionDef):
             names = [getattr(inner, "id", getattr(inner, "attr", "")) for inner in ast.walk(node)]
             is_with = isinstance(node, ast.With | ast.AsyncWith)
-            checks = (ast.Assert, ast.If, ast.Compare) if is_with else (ast.Assert,)
+            checks = (ast.Assert, ast.If, ast.Compare, ast.Match) if is_with else (ast.Assert,)
             conditions = any(isinstance(inner, checks) for inner in ast.walk(node))
-            if conditions or any(re.match("[Aa]ssert|check|expect|verify|fail", str(name)) for name in names):
+            if conditions or any(re.match("[Aa]ssert|check|expect|verify|fail|raises", str(name)) for name in names):
                 yield min([node.lineno, *(first.lineno for first in getattr(node, "decorator_list", []))])
 
 
@@ -599,6 +675,30 @@ def seed_both(tester: Tester) -> None:
         tester.ask("operator", "seed", value, version)
 
     random.seed = seed_here_and_there  # type: ignore[assignment]
+
+
+def load_plain_pickles() -> None:
+    """Have `pickle` read as its Python code does, and change no class: a pickle could put another check in a test's place."""
+    import io
+    import pickle
+
+    plain: Any = vars(pickle)["_Unpickler"]
+
+    class Unpickler(plain):
+        dispatch: ClassVar[dict[int, Any]] = dict(plain.dispatch)
+
+        def load_build(self) -> None:
+            if isinstance(self.stack[-2], type | ModuleType):
+                raise ValueError("a pickle that changes a class")
+            super().load_build()
+
+        dispatch[pickle.BUILD[0]] = load_build
+
+    vars(pickle).update(
+        Unpickler=Unpickler,
+        load=lambda file, **more: Unpickler(file, **more).load(),
+        loads=lambda data, **more: Unpickler(io.BytesIO(data), **more).load(),
+    )
 
 
 def watch_pickles(event: str, arguments: tuple[Any, ...]) -> None:
@@ -701,14 +801,21 @@ def main(
     reading: int | None,
     writing: int | None,
     report: int,
+    program: str | None = None,
 ) -> None:
     """Write the number of each test that passes to the descriptor `report`.
 
-    Without a program, then also of those that each kind of stub passes, and how many functions were called.
+    Without a program, then also of those that each kind of stub passes, and how many functions were called. `program` is
+    one to run in this process.
     """
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    if program is not None:
+        module = sys.modules["solution"] = ModuleType("solution")
+        exec(compile(program, "solution.py", "exec", dont_inherit=True), module.__dict__)
+        run_all(Run(None, names, program=module), tests, report, "passed")
+        return
     tester: Tester | None = None
     text = repr(tests)
     if reading is not None and writing is not None:
@@ -721,6 +828,7 @@ def main(
         if "random.seed" in text:
             seed_both(tester)
         if "pickle" in text:
+            load_plain_pickles()
             sys.addaudithook(watch_pickles)
     texts = constants(tests) if re.search(r"\b(eval|exec|compile)\b", text) else ()
     run_all(Run(tester, names, texts), tests, report, "passed")
@@ -744,7 +852,7 @@ def run_all(run: Run, tests: list[list[Step]], report: int, passed: str) -> None
             if tester and tester.denied:
                 raise AssertionError("an assertion failed in a callback")
         except (ModuleNotFoundError, pytest_subset.Unsupported) as error:
-            if tester is None and run.stub is None:  # with a program, the same
+            if tester is None and run.stub is None and run.program is None:  # with a program, the same
                 os.write(report, f"unsupported {str(error)!a}\n".encode())
         except BaseException:
             continue

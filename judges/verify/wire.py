@@ -92,6 +92,14 @@ def signature_of(parameters: list[tuple[str, int, bool]]) -> Any:
     return Signature([Parameter(name, _ParameterKind(kind), default=defaults[has]) for name, kind, has in parameters])
 
 
+def may_have_effects(result: Any, effects: str) -> bool:
+    """Whether a call with this result may have changed its arguments.
+
+    `effects`: "any" if the tests do not use the result, "number" if the prompt asks for a change in place, else "none".
+    """
+    return result is None or effects == "any" or (effects == "number" and isinstance(result, int))
+
+
 def put(owner: Any, name: str, content: Any) -> None:
     """Give a container, which is an attribute of `owner`, another content."""
     match getattr(owner, name), content:
@@ -207,7 +215,7 @@ class Peer:
         self.send(reply)
 
     def send(self, message: list[Any]) -> None:
-        data = json.dumps(message).encode()
+        data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")  # two surrogates stay two
         rest = memoryview(len(data).to_bytes(8, "little") + data)
         while rest:
             rest = rest[os.write(self.writing, rest) :]
@@ -217,7 +225,7 @@ class Peer:
         if (head := self._read(8)) is None:
             return None
         data = self._read(int.from_bytes(head, "little"))
-        return None if data is None else json.loads(data)
+        return None if data is None else json.loads(data.decode("utf-8", "surrogatepass"))
 
     def _read(self, count: int) -> bytes | None:
         parts = []
