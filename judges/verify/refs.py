@@ -54,9 +54,11 @@ class Ref:
         return self._ref_tester.ask("operator", name, self, *operands)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._ref_call("number" if self._ref_tester.in_place else "none", arguments, named)
+
+    def _ref_call(self, effects: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         tester = self._ref_tester
         capture = sys.stdout is not sys.__stdout__
-        effects = "any" if tester.effect else "number" if tester.in_place else "none"
         result, changed, output = tester.ask("call", self, arguments, named, capture, effects)
         if output:
             sys.stdout.write(output)
@@ -353,6 +355,13 @@ class Ref:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("an object of the program cannot be copied")
+
+
+def for_effect(function: Any) -> Any:
+    """What calls the function for what it does to its arguments: the tests do not use the result."""
+    if type(function) is not Ref:
+        return function
+    return lambda *arguments, **named: function._ref_call("any", arguments, named)
 
 
 def type_name(value: Any) -> str:

@@ -33,6 +33,7 @@ from judges.verify.refs import (
     Ref,
     assert_not_same,
     assert_same,
+    for_effect,
     has_attribute,
     is_callable,
     is_instance,
@@ -93,7 +94,6 @@ class Tester:
         )
         self.namespace: dict[str, Any] = {}  # of the tests
         self.plain: dict[str, Any] = {}  # names in it of plain data of the program, which its functions may change
-        self.effect = False  # whether the call under way is a statement, made for what it does to its arguments
         self.refs: dict[int, Ref] = {}
         self.made_by: set[int] = set()  # the classes whose names the tests use
         self.made: dict[int, Ref] = {}  # the objects that the tests made by them
@@ -377,18 +377,14 @@ class Namespace(dict[str, Any]):
 
 class Identities(ast.NodeTransformer):
     """Has tests call `same` for `is`, `type_of` for `type(x)` and `x.__class__`, and their `eval` for `builtins.eval`, and
-    say which calls they make for their effect.
+    call by `for_effect` what is a statement.
     """
 
-    def visit_Expr(self, node: ast.Expr) -> Any:
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
         self.generic_visit(node)
-        if not isinstance(node.value, ast.Call):
-            return node
-        before, after = (
-            ast.Expr(ast.Call(ast.Name("__effect__", ast.Load()), [ast.Constant(wanted)], []))
-            for wanted in (True, False)
-        )
-        return [before, ast.Try(body=[node], handlers=[], orelse=[], finalbody=[after])]
+        if isinstance(node.value, ast.Call):
+            node.value.func = ast.Call(ast.Name("__effect__", ast.Load()), [node.value.func], [])
+        return node
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         self.generic_visit(node)
@@ -475,7 +471,7 @@ class Run:
             own = {name for name, source in names.items() if not source}
             self.namespace = Namespace(program, own, module.__dict__)
             module.__dict__["__getattr__"] = self.namespace.attribute
-        self.namespace.update(__same__=same, __type__=type_of, __effect__=self.effect)
+        self.namespace.update(__same__=same, __type__=type_of, __effect__=for_effect)
         if tester:
             tester.namespace = self.namespace
             self.namespace.update(
@@ -494,13 +490,7 @@ class Run:
             elif stub:
                 self.namespace[name] = stub(name)
 
-    def effect(self, wanted: bool) -> None:
-        """Before and after a call whose result the tests do not use: it is made for what it does to its arguments."""
-        if self.tester:
-            self.tester.effect = wanted
-
     def step(self, step: Step) -> None:
-        self.effect(False)
         match step:
             case ["code", source]:
                 self.parts += 1
