@@ -226,6 +226,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
         value, *more, **named
     ),
     "seed": lambda *seed: importlib.import_module("random").seed(*seed), "signature": parameters_of, "aiter": aiter,
+    "recursion": sys.setrecursionlimit,
     "aenter": lambda value: run_awaitable(value.__aenter__()),
     "aexit": lambda value, kind, text: run_awaitable(value.__aexit__(kind, kind(text) if kind else None, None)),
     "enter": lambda value: value.__enter__(),

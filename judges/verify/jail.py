@@ -177,7 +177,7 @@ def _excess(child: int, request: dict[str, Any]) -> str | None:
     tree, used, count, proc = [child], 0, 0, request["proc"]
     for pid in tree:  # which grows meanwhile
         with contextlib.suppress(OSError):  # it has ended
-            for line in _contents(f"{pid}/status", proc).splitlines():
+            for line in _contents(f"{pid}/status", proc).split("\n"):  # a process's name may have other ends of lines
                 if line.startswith(("VmRSS:", "VmSwap:")):
                     used += int(line.split()[1]) << 10
             folder = os.open(f"{pid}/task", os.O_RDONLY, dir_fd=proc)
@@ -466,6 +466,7 @@ def _filter_calls(*, alone: bool) -> None:
     else:
         # Not init, nor everybody at once: the kernel would ignore it, and the program should learn that it failed.
         program += between(KILL, 2, 0x7FFF_FFFF)
+        program += between(PRLIMIT, 0, 0)
         program += flags(CLONE, OWN | CLONE_NEWUSER | CLONE_NEWCGROUP, wanted=False)
         known = [line for family in FAMILIES for line in ((JEQ, 0, 1, family), allow)]
         program += [(JEQ, 0, len(known) + 2, SOCKET[column]), load_argument, *known, deny]

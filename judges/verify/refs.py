@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import sys
 import types
@@ -109,8 +110,15 @@ class Ref:
             noted.update(kept)
         self._ref_has(len(items), len(items))
         self._ref_note("view", name, list(items))
+        asked = self._ref_tester.answers.get(self._ref_tester.first(self), {}).items()
+        found = [answer for (kind, _), answer in asked if kind == "item" and isinstance(answer, PLAIN)]
+        if name == "values" and any(answer not in items for answer in found):
+            raise AssertionError(CONTRADICTED)
         if name == "items" and all(type(item) is tuple and len(item) == 2 for item in items):
-            self._ref_note("view", "keys", [key for key, _ in items])
+            keys = [key for key, _ in items]
+            if any(keys.count(key) > 1 for key in keys[:100] if is_key(key)):
+                raise AssertionError(CONTRADICTED)
+            self._ref_note("view", "keys", keys)
             self._ref_note("view", "values", [value for _, value in items])
             for key, value in items:
                 if is_key(key):
@@ -154,7 +162,8 @@ class Ref:
         items = self._ref_ask(order)
         if self._ref_made or type(items) is not Ref:
             return items
-        once = items._ref_number == self._ref_number  # an iterator itself
+        once = items._ref_number == self._ref_number  # an iterator itself, and not a sequence that begins anew
+        once = once and not any(self._ref_ask("hasattr", name) is True for name in ("__getitem__", "__len__"))
 
         def follow() -> Iterator[Any]:
             sizes, number, count = self._ref_tester.sizes, self._ref_tester.first(self), 0
@@ -201,16 +210,24 @@ class Ref:
         if type(key) is int:
             self._ref_agree([key])
         if type(key) is slice:
-            whole = self._ref_tester.wholes.get(self._ref_tester.first(self))
             try:
-                items, places = list(answer), range(len(self) if whole is None else len(whole))[key]
-            except TypeError:  # it has no items, or no length
+                items, expected = list(answer), self._ref_sliced(key)
+            except TypeError:  # it has no items, or is no slice
                 return answer
-            if len(items) != len(places):
+            if not self._ref_tester.agree(items, expected):
                 raise AssertionError(CONTRADICTED)
-            for place, item in zip(places, items, strict=True):
-                self._ref_note("place", place, item)
+        if is_key(key) and isinstance(answer, PLAIN):
+            values = self._ref_tester.answers.get(self._ref_tester.first(self), {}).get(("view", "values"))
+            if values is not None and answer not in values:
+                raise AssertionError(CONTRADICTED)
         return answer
+
+    def _ref_sliced(self, key: slice) -> list[Any]:
+        """The slice, by iteration; of an endless object too, if it has an end itself."""
+        ends = [part for part in (key.start, key.stop, key.step) if part is not None]
+        if key.stop is not None and all(type(end) is int and end >= 0 for end in ends):
+            return list(itertools.islice(iter(self), key.start, key.stop, key.step))
+        return list(self)[key]
 
     def _ref_note(self, question: str, key: Any, answer: Any) -> None:
         """Note an answer. The same question has the same answer until a call may have changed the object."""
@@ -226,16 +243,22 @@ class Ref:
         number = self._ref_tester.first(self)
         items = self._ref_tester.wholes.get(number, [])
         keys = [key for key in keys if -len(items) <= key < len(items)]
-        if any(key in items for key in keys) and self._ref_ask("hasattr", "keys") is True:
+        if not keys or self._ref_is_mapping(items):
             return
         for key in keys:
             answer, item = self._ref_tester.answers.get(number, {}).get(("item", key)), items[key]
-            if isinstance(answer, NUMBERS) and isinstance(item, NUMBERS):
-                agreed = answer == item
-            else:
-                agreed = type(answer) is not type(item) or self._ref_tester.agree(answer, item)
-            if not agreed:
+            numbers = isinstance(answer, NUMBERS) and isinstance(item, NUMBERS)
+            if not (answer == item if numbers else self._ref_tester.agree(answer, item)):
                 raise AssertionError(CONTRADICTED)
+
+    def _ref_is_mapping(self, items: list[Any]) -> bool:
+        """Whether `items`, by iteration, are its keys."""
+        if self._ref_ask("hasattr", "keys") is not True:
+            return False
+        try:
+            return bool(self._ref_tester.agree(list(self.keys()), items))
+        except Exception:  # they are no keys
+            return False
 
     def _ref_has(self, least: float, most: float) -> None:
         """Note how many items it has."""
@@ -448,6 +471,8 @@ def _unary(name: str, method: str) -> Callable[..., Any]:
 def _binary(name: str, *, swapped: bool = False) -> Callable[[Ref, Any], Any]:
     def method(self: Ref, other: Any) -> Any:
         tester, is_made = self._ref_tester, self._ref_made and not self._ref_is_class
+        if name == "or_" and self._ref_is_class and (other is None or isinstance(other, type) or type(other) is Ref):
+            return self  # `Node | None`, in an annotation
         scaled = name.removeprefix("i") in SCALING and tester.own(self) and not self._ref_is_class
         if not (is_made or scaled or tester.own(self, other)):
             raise TypeError(f"{name!r} is not asked of an object that the program made")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -22,9 +23,11 @@ from judges.verify.base import fenced_blocks
 
 BUILTINS = frozenset(dir(builtins))
 COMPARATORS = re.compile(
-    r"allclose|array_equal|assert\w*|expect|np|numpy|pd|pandas|scipy|torch|sympy|(?i:eps\w*|tol|[ar]tol|\w*tolerance)"
+    r"allclose|array_equal|assert\w*|expect|np|numpy|pd|pandas|scipy|torch|sympy|(?i:eps|epsilon|tol|[ar]tol|tolerance)"
 )
 """Names that a program may not define for its tests: they compare a result with what is expected."""
+TOLERANCES = re.compile(r"(?i:eps\w*|\w*tolerance)")
+"""The same of names that are not called."""
 LIBRARY = {
     "fabs": "math", "floor": "math", "ceil": "math", "trunc": "math", "isnan": "math", "isinf": "math", "isfinite": "math",
     "reduce": "functools", "islice": "itertools", "randint": "random", "uniform": "random", "choice": "random",
@@ -44,6 +47,8 @@ STARRED = {
     "random", "statistics", "string", "typing",
 }  # fmt: skip
 """Modules of the standard library whose names tests have by `from math import *`."""
+MOST_LINES = 300
+"""Of a prompt, that are read as Python."""
 METHODS = {name for kind in (str, list, dict, set, int, float) for name in dir(kind)}
 
 
@@ -164,15 +169,21 @@ def _takes_candidate(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 def _with_helpers(suite: Suite, checked: set[str], prompt: str) -> Suite:
     """The suite, with the functions that the prompt defines whole and the tests use, ahead of its first test."""
+    code = [_unannotated(node) for node in _code_of(prompt)]
+    functions = {name: node for node in code for name in _defined(node)}
+    if not checked:  # what the prompt leaves open is to be written, and what it defines beside that is not
+        checked = {name for name, node in functions.items() if not _is_whole(node, set())} & suite.names.keys()
     if not checked:
         return suite
-    code = _code_of(prompt)
     body = [node for node in code if isinstance(node, _Imports) or _is_constant(node) or _is_whole(node, checked)]
-    helpers = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+    helpers = {name for name, node in functions.items() if node in body}
     classes = {node.name for node in code if isinstance(node, ast.ClassDef)}  # the program has them too
     names = {name: module for name, module in _names(body).items() if name not in BUILTINS}
-    if not helpers & suite.names.keys() or {name for name, module in names.items() if not module} - classes:
+    used = {name for name in helpers if suite.names.get(name) == ""}
+    if not used:
         return suite
+    if lacking := sorted({name for name, module in names.items() if not module} - classes - checked - helpers):
+        raise BadTests(f"the tests use {sorted(used)[0]}, which the prompt defines by {lacking[0]}, which it does not")
     names |= {name: module for name, module in suite.names.items() if name not in helpers}
     first: list[list[Any]] = [["code", "\n".join(map(ast.unparse, body))]]
     return replace(suite, tests=[first + suite.tests[0], *suite.tests[1:]], names=names)
@@ -180,33 +191,63 @@ def _with_helpers(suite: Suite, checked: set[str], prompt: str) -> Suite:
 
 def _is_whole(node: ast.stmt, checked: set[str]) -> bool:
     """Whether it is a function, not one to write, with a body: more than a text, `pass` or `...`."""
-    if not isinstance(node, ast.FunctionDef) or node.name in checked:
+    if not _defined(node) or _defined(node) & checked:
         return False
-    return any(not isinstance(part, ast.Pass | ast.Raise) and not _is_text(part) for part in node.body)
+    body = node.body if isinstance(node, ast.FunctionDef) else [node]
+    return any(not isinstance(part, ast.Pass | ast.Raise) and not _is_text(part) for part in body)
+
+
+def _defined(node: ast.stmt) -> set[str]:
+    """The name of the function that a statement defines, if it does."""
+    match node:
+        case ast.FunctionDef(name=name) | ast.Assign(targets=[ast.Name(id=name)], value=ast.Lambda()):
+            return {name}
+    return set()
+
+
+def _unannotated(node: ast.stmt) -> ast.stmt:
+    """The statement, a function without its annotations: a prompt may not import their names."""
+    if isinstance(node, ast.FunctionDef):
+        node.returns = None
+        for argument in ast.walk(node.args):
+            if isinstance(argument, ast.arg):
+                argument.annotation = None
+    return node
 
 
 def _is_constant(node: ast.stmt) -> bool:
-    """Whether it gives a name a value that needs nothing."""
+    """Whether it gives a name a value that needs nothing, as in `MOD = 10**9 + 7`."""
     if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
         return False
-    with contextlib.suppress(ValueError):
-        ast.literal_eval(node.value)
-        return True
-    return False
+    return not any(isinstance(part, ast.Name | ast.Call | ast.Lambda) for part in ast.walk(node.value))
 
 
 def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
+@functools.lru_cache(64)
 def _code_of(prompt: str) -> list[ast.stmt]:
     """The Python of a prompt: all of it, its fenced blocks, or what begins with a definition or an import."""
     blocks = [text for language, text in fenced_blocks(prompt) if language in ("", "python", "py", "python3")]
-    begins = re.search(r"^(?:import|from|def|class|@)\b.*", prompt, re.MULTILINE | re.DOTALL)
-    for texts in ([prompt], blocks, [begins[0]] if begins else []):
-        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-            if body := [node for text in texts for node in ast.parse(text).body]:
-                return body
+    begins = re.search(r"^(?:(?:import|from|def|class)\b|@|[A-Za-z_]\w* *=).*", prompt, re.MULTILINE | re.DOTALL)
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        return ast.parse(prompt).body
+    for texts in (blocks, [begins[0]] if begins else []):
+        if body := [node for text in texts for node in _first_part(text)]:
+            return body
+    return []
+
+
+def _first_part(text: str) -> list[ast.stmt]:
+    """The statements of the longest beginning of a text that is Python; a last function may have no body yet."""
+    lines = text.rstrip().splitlines()[:MOST_LINES]
+    while lines:
+        opened = re.match(r"(\s*).*:\s*(#.*)?$", lines[-1])
+        for more in ([], [f"{opened[1]}    pass"] if opened else []):
+            with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+                return ast.parse("\n".join([*lines, *more])).body
+        lines.pop()
     return []
 
 
@@ -298,7 +339,9 @@ def _names(body: list[ast.stmt]) -> dict[str, str]:
     known = BUILTINS | LIBRARY.keys()
     tests = [node for node in nodes if isinstance(node, _Defines) and _is_test(node)]
     around = {name for node in tests for decorator in node.decorator_list for name in _loads(decorator)}
-    own = {name for name in loads - known - modules.keys() - around if not COMPARATORS.fullmatch(name)}
+    compares = {name for name in loads if COMPARATORS.fullmatch(name)}
+    compares |= {name for name in loads - called if TOLERANCES.fullmatch(name)}
+    own = loads - known - modules.keys() - around - compares
     if not own and len(called & known) == 1 and not _reaches_more(nodes, called & known):
         own |= called & known
     library = {name: LIBRARY[name] for name in loads & LIBRARY.keys() - own - modules.keys()}
@@ -381,7 +424,7 @@ def _uses_objects(body: list[ast.stmt], prompt: str) -> bool:
                 return True
         if sum(map(is_made, ast.iter_child_nodes(node))) > 1:
             return True
-    return re.search(r"\bclass\b", prompt) is not None
+    return re.search(r"(?<![-\w])class(?![-\w])", prompt) is not None
 
 
 def _reaches_more(nodes: list[ast.AST], names: set[str]) -> bool:

@@ -359,9 +359,16 @@ class Namespace(dict[str, Any]):
 
     def __init__(self, program: ModuleType, names: Collection[str], own: dict[str, Any]) -> None:
         there = {name: vars(program)[name] for name in names if name in vars(program)}
-        # The body of a class does not ask `__missing__`.
         super().__init__({**own, **{name: value for name, value in there.items() if not isinstance(value, PLAIN)}})
         self.program, self.names = program, names
+
+    def bind(self, tree: ast.AST) -> None:
+        """Have the plain data that bodies of classes name, which do not ask `__missing__`."""
+        bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        nodes = [node for body in bodies for statement in body for node in ast.walk(statement)]
+        for name in {node.id for node in nodes if isinstance(node, ast.Name)} & {*self.names}:
+            if name not in self and name in vars(self.program):
+                self[name] = vars(self.program)[name]
 
     def __missing__(self, name: str) -> Any:
         if name in self.names and hasattr(self.program, name):
@@ -466,7 +473,7 @@ class Run:
         module = sys.modules["tests"] = ModuleType("tests")
         sys.modules["solution"] = program or Solution(tester, stub)
         sys.modules["pytest"] = pytest_subset
-        self.namespace = module.__dict__
+        self.namespace: Any = module.__dict__
         if program:
             own = {name for name, source in names.items() if not source}
             self.namespace = Namespace(program, own, module.__dict__)
@@ -497,7 +504,9 @@ class Run:
                 tree, name = ast.parse(source), f"tests {self.parts}"
                 if self.tester:
                     self.tester.checking |= {(name, line) for line in checking_blocks(tree)}
-                if not self.program:
+                if self.program:
+                    self.namespace.bind(tree)
+                else:
                     tree = ast.fix_missing_locations(Identities().visit(tree))
                 exec(compile(tree, name, "exec", dont_inherit=True), self.namespace)
             case ["function", name]:
@@ -667,6 +676,17 @@ def seed_both(tester: Tester) -> None:
     random.seed = seed_here_and_there  # type: ignore[assignment]
 
 
+def limit_both(tester: Tester) -> None:
+    """Have `sys.setrecursionlimit` in the tests set the program's limit too."""
+    set_limit = sys.setrecursionlimit
+
+    def set_here_and_there(limit: int) -> None:
+        set_limit(limit)
+        tester.ask("operator", "recursion", limit)
+
+    sys.setrecursionlimit = set_here_and_there
+
+
 def load_plain_pickles() -> None:
     """Have `pickle` read as its Python code does, and change no class: a pickle could put another check in a test's place."""
     import io
@@ -817,6 +837,8 @@ def main(
             ask_for_fields()
         if "random.seed" in text:
             seed_both(tester)
+        if "setrecursionlimit" in text:
+            limit_both(tester)
         if "pickle" in text:
             load_plain_pickles()
             sys.addaudithook(watch_pickles)

@@ -57,7 +57,6 @@ def test_check_calls_the_functions_that_the_prompt_defines_whole() -> None:
         assert suite.names == {}
     for other in (
         "def helper(x): ...\ndef f(x): ...",
-        "def helper(x): return f(x)\ndef f(x): ...",
         "Use helper.",
         "def (",
     ):
@@ -65,7 +64,25 @@ def test_check_calls_the_functions_that_the_prompt_defines_whole() -> None:
     assert read_suite(check, "t", "helper", helper).names == {"helper": ""}
     assert read_suite(f"{check}\ncheck(f)", "t", None, helper).names == {"f": ""}
     assert read_suite(f"{check}\ncheck(helper)", "t", None, helper).names == {"helper": ""}
-    assert read_suite("assert helper(f(1)) == 2", "t", None, helper).names == {"f": "", "helper": ""}
+    assert read_suite("assert helper(f(1)) == 2", "t", None, helper).names == {"f": ""}
+    assert read_suite("assert helper(1) == 2", "t", None, "Mend it.\ndef helper(x): return x").names == {"helper": ""}
+    calls = "def helper(x): return f(x)\ndef f(x): ..."
+    assert read_suite(check, "t", "f", calls).names == {"f": ""}
+
+
+def test_a_function_of_the_prompt_is_found_wherever_its_code_ends_and_with_its_constants() -> None:
+    check = "def check(candidate): assert close(candidate(9), 3)"
+    close = "LIMIT = 10 ** -4\ndef close(a: Number, b) -> Tuple: return abs(a - b) < LIMIT\n"
+    for prompt in (
+        f"Complete this:\n\n{close}def root(x):\n    'The root.'\n\nReturn only the code.",
+        f"```\n{close}def root(x): ...\n```\nSo:\n```\n>>> root(4)\n2\n```",
+        f"{close}def root(x):",
+        f"{close}def root(x):  # its root",
+        "close = lambda a, b: abs(a - b) < 1\ndef root(x): ...",
+    ):
+        assert read_suite(check, "t", "root", prompt).names == {}
+    with pytest.raises(BadTests, match="use close, which the prompt defines by LIMIT, which it does not"):
+        read_suite(check, "t", "root", "def close(a, b): return a - b < LIMIT\ndef root(x): ...")
 
 
 def test_a_decorator_of_a_test_and_a_tolerance_are_not_the_programs() -> None:
