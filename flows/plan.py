@@ -107,7 +107,7 @@ def load_of(run: IterativeRun) -> Load:
         completion_tokens=config.sampling.max_tokens,
         others=_others(config),
         compared=_compared(run),
-        every=config.evaluation.every,
+        unevaluated=[t for t in range(1, config.rounds) if not run.evaluates(t)],
     )
 
 
@@ -131,7 +131,7 @@ def describe_cost(run: IterativeRun, rates: Rates | None, card: Card | None) -> 
     load = load_of(run)
     shape = Shape.of(run.model_path, run.model_config)
     rows: dict[str, str] = {}
-    evaluations = _evaluations(run.config)
+    evaluations = load.rounds - len(load.unevaluated)
     sampled = load.rounds * (load.completions + load.others) + (evaluations + 1) * load.evaluated + load.compared
     scored = 2 * evaluations * load.evaluated
     trained = load.rounds * load.pairs * (load.prompt_tokens + 2 * load.completion_tokens)

@@ -144,7 +144,7 @@ class PromptsConfig(Section):
     completions are right, or all wrong (arXiv:2503.14476). They come back if too few others are left."""
 
     @model_validator(mode="after")
-    def _prompts_come_again(self) -> PromptsConfig:
+    def _rounds_have_their_prompts(self) -> PromptsConfig:
         if self.limit is not None and self.limit < self.per_round:
             raise ValueError(f"limit = {self.limit}: a round needs per_round = {self.per_round} prompts")
         if self.choose == "untied" and not self.reuse:

@@ -32,7 +32,7 @@ from iterdpo.report.format import count, duration, nats, number, percent
 from iterdpo.report.page import page_template
 from iterdpo.report.plots import BLUE, FAINT, GREEN, ORANGE, PURPLE, SKY, Panel, as_png, as_svg, figure
 from iterdpo.run.artifacts import read_groups, read_judgments
-from iterdpo.run.rundir import RunDir, read_json, read_manifest, write_json, write_text
+from iterdpo.run.rundir import RunDir, read_json, read_manifest, write_json, write_text, write_with
 from iterdpo.stats import Floats, nested_bootstrap, resampled_means, student_interval
 from iterdpo.training.launch import TRAIN_LOG
 
@@ -148,7 +148,8 @@ def write_comparison(
     write_json(out / "compare.json", _finite(result))
     figures = _figures(curves, [arm.name for arm in arms if arm.kind == "best_of_n"])
     for name, fig in figures.items():
-        (out / f"{name}.png").write_bytes(as_png(fig))
+        png = as_png(fig)
+        write_with(out / f"{name}.png", lambda handle, png=png: handle.write(png))  # type: ignore[misc]
     page = page_template("iterdpo.report", "compare.html.j2").render(
         name=out.name,
         title=title,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,8 +104,8 @@ class Load(NamedTuple):
     """Sampled in a round from another policy."""
     compared: int = 0
     """Sampled once from another model, on held-out prompts."""
-    every: int = 1
-    """Of so many rounds one is evaluated; so is the last."""
+    unevaluated: Collection[int] = ()
+    """Rounds without an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ def seconds_of_rounds(load: Load, rates: Rates) -> list[dict[str, float]]:
         "judge": rates.seconds("judge", load.completions),
         "train": rates.seconds("train", load.pairs),
     }
-    ends = (number % load.every == 0 or number == load.rounds for number in range(1, load.rounds + 1))
-    return [first, *({**each, **evaluated} if evaluates else each for evaluates in ends)]
+    rounds = range(1, load.rounds + 1)
+    return [first, *(each if number in load.unevaluated else {**each, **evaluated} for number in rounds)]
 
 
 def estimate_to_json(load: Load, rates: Rates) -> dict[str, Any]:

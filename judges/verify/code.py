@@ -111,22 +111,17 @@ class CodeTests(Verifier):
 
     def _tests(self, program: str, suite: Suite) -> tuple[int, int]:
         """How many tests the program passes, of those that an empty program does not."""
-        real = self._real_tests(suite)
+        real, most = self._real_tests(suite), max(1 << 16, 40 * len(suite.tests))
         outcome = run_pair(
             _child("callee", program, PEER_READING, PEER_WRITING),
-            _child(
-                "tester", suite.tests, suite.names, suite.objects, suite.in_place, PEER_READING, PEER_WRITING, REPORT
-            ),
-            max_report=max(1 << 16, 40 * len(suite.tests)),
+            _tester(suite, PEER_READING, PEER_WRITING, REPORT),
+            max_report=most,
             **self._limits,
         )
         passed = _passed(outcome.report) & real if outcome.ok else set()
         if passed:
-            arguments = (suite.tests, suite.names, suite.objects, suite.in_place, None, None, REPORT, program)
-            together = run_python(
-                _child("tester", *arguments), max_output=max(1 << 16, 40 * len(suite.tests)), **self._limits
-            )
-            passed &= _passed(together.report)
+            together = _tester(suite, None, None, REPORT, program)
+            passed &= _passed(run_python(together, max_output=most, **self._limits).report)
         return len(passed), len(real)
 
     def _real_tests(self, suite: Suite) -> set[int]:
@@ -152,8 +147,9 @@ class CodeTests(Verifier):
         return real
 
     def _run_without_program(self, suite: Suite) -> set[int] | str:
-        tester = _child("tester", suite.tests, suite.names, suite.objects, suite.in_place, None, None, REPORT)
-        outcome = run_python(tester, max_output=max(1 << 16, 400 * len(suite.tests)), **self._limits)
+        outcome = run_python(
+            _tester(suite, None, None, REPORT), max_output=max(1 << 16, 400 * len(suite.tests)), **self._limits
+        )
         if unsupported := re.search("^unsupported (.*)", outcome.report, re.MULTILINE):
             return f"the tests of column {self.column!r} need what the sandbox lacks: {unsupported[1]}"
         if not re.search("^ended$", outcome.report, re.MULTILINE):
@@ -186,6 +182,10 @@ class CodeTests(Verifier):
 
 def _passed(report: str, passed: str = "passed") -> set[int]:
     return {int(number) for number in re.findall(rf"^{passed} (\d+)$", report, re.MULTILINE)}
+
+
+def _tester(suite: Suite, *arguments: Any) -> str:
+    return _child("tester", suite.tests, suite.names, suite.objects, suite.in_place, *arguments)
 
 
 def _child(name: str, *arguments: Any) -> str:

@@ -169,7 +169,7 @@ def _takes_candidate(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 def _with_helpers(suite: Suite, checked: set[str], prompt: str) -> Suite:
     """The suite, with the functions that the prompt defines whole and the tests use, ahead of its first test."""
-    code = [_unannotated(node) for node in _code_of(prompt)]
+    code = _code_of(prompt)
     functions = {name: node for node in code for name in _defined(node)}
     if not checked:  # what the prompt leaves open is to be written, and what it defines beside that is not
         checked = {name for name, node in functions.items() if not _is_whole(node, set())} & suite.names.keys()
@@ -228,13 +228,15 @@ def _is_text(node: ast.stmt) -> bool:
 
 @functools.lru_cache(64)
 def _code_of(prompt: str) -> list[ast.stmt]:
-    """The Python of a prompt: all of it, its fenced blocks, or what begins with a definition or an import."""
+    """The Python of a prompt, without annotations: all of it, its fenced blocks, or what begins with a definition, an import
+    or an assignment. Kept, since each completion of the prompt asks again.
+    """
     blocks = [text for language, text in fenced_blocks(prompt) if language in ("", "python", "py", "python3")]
     begins = re.search(r"^(?:(?:import|from|def|class)\b|@|[A-Za-z_]\w* *=).*", prompt, re.MULTILINE | re.DOTALL)
     with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-        return ast.parse(prompt).body
+        return [_unannotated(node) for node in ast.parse(prompt).body]
     for texts in (blocks, [begins[0]] if begins else []):
-        if body := [node for text in texts for node in _first_part(text)]:
+        if body := [_unannotated(node) for text in texts for node in _first_part(text)]:
             return body
     return []
 

@@ -38,10 +38,20 @@ from judges.verify.refs import (
     is_callable,
     is_instance,
     same,
-    type_name,
     type_of,
 )
-from judges.verify.wire import LIBRARY, PLAIN, TYPES, VERDICTS, Derived, Peer, parameters_of, put, run_awaitable
+from judges.verify.wire import (
+    LIBRARY,
+    PLAIN,
+    TYPES,
+    VERDICTS,
+    Derived,
+    Peer,
+    parameters_of,
+    put,
+    run_awaitable,
+    type_name,
+)
 
 Step = list[Any]
 NOT_FINITE = {"nan": r"(?i)\b(is)?nan\b", "inf": r"(?i)\b(is)?(inf|infinity|infinite|finite)\b"}
@@ -159,7 +169,7 @@ class Tester:
             return self.agree(list(before), list(now))
         if isinstance(now, type):
             return bool(before.__name__ == now.__name__)
-        if isinstance(now, PLAIN) or type_name(now) in LIBRARY or isinstance(now, range | KeysView | ItemsView):
+        if isinstance(now, PLAIN) or type_name(type(now)) in LIBRARY or isinstance(now, range | KeysView | ItemsView):
             return bool(before == now or now != now)
         return before is now or type(now).__module__ != "tests"
 
@@ -363,10 +373,11 @@ class Namespace(dict[str, Any]):
         self.program, self.names = program, names
 
     def bind(self, tree: ast.AST) -> None:
-        """Have the plain data that bodies of classes name, which do not ask `__missing__`."""
+        """Have the plain data that bodies of classes name, which do not ask `__missing__`, as their methods do."""
         bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-        nodes = [node for body in bodies for statement in body for node in ast.walk(statement)]
-        for name in {node.id for node in nodes if isinstance(node, ast.Name)} & {*self.names}:
+        own = [part for body in bodies for part in body if not isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
+        names = {node.id for part in own for node in ast.walk(part) if isinstance(node, ast.Name)}
+        for name in names.intersection(self.names):
             if name not in self and name in vars(self.program):
                 self[name] = vars(self.program)[name]
 
@@ -473,7 +484,7 @@ class Run:
         module = sys.modules["tests"] = ModuleType("tests")
         sys.modules["solution"] = program or Solution(tester, stub)
         sys.modules["pytest"] = pytest_subset
-        self.namespace: Any = module.__dict__
+        self.namespace = module.__dict__
         if program:
             own = {name for name, source in names.items() if not source}
             self.namespace = Namespace(program, own, module.__dict__)
@@ -504,7 +515,7 @@ class Run:
                 tree, name = ast.parse(source), f"tests {self.parts}"
                 if self.tester:
                     self.tester.checking |= {(name, line) for line in checking_blocks(tree)}
-                if self.program:
+                if isinstance(self.namespace, Namespace):
                     self.namespace.bind(tree)
                 else:
                     tree = ast.fix_missing_locations(Identities().visit(tree))
@@ -623,8 +634,7 @@ def variables(text: str) -> set[str]:
 
 def is_of_program(value: Any) -> bool:
     """Whether a text of the program may name `value`: an object of the program, or a type of plain data."""
-    kind = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
-    return type(value) is Ref or (isinstance(value, type) and kind in LIBRARY)
+    return type(value) is Ref or (isinstance(value, type) and type_name(value) in LIBRARY)
 
 
 def constants(tests: list[list[Step]]) -> set[str]:

@@ -92,6 +92,11 @@ def signature_of(parameters: list[tuple[str, int, bool]]) -> Any:
     return Signature([Parameter(name, _ParameterKind(kind), default=defaults[has]) for name, kind, has in parameters])
 
 
+def type_name(kind: type) -> str:
+    """As in `LIBRARY`: "decimal.Decimal"."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def may_have_effects(result: Any, effects: str) -> bool:
     """Whether a call with this result may have changed its arguments.
 
@@ -245,7 +250,7 @@ class Peer:
             return value
         if isinstance(value, type) and TYPES.get(value.__name__) is value:
             return ["type", value.__name__]
-        if (name := f"{kind.__module__}.{kind.__qualname__}") in LIBRARY:
+        if (name := type_name(kind)) in LIBRARY:
             return ["library", name, self.encode(LIBRARY[name](value))]
         if kind.__module__ == "solution" and isinstance(value, PLAIN):
             return ["derived", self._plain(value), self.export(value)]

@@ -168,6 +168,7 @@ def test_the_page_has_the_arms_their_budgets_and_what_is_missing(
         settings={"a": "</pre>"},
     ).read_text()
     assert "Not finished yet: old/seed-1, never/seed-0, never/seed-1." in page
+    assert (tmp_path / "against_kl.png").read_bytes().startswith(b"\x89PNG")
     assert "<script" not in page
     assert "Does &lt;b&gt;it&lt;/b&gt; help?" in page
     assert "The arms differ in optimizer steps." in page

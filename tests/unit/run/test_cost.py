@@ -123,7 +123,7 @@ def test_seconds_are_starts_and_units_of_each_stage_and_the_engine_starts_once()
 
 def test_rounds_without_an_evaluation_take_no_time_for_one_and_other_policies_are_sampled_too() -> None:
     rates = Rates({"sample": (1.0, 0.5), "evaluate": (1.0, 0.5), "kl": (3.0, 0.1)})
-    load = Load(5, 8, 4, 1, 3, 10, 5, others=2, compared=6, every=2)
+    load = Load(5, 8, 4, 1, 3, 10, 5, others=2, compared=6, unevaluated=[1, 3])
     first, *rounds = seconds_of_rounds(load, rates)
     assert sum(first.values()) == 1 + (4 + 6) / 2
     assert [sum(seconds.values()) for seconds in rounds] == pytest.approx([6, 6 + 6.8, 6, 6 + 6.8, 6 + 6.8])
