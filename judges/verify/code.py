@@ -57,7 +57,7 @@ class CodeTests(Verifier):
 
     name = "code_tests"
     SPEED_ONLY = frozenset({"concurrency", "allow_unsandboxed"})
-    REVISION = 8
+    REVISION = 9
     column: str = "tests"
     """The prompt's column with the tests."""
     entry_point: str = "entry_point"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import math
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -23,14 +22,65 @@ SCALING = {"add", "mul", "truediv"}
 """Operators that may have a plain operand beside any object of a class whose name the tests use."""
 COMPARISONS = (("eq", "ne"), ("lt", "le", "gt", "ge"))
 CONTRADICTIONS = (("eq", "ne"), ("lt", "gt"), ("lt", "ge"), ("gt", "le"))
-CONTRADICTED = "an object of the program contradicts itself"
 NUMBERS = (int, float, complex)
 KNOWN = {*LIBRARY, "builtins.bytearray", "builtins.range", "collections.defaultdict"}
 """Types of the standard library whose values cross by value."""
-GONE = (math.inf, math.inf)
-"""The size of an iterator that has given items: it has no length."""
+VIEWS = ("keys", "values", "items")
+ANOTHER_LENGTH = "an object of the program has another number of items than it says"
 
 SLOTS = ("_ref_is_class", "_ref_lineage", "_ref_made", "_ref_number", "_ref_tester")
+
+
+class Items:
+    """The items of an object of the program, each of which is asked for once."""
+
+    def __init__(self, tester: Tester, source: Ref) -> None:
+        self.tester, self.source = tester, source  # an iterator
+        self.found: list[Any] = []
+        self.place = 0  # of an iterator, how many it has given
+        self.end: list[Any] = []  # what a generator returned, if all have been found
+
+    def has(self, place: int) -> bool:
+        while len(self.found) <= place and not self.end:
+            going, value = self.tester.ask("next", self.source)
+            (self.found if going is True else self.end).append(value)
+        return place < len(self.found)
+
+    def are(self, count: int) -> bool:
+        """Whether there are as many."""
+        return not self.has(count) and len(self.found) == count
+
+    def more(self) -> bool:
+        return self.has(self.place)
+
+    def next(self) -> Any:
+        if not self.more():
+            raise StopIteration(*self.end)
+        self.place += 1
+        return self.found[self.place - 1]
+
+    def begin_anew(self) -> None:
+        """An iterator that has ended may begin anew, with the same items."""
+        if self.end and self.place:
+            again = self.tester.ask("operator", "iter", self.source)
+            if self.tester.ask("next", again)[0] is True:
+                self.place = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        place = 0
+        while self.has(place):
+            yield self.found[place]
+            place += 1
+
+    def __getitem__(self, key: Any) -> Any:
+        if type(key) is int and key >= 0:
+            if not self.has(key):
+                raise IndexError(key)
+            return self.found[key]
+        ends = [key.start, key.stop, key.step] if type(key) is slice else [None, None, None]
+        if ends[1] is not None and all(end is None or end >= 0 for end in ends):
+            return list(itertools.islice(self, *ends))
+        return list(self)[key]
 
 
 class Ref:
@@ -85,14 +135,44 @@ class Ref:
         alike = type(value) is Ref and not value._ref_is_class and value._ref_lineage == self._ref_lineage
         return value._ref_as_made() if self._ref_made and alike else value
 
+    def _ref_once(self, question: str, key: Any, ask: Callable[[], Any]) -> Any:
+        """The answer to a question, which is asked once until a call may have changed the object."""
+        if self._ref_made:
+            return ask()
+        self._ref_tester.settle()
+        kept = self._ref_tester.kept.setdefault(self._ref_number, {})
+        if (question, key) not in kept:
+            kept[question, key] = ask()
+        return kept[question, key]
+
+    def _ref_has(self, name: str) -> bool:
+        return self._ref_once("hasattr", name, lambda: self._ref_ask("hasattr", name)) is True
+
     def __getattr__(self, name: str) -> Any:
-        value = self._ref_tester.ask("getattr", self, name)
-        self._ref_note("attribute", name, value)
-        if name in VERDICTS and not self._ref_made and not isinstance(value, PLAIN):
+        value = self._ref_attribute(name)
+        if self._ref_made or isinstance(value, PLAIN):
+            return value
+        if name in VERDICTS:
             return functools.partial(self._ref_untold, name, value)
-        if name in ("keys", "values", "items") and type(value) is Ref and not self._ref_made:
-            return lambda: self._ref_view(name, value)
-        return value
+        return functools.partial(self._ref_view, name, value) if name in VIEWS else value
+
+    def _ref_view(self, name: str, method: Ref) -> Any:
+        """The keys, values or items of a mapping, from what it has by iteration and by key; else what the method gives."""
+        if self._ref_is_mapping() and (items := self._ref_items()):
+            return getattr({key: self[key] for key in items}, name)()
+        self._ref_only(name)
+        kept = self._ref_tester.kept
+        before = dict(kept)
+        content = self._ref_once("view", name, lambda: listed(method()))
+        kept.update(before)  # the method is a question here, after which nothing has changed
+        if self._ref_has("__len__") and len(self) != len(content):
+            raise AssertionError(ANOTHER_LENGTH)
+        return copy.copy(content)
+
+    def _ref_only(self, kind: str) -> None:
+        """Have an object that is no mapping either items by key, or keys, or values, or items."""
+        if self._ref_once("kind", None, lambda: kind) != kind:
+            raise TypeError("an object of the program that is no mapping")
 
     def _ref_untold(self, name: str, method: Any, /, *arguments: Any, **named: Any) -> Any:
         """The answer of a method such as `count`, which is not told what is expected."""
@@ -100,32 +180,11 @@ class Ref:
             raise AttributeError(f"{name!r} of a value is not asked of an object that the program made")
         return method()
 
-    def _ref_view(self, name: str, method: Ref) -> Any:
-        """Its keys, values or items, of which it has as many as it says. All three agree, and with items by key."""
-        notes = self._ref_tester.notes()
-        before = [dict(noted) for noted in notes]
-        result = method()
-        items = list(result) if type(result) is Ref else result
-        for noted, kept in zip(notes, before, strict=True):
-            noted.update(kept)
-        self._ref_has(len(items), len(items))
-        self._ref_note("view", name, list(items))
-        if name == "values":
-            asked = self._ref_tester.answers.get(self._ref_tester.first(self), {}).items()
-            found = [answer for (kind, _), answer in asked if kind == "item" and isinstance(answer, PLAIN)]
-            if any(answer not in items for answer in found):
-                raise AssertionError(CONTRADICTED)
-        if name == "items" and all(type(item) is tuple and len(item) == 2 for item in items):
-            keys = [key for key, _ in items]
-            plain = [key for key in keys if is_key(key)]
-            if len({*plain}) < len(plain):
-                raise AssertionError(CONTRADICTED)
-            self._ref_note("view", "keys", keys)
-            self._ref_note("view", "values", [value for _, value in items])
-            for key, value in items:
-                if is_key(key):
-                    self._ref_note("item", key, value)
-        return items
+    def _ref_attribute(self, name: str) -> Any:
+        return self._ref_once("attribute", name, lambda: self._ref_tester.ask("getattr", self, name))
+
+    def _ref_is_mapping(self) -> bool:
+        return self._ref_has("keys") and type(self._ref_attribute("keys")) is Ref
 
     def __index__(self) -> int:
         if not self._ref_made:
@@ -138,143 +197,72 @@ class Ref:
     def __delattr__(self, name: str) -> None:
         self._ref_tester.ask("delattr", self, name)
 
+    def _ref_items(self) -> Items | None:
+        """Its items, if it has any. Those of an iterator stay what they were, whatever is called."""
+        stream = self._ref_tester.streams.get(self._ref_number)
+        return stream or self._ref_once("items", None, self._ref_find_items)
+
+    def _ref_find_items(self) -> Items | None:
+        if not (self._ref_has("__iter__") or self._ref_has("__getitem__")):
+            return None
+        try:
+            source = self._ref_ask("iter")
+            if type(source) is not Ref:
+                return None
+            items = Items(self._ref_tester, source)
+            if not self._ref_has("__iter__"):
+                items.has(0)  # which a mapping answers with an error
+        except Exception:
+            return None
+        if source._ref_number == self._ref_number and not (self._ref_has("__getitem__") or self._ref_has("__len__")):
+            self._ref_tester.streams[self._ref_number] = items
+        return items
+
     def __iter__(self) -> Any:
-        return self._ref_items("iter")
+        if self._ref_made:
+            items = self._ref_ask("iter")
+            return self if same(self, items) else items
+        stream, items = self._ref_tester.streams.get(self._ref_number), self._ref_items()
+        if items is None:
+            raise TypeError("an object of the program has no items")
+        if self._ref_number not in self._ref_tester.streams:
+            return iter(items)
+        if stream:
+            stream.begin_anew()
+        return self
 
     def __reversed__(self) -> Any:
-        return self._ref_items("reversed")
+        return self._ref_ask("reversed") if self._ref_made else reversed(list(self))
 
     def __len__(self) -> int:
-        length: int = self._ref_ask("len")
-        self._ref_has(length, length)
+        length: int = self._ref_once("len", None, lambda: self._ref_ask("len"))
+        if not self._ref_made and (items := self._ref_items()) and not items.are(length):
+            raise AssertionError(ANOTHER_LENGTH)
         return length
 
     def __bool__(self) -> bool:
-        truth = bool(self._ref_ask("bool"))
-        self._ref_note("bool", 0, truth)
-        if truth:
-            self._ref_has(1, math.inf)
-        return truth
-
-    def _ref_items(self, order: str) -> Any:
-        """An iterator. It fails if there are more or fewer items than the object said.
-
-        Otherwise a test would compare no item of an object that has the right length.
-        """
-        items = self._ref_ask(order)
-        if self._ref_made or type(items) is not Ref:
-            return items
-        once = items._ref_number == self._ref_number  # an iterator itself, and not a sequence that begins anew
-        once = once and not any(self._ref_ask("hasattr", name) is True for name in ("__getitem__", "__len__"))
-
-        def follow() -> Iterator[Any]:
-            sizes, number, count = self._ref_tester.sizes, self._ref_tester.first(self), 0
-            whole: list[Any] = []
-            changes = self._ref_tester.changes
-            before = self._ref_tester.ended.get(number)
-            while (got := self._ref_tester.ask("next", items))[0] is True:
-                count += 1
-                if once and sizes.get(number, GONE)[1] == math.inf:
-                    sizes[number] = GONE
-                else:
-                    self._ref_has(count, math.inf)
-                whole.append(got[1])
-                if once:
-                    self._ref_tester.answers.pop(number, None)
-                    if before and not self._ref_tester.agree(before[count - 1 : count], [got[1]]):
-                        raise AssertionError(CONTRADICTED)
-                elif order == "iter":
-                    self._ref_note("place", count - 1, got[1])
-                yield got[1]
-            if sizes.get(number) != GONE:
-                self._ref_has(count, count)
-            if once and count:  # it may begin anew, with the same items
-                self._ref_tester.ended.setdefault(number, whole)
-                if before and count < len(before):
-                    raise AssertionError(CONTRADICTED)
-            if not once and changes == self._ref_tester.changes:
-                whole = whole if order == "iter" else whole[::-1]
-                for place, item in enumerate(whole):
-                    self._ref_note("place", place, item)
-                self._ref_tester.wholes[number] = whole
-                answers = self._ref_tester.answers.get(number, {})
-                self._ref_agree([key for kind, key in answers if kind == "item" and type(key) is int])
-
-        return follow()
+        truth = bool(self._ref_once("bool", None, lambda: self._ref_ask("bool")))
+        if self._ref_made or not truth:
+            return truth
+        items = self._ref_items()
+        return items is None or items.more()
 
     def __getitem__(self, key: Any) -> Any:
-        """An item. It fails if there is another one at this place by iteration, or was before."""
-        answer = self._ref_ask("getitem", key)
-        if self._ref_made or self._ref_is_class:
-            return answer
-        if is_key(key):
-            self._ref_note("item", key, answer)
-        if type(key) is int:
-            self._ref_agree([key])
-        if type(key) is slice:
-            try:
-                items, expected = list(answer), self._ref_sliced(key)
-            except TypeError:  # it has no items, or is no slice
-                return answer
-            if not self._ref_tester.agree(items, expected):
-                raise AssertionError(CONTRADICTED)
-        if is_key(key) and isinstance(answer, PLAIN):
-            values = self._ref_tester.answers.get(self._ref_tester.first(self), {}).get(("view", "values"))
-            if values is not None and answer not in values:
-                raise AssertionError(CONTRADICTED)
-        return answer
-
-    def _ref_sliced(self, key: slice) -> list[Any]:
-        """The slice, by iteration; of an endless object too, if it has an end itself."""
-        ends = [part for part in (key.start, key.stop, key.step) if part is not None]
-        if key.stop is not None and all(type(end) is int and end >= 0 for end in ends):
-            return list(itertools.islice(iter(self), key.start, key.stop, key.step))
-        return list(self)[key]
-
-    def _ref_note(self, question: str, key: Any, answer: Any) -> None:
-        """Note an answer. The same question has the same answer until a call may have changed the object."""
-        if self._ref_made:
-            return
-        kept = copy.copy(answer) if type(answer) in (list, dict, set, bytearray) else answer  # tests may change theirs
-        answers = self._ref_tester.answers.setdefault(self._ref_tester.first(self), {})
-        if not self._ref_tester.agree(answers.setdefault((question, key), kept), answer):
-            raise AssertionError(CONTRADICTED)
-
-    def _ref_agree(self, keys: list[int]) -> None:
-        """Compare items by number with those by iteration, if these are not the keys of a mapping."""
-        number = self._ref_tester.first(self)
-        items = self._ref_tester.wholes.get(number, [])
-        keys = [key for key in keys if -len(items) <= key < len(items)]
-        if not keys or self._ref_is_mapping(items):
-            return
-        for key in keys:
-            answer, item = self._ref_tester.answers.get(number, {}).get(("item", key)), items[key]
-            numbers = isinstance(answer, NUMBERS) and isinstance(item, NUMBERS)
-            if not (answer == item if numbers else self._ref_tester.agree(answer, item)):
-                raise AssertionError(CONTRADICTED)
-
-    def _ref_is_mapping(self, items: list[Any]) -> bool:
-        """Whether `items`, by iteration, are its keys."""
-        if self._ref_ask("hasattr", "keys") is not True:
-            return False
-        try:
-            return bool(self._ref_tester.agree(list(self.keys()), items))
-        except Exception:  # they are no keys
-            return False
-
-    def _ref_has(self, least: float, most: float) -> None:
-        """Note how many items it has."""
-        if self._ref_made:
-            return
-        number = self._ref_tester.first(self)
-        before = self._ref_tester.sizes.get(number, (0, math.inf))
-        least, most = max(least, before[0]), min(most, before[1])
-        if least > most:
-            raise AssertionError(CONTRADICTED)
-        self._ref_tester.sizes[number] = least, most
+        """An item; by number and as a slice, of those that it has by iteration."""
+        if not (self._ref_made or self._ref_is_class):
+            items = self._ref_items() if type(key) in (int, slice) and not self._ref_is_mapping() else None
+            if items:
+                return items[key]
+            if not self._ref_is_mapping():
+                self._ref_only("item")
+            if is_key(key):
+                return self._ref_once("item", key, lambda: self._ref_ask("getitem", key))
+        return self._ref_ask("getitem", key)
 
     def __next__(self) -> Any:
-        self._ref_tester.answers.pop(self._ref_tester.first(self), None)
+        self._ref_tester.kept.pop(self._ref_number, None)
+        if not self._ref_made and (stream := self._ref_items()):
+            return stream.next()
         going, value = self._ref_tester.ask("next", self)
         if going is not True:
             raise StopIteration(value)
@@ -374,9 +362,7 @@ class Ref:
         return str(self._ref_say("format", layout))
 
     def _ref_say(self, name: str, *rest: Any) -> Any:
-        answer = self._ref_ask(name, *rest)
-        self._ref_note(name, rest, answer)
-        return answer
+        return self._ref_once(name, rest, lambda: self._ref_ask(name, *rest))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("an object of the program cannot be copied")
@@ -387,6 +373,10 @@ def for_effect(function: Any) -> Any:
     if type(function) is not Ref:
         return function
     return lambda *arguments, **named: function._ref_call("any", arguments, named)
+
+
+def listed(value: Any) -> Any:
+    return list(value) if type(value) is Ref else value
 
 
 def is_key(value: Any) -> bool:

@@ -17,19 +17,19 @@ import builtins
 import functools
 import importlib
 import inspect
-import math
 import operator
 import os
 import re
 import sys
 import types
-from collections.abc import Callable, Collection, ItemsView, Iterator, KeysView, ValuesView
+from collections.abc import Callable, Collection, Iterator
 from types import BuiltinFunctionType, ModuleType
 from typing import Any, ClassVar
 
 from judges.verify import pytest_subset
 from judges.verify.refs import (
     ARITHMETIC,
+    Items,
     Ref,
     assert_not_same,
     assert_same,
@@ -45,7 +45,6 @@ from judges.verify.wire import (
     PLAIN,
     TYPES,
     VERDICTS,
-    Derived,
     Peer,
     parameters_of,
     put,
@@ -110,20 +109,16 @@ class Tester:
         self.passed_on: list[Any] = []
         self.places: dict[int, int] = {}  # in it, by id
         self.exceptions: dict[int, type[BaseException]] = {}
-        self.sizes: dict[int, tuple[float, float]] = {}  # by object, the least and the most items that it may have
-        self.answers: dict[int, dict[tuple[str, Any], Any]] = {}  # by object and question, what no question changes
-        self.wholes: dict[int, list[Any]] = {}  # by object, all of its items
-        self.ended: dict[int, list[Any]] = {}  # by iterator, the items that it gave until it ended
-        self.firsts: dict[int, int] = {}  # by object that was the answer to a question, the one that was it before
-        self.changes = 0  # how often all that was forgotten
+        self.kept: dict[int, dict[tuple[str, Any], Any]] = {}  # by object and question, what was answered
+        self.streams: dict[int, Items] = {}  # by iterator
         self.checking: set[tuple[str, int]] = set()  # the files and lines of `with` statements and functions that check
         self.denied = False  # whether an object of the tests has failed an assertion in a question of the program
 
     def ask(self, verb: str, *values: Any) -> Any:
         changes = verb in CHANGES or (verb == "operator" and values[0] in CHANGES)
-        with self.peer.lock:
-            if self.peer.settle() or changes:
-                self.forget()
+        self.settle()
+        if changes:
+            self.kept.clear()
         try:
             return self.peer.ask(verb, *values)
         finally:
@@ -131,58 +126,10 @@ class Tester:
                 if self.namespace.get(name) is last:  # not one that the tests have bound since
                     self.namespace[name] = self.plain[name] = self.peer.ask("global", name)
 
-    def notes(self) -> list[dict[int, Any]]:
-        return [self.sizes, self.answers, self.wholes, self.ended, self.firsts]
-
-    def forget(self) -> None:
-        """Forget what the program's objects answered: they may have changed."""
-        self.changes += 1
-        for notes in self.notes():
-            notes.clear()
-
-    def first(self, ref: Ref) -> int:
-        """The number of the object that stood in the place of `ref` first."""
-        number = ref._ref_number
-        while number in self.firsts:
-            number = self.firsts[number]
-        return number
-
-    def agree(self, before: Any, now: Any) -> bool:
-        """Whether two answers to a question are equal. An object may be another one, if it then answers as the first."""
-        derived = isinstance(before, Derived) and isinstance(now, Derived)
-        if derived and not self.agree(before._object, now._object):
-            return False
-        match before, now:
-            case Ref(), Ref():
-                one, other = self.first(before), self.first(now)
-                return one == other or (before._ref_lineage == now._ref_lineage and self.unite(one, other))
-            case (list(), list()) | (tuple(), tuple()):
-                return len(before) == len(now) and all(map(self.agree, before, now))
-            case (set(), set()) | (frozenset(), frozenset()):
-                plain = ({item for item in items if type(item) is not Ref} for items in (before, now))
-                return len(before) == len(now) and operator.eq(*plain)
-            case dict(), dict():
-                return self.agree([*before], [*now]) and self.agree([*before.values()], [*now.values()])
-        if type(before) is not type(now):
-            return False
-        if isinstance(now, ValuesView):
-            return self.agree(list(before), list(now))
-        if isinstance(now, type):
-            return bool(before.__name__ == now.__name__)
-        if isinstance(now, PLAIN) or type_name(type(now)) in LIBRARY or isinstance(now, range | KeysView | ItemsView):
-            return bool(before == now or now != now)
-        return before is now or type(now).__module__ != "tests"
-
-    def unite(self, first: int, number: int) -> bool:
-        """Have the object `number` stand for `first`, and tell whether what is noted of the two agrees."""
-        self.firsts[number] = first
-        least, most = zip(*(self.sizes.pop(one, (0, math.inf)) for one in (first, number)), strict=True)
-        self.sizes[first] = max(least), min(most)
-        if number in self.wholes:
-            self.wholes.setdefault(first, self.wholes[number])
-        answers = self.answers.setdefault(first, {})
-        agreed = [self.agree(answers.setdefault(*one), one[1]) for one in self.answers.pop(number, {}).items()]
-        return max(least) <= min(most) and all(agreed)
+    def settle(self) -> None:
+        with self.peer.lock:
+            if self.peer.settle():
+                self.kept.clear()
 
     def named(self, name: str) -> Any:
         """What the program calls `name`. Raises AttributeError if it has none."""
