@@ -458,8 +458,9 @@ def _unary(name: str, method: str) -> Callable[..., Any]:
 def _binary(name: str, *, swapped: bool = False) -> Callable[[Ref, Any], Any]:
     def method(self: Ref, other: Any) -> Any:
         tester, is_made = self._ref_tester, self._ref_made and not self._ref_is_class
-        if name == "or_" and self._ref_is_class and (other is None or isinstance(other, type) or type(other) is Ref):
-            return self  # `Node | None`, in an annotation
+        if name == "or_" and self._ref_is_class and isinstance(other, Ref | type | tuple | None):
+            union = (self, *other) if isinstance(other, tuple) else (self, other)
+            return tuple(type(None) if kind is None else kind for kind in union)  # `Node | None`
         scaled = name.removeprefix("i") in SCALING and tester.own(self) and not self._ref_is_class
         if not (is_made or scaled or tester.own(self, other)):
             raise TypeError(f"{name!r} is not asked of an object that the program made")
