@@ -201,7 +201,7 @@ def start(sources, name, arguments):
     for module, source in sources.items():
         made = sys.modules[f"judges.verify.{module}"] = types.ModuleType(f"judges.verify.{module}")
         setattr(sys.modules["judges.verify"], module, made)
-        if module in ("wire", name) or name == "tester" and module in ("pytest_subset", "refs"):
+        if module in ("wire", name) or name == "tester" and module in ("pytest_subset", "refs", "guards", "runner"):
             exec(compile(source, f"{module}.py", "exec"), made.__dict__)
     sys.modules[f"judges.verify.{name}"].main(*arguments)
 """
@@ -209,7 +209,7 @@ def start(sources, name, arguments):
 
 @functools.cache
 def _sources() -> dict[str, str]:
-    names = ("wire", "pytest_subset", "refs", "callee", "tester")
+    names = ("wire", "pytest_subset", "refs", "guards", "runner", "callee", "tester")
     return {name: Path(__file__).with_name(f"{name}.py").read_text() for name in names}
 
 
