@@ -185,7 +185,9 @@ def _passed(report: str, passed: str = "passed") -> set[int]:
 
 
 def _tester(suite: Suite, *arguments: Any) -> str:
-    return _child("tester", suite.tests, suite.names, suite.objects, suite.in_place, *arguments)
+    return _child(
+        "tester", suite.tests, suite.names, suite.objects, sorted(suite.functions), suite.in_place, *arguments
+    )
 
 
 def _child(name: str, *arguments: Any) -> str:

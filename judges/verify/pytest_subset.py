@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from numbers import Complex
 from typing import Any
 
 
@@ -75,7 +76,7 @@ class approx:
         if isinstance(expected, Sequence) and not isinstance(expected, str | bytes):
             same = isinstance(found, list | tuple) and len(expected) == len(found)
             return same and all(map(self._same, expected, found))
-        if not isinstance(expected, int | float | complex) or not isinstance(found, int | float | complex):
+        if not all(isinstance(value, Complex) for value in (expected, found)):
             return type(found) is type(expected) and bool(found == expected)
         if expected == found:
             return True
@@ -85,7 +86,7 @@ class approx:
             return False
         absolute = 1e-12 if self.abs is None else self.abs
         relative = (1e-6 if self.abs is None else 0.0) if self.rel is None else self.rel
-        return abs(expected - found) <= max(absolute, relative * abs(expected))
+        return bool(abs(expected - found) <= max(absolute, relative * abs(expected)))
 
 
 class param:

@@ -7,7 +7,7 @@ import functools
 import itertools
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from judges.verify.wire import LIBRARY, PLAIN, TYPES, VERDICTS, Derived, may_have_effects, signature_of, type_name
@@ -39,6 +39,7 @@ class Items:
         self.found: list[Any] = []
         self.place = 0  # of an iterator, how many it has given
         self.end: list[Any] = []  # what a generator returned, if all have been found
+        self.used = False  # by iteration or as slices
 
     def has(self, place: int) -> bool:
         while len(self.found) <= place and not self.end:
@@ -73,11 +74,9 @@ class Items:
             place += 1
 
     def __getitem__(self, key: Any) -> Any:
-        if type(key) is int and key >= 0:
-            if not self.has(key):
-                raise IndexError(key)
+        if type(key) is int:
             return self.found[key]
-        ends = [key.start, key.stop, key.step] if type(key) is slice else [None, None, None]
+        ends = [key.start, key.stop, key.step]
         if ends[1] is not None and all(end is None or end >= 0 for end in ends):
             return list(itertools.islice(self, *ends))
         return list(self)[key]
@@ -156,18 +155,32 @@ class Ref:
             return functools.partial(self._ref_untold, name, value)
         return functools.partial(self._ref_view, name, value) if name in VIEWS else value
 
-    def _ref_view(self, name: str, method: Ref) -> Any:
+    def _ref_view(self, name: str, method: Ref, *arguments: Any, **named: Any) -> Any:
         """The keys, values or items of a mapping, from what it has by iteration and by key; else what the method gives."""
-        if self._ref_is_mapping() and (items := self._ref_items()):
-            return getattr({key: self[key] for key in items}, name)()
+        if arguments or named:
+            return method(*arguments, **named)
+        content = self._ref_content(name, method)
+        if self._ref_is_mapping():
+            keys = dict.fromkeys(self._ref_keys())
+            view = keys.keys() if name == "keys" else getattr({key: self[key] for key in keys}, name)()
+            return type(content)(view) if type(content) in (list, tuple, set) else view
         self._ref_only(name)
-        kept = self._ref_tester.kept
-        before = dict(kept)
-        content = self._ref_once("view", name, lambda: listed(method()))
-        kept.update(before)  # the method is a question here, after which nothing has changed
         if self._ref_has("__len__") and len(self) != len(content):
             raise AssertionError(ANOTHER_LENGTH)
         return copy.copy(content)
+
+    def _ref_content(self, name: str, method: Any) -> Any:
+        """What such a method gives. It is a question, after which nothing has changed."""
+        kept = self._ref_tester.kept
+        before = dict(kept)
+        content = self._ref_once("view", name, lambda: listed(method()))
+        kept.update(before)
+        return content
+
+    def _ref_keys(self) -> Any:
+        """Of a mapping."""
+        items = self._ref_items()
+        return self._ref_content("keys", self._ref_attribute("keys")) if items is None else items
 
     def _ref_only(self, kind: str) -> None:
         """Have an object that is no mapping either items by key, or keys, or values, or items."""
@@ -184,7 +197,7 @@ class Ref:
         return self._ref_once("attribute", name, lambda: self._ref_tester.ask("getattr", self, name))
 
     def _ref_is_mapping(self) -> bool:
-        return self._ref_has("keys") and type(self._ref_attribute("keys")) is Ref
+        return self._ref_has("keys") and self._ref_has("__getitem__") and type(self._ref_attribute("keys")) is Ref
 
     def __index__(self) -> int:
         if not self._ref_made:
@@ -226,6 +239,7 @@ class Ref:
         if items is None:
             raise TypeError("an object of the program has no items")
         if self._ref_number not in self._ref_tester.streams:
+            self._ref_count(items)
             return iter(items)
         if stream:
             stream.begin_anew()
@@ -236,31 +250,52 @@ class Ref:
 
     def __len__(self) -> int:
         length: int = self._ref_once("len", None, lambda: self._ref_ask("len"))
-        if not self._ref_made and (items := self._ref_items()) and not items.are(length):
-            raise AssertionError(ANOTHER_LENGTH)
+        if not self._ref_made and (items := self._ref_items()) and items.used:
+            self._ref_count(items)
         return length
+
+    def _ref_count(self, items: Items) -> None:
+        """Its items are used: if its length is too, the two agree."""
+        items.used = True
+        length = self._ref_tester.kept.get(self._ref_number, {}).get(("len", None))
+        if length is not None and not items.are(length):
+            raise AssertionError(ANOTHER_LENGTH)
 
     def __bool__(self) -> bool:
         truth = bool(self._ref_once("bool", None, lambda: self._ref_ask("bool")))
         if self._ref_made or not truth:
             return truth
-        items = self._ref_items()
+        items = self._ref_items() if self._ref_has("__len__") else None
         return items is None or items.more()
 
     def __getitem__(self, key: Any) -> Any:
-        """An item; by number and as a slice, of those that it has by iteration."""
-        if not (self._ref_made or self._ref_is_class):
-            items = self._ref_items() if type(key) in (int, slice) and not self._ref_is_mapping() else None
-            if items:
+        """An item; by number and as a slice, of those that it has by iteration; of a mapping, by one of its keys."""
+        if self._ref_made or self._ref_is_class:
+            return self._ref_ask("getitem", key)
+        is_mapping = self._ref_is_mapping()
+        items = None if is_mapping else self._ref_items()
+        if type(key) is slice:
+            if items is None:
+                raise TypeError("an object of the program that has no items by iteration")
+            self._ref_count(items)
+            return items[key]
+        if is_mapping:
+            if not any(key is one or key == one for one in self._ref_keys()):
+                raise KeyError(key)
+        elif type(key) is int:
+            if key < 0 and self._ref_has("__len__"):
+                key += len(self)
+            if items and key >= 0 and items.has(key):
                 return items[key]
-            if not self._ref_is_mapping():
-                self._ref_only("item")
-            if is_key(key):
-                return self._ref_once("item", key, lambda: self._ref_ask("getitem", key))
-        return self._ref_ask("getitem", key)
+        else:
+            self._ref_only("item")
+        if not is_key(key):
+            return self._ref_ask("getitem", key)
+        return self._ref_once("item", key, lambda: self._ref_ask("getitem", key))
 
     def __next__(self) -> Any:
-        self._ref_tester.kept.pop(self._ref_number, None)
+        kept = self._ref_tester.kept.pop(self._ref_number, {})
+        self._ref_tester.kept[self._ref_number] = {key: kept[key] for key in kept if key[0] == "items"}
         if not self._ref_made and (stream := self._ref_items()):
             return stream.next()
         going, value = self._ref_tester.ask("next", self)
@@ -280,7 +315,9 @@ class Ref:
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not Ref:  # not NotImplemented, which counts as true if a test calls this by name
-            value = self._ref_tester.ask("value", self) if self._ref_made and not self._ref_is_class else self
+            value = self
+            if not self._ref_is_class:
+                value = self._ref_once("value", None, lambda: self._ref_tester.ask("value", self))
             return isinstance(value, Derived) and bool(value == other)
         if self._ref_number == other._ref_number:
             return True
@@ -341,7 +378,8 @@ class Ref:
     def _ref_leave(self, verb: str, kind: Any, error: Any, trace: Any) -> bool:
         if kind is None:
             return bool(self._ref_ask(verb, None, ""))
-        wanted = bool(self._ref_ask(verb, kind, str(error)))
+        text = "" if isinstance(error, AssertionError) else str(error)  # which says what is expected
+        wanted = bool(self._ref_ask(verb, kind, text))
         # It suppresses no failed check, and nothing that keeps the tests from a check.
         frame = sys._getframe(2)
         place = frame.f_code.co_filename, frame.f_lineno
@@ -351,6 +389,8 @@ class Ref:
 
     def __instancecheck__(self, instance: Any) -> bool:
         instance = standing(instance)
+        if type(instance).__module__ == "tests":  # as a protocol of the program's has it
+            return self._ref_tester.ask("operator", "isinstance", instance, self) is True
         if type(instance) is not Ref or instance._ref_is_class:
             return False
         return self._ref_number in instance._ref_lineage or instance._ref_ask("isinstance", self) is True
@@ -376,14 +416,16 @@ def for_effect(function: Any) -> Any:
 
 
 def listed(value: Any) -> Any:
-    return list(value) if type(value) is Ref else value
+    return [*value] if type(value) is Ref else value
 
 
 def is_key(value: Any) -> bool:
     """Whether it is plain data that an item can be asked by, more than once."""
-    if type(value) is tuple:
+    if type(value) in (tuple, frozenset):
         return all(map(is_key, value))
-    return value is None or type(value) in (bool, int, float, str, bytes)
+    if value is None or type(value) in (bool, int, float, complex, str, bytes):
+        return True
+    return type_name(type(value)) in LIBRARY and isinstance(value, Hashable)
 
 
 def same(one: Any, other: Any) -> bool:

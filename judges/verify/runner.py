@@ -320,8 +320,6 @@ def plain_lists(value: Any) -> Any:
 def run_all(run: Run, tests: list[list[Step]], report: int, passed: str) -> None:
     tester = run.tester
     for number, steps in enumerate(tests):
-        if tester:
-            tester.denied = False
         try:
             for step in steps:
                 run.step(step)

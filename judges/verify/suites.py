@@ -66,6 +66,8 @@ class Suite:
     wants_entry: bool = False
     objects: bool = False
     """Whether the tests use objects. If not, a name that begins with a capital letter is not one of a class to them."""
+    functions: frozenset[str] = frozenset()
+    """Names with a capital letter that are of functions in any case: all their results are used as values."""
     in_place: bool = False
     """Whether the prompt asks for a change in place, so that a function which returns a number changes its arguments."""
 
@@ -117,6 +119,7 @@ def _of_texts(texts: list[str], column: str, entry: str | None, prompt: str, *, 
         names,
         wants_entry=any(map(_wants_entry, tests)),
         objects=_uses_objects(whole, prompt),
+        functions=_capital_functions(whole, prompt),
         in_place=re.search(r"\bin[- ]?place\b", prompt, re.IGNORECASE) is not None,
     )
     return _with_helpers(suite, _checked(whole, entry), prompt)
@@ -140,9 +143,14 @@ def _out_of_reach(body: list[ast.stmt], own: set[str]) -> str | None:
                     return f"{node.name}, a class that is derived from one of the program's"
                 if any(isinstance(value, ast.Call) and _loads(value.func) & own for value in values):
                     return f"{node.name}, a class with descriptors of the program's"
+            case ast.MatchClass(cls=ast.Name(id=name)) if name in own:
+                return f"{name}, a class in a pattern"
             case ast.Call(func=function, args=arguments):
                 name = ast.unparse(function)
                 last = name.rpartition(".")[2]
+                is_method = last == "open" and isinstance(function, ast.Attribute) and "Path(" not in name
+                if is_method and name.partition(".")[0] not in sys.stdlib_module_names:
+                    continue
                 if last in FILES and last not in own:
                     return "files that they share with the program"
                 if last in RECORDS:
@@ -427,6 +435,56 @@ def _uses_objects(body: list[ast.stmt], prompt: str) -> bool:
         if sum(map(is_made, ast.iter_child_nodes(node))) > 1:
             return True
     return re.search(r"(?<![-\w])class(?![-\w])", prompt) is not None
+
+
+COMPUTING = re.compile(
+    r"abs|round|float|int|complex|bool|sum|min|max|(\w+\.)?(isclose|approx|allclose)|self\.assert\w+"
+)
+"""Functions that use their arguments as values."""
+
+
+def _capital_functions(body: list[ast.stmt], prompt: str) -> frozenset[str]:
+    """The names with a capital letter whose results are all compared or computed with, as in `abs(Mean(x) - 1.5) < 1e-6`.
+
+    Not beside what is another result of the program's, as in `Vector(1, 2) == Vector(1, 2)` and `parse("1") == Num(1)`,
+    nor if the prompt calls the name a class.
+    """
+    nodes = [node for statement in body for node in ast.walk(statement)]
+    parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+    loads = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    known = BUILTINS | LIBRARY.keys() | sys.stdlib_module_names
+
+    def is_value(node: ast.AST) -> bool:
+        parent = parents.get(node)
+        match parent:
+            case ast.Assert() | ast.If() | ast.UnaryOp():
+                return True
+            case ast.Compare() | ast.BinOp() | ast.BoolOp():
+                function = None
+            case ast.Call(func=function) if node is not function and COMPUTING.fullmatch(ast.unparse(function)):
+                pass
+            case ast.Assign(targets=[ast.Name(id=name)]):
+                return all(is_value(load) for load in loads if load.id == name)
+            case _:
+                return False
+        beside = [other for other in ast.iter_child_nodes(parent) if other not in (node, function)]
+        called = [part.func for other in beside for part in ast.walk(other) if isinstance(part, ast.Call)]
+        return all(ast.unparse(call).partition(".")[0] in known for call in called)
+
+    calls: dict[str, list[ast.AST]] = {}
+    for node in loads:
+        if node.id[:1].isupper() and node.id not in known:
+            parent = parents.get(node)
+            calls.setdefault(node.id, []).append(
+                parent if isinstance(parent, ast.Call) and parent.func is node else node
+            )
+    named = r"\bclass\b[^.\n]{0,20}\b%s\b|\b%s\b\W{0,3}class\b"
+    return frozenset(
+        name
+        for name, made in calls.items()
+        if all(isinstance(call, ast.Call) and is_value(call) for call in made)
+        and not re.search(named % (name, name), prompt)
+    )
 
 
 def _reaches_more(nodes: list[ast.AST], names: set[str]) -> bool:

@@ -28,7 +28,7 @@ from typing import Any
 from judges.verify.guards import ask_for_fields, constants, limit_both, load_plain_pickles, seed_both, watch_pickles
 from judges.verify.refs import ARITHMETIC, Items, Ref
 from judges.verify.runner import STUBS, Run, Step, Stub, run_all
-from judges.verify.wire import VERDICTS, Peer, parameters_of, put, run_awaitable
+from judges.verify.wire import PLAIN, VERDICTS, Peer, parameters_of, put, run_awaitable
 
 NOT_FINITE = {"nan": r"(?i)\b(is)?nan\b", "inf": r"(?i)\b(is)?(inf|infinity|infinite|finite)\b"}
 """By number, how tests speak of it."""
@@ -46,13 +46,20 @@ class Tester:
 
     `in_place`: whether a function may change its arguments and return a number.
     `not_finite`: which of "nan" and "inf" are answers at all. `abs(f(2) - 3) > 1e-6` is False of no number.
-    `objects`: whether the tests use objects. If not, a class of the program is only a function to them.
+    `objects`: whether the tests use objects. If not, a class of the program is only a function to them, as are `functions`.
     """
 
     def __init__(
-        self, reading: int, writing: int, not_finite: Collection[str], *, objects: bool, in_place: bool
+        self,
+        reading: int,
+        writing: int,
+        not_finite: Collection[str],
+        *,
+        objects: bool,
+        functions: Collection[str],
+        in_place: bool,
     ) -> None:
-        self.objects, self.in_place = objects, in_place
+        self.objects, self.functions, self.in_place = objects, functions, in_place
         self.peer = Peer(
             reading,
             writing,
@@ -78,7 +85,10 @@ class Tester:
         self.kept: dict[int, dict[tuple[str, Any], Any]] = {}  # by object and question, what was answered
         self.streams: dict[int, Items] = {}  # by iterator
         self.checking: set[tuple[str, int]] = set()  # the files and lines of `with` statements and functions that check
-        self.denied = False  # whether an object of the tests has failed an assertion in a question of the program
+        self.denied = (
+            False  # whether an object of the tests has failed an assertion in a question of the program: it then
+        )
+        # knows what is not expected, and no later test passes
 
     def ask(self, verb: str, *values: Any) -> Any:
         changes = verb in CHANGES or (verb == "operator" and values[0] in CHANGES)
@@ -100,7 +110,8 @@ class Tester:
     def named(self, name: str) -> Any:
         """What the program calls `name`. Raises AttributeError if it has none."""
         value = self.ask("global", name)
-        if self.objects and type(value) is Ref and value._ref_is_class and name[:1].isupper():
+        is_class = self.objects and name[:1].isupper() and name not in self.functions
+        if is_class and type(value) is Ref and value._ref_is_class:
             self.made_by.add(value._ref_number)
             return Ref(self, value._ref_number, value._ref_lineage, True, made=True)
         return value
@@ -207,13 +218,10 @@ class Tester:
         if _text(made) != text:
             made = _raised(type(kind.__name__, (kind,), {"__str__": lambda self: str(text)}), values)
         for name, value in attributes.items():
-            if (
-                name.isidentifier()
-                and not name.startswith("_")
-                and not hasattr(Exception, name)
-                and name not in VERDICTS
-            ):
-                setattr(made, name, self.decoded(value))
+            if name.isidentifier() and not name.startswith("_") and not hasattr(Exception, name):
+                told = self.decoded(value)
+                if name not in VERDICTS or isinstance(told, PLAIN):
+                    setattr(made, name, told)
         made.__cause__ = self.error_from_json(cause) if cause else None
         return made
 
@@ -312,6 +320,7 @@ def main(
     tests: list[list[Step]],
     names: dict[str, str],
     objects: bool,
+    functions: Collection[str],
     in_place: bool,
     reading: int | None,
     writing: int | None,
@@ -335,7 +344,7 @@ def main(
     text = repr(tests)
     if reading is not None and writing is not None:
         not_finite = [number for number, words in NOT_FINITE.items() if re.search(words, text)]
-        tester = Tester(reading, writing, not_finite, objects=objects, in_place=in_place)
+        tester = Tester(reading, writing, not_finite, objects=objects, functions=functions, in_place=in_place)
         if tester.peer.receive() != ["ready"]:
             return
         if "dataclasses" in text:

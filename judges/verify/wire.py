@@ -46,7 +46,7 @@ NUMBERS = r"(?i)\b\d[\d_]*(?:\.[\d_]*(?:e\+?[\d_]+)?|e\+?[\d_]+)(?!\w)"
 """Numbers in a text, with a point or an exponent, that may be too large for a float."""
 VERDICTS = {  # methods that are told what is expected
     "count", "index", "find", "rfind", "rindex", "startswith", "endswith", "issubset", "issuperset", "isdisjoint", "is_relative_to",
-    "union", "replace", "strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "partition", "rpartition", "difference", "symmetric_difference", "intersection", "equals", "__contains__", "__eq__", "__ne__", "__lt__",
+    "union", "replace", "strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "partition", "rpartition", "difference", "symmetric_difference", "intersection", "equals", "compare", "__contains__", "__eq__", "__ne__", "__lt__",
     "__le__", "__gt__", "__ge__", "__sub__", "__rsub__", "__truediv__", "__floordiv__", "__mod__", "__xor__", "__and__",
 }  # fmt: skip
 
@@ -58,6 +58,15 @@ class Derived:
     """
 
     _object: Any
+
+    def __str__(self) -> str:
+        return str(self._object)
+
+    def __repr__(self) -> str:
+        return repr(self._object)
+
+    def __format__(self, layout: str) -> str:
+        return format(self._object, layout)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_object" or name.startswith("__") or name in VERDICTS or name in VIEWS:

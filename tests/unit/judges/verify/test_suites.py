@@ -141,6 +141,7 @@ def test_tests_that_need_the_program_in_their_process_abstain() -> None:
         "class Mine(Base): pass\nassert Mine().x == 1",
         "class Mine(metaclass=Meta): pass\nassert Mine().x == 1",
         "class Mine:\n    x = Positive()\nMine().x = 1",
+        "match parse('1'):\n    case Num(value=v): assert v == 1",
         "from unittest.mock import patch\n@patch('time.sleep')\ndef test_f(sleep): assert f(1) == 2",
         "from unittest import mock\nwith mock.patch.object(f, 'x'): assert f(1) == 2",
         "import unittest\nclass A(unittest.TestCase):\n    def test(self):\n        with self.assertLogs(): f(1)",
