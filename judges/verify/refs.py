@@ -10,7 +10,17 @@ import types
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from judges.verify.wire import LIBRARY, PLAIN, TYPES, VERDICTS, Derived, may_have_effects, signature_of, type_name
+from judges.verify.wire import (
+    LIBRARY,
+    PLAIN,
+    TYPES,
+    VERDICTS,
+    VIEWS,
+    Derived,
+    may_have_effects,
+    signature_of,
+    type_name,
+)
 
 if TYPE_CHECKING:
     from judges.verify.tester import Tester
@@ -22,34 +32,51 @@ SCALING = {"add", "mul", "truediv"}
 """Operators that may have a plain operand beside any object of a class whose name the tests use."""
 COMPARISONS = (("eq", "ne"), ("lt", "le", "gt", "ge"))
 CONTRADICTIONS = (("eq", "ne"), ("lt", "gt"), ("lt", "ge"), ("gt", "le"))
-NUMBERS = (int, float, complex)
+NUMERIC = (int, float, complex)
 KNOWN = {*LIBRARY, "builtins.bytearray", "builtins.range", "collections.defaultdict"}
 """Types of the standard library whose values cross by value."""
-VIEWS = ("keys", "values", "items")
-ANOTHER_LENGTH = "an object of the program has another number of items than it says"
 
 SLOTS = ("_ref_is_class", "_ref_lineage", "_ref_made", "_ref_number", "_ref_tester")
 
 
 class Items:
-    """The items of an object of the program, each of which is asked for once."""
+    """The items of an object of the program, each of which is asked for once, by iteration or by its number."""
 
     def __init__(self, tester: Tester, source: Ref) -> None:
         self.tester, self.source = tester, source  # an iterator
         self.found: list[Any] = []
+        self.asked: dict[int, Any] = {}  # by number, before the iteration came there
+        self.length: int | None = None  # as the object says
         self.place = 0  # of an iterator, how many it has given
         self.end: list[Any] = []  # what a generator returned, if all have been found
-        self.used = False  # by iteration or as slices
 
     def has(self, place: int) -> bool:
         while len(self.found) <= place and not self.end:
             going, value = self.tester.ask("next", self.source)
-            (self.found if going is True else self.end).append(value)
+            if going is True:
+                self.found.append(self.asked.pop(len(self.found), value))
+            else:
+                self.end.append(value)
+            self.check()
         return place < len(self.found)
 
-    def are(self, count: int) -> bool:
-        """Whether there are as many."""
-        return not self.has(count) and len(self.found) == count
+    def check(self) -> None:
+        """Fail if there are more or fewer than the object says, or if others have been asked for by number."""
+        count = len(self.found)
+        if self.length is not None and (count > self.length or (self.end and count < self.length)):
+            raise AssertionError("an object of the program has another number of items than it says")
+        for number, answer in self.asked.items() if self.end else ():
+            if answer not in (self.found[number:][:1] if -count <= number < 0 else self.found):
+                raise AssertionError("an object of the program has items by number that it has not by iteration")
+
+    def by_number(self, number: int, ask: Callable[[], Any]) -> Any:
+        count = len(self.found)
+        if (-count if self.end else 0) <= number < count:
+            return self.found[number]
+        if number not in self.asked:
+            self.asked[number] = ask()
+            self.check()
+        return self.asked[number]
 
     def more(self) -> bool:
         return self.has(self.place)
@@ -73,13 +100,21 @@ class Items:
             yield self.found[place]
             place += 1
 
-    def __getitem__(self, key: Any) -> Any:
-        if type(key) is int:
-            return self.found[key]
-        ends = [key.start, key.stop, key.step]
-        if ends[1] is not None and all(end is None or end >= 0 for end in ends):
+    def __getitem__(self, part: slice) -> list[Any]:
+        ends = [part.start, part.stop, part.step]
+        if part.stop is not None and all(end is None or end >= 0 for end in ends):
             return list(itertools.islice(self, *ends))
-        return list(self)[key]
+        return list(self)[part]
+
+
+class Union(tuple[Any, ...]):
+    """`Leaf | Node | None`, of classes of the program."""
+
+    def __or__(self, other: Any) -> Union:
+        return Union((*self, *kinds_of(other)))
+
+    def __ror__(self, other: Any) -> Union:
+        return Union((*kinds_of(other), *self))
 
 
 class Ref:
@@ -138,14 +173,23 @@ class Ref:
         """The answer to a question, which is asked once until a call may have changed the object."""
         if self._ref_made:
             return ask()
-        self._ref_tester.settle()
-        kept = self._ref_tester.kept.setdefault(self._ref_number, {})
-        if (question, key) not in kept:
-            kept[question, key] = ask()
-        return kept[question, key]
+        tester, number = self._ref_tester, self._ref_number
+        tester.settle()
+        if (question, key) in tester.kept.get(number, {}):
+            answer = tester.kept[number][question, key]
+            if question == "attribute":
+                tester.peer.lend(self, key, answer)
+            return answer
+        answer = ask()
+        tester.kept.setdefault(number, {})[question, key] = answer
+        return answer
 
     def _ref_has(self, name: str) -> bool:
-        return self._ref_once("hasattr", name, lambda: self._ref_ask("hasattr", name)) is True
+        """Whether its class has a method."""
+        return self._ref_once("has", name, lambda: self._ref_ask("has", name)) is True
+
+    def _ref_attribute(self, name: str) -> Any:
+        return self._ref_once("attribute", name, lambda: self._ref_tester.ask("getattr", self, name))
 
     def __getattr__(self, name: str) -> Any:
         value = self._ref_attribute(name)
@@ -153,39 +197,7 @@ class Ref:
             return value
         if name in VERDICTS:
             return functools.partial(self._ref_untold, name, value)
-        return functools.partial(self._ref_view, name, value) if name in VIEWS else value
-
-    def _ref_view(self, name: str, method: Ref, *arguments: Any, **named: Any) -> Any:
-        """The keys, values or items of a mapping, from what it has by iteration and by key; else what the method gives."""
-        if arguments or named:
-            return method(*arguments, **named)
-        content = self._ref_content(name, method)
-        if self._ref_is_mapping():
-            keys = dict.fromkeys(self._ref_keys())
-            view = keys.keys() if name == "keys" else getattr({key: self[key] for key in keys}, name)()
-            return type(content)(view) if type(content) in (list, tuple, set) else view
-        self._ref_only(name)
-        if self._ref_has("__len__") and len(self) != len(content):
-            raise AssertionError(ANOTHER_LENGTH)
-        return copy.copy(content)
-
-    def _ref_content(self, name: str, method: Any) -> Any:
-        """What such a method gives. It is a question, after which nothing has changed."""
-        kept = self._ref_tester.kept
-        before = dict(kept)
-        content = self._ref_once("view", name, lambda: listed(method()))
-        kept.update(before)
-        return content
-
-    def _ref_keys(self) -> Any:
-        """Of a mapping."""
-        items = self._ref_items()
-        return self._ref_content("keys", self._ref_attribute("keys")) if items is None else items
-
-    def _ref_only(self, kind: str) -> None:
-        """Have an object that is no mapping either items by key, or keys, or values, or items."""
-        if self._ref_once("kind", None, lambda: kind) != kind:
-            raise TypeError("an object of the program that is no mapping")
+        return functools.partial(self._ref_view, name, value) if name in VIEWS and type(value) is Ref else value
 
     def _ref_untold(self, name: str, method: Any, /, *arguments: Any, **named: Any) -> Any:
         """The answer of a method such as `count`, which is not told what is expected."""
@@ -193,11 +205,70 @@ class Ref:
             raise AttributeError(f"{name!r} of a value is not asked of an object that the program made")
         return method()
 
-    def _ref_attribute(self, name: str) -> Any:
-        return self._ref_once("attribute", name, lambda: self._ref_tester.ask("getattr", self, name))
+    def _ref_view(self, name: str, method: Ref, /, *arguments: Any, **named: Any) -> Any:
+        """What such a method gives; of a mapping, in its type, and from the keys and what it has by key."""
+        if arguments or named:
+            return method(*arguments, **named)
+        content = self._ref_content(name, method)
+        if self._ref_is_mapping():
+            keys = dict.fromkeys(self._ref_keys())
+            view = keys.keys() if name == "keys" else getattr({key: self._ref_item(key) for key in keys}, name)()
+            return type(content)(view) if type(content) in (list, tuple, set) else view
+        self._ref_only(name)
+        if self._ref_has("__len__") and len(self) != len(content):
+            raise AssertionError("an object of the program has another length than its keys, values or items")
+        return copy.copy(content) if type(content) in (list, dict, set) else content
+
+    def _ref_content(self, name: str, method: Any) -> Any:
+        """What a method gives that is a question, after which nothing has changed."""
+
+        def ask() -> Any:
+            before = dict(self._ref_tester.kept)
+            answer = method()
+            answer = list(answer) if type(answer) is Ref else answer
+            self._ref_tester.kept.clear()
+            self._ref_tester.kept.update(before)
+            return answer
+
+        return self._ref_once("content", name, ask)
+
+    def _ref_only(self, kind: str) -> None:
+        """Have an object that is no mapping either items by key, or values, or items."""
+        if kind != "keys" and self._ref_once("kind", None, lambda: kind) != kind:
+            raise TypeError("an object of the program that is no mapping")
 
     def _ref_is_mapping(self) -> bool:
-        return self._ref_has("keys") and self._ref_has("__getitem__") and type(self._ref_attribute("keys")) is Ref
+        return bool(self._ref_once("mapping", None, self._ref_find_mapping))
+
+    def _ref_find_mapping(self) -> bool:
+        """Whether it has items by key, and its keys are what it has by iteration."""
+        if not (self._ref_has("keys") and self._ref_has("__getitem__")):
+            return False
+        keys = list(self._ref_content("keys", self._ref_attribute("keys")))
+        items = self._ref_items() if self._ref_has("__iter__") else None
+        return items is None or list(items) == keys
+
+    def _ref_keys(self) -> list[Any]:
+        """Of a mapping."""
+        keys = list(self._ref_content("keys", self._ref_attribute("keys")))
+        standing = set(map(self._ref_key, keys))
+        length = self._ref_tester.kept.get(self._ref_number, {}).get(("len", None), len(keys))
+        if not len(standing) == len(keys) == length:
+            raise AssertionError("a mapping of the program has a key twice, or another length than it says")
+        return keys
+
+    def _ref_key(self, key: Any) -> Any:
+        """What stands for a key in `kept`: itself, or a number of what is no plain data."""
+        if isinstance(key, tuple | frozenset):
+            return (tuple if isinstance(key, tuple) else frozenset)(map(self._ref_key, key))
+        if key is None or type(key) in (bool, int, float, complex, str, bytes):
+            return key
+        if type_name(type(key)) in LIBRARY and isinstance(key, Hashable):
+            return key
+        return ("object", key._ref_number) if type(key) is Ref else ("own", self._ref_tester.place(key))
+
+    def _ref_item(self, key: Any) -> Any:
+        return self._ref_once("item", self._ref_key(key), lambda: self._ref_ask("getitem", key))
 
     def __index__(self) -> int:
         if not self._ref_made:
@@ -218,17 +289,13 @@ class Ref:
     def _ref_find_items(self) -> Items | None:
         if not (self._ref_has("__iter__") or self._ref_has("__getitem__")):
             return None
-        try:
-            source = self._ref_ask("iter")
-            if type(source) is not Ref:
-                return None
-            items = Items(self._ref_tester, source)
-            if not self._ref_has("__iter__"):
-                items.has(0)  # which a mapping answers with an error
-        except Exception:
+        source = self._ref_ask("iter")
+        if type(source) is not Ref:
             return None
+        items = Items(self._ref_tester, source)
         if source._ref_number == self._ref_number and not (self._ref_has("__getitem__") or self._ref_has("__len__")):
             self._ref_tester.streams[self._ref_number] = items
+        items.length = self._ref_tester.kept.get(self._ref_number, {}).get(("len", None))
         return items
 
     def __iter__(self) -> Any:
@@ -239,7 +306,6 @@ class Ref:
         if items is None:
             raise TypeError("an object of the program has no items")
         if self._ref_number not in self._ref_tester.streams:
-            self._ref_count(items)
             return iter(items)
         if stream:
             stream.begin_anew()
@@ -250,48 +316,34 @@ class Ref:
 
     def __len__(self) -> int:
         length: int = self._ref_once("len", None, lambda: self._ref_ask("len"))
-        if not self._ref_made and (items := self._ref_items()) and items.used:
-            self._ref_count(items)
+        items = self._ref_tester.kept.get(self._ref_number, {}).get(("items", None))
+        if items is not None and not self._ref_made:
+            items.length = length
+            items.check()
         return length
-
-    def _ref_count(self, items: Items) -> None:
-        """Its items are used: if its length is too, the two agree."""
-        items.used = True
-        length = self._ref_tester.kept.get(self._ref_number, {}).get(("len", None))
-        if length is not None and not items.are(length):
-            raise AssertionError(ANOTHER_LENGTH)
 
     def __bool__(self) -> bool:
         truth = bool(self._ref_once("bool", None, lambda: self._ref_ask("bool")))
-        if self._ref_made or not truth:
-            return truth
-        items = self._ref_items() if self._ref_has("__len__") else None
-        return items is None or items.more()
+        by_length = not self._ref_made and self._ref_has("__len__") and not self._ref_has("__bool__")
+        return truth and (not by_length or len(self) > 0)
 
     def __getitem__(self, key: Any) -> Any:
-        """An item; by number and as a slice, of those that it has by iteration; of a mapping, by one of its keys."""
+        """An item; a slice of those that it has by iteration; of a mapping, by one of its keys."""
         if self._ref_made or self._ref_is_class:
             return self._ref_ask("getitem", key)
-        is_mapping = self._ref_is_mapping()
-        items = None if is_mapping else self._ref_items()
-        if type(key) is slice:
-            if items is None:
-                raise TypeError("an object of the program that has no items by iteration")
-            self._ref_count(items)
-            return items[key]
-        if is_mapping:
-            if not any(key is one or key == one for one in self._ref_keys()):
+        if self._ref_is_mapping():
+            if self._ref_key(key) not in self._ref_once("keys", None, lambda: {*map(self._ref_key, self._ref_keys())}):
                 raise KeyError(key)
-        elif type(key) is int:
-            if key < 0 and self._ref_has("__len__"):
-                key += len(self)
-            if items and key >= 0 and items.has(key):
+        elif type(key) in (int, slice) and (items := self._ref_items()):
+            if type(key) is slice:
                 return items[key]
+            number = key + len(self) if key < 0 and self._ref_has("__len__") else key
+            return items.by_number(number if number >= 0 else key, lambda: self._ref_ask("getitem", key))
+        elif type(key) is slice:
+            raise TypeError("an object of the program that has no items by iteration")
         else:
             self._ref_only("item")
-        if not is_key(key):
-            return self._ref_ask("getitem", key)
-        return self._ref_once("item", key, lambda: self._ref_ask("getitem", key))
+        return self._ref_item(key)
 
     def __next__(self) -> Any:
         kept = self._ref_tester.kept.pop(self._ref_number, {})
@@ -337,7 +389,7 @@ class Ref:
         for one in kind:  # always in this order, which is then all that the program knows of the question
             try:
                 answer = self._ref_ask(one, other)
-                answers[one] = bool(answer) if isinstance(answer, NUMBERS) else answer
+                answers[one] = bool(answer) if isinstance(answer, NUMERIC) else answer
             except Exception:
                 if one == name:
                     raise
@@ -415,17 +467,8 @@ def for_effect(function: Any) -> Any:
     return lambda *arguments, **named: function._ref_call("any", arguments, named)
 
 
-def listed(value: Any) -> Any:
-    return [*value] if type(value) is Ref else value
-
-
-def is_key(value: Any) -> bool:
-    """Whether it is plain data that an item can be asked by, more than once."""
-    if type(value) in (tuple, frozenset):
-        return all(map(is_key, value))
-    if value is None or type(value) in (bool, int, float, complex, str, bytes):
-        return True
-    return type_name(type(value)) in LIBRARY and isinstance(value, Hashable)
+def kinds_of(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, Union) else (type(None) if value is None else value,)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -500,9 +543,8 @@ def _unary(name: str, method: str) -> Callable[..., Any]:
 def _binary(name: str, *, swapped: bool = False) -> Callable[[Ref, Any], Any]:
     def method(self: Ref, other: Any) -> Any:
         tester, is_made = self._ref_tester, self._ref_made and not self._ref_is_class
-        if name == "or_" and self._ref_is_class and isinstance(other, Ref | type | tuple | None):
-            union = (self, *other) if isinstance(other, tuple) else (self, other)
-            return tuple(type(None) if kind is None else kind for kind in union)  # `Node | None`
+        if name == "or_" and self._ref_is_class and isinstance(other, Ref | type | None):
+            return other | Union((self,)) if swapped else Union((self,)) | other
         scaled = name.removeprefix("i") in SCALING and tester.own(self) and not self._ref_is_class
         if not (is_made or scaled or tester.own(self, other)):
             raise TypeError(f"{name!r} is not asked of an object that the program made")

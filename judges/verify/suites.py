@@ -135,7 +135,12 @@ PATCHED = re.compile(r"builtins\.input|sys\.std(in|out)|solution\..*")
 
 def _out_of_reach(body: list[ast.stmt], own: set[str]) -> str | None:
     """What the tests share with the program as if it were in their process. `own`: the names of the program's."""
-    for node in (node for statement in body for node in ast.walk(statement)):
+    nodes = [node for statement in body for node in ast.walk(statement)]
+    made = [
+        node for node in nodes if isinstance(node, ast.Assign) and re.search(r"\b[Pp]ath\b", ast.unparse(node.value))
+    ]
+    paths = {ast.unparse(target) for node in made for target in node.targets}
+    for node in nodes:
         match node:
             case ast.ClassDef(bases=bases, keywords=keywords) if not _is_test(node):
                 values = [inner.value for inner in node.body if isinstance(inner, ast.Assign | ast.AnnAssign)]
@@ -143,15 +148,12 @@ def _out_of_reach(body: list[ast.stmt], own: set[str]) -> str | None:
                     return f"{node.name}, a class that is derived from one of the program's"
                 if any(isinstance(value, ast.Call) and _loads(value.func) & own for value in values):
                     return f"{node.name}, a class with descriptors of the program's"
-            case ast.MatchClass(cls=ast.Name(id=name)) if name in own:
-                return f"{name}, a class in a pattern"
+            case ast.MatchClass(cls=kind) if _loads(kind) & {*own, "solution"}:
+                return f"{ast.unparse(kind)}, a class in a pattern"
             case ast.Call(func=function, args=arguments):
                 name = ast.unparse(function)
                 last = name.rpartition(".")[2]
-                is_method = last == "open" and isinstance(function, ast.Attribute) and "Path(" not in name
-                if is_method and name.partition(".")[0] not in sys.stdlib_module_names:
-                    continue
-                if last in FILES and last not in own:
+                if last in FILES and last not in own and not _is_own_open(function, arguments, paths):
                     return "files that they share with the program"
                 if last in RECORDS:
                     return f"{last}, of the program's process"
@@ -159,6 +161,16 @@ def _out_of_reach(body: list[ast.stmt], own: set[str]) -> str | None:
                 if re.fullmatch(r"(.+\.)?patch(\.object|\.dict)?", name) and not PATCHED.fullmatch(str(target)):
                     return f"{name}, of the program's process"
     return None
+
+
+def _is_own_open(function: ast.expr, arguments: list[ast.expr], paths: set[str]) -> bool:
+    """Whether it is a method `open` of an object, such as a door, and not of a file. `paths`: variables that have paths."""
+    if not isinstance(function, ast.Attribute) or function.attr != "open":
+        return False
+    owner = ast.unparse(function.value)
+    mode = arguments[0].value if arguments and isinstance(arguments[0], ast.Constant) else None
+    is_file = owner in paths or re.search(r"\b[Pp]ath\b", owner) or owner.partition(".")[0] in sys.stdlib_module_names
+    return not is_file and not re.fullmatch(r"[rwaxbt+]+", str(mode))
 
 
 def _checked(body: list[ast.stmt], entry: str | None) -> set[str]:
@@ -437,7 +449,7 @@ def _uses_objects(body: list[ast.stmt], prompt: str) -> bool:
     return re.search(r"(?<![-\w])class(?![-\w])", prompt) is not None
 
 
-COMPUTING = re.compile(
+AS_VALUES = re.compile(
     r"abs|round|float|int|complex|bool|sum|min|max|(\w+\.)?(isclose|approx|allclose)|self\.assert\w+"
 )
 """Functions that use their arguments as values."""
@@ -452,23 +464,34 @@ def _capital_functions(body: list[ast.stmt], prompt: str) -> frozenset[str]:
     nodes = [node for statement in body for node in ast.walk(statement)]
     parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
     loads = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
-    known = BUILTINS | LIBRARY.keys() | sys.stdlib_module_names
+    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    known = BUILTINS | LIBRARY.keys() | sys.stdlib_module_names | defined | {"pytest"}
+    assigned = {
+        target.id: node.value
+        for node in nodes
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
 
-    def is_value(node: ast.AST) -> bool:
+    def is_value(node: ast.AST, seen: frozenset[str] = frozenset()) -> bool:
         parent = parents.get(node)
         match parent:
             case ast.Assert() | ast.If() | ast.UnaryOp():
                 return True
             case ast.Compare() | ast.BinOp() | ast.BoolOp():
                 function = None
-            case ast.Call(func=function) if node is not function and COMPUTING.fullmatch(ast.unparse(function)):
+            case ast.Call(func=function) if node is not function and AS_VALUES.fullmatch(ast.unparse(function)):
                 pass
             case ast.Assign(targets=[ast.Name(id=name)]):
-                return all(is_value(load) for load in loads if load.id == name)
+                return name in seen or all(is_value(load, seen | {name}) for load in loads if load.id == name)
             case _:
                 return False
-        beside = [other for other in ast.iter_child_nodes(parent) if other not in (node, function)]
-        called = [part.func for other in beside for part in ast.walk(other) if isinstance(part, ast.Call)]
+        beside = [
+            part for other in ast.iter_child_nodes(parent) if other not in (node, function) for part in ast.walk(other)
+        ]
+        values = [assigned.get(part.id) if isinstance(part, ast.Name) else part for part in beside]
+        called = [value.func for value in values if isinstance(value, ast.Call)]
         return all(ast.unparse(call).partition(".")[0] in known for call in called)
 
     calls: dict[str, list[ast.AST]] = {}

@@ -73,6 +73,7 @@ class Tester:
             ],
             error_from_json=self.error_from_json,
             not_finite=not_finite,
+            keeps=self.keeps,
         )
         self.namespace: dict[str, Any] = {}  # of the tests
         self.plain: dict[str, Any] = {}  # names in it of plain data of the program, which its functions may change
@@ -85,27 +86,35 @@ class Tester:
         self.kept: dict[int, dict[tuple[str, Any], Any]] = {}  # by object and question, what was answered
         self.streams: dict[int, Items] = {}  # by iterator
         self.checking: set[tuple[str, int]] = set()  # the files and lines of `with` statements and functions that check
-        self.denied = (
-            False  # whether an object of the tests has failed an assertion in a question of the program: it then
-        )
-        # knows what is not expected, and no later test passes
+        self.questions = 0  # how many are being asked that change nothing
+        # Whether an object of the tests has failed an assertion when the program called it. The program then knows what is
+        # not expected, and no later test passes.
+        self.denied = False
 
     def ask(self, verb: str, *values: Any) -> Any:
-        changes = verb in CHANGES or (verb == "operator" and values[0] in CHANGES)
-        self.settle()
-        if changes:
-            self.kept.clear()
-        try:
-            return self.peer.ask(verb, *values)
-        finally:
-            for name, last in list(self.plain.items()) if changes else ():
-                if self.namespace.get(name) is last:  # not one that the tests have bound since
-                    self.namespace[name] = self.plain[name] = self.peer.ask("global", name)
+        with self.peer.lock:
+            changes = not self.questions and (verb in CHANGES or (verb == "operator" and values[0] in CHANGES))
+            self.settle()
+            if changes:
+                self.kept.clear()
+            self.questions += not changes
+            try:
+                return self.peer.ask(verb, *values)
+            finally:
+                self.questions -= not changes
+                if changes:
+                    self.kept.clear()
+                for name, last in list(self.plain.items()) if changes else ():
+                    if self.namespace.get(name) is last:  # not one that the tests have bound since
+                        self.namespace[name] = self.plain[name] = self.peer.ask("global", name)
 
     def settle(self) -> None:
         with self.peer.lock:
             if self.peer.settle():
                 self.kept.clear()
+
+    def keeps(self, owner: Any, name: str, container: Any) -> bool:
+        return self.kept.get(owner._ref_number, {}).get(("attribute", name)) is container
 
     def named(self, name: str) -> Any:
         """What the program calls `name`. Raises AttributeError if it has none."""
@@ -231,6 +240,8 @@ class Tester:
 
     def handle(self, verb: str, *values: Any) -> Any:
         """What the program asks of an object that the tests passed to it."""
+        if not self.questions:  # it is called, and may have changed
+            self.kept.clear()
         try:
             return self.answer(verb, *values)
         except AssertionError:  # a program that may go on would ask until it finds what is expected

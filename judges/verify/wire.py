@@ -60,13 +60,13 @@ class Derived:
     _object: Any
 
     def __str__(self) -> str:
-        return str(self._object)
+        return str(self._object) if "_object" in vars(self) else super().__str__()
 
     def __repr__(self) -> str:
-        return repr(self._object)
+        return repr(self._object) if "_object" in vars(self) else super().__repr__()
 
     def __format__(self, layout: str) -> str:
-        return format(self._object, layout)
+        return format(self._object, layout) if "_object" in vars(self) else super().__format__(layout)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_object" or name.startswith("__") or name in VERDICTS or name in VIEWS:
@@ -158,6 +158,7 @@ class Peer:
         resolve: the value that such JSON stands for.
         error_to_json, error_from_json: turn an exception into JSON, and a JSON of the other end into one to raise.
         not_finite: which of "nan" and "inf" the other end may send.
+        keeps: whether this end itself holds a container that is an attribute of the other end's, once.
     """
 
     def __init__(
@@ -171,7 +172,9 @@ class Peer:
         error_to_json: Callable[[BaseException], list[Any]],
         error_from_json: Callable[[list[Any]], BaseException],
         not_finite: Collection[str] = ("nan", "inf"),
+        keeps: Callable[[Any, str, Any], bool] = lambda owner, name, container: False,
     ) -> None:
+        self.keeps = keeps
         self.reading, self.writing, self.not_finite = reading, writing, not_finite
         self.handle, self.export, self.resolve = handle, export, resolve
         self.error_to_json, self.error_from_json = error_to_json, error_from_json
@@ -183,9 +186,15 @@ class Peer:
         with self.lock:
             self.settle()
             answer = self._ask(verb, *values)
-            if verb == "getattr" and type(answer) in (list, dict, set, bytearray):
-                self.lent.append((*values, answer, self.encode(answer)))
+            if verb == "getattr":
+                owner, name = values
+                self.lend(owner, name, answer)
             return answer
+
+    def lend(self, owner: Any, name: str, answer: Any) -> None:
+        """Note a container that is an attribute of the other end's, and may be changed here."""
+        if type(answer) in (list, dict, set, bytearray) and not any(answer is lent for _, _, lent, _ in self.lent):
+            self.lent.append((owner, name, answer, self.encode(answer)))
 
     def settle(self) -> bool:
         """Change the other end's containers as this end has changed its copies, as in `node.children.append(leaf)`.
@@ -198,7 +207,8 @@ class Peer:
             if (now := self.encode(container)) != before:
                 self._ask("put", owner, name, container)
                 changed = True
-            if sys.getrefcount(container) > 3:  # more than here: the tuple, `container`, and the argument
+            here = 3 + self.keeps(owner, name, container)  # the tuple, `container`, and the argument
+            if sys.getrefcount(container) > here:
                 self.lent.append((owner, name, container, now))
         return changed
 
