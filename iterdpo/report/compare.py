@@ -564,7 +564,11 @@ def _figures(curves: Mapping[str, Mapping[int, Curve]], best_of_n: Collection[st
     trained = {name: of_seed for name, of_seed in curves.items() if name not in best_of_n}
     drawn = {name: curves if name == "against_kl" else trained for name in names}
     return {
-        name: figure(name, [_panel(drawn[name], label, x, metric) for metric in (SCORE, WIN_RATE)])
+        name: figure(
+            name,
+            [_panel(drawn[name], label, x, metric) for metric in (SCORE, WIN_RATE)],
+            height=3.9 + (0.18 * math.ceil(len(drawn[name]) / 3) if len(drawn[name]) > MOST_PAIRED else 0),
+        )
         for name, (label, x) in zip(names, axes.items(), strict=True)
         if drawn[name]
     }
@@ -588,7 +592,9 @@ def _panel(curves: Mapping[str, Mapping[int, Curve]], label: str, x: Callable[[P
         ax.set_xlabel(label)
         if label == "round":
             ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
-        if metric == SCORE:
-            ax.legend(fontsize=8.5, ncols=2 if len(curves) > 4 else 1)
+        if len(curves) > MOST_PAIRED and metric == WIN_RATE:  # too many to stand among the lines
+            ax.legend(fontsize=8, ncols=3, loc="upper left", bbox_to_anchor=(-0.12, -0.28), handlelength=2.4)
+        elif len(curves) <= MOST_PAIRED and metric == SCORE:
+            ax.legend(fontsize=8.5)
 
     return draw

@@ -145,9 +145,9 @@ def as_png(fig: Figure, max_bytes: int = 140_000) -> bytes:
     raise ValueError(f"the figure {fig.get_label()!r} takes {len(png):,} bytes at 60 dpi, more than {max_bytes:,}")
 
 
-def figure(name: str, panels: Sequence[Panel]) -> Figure:
+def figure(name: str, panels: Sequence[Panel], *, height: float = 3.9) -> Figure:
     with rc_context(STYLE):
-        fig = Figure(figsize=(4.4, 3.9), layout=ConstrainedLayoutEngine(h_pad=0.07), label=name)
+        fig = Figure(figsize=(4.4, height), layout=ConstrainedLayoutEngine(h_pad=0.07), label=name)
         axes = fig.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for ax, draw in zip(axes, panels, strict=True):
             draw(ax)
