@@ -189,5 +189,5 @@ def test_every_experiment_that_ships_loads_and_has_a_plan(
     assert "runs" in said.splitlines()[-1]
 
 
-def test_nine_experiments_ship() -> None:
-    assert len(EXPERIMENTS) == 9
+def test_ten_experiments_ship() -> None:
+    assert len(EXPERIMENTS) == 10
