@@ -38,6 +38,7 @@ from iterdpo.training.launch import TRAIN_LOG
 
 SAMPLES = 2_000  # of each bootstrap
 MOST_PAIRED = 4  # arms of which all are compared with each other; of more, each with the first
+MOST_AMONG_LINES = 4  # arms whose legend stands in the plot; that of more stands below
 METRICS = ("score", "win_rate", "train_score", "kl")
 """Figures of a policy, in this order everywhere below. `score` and `win_rate` are by the judge that evaluates."""
 SCORE, WIN_RATE, TRAIN_SCORE, KL = range(len(METRICS))
@@ -567,7 +568,7 @@ def _figures(curves: Mapping[str, Mapping[int, Curve]], best_of_n: Collection[st
         name: figure(
             name,
             [_panel(drawn[name], label, x, metric) for metric in (SCORE, WIN_RATE)],
-            height=3.9 + (0.18 * math.ceil(len(drawn[name]) / 3) if len(drawn[name]) > MOST_PAIRED else 0),
+            height=3.9 + (0.18 * math.ceil(len(drawn[name]) / 3) if len(drawn[name]) > MOST_AMONG_LINES else 0),
         )
         for name, (label, x) in zip(names, axes.items(), strict=True)
         if drawn[name]
@@ -592,9 +593,9 @@ def _panel(curves: Mapping[str, Mapping[int, Curve]], label: str, x: Callable[[P
         ax.set_xlabel(label)
         if label == "round":
             ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
-        if len(curves) > MOST_PAIRED and metric == WIN_RATE:  # too many to stand among the lines
+        if len(curves) > MOST_AMONG_LINES and metric == WIN_RATE:
             ax.legend(fontsize=8, ncols=3, loc="upper left", bbox_to_anchor=(-0.12, -0.28), handlelength=2.4)
-        elif len(curves) <= MOST_PAIRED and metric == SCORE:
+        elif len(curves) <= MOST_AMONG_LINES and metric == SCORE:
             ax.legend(fontsize=8.5)
 
     return draw

@@ -220,7 +220,8 @@ class Made:
 OPERATORS: dict[str, Callable[..., Any]] = {
     "len": len, "iter": iter, "str": str, "repr": repr, "hash": hash, "bool": bool, "int": int, "float": float,
     "complex": complex, "round": round, "abs": abs, "reversed": reversed, "format": format, "divmod": divmod,
-    "isinstance": isinstance, "hasattr": hasattr, "has": lambda value, name: hasattr(type(value), name), "callable": callable, "is_function": inspect.isfunction,
+    "isinstance": isinstance, "hasattr": hasattr, "callable": callable, "is_function": inspect.isfunction,
+    "has": lambda value, name: hasattr(type(value), name),
     "copy": copy.copy, "deepcopy": copy.deepcopy,
     "dataclass": lambda value, name, more, named: getattr(importlib.import_module("dataclasses"), name)(
         value, *more, **named

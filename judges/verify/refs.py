@@ -233,7 +233,11 @@ class Ref:
         return self._ref_once("content", name, ask)
 
     def _ref_only(self, kind: str) -> None:
-        """Have an object that is no mapping either items by key, or values, or items."""
+        """Have an object that is no mapping either items by key, or values, or items.
+
+        Raises:
+            TypeError: the test has used another of these of the object.
+        """
         if kind != "keys" and self._ref_once("kind", None, lambda: kind) != kind:
             raise TypeError("an object of the program that is no mapping")
 
@@ -258,14 +262,14 @@ class Ref:
         return keys
 
     def _ref_key(self, key: Any) -> Any:
-        """What stands for a key in `kept`: itself, or a number of what is no plain data."""
+        """What stands for a key in `kept`: itself, or a type and the number of what is no plain data."""
         if isinstance(key, tuple | frozenset):
             return (tuple if isinstance(key, tuple) else frozenset)(map(self._ref_key, key))
         if key is None or type(key) in (bool, int, float, complex, str, bytes):
             return key
         if type_name(type(key)) in LIBRARY and isinstance(key, Hashable):
             return key
-        return ("object", key._ref_number) if type(key) is Ref else ("own", self._ref_tester.place(key))
+        return (Ref, key._ref_number) if type(key) is Ref else (object, self._ref_tester.place(key))
 
     def _ref_item(self, key: Any) -> Any:
         return self._ref_once("item", self._ref_key(key), lambda: self._ref_ask("getitem", key))

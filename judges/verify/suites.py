@@ -1,4 +1,4 @@
-"""Reads a column of tests into steps that `judges.verify.tester` runs. Pure; the tests are parsed, never run, here.
+"""Reads a column of tests into steps that `judges.verify.runner` runs. Pure; the tests are parsed, never run, here.
 
 Each way to write tests is called as it is meant: `assert`s at the top level, functions `test_*`, classes of tests,
 HumanEval's `check(candidate)`, the block under `if __name__ == "__main__"`, and APPS's object of inputs and outputs.
@@ -95,19 +95,20 @@ def read_suite(gold: Any, column: str, entry: str | None = None, prompt: str = "
             gold = json.loads(gold)
     match gold:
         case str():
-            return _of_texts([gold], column, entry, prompt, apart=True)
+            return _of_texts((gold,), column, entry, prompt, apart=True)
         case {"inputs": [*inputs], "outputs": [*outputs]} if len(inputs) == len(outputs):
             return _of_apps(gold, inputs, outputs)
         case [*tests] if all(isinstance(test, str) for test in tests):
-            return _of_texts(tests, column, entry, prompt)
+            return _of_texts(tuple(tests), column, entry, prompt)
         case [*tests] if all(isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests):
             return Suite(runs=[(str(test["input"]), str(test["output"])) for test in tests])
     kinds = "a text of tests, a list of texts, a list of objects with `input` and `output`, nor an object with `inputs` and `outputs`"
     raise BadTests(f"the column {column!r} is neither {kinds}")
 
 
-def _of_texts(texts: list[str], column: str, entry: str | None, prompt: str, *, apart: bool = False) -> Suite:
-    """Each text is a test, of all of its parts; or `apart`, each part is one."""
+@functools.lru_cache(64)
+def _of_texts(texts: tuple[str, ...], column: str, entry: str | None, prompt: str, *, apart: bool = False) -> Suite:
+    """Each text is a test, of all of its parts; or `apart`, each part is one. Kept for a prompt's other completions."""
     bodies = [_parsed(text, column) for text in texts]
     tests = [_steps(body, entry) for body in bodies]
     whole = [statement for body in bodies for statement in body]
@@ -474,7 +475,9 @@ def _capital_functions(body: list[ast.stmt], prompt: str) -> frozenset[str]:
         if isinstance(target, ast.Name)
     }
 
-    def is_value(node: ast.AST, seen: frozenset[str] = frozenset()) -> bool:
+    values: dict[str, bool] = {}  # by variable, whether all its uses are; one that depends on itself is
+
+    def is_value(node: ast.AST) -> bool:
         parent = parents.get(node)
         match parent:
             case ast.Assert() | ast.If() | ast.UnaryOp():
@@ -484,14 +487,17 @@ def _capital_functions(body: list[ast.stmt], prompt: str) -> frozenset[str]:
             case ast.Call(func=function) if node is not function and AS_VALUES.fullmatch(ast.unparse(function)):
                 pass
             case ast.Assign(targets=[ast.Name(id=name)]):
-                return name in seen or all(is_value(load, seen | {name}) for load in loads if load.id == name)
+                if name not in values:
+                    values[name] = True
+                    values[name] = all(is_value(load) for load in loads if load.id == name)
+                return values[name]
             case _:
                 return False
         beside = [
             part for other in ast.iter_child_nodes(parent) if other not in (node, function) for part in ast.walk(other)
         ]
-        values = [assigned.get(part.id) if isinstance(part, ast.Name) else part for part in beside]
-        called = [value.func for value in values if isinstance(value, ast.Call)]
+        made = [assigned.get(part.id) if isinstance(part, ast.Name) else part for part in beside]
+        called = [value.func for value in made if isinstance(value, ast.Call)]
         return all(ast.unparse(call).partition(".")[0] in known for call in called)
 
     calls: dict[str, list[ast.AST]] = {}
