@@ -266,7 +266,8 @@ def _ours(job: Job, pairs: Pairs, root: Path) -> Run:
     write_pairs(root / "pairs", rows, summary="random pairs")
     spec = train_spec(root, Path(job.model), root / "pairs" / TRAIN, dpo)
     spec.output.mkdir()
-    spent: dict[str, list[float]] = {"reference": [], "load": []}
+    spent: dict[str, list[float]] = {"load": []}
+    reference = Laps()
     ages: list[float] = []
     step = trainer.Trainer.step
 
@@ -275,7 +276,7 @@ def _ours(job: Job, pairs: Pairs, root: Path) -> Run:
         ages.append(process_age())
         return done
 
-    Compute.pair_logps = _timed(spent["reference"], Compute.pair_logps)  # type: ignore[method-assign]
+    Compute.pair_logps = reference.each(Compute.pair_logps)  # type: ignore[method-assign]
     trainer.load_policy = _timed(spent["load"], trainer.load_policy)
     trainer.save_policy = lambda *args: None
     trainer.Trainer.step = noted  # type: ignore[method-assign]
@@ -284,13 +285,49 @@ def _ours(job: Job, pairs: Pairs, root: Path) -> Run:
     seconds = [job.pairs_per_step / row["pairs_per_second"] for row in log]
     rewards = [log[0].get(f"rewards/{side}", 0.0) for side in ("chosen", "rejected")]
     more = {
-        "first_step_s": ages[0] - sum(spent["load"]) - sum(spent["reference"]),
+        "first_step_s": ages[0] - sum(spent["load"]) - sum(reference.seconds),
         "load_s": sum(spent["load"]),
-        "reference_s": sum(spent["reference"]),
+        "reference_s": sum(reference.seconds),
         "first_reward": max(map(abs, rewards)),
     }
     mfu = statistics.median(row["mfu"] for row in log[1:])
-    return seconds, spent["reference"], [row["loss"] for row in log], mfu, more
+    return seconds, reference.seconds, [row["loss"] for row in log], mfu, more
+
+
+class Laps:
+    """Seconds from each call's end to the next one's, of the first from its beginning. A GPU is not waited for."""
+
+    def __init__(self) -> None:
+        self._marks: list[Any] = []
+
+    def each(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """`work`, whose calls are the laps."""
+
+        def call(*args: Any, **settings: Any) -> Any:
+            if not self._marks:
+                self._mark()
+            made = work(*args, **settings)
+            self._mark()
+            return made
+
+        return call
+
+    def _mark(self) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            self._marks.append(time.perf_counter())
+            return
+        self._marks.append(torch.cuda.Event(enable_timing=True))
+        self._marks[-1].record()
+
+    @property
+    def seconds(self) -> list[float]:
+        pairs = itertools.pairwise(self._marks)
+        if self._marks and not isinstance(self._marks[0], float):
+            self._marks[-1].synchronize()
+            return [one.elapsed_time(other) / 1e3 for one, other in pairs]
+        return [other - one for one, other in pairs]
 
 
 def _timed(spent: list[float], work: Callable[..., Any]) -> Callable[..., Any]:
@@ -333,8 +370,8 @@ def _trl(job: Job, pairs: Pairs, root: Path, *, parts: int = 1) -> Run:
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
-    reference: list[float] = []
-    TokenTrainer.compute_ref_log_probs = _timed(reference, DPOTrainer.compute_ref_log_probs)
+    reference = Laps()
+    TokenTrainer.compute_ref_log_probs = reference.each(DPOTrainer.compute_ref_log_probs)
     config = DPOConfig(
         output_dir=str(root),
         per_device_train_batch_size=job.pairs_per_step // parts,
@@ -371,7 +408,7 @@ def _trl(job: Job, pairs: Pairs, root: Path, *, parts: int = 1) -> Run:
         return _trl(job, pairs, root, parts=2 * parts)
     seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return seconds, reference if best else [], losses, None, {}
+    return seconds, reference.seconds if best else [], losses, None, {}
 
 
 if __name__ == "__main__":

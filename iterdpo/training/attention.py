@@ -40,6 +40,10 @@ def register() -> None:
     ALL_ATTENTION_FUNCTIONS.register(TREE, tree_attention)  # and no function for masks: the layout is the mask
 
 
+def layout_in_use() -> TreeLayout | None:
+    return _layout
+
+
 def use_layout(layout: TreeLayout) -> None:
     """Set the layout of the row that goes through the model next.
 
@@ -79,11 +83,13 @@ def tree_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = None if sliding_window is not None and sliding_window >= layout.reach else sliding_window
     if device == "cuda" and _flash_can(query, value, window, softcap):
-        output = _Joined.apply(*(t[0].transpose(0, 1) for t in (query, key, value)), layout, scale)
+        output = _Joined.apply(*(t.squeeze(0).transpose(0, 1) for t in (query, key, value)), layout, scale)
         return output.unsqueeze(0), None
     if device == "cuda" and query.shape[2] > FEW_TOKENS:
         return _flex(query, key, value, layout, scale, window, softcap).transpose(1, 2), None
-    q, k, v = (t[0].transpose(0, 1) for t in (query * scale, key, value))
+    q, k, v = (
+        t.squeeze(0).transpose(0, 1) for t in (query * scale, key, value)
+    )  # `t[0]` is copied in the backward pass
     output = _Blocked.apply(q, k, v, layout, window, softcap)
     return output.view(1, -1, query.shape[1], value.shape[-1]), None
 
@@ -121,6 +127,7 @@ class TreeLayout:
     tree: Tensor  # [N], number of the token's tree; -1 for padding
     branch: Tensor  # [N], number of its branch in the whole row, from 1; 0 for a prompt; -1 for padding
     position: Tensor  # [N], its position in prompt and branch
+    read: Tensor  # [R], the tokens whose next token is a branch's: the last layer's output is read there alone
 
     @cached_property
     def reach(self) -> int:
@@ -205,8 +212,11 @@ def tree_layout(trees: Sequence[tuple[int, Sequence[int]]], width: int) -> TreeL
 
     position = of_tokens(first - before, 0)
     position[:-fill] += torch.arange(width - fill)
+    last = np.zeros(width - fill, dtype=bool)
+    last[lengths.cumsum() - 1] = True
+    read = torch.from_numpy(np.flatnonzero(last != own.repeat(lengths)))  # a prompt's last, a branch's all but its last
     return TreeLayout(
-        tuple((prompt, tuple(own)) for prompt, own in trees), of_tokens(tree, -1), of_tokens(branch, -1), position
+        tuple((prompt, tuple(own)) for prompt, own in trees), of_tokens(tree, -1), of_tokens(branch, -1), position, read
     )
 
 
@@ -380,7 +390,7 @@ class _Joined(torch.autograd.Function):
 
     Of a query with keys in two parts, each part's attention o_i with the log-sum-exp l_i of its scores gives the whole:
 
-        l = log(e^l_1 + e^l_2),    o = e^(l_1 - l) o_1 + e^(l_2 - l) o_2
+        l = log(e^l_1 + e^l_2),    o = o_1 + e^(l_2 - l) (o_2 - o_1)
 
     In the backward pass each part is told the whole's o and l, with which its weights e^(s - l) and gradients are those
     of the whole, as in ring attention (Liu et al., arXiv:2310.01889).
@@ -400,10 +410,9 @@ class _Joined(torch.autograd.Function):
         of_branches = query[branches], key[prompts], value[prompts], layout.branches, layout.prompts
         part, part_lse, state = _flash(*of_branches, scale, causal=False)
         own_lse = lse[:, branches]
-        joint = torch.logaddexp(own_lse, part_lse)
-        own_share, share = ((one - joint).exp().T.unsqueeze(2) for one in (own_lse, part_lse))  # [M, H, 1]
-        output[branches] = output[branches] * own_share + part * share
-        lse[:, branches] = joint
+        share = torch.sigmoid(part_lse - own_lse).T.unsqueeze(2)  # [M, H, 1], of the prompt
+        output[branches].lerp_(part, share.to(part.dtype))
+        lse[:, branches] = torch.logaddexp(own_lse, part_lse)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.settings = (layout, scale, own_state, state)
         return output
@@ -425,7 +434,19 @@ class _Joined(torch.autograd.Function):
         return (*for_own, None, None)
 
 
-State = tuple[Tensor, Tensor]  # of FlashAttention's random numbers, which nothing draws from without dropout
+State = tuple[Tensor, ...]  # of FlashAttention 2's random numbers, which nothing draws from without dropout
+
+
+@cache
+def _flash_3(device: torch.device) -> Any:
+    """The calls of FlashAttention 3, which is for Hopper's GPUs, if it is installed and this is one; else None."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        import flash_attn_3._C  # noqa: F401  # registers them
+    except ImportError:
+        return None
+    return torch.ops.flash_attn_3
 
 
 def _flash(
@@ -433,6 +454,20 @@ def _flash(
 ) -> tuple[Tensor, Tensor, State]:
     """Attention of each sequence of queries to the keys of its number: [T, H, d], and log-sum-exps [H, T] in float32."""
     lengths = (queries.ends, keys.ends, queries.longest, keys.longest)
+    if (flash_3 := _flash_3(query.device)) is not None:
+        output, lse, *_ = flash_3.fwd(
+            query,
+            key,
+            value,
+            cu_seqlens_q=queries.ends,
+            cu_seqlens_k=keys.ends,
+            max_seqlen_q=queries.longest,
+            max_seqlen_k=keys.longest,
+            softmax_scale=scale,
+            is_causal=causal,
+            num_splits=1,
+        )
+        return output, lse, ()
     output, lse, *state, _ = torch.ops.aten._flash_attention_forward(
         query, key, value, *lengths, 0.0, causal, False, scale=scale
     )
@@ -455,6 +490,22 @@ def _flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for query, key and value."""
     lengths = (queries.ends, keys.ends, queries.longest, keys.longest)
+    if (flash_3 := _flash_3(query.device)) is not None:
+        made: tuple[Tensor, Tensor, Tensor] = flash_3.bwd(
+            gradient,
+            query,
+            key,
+            value,
+            output,
+            lse,
+            cu_seqlens_q=queries.ends,
+            cu_seqlens_k=keys.ends,
+            max_seqlen_q=queries.longest,
+            max_seqlen_k=keys.longest,
+            softmax_scale=scale,
+            is_causal=causal,
+        )[:3]
+        return made
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
         gradient, query, key, value, output, lse, *lengths, 0.0, causal, *state, scale=scale
     )

@@ -8,6 +8,7 @@ back to the pairs.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -301,17 +302,29 @@ def tree_sizes(trees: Sequence[Tree], *, shared: bool) -> list[int]:
 def micro_batches(sizes: Sequence[int], *, budget: int, rank: int = 0, world: int = 1) -> list[list[int]]:
     """This process's share of items of `sizes` tokens, cut into batches of similar items with at most `budget` tokens.
 
-    A larger item makes a batch alone. Every process gets the same number of batches, since processes synchronize at
-    each; an empty batch adds nothing.
+    A larger item makes a batch alone. The batches are as few as the budget allows, and the largest is as small as their
+    number allows. Every process gets the same number of batches, since processes synchronize at each; an empty batch adds
+    nothing.
     """
     ordered = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
-    shares: list[list[list[int]]] = [[] for _ in range(world)]
-    for start, batches in enumerate(shares):
+    shares = [_cut(ordered[first::world][::-1], sizes, budget) for first in range(world)]
+    return shares[rank] + [[]] * (max(map(len, shares)) - len(shares[rank]))
+
+
+def _cut(items: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """The items in order, the largest first: one that does not fit in memory fails at once."""
+
+    def within(budget: int) -> list[list[int]]:
+        batches: list[list[int]] = []
         room = 0
-        for item in reversed(ordered[start::world]):  # the largest first: one that does not fit in memory fails at once
-            if sizes[item] > room:
+        for item in items:
+            if not batches or sizes[item] > room:
                 batches.append([])
                 room = budget
             batches[-1].append(item)
             room -= sizes[item]
-    return shares[rank] + [[]] * (max(map(len, shares)) - len(shares[rank]))
+        return batches
+
+    few = len(within(budget))
+    least = bisect_left(range(budget), True, lo=1, key=lambda smaller: len(within(smaller)) <= few)
+    return within(least)

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 from iterdpo.training.collate import Batch
+from iterdpo.training.logps import last_modules
 
 
 def forward_flops(model: Any) -> Callable[[Batch], float]:
     """The multiplications and additions of a forward pass over a batch's tokens, padding left out.
 
     Two for each weight of a matrix and token (PaLM, arXiv:2204.02311, appendix B), the output head's at completion
-    positions only, and 4 H d for each query and key that attention brings together in each layer. Of a mixture of
-    experts all experts count, which is too many.
+    positions only, and 4 H d for each query and key that attention brings together in each layer. Where prompts are
+    shared, the last layer's MLP is not computed for them, and does not count. Of a mixture of experts all experts count,
+    which is too many.
     """
     config = model.config.get_text_config()
     embeddings = {id(model.get_input_embeddings().weight)}
@@ -25,10 +27,13 @@ def forward_flops(model: Any) -> Callable[[Batch], float]:
     heads = getattr(config, "num_attention_heads", 0) or 0
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
     layers, of_head = getattr(config, "num_hidden_layers", 0), 2.0 * head.shape[0] * head.shape[1]
+    last = sum(weights(p) for module in last_modules(model) for p in module.parameters() if p.ndim >= 2)
 
     def of(batch: Batch) -> float:
         attention = 4 * width * layers * batch.attention_pairs
-        return float(2.0 * matrices * batch.tokens + of_head * len(batch.targets) + attention)
+        unread = batch.tokens - len(batch.layout.read) if batch.layout is not None else 0
+        matrix = 2.0 * (matrices * batch.tokens - last * unread)
+        return float(matrix + of_head * len(batch.targets) + attention)
 
     return of
 

@@ -24,7 +24,7 @@ from iterdpo.training.precision import bfloat16
 
 CHUNK_ELEMENTS = 1 << 24  # logits in memory at once: 32 MiB in bfloat16. Products of fewer rows are slower
 TOKENS_AT_ONCE = 16_384  # of completions that a GPU scores together
-ON_GPU = 1 << 27  # or a 512th of its memory in bytes: few products, and large ones
+ON_GPU = 1 << 28  # or a 256th of its memory in bytes: few products, and large ones
 
 LogpPath = Literal["shared", "rows", "plain"]
 
@@ -59,6 +59,7 @@ class Scorer(torch.nn.Module):
         self.own_attention = self.causal._own_attention
         self.set_path(path)
         _cast_once(model)
+        _read_only(self.causal)
 
     @property
     def causal(self) -> Any:
@@ -135,6 +136,40 @@ def _cast_once(model: Any) -> None:
             module.register_forward_pre_hook(cast)
 
 
+def last_modules(causal: Any) -> list[torch.nn.Module]:
+    """What the last layer does to each token by itself after its attention: its output projection and its MLP."""
+    layers = getattr(causal.base_model, "layers", None)
+    if not isinstance(layers, torch.nn.ModuleList):
+        return []
+    named = (getattr(getattr(layers[-1], "self_attn", None), "o_proj", None), getattr(layers[-1], "mlp", None))
+    return [module for module in named if isinstance(module, torch.nn.Module)]
+
+
+def _read_only(causal: Any) -> None:
+    """Let the last modules compute a row of trees only where it is read, which prompts are not; elsewhere it is 0.
+
+    `select_logp_path` finds out whether a model allows it.
+    """
+    for module in last_modules(causal):
+        if getattr(module, "_reads_only", False):
+            continue
+        module._reads_only = True  # type: ignore[assignment]
+        module.forward = _of_rows(module.forward, causal)
+
+
+def _of_rows(forward: Callable[..., Tensor], causal: Any) -> Callable[..., Tensor]:
+    def of_rows(x: Tensor, *args: Any, **settings: Any) -> Tensor:  # [1, N, D]
+        layout = attention.layout_in_use()
+        if causal.config._attn_implementation != attention.TREE or layout is None:
+            return forward(x, *args, **settings)
+        made = forward(x.index_select(1, layout.read), *args, **settings)
+        if not isinstance(made, Tensor):  # as of some mixtures of experts, with what their router says
+            return forward(x, *args, **settings)
+        return made.new_zeros(*x.shape[:2], made.shape[-1]).index_copy(1, layout.read, made)
+
+    return of_rows
+
+
 def _picked_logps(logits: Tensor, targets: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
     """Log p(target) [M] and, if `squares`, log sum_v p(v)^2 [M], from logits [M, V]."""
     logps = logits.log_softmax(dim=-1, dtype=torch.float32)
@@ -170,7 +205,7 @@ def chunk_elements(device: torch.device) -> int:
     if device.type != "cuda":
         return CHUNK_ELEMENTS
     memory = int(torch.cuda.get_device_properties(device).total_memory)
-    return min(ON_GPU, memory >> 9)
+    return min(ON_GPU, memory >> 8)
 
 
 class _Head(torch.autograd.Function):

@@ -48,12 +48,15 @@ def reference_logps(spec: TrainSpec, compute: Compute, model: Any, pairs: RoundP
 def computed_logps(compute: Compute, model: Any, pairs: RoundPairs, steps: Sequence[np.ndarray]) -> Tensor:
     """[N, 3] as `model` has them; 0 for pairs that are in none of the steps."""
     logps = torch.zeros(len(pairs), 3, device=compute.accelerator.device)
+    inputs, found = compute.ahead(pairs, steps), []
     with torch.no_grad(), compute.one_copy(model):
-        for numbers in steps:
-            logps[numbers, :2] = compute.pair_logps(model, pairs, numbers, absent=0.0)
+        for step, numbers in enumerate(steps):
+            found.append(compute.pair_logps(model, inputs(step), absent=0.0))
             if pairs.partners is not None:
                 for batch, branches in compute.branch_logps(model, pairs.mismatched_trees(numbers)):
                     logps[numbers[batch], 2] = branches.logps
+    if found:
+        logps[np.concatenate(steps), :2] = torch.cat(found)
     return compute.accelerator.reduce(logps, "sum")  # each pair was computed by one process
 
 

@@ -53,8 +53,7 @@ class Trainer:
         self.pairs, self.policy, self.optimizer, self.reference_logps = pairs, policy, optimizer, reference_logps
         self.sentinels = Sentinels(self.dpo.sentinels)
         self.shift = RewardShift()
-        self.collator = collator(self.accelerator.device)
-        self.ahead: dict[int, Future[StepInputs]] = {}
+        self.inputs = compute.ahead(pairs, pairs.steps)
         if self.dpo.loss.type == "bco":
             self.accelerator.register_for_checkpointing(self.shift)
 
@@ -115,15 +114,6 @@ class Trainer:
         row = {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
         return row, [Alarm("non_finite", "skip", figures)]
 
-    def inputs(self, number: int) -> StepInputs:
-        """The micro-batches of a step. On a GPU, a thread makes those of the next one meanwhile."""
-        if self.collator is None:
-            return self.compute.inputs(self.pairs, self.pairs.steps[number])
-        for step in range(number, min(number + 2, len(self.pairs.steps))):
-            if step not in self.ahead:
-                self.ahead[step] = self.collator.submit(self.compute.made_inputs, self.pairs, self.pairs.steps[step])
-        return self.ahead.pop(number).result()
-
     def losses(self, batch: MicroBatch, of_step: Tensor | None) -> tuple[Tensor, Tensor, float]:
         """Losses [b] of a batch's pairs, their statistics [b, S] in the order of `STATISTICS`, and the FLOPs."""
         dpo = self.dpo
@@ -174,7 +164,7 @@ class Trainer:
 
     def step_logps(self, pairs: np.ndarray) -> PairLogps:
         """Of a step's pairs, without gradient, on every process. NaN for a completion that a pair does not have."""
-        local = self.compute.pair_logps(self.policy, self.pairs, pairs, absent=math.nan)
+        local = self.compute.pair_logps(self.policy, self.compute.inputs(self.pairs, pairs), absent=math.nan)
         chosen, rejected = self.accelerator.reduce(local, "sum").unbind(dim=1)
         reference = self.reference_logps[torch.from_numpy(pairs).to(chosen.device)]
         return PairLogps(chosen, rejected, reference[:, 0], reference[:, 1], *torch.zeros(2, len(pairs)))
@@ -265,7 +255,22 @@ class Compute:
                 )
                 yield moved(batch, self.accelerator.device)
 
-        return StepInputs(sum(tree.tokens for tree in trees), len(shares), batches())
+        return StepInputs(len(numbers), sum(tree.tokens for tree in trees), len(shares), batches())
+
+    def ahead(self, pairs: RoundPairs, steps: Sequence[np.ndarray]) -> Callable[[int], StepInputs]:
+        """The micro-batches of a step, by its number. On a GPU, a thread makes those of the next one meanwhile."""
+        thread = collator(self.accelerator.device)
+        made: dict[int, Future[StepInputs]] = {}
+
+        def of(number: int) -> StepInputs:
+            if thread is None:
+                return self.inputs(pairs, steps[number])
+            for step in range(number, min(number + 2, len(steps))):
+                if step not in made:
+                    made[step] = thread.submit(self.made_inputs, pairs, steps[step])
+            return made.pop(number).result()
+
+        return of
 
     def made_inputs(self, pairs: RoundPairs, numbers: np.ndarray) -> StepInputs:
         """As `inputs`, with all micro-batches made, to the last tensor."""
@@ -290,13 +295,13 @@ class Compute:
             branches: CompletionLogps = model(batch)
         return branches
 
-    def pair_logps(self, model: Any, pairs: RoundPairs, numbers: np.ndarray, *, absent: float) -> Tensor:
-        """[n, 2], in nats, of the chosen and the rejected completions of some pairs, without gradient.
+    def pair_logps(self, model: Any, inputs: StepInputs, *, absent: float) -> Tensor:
+        """[n, 2], in nats, of the chosen and the rejected completions of a step's pairs, without gradient.
 
         0 for the pairs that another process computes.
         """
-        found = torch.zeros(len(numbers), 2, device=self.accelerator.device)
-        for batch in self.inputs(pairs, numbers).batches:
+        found = torch.zeros(inputs.pairs, 2, device=self.accelerator.device)
+        for batch in inputs.batches:
             branches = self.logps(model, batch.batch)
             if not batch.empty:
                 found[batch.slots.local_pairs] = pair_logps(
@@ -316,6 +321,7 @@ class Compute:
 class StepInputs(NamedTuple):
     """What goes through the network in a step."""
 
+    pairs: int
     tokens: int  # of all processes
     size: int  # of batches
     batches: Iterator[MicroBatch]

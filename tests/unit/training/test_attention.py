@@ -17,7 +17,7 @@ from torch import Tensor
 from iterdpo.training import attention
 from iterdpo.training.attention import TREE, Sequences, TreeLayout, tree_attention, tree_layout, use_layout
 from iterdpo.training.collate import Tree
-from iterdpo.training.logps import Scorer, select_logp_path
+from iterdpo.training.logps import Scorer, _of_rows, select_logp_path
 
 VOCAB = 60
 SHAPE = [(5, [3, 6]), (2, [1]), (7, [4, 4, 2])]  # prompts and their branches; 34 tokens
@@ -39,6 +39,7 @@ def test_a_layout_by_hand() -> None:
     assert layout.tree.tolist() == [0, 1, 1, 0, 0, 1, 1, 1, -1, -1]
     assert layout.branch.tolist() == [0, 0, 0, 1, 1, 2, 3, 3, -1, -1]
     assert layout.position.tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 0, 0]
+    assert layout.read.tolist() == [0, 2, 3, 6]  # x y: after x, y; X Y: after Y, and after the first of bb
     assert layout.spans == (slice(3), slice(3, 8))
     prompts, branches = layout.blocks
     pad = [9]
@@ -174,12 +175,35 @@ def flash_backward(
     return torch.einsum("hqk,khd->qhd", change, k), *(t.unflatten(1, groups).sum(dim=2) for t in (for_k, for_v))
 
 
+class Flash3:
+    """FlashAttention 3's calls, which need a GPU of Hopper's, by their names and arguments."""
+
+    @staticmethod
+    def told(settings: dict[str, Any]) -> tuple[Sequences, Sequences, float]:
+        ends = settings["cu_seqlens_q"], settings["cu_seqlens_k"]
+        queries, keys = map(Sequences, ends, (settings["max_seqlen_q"], settings["max_seqlen_k"]))
+        return queries, keys, settings["softmax_scale"]
+
+    def fwd(self, q: Tensor, k: Tensor, v: Tensor, *, num_splits: int, **settings: Any) -> list[Tensor]:
+        assert num_splits == 1  # several are added in no certain order
+        output, lse, _ = flash(q, k, v, *self.told(settings), causal=settings["is_causal"])
+        return [output, lse, q.new_zeros(0), q.new_zeros(0)]
+
+    def bwd(self, *tensors: Tensor, **settings: Any) -> list[Tensor]:
+        made = flash_backward(*tensors, (), *self.told(settings), causal=settings["is_causal"])
+        return [*made, torch.zeros(0)]
+
+
+@pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_two_calls_of_flash_attention_joined_are_attention_over_trees(
-    monkeypatch: pytest.MonkeyPatch, groups: int
+    monkeypatch: pytest.MonkeyPatch, groups: int, version: int
 ) -> None:
-    monkeypatch.setattr(attention, "_flash", flash)
-    monkeypatch.setattr(attention, "_flash_backward", flash_backward)
+    if version == 2:
+        monkeypatch.setattr(attention, "_flash", flash)
+        monkeypatch.setattr(attention, "_flash_backward", flash_backward)
+    else:
+        monkeypatch.setattr(attention, "_flash_3", lambda device: Flash3())
     q, k, v, layout = inputs(groups)
     n, scale = 34, 0.3
     for t in (q, k, v):
@@ -407,6 +431,36 @@ def assert_the_same(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, 
         # Below a millionth of the largest, what is left is rounding: a gradient that is zero in exact arithmetic.
         bound = 1e-5 * max(gradient.norm(), 1e-2 * size)
         assert (one[1][name] - gradient).norm() <= bound, name
+
+
+def test_the_last_layer_computes_what_is_read_and_no_more() -> None:
+    scorer = Scorer(built("Llama"))
+    scorer.set_path("shared")
+    given: list[int] = []
+    hook = scorer.causal.model.layers[-1].mlp.gate_proj.register_forward_pre_hook(
+        lambda _, x: given.append(x[0].shape[1])
+    )
+    scorer(scorer.collate([Tree([1, 2, 3, 4], [[5], [6, 7, 8]])]))
+    assert given == [3]  # after the prompt, after 6 and after 7
+    scorer.set_path("rows")
+    scorer(scorer.collate([Tree([1, 2, 3, 4], [[5], [6, 7, 8]])]))
+    assert given == [3, 16]
+    hook.remove()
+
+
+def test_an_mlp_that_says_more_than_its_output_computes_everything() -> None:
+    use_layout(tree_layout([(3, [2])], 8))
+    causal = built("Llama")
+    wanted, causal.config._attn_implementation = causal.config._attn_implementation, TREE
+    asked: list[int] = []
+
+    def forward(x: Tensor) -> tuple[Tensor, str]:
+        asked.append(x.shape[1])
+        return x, "routed"
+
+    output, more = _of_rows(forward, causal)(torch.ones(1, 8, 4))  # type: ignore[arg-type]
+    assert (output.shape, more, asked) == ((1, 8, 4), "routed", [2, 8])
+    causal.config._attn_implementation = wanted
 
 
 @pytest.mark.parametrize("name", ONE_ROW)

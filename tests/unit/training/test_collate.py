@@ -242,6 +242,11 @@ def test_the_processes_share_a_step_out_whatever_their_number(sizes: list[int], 
     assert sorted(i for share in shares for batch in share for i in batch) == list(range(len(sizes)))
     assert len({len(share) for share in shares}) == 1  # they meet at each batch
     assert any(all(share) for share in shares)  # and at no more of them than one of them needs
+    smaller = (
+        max((sum(sizes[i] for i in batch) for share in shares for batch in share if len(batch) > 1), default=1) - 1
+    )
+    if world == 1 and smaller > max(sizes, default=0):  # as even as their number allows
+        assert len(micro_batches(sizes, budget=smaller)) > len(shares[0])
     for share in shares:
         for batch in share:
             assert len(batch) <= 1 or sum(sizes[i] for i in batch) <= budget
@@ -258,6 +263,7 @@ def test_micro_batches_by_hand() -> None:
     assert micro_batches(sizes, budget=9, rank=0, world=2) == [[4], [0, 2]]
     assert micro_batches(sizes, budget=9, rank=1, world=2) == [[1], [3]]
     assert micro_batches([5], budget=9, rank=1, world=2) == [[]]
+    assert micro_batches([1] * 10, budget=8) == [[9, 8, 7, 6, 5], [4, 3, 2, 1, 0]]  # not 8 and 2
 
 
 # Tokens that are given
