@@ -153,7 +153,7 @@ def _read_only(causal: Any) -> None:
     for module in last_modules(causal):
         if getattr(module, "_reads_only", False):
             continue
-        module._reads_only = True  # type: ignore[assignment]
+        module._reads_only = True
         module.forward = _of_rows(module.forward, causal)
 
 
