@@ -123,7 +123,7 @@ def steps(setting: Setting) -> Iterator[Figure]:
     cases: dict[str, float] = {"short": 0.0} if setting.small else ASKED
     trl: Side = "trl_liger" if _has_liger() else "trl_best"
     per_step = 4 if setting.small else 16
-    own = Job(next(iter(cases)), model, 6 * per_step, per_step, 16_384, "ours")
+    own = Job(next(iter(cases)), model, 6 * per_step, per_step, 12_288, "ours")
     jobs = [own._replace(case=case, side=side) for case in cases for side in ("ours", trl)] * setting.repeats
     few = own._replace(pairs=2 * per_step)
     others = {"adapter": few._replace(dpo=(("adapter", {}),))}
