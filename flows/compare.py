@@ -1,7 +1,8 @@
 """Runs the arms of an experiment one after the other, as ordinary run directories, and compares them on one page.
 
 Everything is below the experiment's directory: `<arm>/seed-<n>`, and the trials of tuned settings in `tuning/`. Run
-again, it goes on: a finished step is not repeated. A step that another run of the same seed has already made from the
+again, it goes on: a finished step is not repeated. Run several times at once, each process takes the runs that no other
+has, and waits for the rest. A step that another run of the same seed has already made from the
 same inputs is taken from there: round 0 and the first round's completions are made once for all arms.
 """
 
@@ -24,7 +25,7 @@ from flows.experiment import Arm, Experiment
 from flows.loop import PLAIN, Stages, initial_round, run_loop, run_round
 from flows.plan import pairs_of_a_round
 from iterdpo.config import Config
-from iterdpo.errors import ChildFailed, UserError
+from iterdpo.errors import ChildFailed, RunLockedError, UserError
 from iterdpo.report.compare import ArmRuns, Trial, write_comparison
 from iterdpo.report.page import write_report
 from iterdpo.run import supervise
@@ -101,14 +102,18 @@ def compare(
     every = [
         run for arm in experiment.arms for settings in arm.trials() for run in trial_runs(experiment, arm, settings)
     ]
+
+    def try_once(run: Planned) -> None:
+        if _tried(run) is None:
+            _try(run, _of_seed(every, run), progress, redo, sampler, stages)
+        with RunDir(run.root).lock():
+            _delete_policies(run.root)  # of no further use
+
+    _each([run for run in every if run.arm.grid], try_once, progress)
     for arm in experiment.arms:
         mine = []
         for settings in arm.trials() if arm.grid else ():
-            runs = trial_runs(experiment, arm, settings)
-            ended = []
-            for run in runs:
-                ended.append(_tried(run) or _try(run, _of_seed(every, run), progress, redo, sampler, stages))
-                _delete_policies(run.root)  # of no further use
+            ended = [e for run in trial_runs(experiment, arm, settings) if (e := _tried(run)) is not None]
             mine.append(Trial(arm.name, settings, fmean(e["score"] for e in ended), fmean(e["kl"] for e in ended)))
         if mine:
             best = best_trial(mine, tune.max_kl if tune else None)
@@ -116,11 +121,31 @@ def compare(
             trials += mine
             progress.say(f"arm {arm.name}: {best.describe()}: the best of {len(mine)} by the training judge")
     plan = arm_runs(experiment, chosen)
-    for planned in plan:
+
+    def work(planned: Planned) -> None:
         worked = _work(planned, _of_seed(plan, planned), progress, redo, sampler, stages)
         if worked and planned is not plan[-1]:
             write_page(experiment, plan, chosen, trials)
+
+    _each(plan, work, progress)
     return write_page(experiment, plan, chosen, trials)
+
+
+def _each(runs: Sequence[Planned], work: Callable[[Planned], None], progress: Progress) -> None:
+    """`work(run)` for each. Those that another process has are left to it, and looked at again when it has ended."""
+    left = list(runs)
+    while left:
+        held = []
+        for run in left:
+            try:
+                work(run)
+            except RunLockedError:
+                held.append(run)
+        if len(held) == len(left):
+            progress.say(f"waiting for {held[0].root}, which another process is making")
+            with RunDir(held[0].root).lock(wait=True):
+                pass
+        left = held
 
 
 def arm_runs(experiment: Experiment, tuned: Mapping[str, Mapping[str, Any]]) -> list[Planned]:

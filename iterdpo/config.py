@@ -945,6 +945,9 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
     supervision: SupervisionConfig = SupervisionConfig()
+    share_gpus: bool = Field(False, exclude_if=lambda shared: not shared)
+    """Let other runs use the GPUs at the same time, in place of turns by stage. All have to fit into their memory: see
+    [scaling.md](scaling.md#several-runs-on-one-gpu)."""
 
     @property
     def evaluation_temperature(self) -> float:
@@ -1025,6 +1028,9 @@ class OfflineConfig(Section):
     data: DataConfig
     dpo: Annotated[DPOConfig, AfterValidator(_one_reference)] = DPOConfig()
     supervision: SupervisionConfig = SupervisionConfig()
+    share_gpus: bool = Field(False, exclude_if=lambda shared: not shared)
+    """Let other runs use the GPUs at the same time, in place of turns by stage. All have to fit into their memory: see
+    [scaling.md](scaling.md#several-runs-on-one-gpu)."""
 
 
 class JudgesConfig(Section):

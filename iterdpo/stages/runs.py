@@ -198,8 +198,8 @@ class OfflineRun:
 
     @cached_property
     def devices(self) -> Turns:
-        """The GPUs that this run's stages take turns on with those of others."""
-        turns = Turns(self._devices, say=self.progress.say)
+        """The GPUs that this run's stages take turns on with those of others; none if it shares them."""
+        turns = Turns(0 if self.settings.share_gpus else self._devices, say=self.progress.say)
         self._open.callback(turns.close)
         return turns
 

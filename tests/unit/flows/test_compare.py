@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,8 @@ from iterdpo.errors import ChildFailed, DamagedError, StaleStepError, UserError
 from iterdpo.report import compare as report
 from iterdpo.report.compare import Trial
 from iterdpo.run.artifacts import PolicyCheckpoint, read_groups
-from iterdpo.run.progress import Stage
-from iterdpo.run.rundir import Step, digest, read_json, read_manifest, remove_weights, write_jsonl
+from iterdpo.run.progress import Progress, Stage
+from iterdpo.run.rundir import RunDir, Step, digest, read_json, read_manifest, remove_weights, write_jsonl
 from iterdpo.run.sums import MANIFEST
 from iterdpo.sampling import SamplingParameters
 from iterdpo.stages import evaluate
@@ -199,6 +202,48 @@ def test_an_experiment_that_ended_anywhere_goes_on_to_the_same_result(bench: Ben
     found = bench.run()
     assert bench.sampler.asked == [4, 6, 4, 6, 4, 8, 4, 4]
     assert found["missing"] == []
+
+
+def test_runs_that_another_process_has_are_left_to_it_and_waited_for(bench: Bench) -> None:
+    experiment, said = bench.load(), io.StringIO()
+    first, second = (RunDir(experiment.out / arm / "seed-0") for arm in ("iterative", "offline"))
+
+    def run() -> Path:
+        return compare(experiment, progress=Progress(said), sampler=bench.sampler, stages=STAGES)
+
+    with ThreadPoolExecutor(1) as pool:
+        with first.lock():  # as a process that makes it
+            page = pool.submit(run)
+            until = time.monotonic() + 60
+            while "waiting for" not in said.getvalue():
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            assert second.records()[-1].round == 1
+            assert first.records() == []
+        assert page.result(timeout=60).exists()
+    assert f"waiting for {first.root}, which another process is making" in said.getvalue()
+    assert first.records()[-1].round == 2
+    assert read_json(experiment.out / "compare.json")["missing"] == []
+
+
+def test_two_processes_make_each_trial_and_each_run_once(bench: Bench) -> None:
+    tune = {"grid": {"dpo.beta": [0.1, 0.5]}, "seeds": [7]}
+    experiments = [bench.load(tune=tune) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        samplers = [CountingSampler() for _ in experiments]
+        pages = [
+            pool.submit(compare, experiment, progress=Progress(io.StringIO()), sampler=sampler, stages=STAGES)
+            for experiment, sampler in zip(experiments, samplers, strict=True)
+        ]
+        for page in pages:
+            assert page.result(timeout=120).exists()
+    assert all(sampler.asked for sampler in samplers)
+    together = read_json(bench.root / "out" / "compare.json")
+    shutil.rmtree(bench.root / "out")
+    alone = bench.run(tune=tune)
+    assert alone["differences"] == together["differences"]
+    for arm in ("iterative", "offline"):
+        assert alone["arms"][arm]["seeds"]["0"]["points"] == together["arms"][arm]["seeds"]["0"]["points"]
 
 
 def test_what_every_round_is_compared_with_is_made_once_for_all_arms_of_a_seed(bench: Bench, tmp_path: Path) -> None:

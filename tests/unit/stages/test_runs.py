@@ -185,6 +185,17 @@ def test_each_engine_of_a_pool_has_its_own_gpus_or_cores_and_its_log(
         assert len(run.devices.descriptors) == min(len(gpus), len(expected) * width)
 
 
+def test_a_run_that_shares_the_gpus_takes_no_turns(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(room.root))
+    monkeypatch.setattr(devices, "_installed", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with room.open() as run, run.sampling_turn, room.open(share_gpus=True) as beside:
+        assert len(run.devices.descriptors) == 1
+        assert beside.devices.descriptors == []
+        with beside.sampling_turn:  # waits for nobody
+            assert run.devices._holders
+
+
 def test_more_engines_than_devices_are_refused(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     with pytest.raises(ConfigError, match=r"replicas x tensor_parallel_size = 6: more than the 4 cores"):
