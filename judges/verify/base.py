@@ -63,9 +63,13 @@ def check_positive(judge: str, **values: float) -> None:
             raise JudgeError(f"judge {judge!r}: {key} is {value}; it must be more than 0")
 
 
-FENCE = re.compile(r"^[ \t]*```[ \t]*+([^\s`]*+)[^\n`]*+\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"^[ \t]*```[ \t]*+([^\s`]*+)[^\n`]*+\n(.*?)(?:^[ \t]*```[ \t]*(?:$|<\|)|```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL
+)
 
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
     """Fenced blocks: (language, content). A last one that is never closed, as of a truncated completion, counts."""
-    return [(m[1].lower(), textwrap.dedent(m[2])) for m in FENCE.finditer(text)]
+    found = FENCE.finditer(text.replace("\r\n", "\n"))
+    # Not all at once: `dedent` empties lines of white space, which a text within a program may have.
+    return [(m[1].lower(), textwrap.dedent(m[2]) if m[2][:1] in (" ", "\t") else m[2]) for m in found]

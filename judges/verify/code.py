@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +27,16 @@ from judges.verify.sandbox import (
     run_pair,
     run_python,
 )
-from judges.verify.suites import BadTests, Suite, entry_point, read_suite
+from judges.verify.suites import BadTests, Suite, entry_point, given_by, read_suite
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class CodeTests(Verifier):
     """The share of its tests that a program passes; or, without `partial`, 1 if it passes all, else 0.
 
-    The program is the completion's last fenced block of Python, else its last fenced block without a language, else
-    the whole completion. It runs in `judges.verify.sandbox`, with the standard library alone. The prompt's column has
+    The program is the completion's last fenced block of Python that defines something that the tests call, else its last
+    one, else its last fenced block without a language, else the whole completion. It runs in `judges.verify.sandbox`, with
+    the standard library alone, and has what the prompt imports and defines besides. The prompt's column has
 
     - a text of Python: each `assert` at its top level is a test, with the statements before it; so is each function
       `test_*` (with pytest's `raises`, `approx`, `fixture` and `parametrize`), each test of a `TestCase`, and
@@ -57,7 +59,7 @@ class CodeTests(Verifier):
 
     name = "code_tests"
     SPEED_ONLY = frozenset({"concurrency", "allow_unsandboxed"})
-    REVISION = 9
+    REVISION = 10
     column: str = "tests"
     """The prompt's column with the tests."""
     entry_point: str = "entry_point"
@@ -92,20 +94,22 @@ class CodeTests(Verifier):
         gold = group.prompt.columns.get(column)
         if gold is None or gold == [] or gold == "":
             return super()._score(completion, group)
-        program = program_of(completion)
         entry = group.prompt.columns.get(self.entry_point)
         prompt = "\n".join(str(message["content"]) for message in group.prompt.messages)
         try:
             suite = read_suite(gold, column, prompt=prompt)
+            program = program_of(completion, suite.asked | ({str(entry)} if entry else set()))
+            entry = entry_point(program, prompt, entry and str(entry))
             if suite.wants_entry:
-                suite = read_suite(gold, column, entry_point(program, prompt, entry and str(entry)), prompt)
+                suite = read_suite(gold, column, entry, prompt)
             if suite.runs:
                 passed, count = self._runs(program, suite.runs)
             else:
-                passed, count = self._tests(program, suite)
+                given = given_by(prompt, program, suite, entry)
+                passed, count = self._tests(f"{given}\n{program}" if given else program, suite)
         except BadTests as error:
             return Abstention(str(error))
-        except SandboxError as error:
+        except (SandboxError, OSError) as error:  # OSError: no process, pipe or folder is to be had
             return Abstention(f"the sandbox failed: {error}")
         return passed / count if self.partial else float(passed == count)
 
@@ -181,7 +185,7 @@ class CodeTests(Verifier):
 
 
 def _passed(report: str, passed: str = "passed") -> set[int]:
-    return {int(number) for number in re.findall(rf"^{passed} (\d+)$", report, re.MULTILINE)}
+    return {int(number) for number in re.findall(rf"^{passed} ([0-9]{{1,9}})$", report, re.MULTILINE)}
 
 
 def _tester(suite: Suite, *arguments: Any) -> str:
@@ -215,12 +219,16 @@ def _sources() -> dict[str, str]:
     return {name: Path(__file__).with_name(f"{name}.py").read_text() for name in names}
 
 
-def program_of(completion: str) -> str:
-    """The completion's last fenced block of Python; else its last one without a language; else all of it."""
+def program_of(completion: str, names: Collection[str] = ()) -> str:
+    """The completion's last fenced block of Python, of those that define one of `names` if any does; else its last one without
+    a language; else all of it.
+    """
     blocks = fenced_blocks(completion)
+    defines = re.compile(rf"^(?:async +)?(?:def|class) +(?:{'|'.join(map(re.escape, names))})\b", re.MULTILINE)
     for languages in (("python", "py", "python3"), ("",)):
         if found := [text for language, text in blocks if language in languages]:
-            return found[-1]
+            of_use = [text for text in found if names and defines.search(text)]
+            return (of_use or found)[-1]
     return completion
 
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 import sys
 import types
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -581,26 +582,37 @@ for _name in ARITHMETIC:
         setattr(Ref, f"__i{_name}__", _binary(f"i{_name}"))
 
 
+MUTABLE = (list, dict, set, bytearray, deque)
+
+
 def refresh(old: Any, new: Any) -> None:
     """Give the tests' own containers within `old` the content that the program's copies have."""
-    if type(old) is not type(new):
+    if not _alike(old, new):
         return
     if isinstance(old, list | tuple) and len(old) == len(new):
         for index, (before, after) in enumerate(zip(old, new, strict=True)):
-            if isinstance(before, list | dict | set | bytearray) and type(before) is type(after):
+            if isinstance(before, MUTABLE) and _alike(before, after):
                 refresh(before, after)
             elif isinstance(old, list):
                 old[index] = after
     elif isinstance(old, list | bytearray):
         old[:] = new
     elif isinstance(old, dict):
-        for key in [key for key in old if key not in new]:
-            del old[key]
+        own = dict(old)
+        old.clear()  # the program's order may be another
         for key, after in new.items():
-            if key in old and isinstance(old[key], list | dict | set | bytearray) and type(old[key]) is type(after):
-                refresh(old[key], after)
+            if isinstance(own.get(key), MUTABLE) and _alike(own[key], after):
+                refresh(own[key], after)
+                old[key] = own[key]
             else:
                 old[key] = after
     elif isinstance(old, set):
         old.clear()
         old.update(new)
+    elif isinstance(old, deque):
+        old.clear()
+        old.extend(new)
+
+
+def _alike(old: Any, new: Any) -> bool:
+    return type(old) is type(new) or (isinstance(old, dict) and isinstance(new, dict))

@@ -243,7 +243,8 @@ class Solution(ModuleType):
         self.__dict__.update(_tester=tester, _stub=stub)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or not (self._tester or self._stub):
+        asked = name.startswith("__") and name != "__version__"  # by the import system
+        if asked or not (self._tester or self._stub):
             raise AttributeError(name)
         return self._stub(name) if self._stub else self._tester.named(name)
 
@@ -326,7 +327,7 @@ def run_all(run: Run, tests: list[list[Step]], report: int, passed: str) -> None
             if tester and tester.denied:
                 raise AssertionError("an assertion failed in a callback")
         except (ModuleNotFoundError, pytest_subset.Unsupported) as error:
-            if tester is None and run.stub is None and run.program is None:  # with a program, the same
+            if tester is None and run.program is None:  # with a program, the same
                 os.write(report, f"unsupported {str(error)!a}\n".encode())
         except BaseException:
             continue

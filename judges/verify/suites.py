@@ -71,6 +71,12 @@ class Suite:
     in_place: bool = False
     """Whether the prompt asks for a change in place, so that a function which returns a number changes its arguments."""
 
+    @property
+    def asked(self) -> set[str]:
+        """The names that a program has to define."""
+        called = {str(step[1]) for steps in self.tests for step in steps if step[0] == "call"}
+        return called | {name for name, module in self.names.items() if not module}
+
 
 class BadTests(ValueError):
     """Why a column of tests cannot be run."""
@@ -120,15 +126,38 @@ def _of_texts(texts: tuple[str, ...], column: str, entry: str | None, prompt: st
         names,
         wants_entry=any(map(_wants_entry, tests)),
         objects=_uses_objects(whole, prompt),
-        functions=_capital_functions(whole, prompt),
+        functions=_capital_functions(whole, prompt, _checked(whole, entry)),
         in_place=re.search(r"\bin[- ]?place\b", prompt, re.IGNORECASE) is not None,
     )
     return _with_helpers(suite, _checked(whole, entry), prompt)
 
 
+FOLDERS = re.compile(
+    r"os\.(path\.)?(exists|isfile|isdir|getsize|listdir|scandir|walk|stat|remove|unlink|makedirs|mkdir|rmdir|rename|replace|chdir)"
+    r"|shutil\.\w+|glob\.i?glob|sqlite3\.connect|tempfile\.gettempdir"
+)
 FILES = {
     "open", "NamedTemporaryFile", "TemporaryFile", "TemporaryDirectory", "mkdtemp", "mkstemp", "read_text", "write_text",
 }  # fmt: skip
+OF_PATHS = {
+    "exists",
+    "is_file",
+    "is_dir",
+    "iterdir",
+    "unlink",
+    "mkdir",
+    "rmdir",
+    "rename",
+    "touch",
+    "stat",
+    "read_bytes",
+    "write_bytes",
+}
+STATE = re.compile(
+    r"(decimal\.)?(getcontext|setcontext|localcontext)|random\.(getstate|setstate)|sys\.(set_int_max_str_digits|settrace)"
+    r"|os\.putenv|.*\.addHandler|(contextlib\.)?redirect_stderr"
+)
+"""Calls that change what the program has in common with its tests if they are one process."""
 RECORDS = {"assertLogs", "assertNoLogs", "assertWarns", "assertWarnsRegex", "catch_warnings"}
 PATCHED = re.compile(r"builtins\.input|sys\.std(in|out)|solution\..*")
 """What tests may patch: the rest is patched in their process, and not in the program's."""
@@ -151,11 +180,22 @@ def _out_of_reach(body: list[ast.stmt], own: set[str]) -> str | None:
                     return f"{node.name}, a class with descriptors of the program's"
             case ast.MatchClass(cls=kind) if _loads(kind) & {*own, "solution"}:
                 return f"{ast.unparse(kind)}, a class in a pattern"
+            case ast.Assign(targets=targets):
+                changed = re.search(r"^(os\.environ|sys\.argv)\b", "\n".join(map(ast.unparse, targets)), re.MULTILINE)
+                if changed:
+                    return f"{changed[1]}, of the program's process"
             case ast.Call(func=function, args=arguments):
                 name = ast.unparse(function)
                 last = name.rpartition(".")[2]
                 if last in FILES and last not in own and not _is_own_open(function, arguments, paths):
                     return "files that they share with the program"
+                owner = ast.unparse(function.value) if isinstance(function, ast.Attribute) else ""
+                of_path = last in OF_PATHS and (owner in paths or re.search(r"\b[Pp]ath\b", owner) is not None)
+                if FOLDERS.fullmatch(name) or of_path:
+                    return "files that they share with the program"
+                raises = last in ("simplefilter", "filterwarnings") and not name.startswith("pytest.mark")
+                if (raises and "'error'" in map(ast.unparse, arguments)) or (STATE.fullmatch(name) and last not in own):
+                    return f"{name}, of the program's process"
                 if last in RECORDS:
                     return f"{last}, of the program's process"
                 target = arguments[0].value if arguments and isinstance(arguments[0], ast.Constant) else ""
@@ -208,6 +248,32 @@ def _with_helpers(suite: Suite, checked: set[str], prompt: str) -> Suite:
     names |= {name: module for name, module in suite.names.items() if name not in helpers}
     first: list[list[Any]] = [["code", "\n".join(map(ast.unparse, body))]]
     return replace(suite, tests=[first + suite.tests[0], *suite.tests[1:]], names=names)
+
+
+def given_by(prompt: str, program: str, suite: Suite, entry: str | None) -> str:
+    """What a program may use of the prompt without repeating it, as HumanEval runs a prompt with its completion: imports,
+    constants, and the functions and classes that the prompt defines whole. Not what the program defines, nor what the
+    tests are about.
+    """
+    try:
+        body = ast.parse(program).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ""
+    own = (
+        {node.name for node in body if isinstance(node, _Defines)} | suite.names.keys() | ({entry} if entry else set())
+    )
+    if any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in body):
+        return ""
+    given: list[ast.stmt] = []
+    for node in _code_of(prompt):
+        if isinstance(node, _Imports):
+            ignored = ast.ExceptHandler(ast.Name("ImportError", ast.Load()), None, [ast.Pass()])
+            given.append(ast.Try([node], [ignored], [], []))
+        elif isinstance(node, ast.ClassDef):
+            given += [node] if node.name not in own else []
+        elif _is_constant(node) or (_is_whole(node, own) and not _defined(node) & own):
+            given.append(node)
+    return "\n".join(ast.unparse(ast.fix_missing_locations(node)) for node in given)
 
 
 def _is_whole(node: ast.stmt, checked: set[str]) -> bool:
@@ -420,7 +486,7 @@ def _uses_objects(body: list[ast.stmt], prompt: str) -> bool:
 
     def is_outside(node: ast.AST) -> bool:
         text = ast.unparse(node)
-        return text in ("self", "cls") or (
+        return re.fullmatch(r"self|cls|self\.assert\w+", text) is not None or (
             text.partition(".")[0] in outside and re.fullmatch(r"[\w.]+", text) is not None
         )
 
@@ -451,13 +517,14 @@ def _uses_objects(body: list[ast.stmt], prompt: str) -> bool:
 
 
 AS_VALUES = re.compile(
-    r"abs|round|float|int|complex|bool|sum|min|max|(\w+\.)?(isclose|approx|allclose)|self\.assert\w+"
+    r"abs|round|float|int|complex|bool|sum|min|max|str|repr|format|print|(\w+\.)?(isclose|approx|allclose)|self\.assert\w+"
 )
 """Functions that use their arguments as values."""
 
 
-def _capital_functions(body: list[ast.stmt], prompt: str) -> frozenset[str]:
-    """The names with a capital letter whose results are all compared or computed with, as in `abs(Mean(x) - 1.5) < 1e-6`.
+def _capital_functions(body: list[ast.stmt], prompt: str, checked: set[str]) -> frozenset[str]:
+    """The names with a capital letter whose results are all compared or computed with, as in `abs(Mean(x) - 1.5) < 1e-6`,
+    and those `checked` by `check(candidate)`.
 
     Not beside what is another result of the program's, as in `Vector(1, 2) == Vector(1, 2)` and `parse("1") == Num(1)`,
     nor if the prompt calls the name a class.
@@ -465,6 +532,10 @@ def _capital_functions(body: list[ast.stmt], prompt: str) -> frozenset[str]:
     nodes = [node for statement in body for node in ast.walk(statement)]
     parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
     loads = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    named_by: list[tuple[ast.AST, str]] = [(node, node.id) for node in loads]
+    named_by += [
+        (node, node.attr) for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "solution"
+    ]
     defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     known = BUILTINS | LIBRARY.keys() | sys.stdlib_module_names | defined | {"pytest"}
     assigned = {
@@ -480,7 +551,7 @@ def _capital_functions(body: list[ast.stmt], prompt: str) -> frozenset[str]:
     def is_value(node: ast.AST) -> bool:
         parent = parents.get(node)
         match parent:
-            case ast.Assert() | ast.If() | ast.UnaryOp():
+            case ast.Assert() | ast.If() | ast.UnaryOp() | ast.FormattedValue():
                 return True
             case ast.Compare() | ast.BinOp() | ast.BoolOp():
                 function = None
@@ -501,18 +572,16 @@ def _capital_functions(body: list[ast.stmt], prompt: str) -> frozenset[str]:
         return all(ast.unparse(call).partition(".")[0] in known for call in called)
 
     calls: dict[str, list[ast.AST]] = {}
-    for node in loads:
-        if node.id[:1].isupper() and node.id not in known:
-            parent = parents.get(node)
-            calls.setdefault(node.id, []).append(
-                parent if isinstance(parent, ast.Call) and parent.func is node else node
-            )
+    for use, name in named_by:
+        if name[:1].isupper() and name not in known:
+            parent = parents.get(use)
+            calls.setdefault(name, []).append(parent if isinstance(parent, ast.Call) and parent.func is use else use)
     named = r"\bclass\b[^.\n]{0,20}\b%s\b|\b%s\b\W{0,3}class\b"
     return frozenset(
         name
-        for name, made in calls.items()
-        if all(isinstance(call, ast.Call) and is_value(call) for call in made)
-        and not re.search(named % (name, name), prompt)
+        for name in {*calls, *checked}
+        if name in checked or all(isinstance(call, ast.Call) and is_value(call) for call in calls[name])
+        if not re.search(named % (re.escape(name), re.escape(name)), prompt)
     )
 
 

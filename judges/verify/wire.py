@@ -40,7 +40,7 @@ TYPES = {
 PLAIN = (int, float, complex, str, bytes, bytearray, dict, *CONTAINERS.values())
 VIEWS: dict[str, Any] = {"keys": KeysView, "values": ValuesView, "items": ItemsView}
 SMALL = 1 << 53
-WORDS = {"nan": r"(?i)\bnan\b", "inf": r"(?i)\binf(inity)?\b"}
+WORDS = {"nan": r"(?i)\bs?nan(\d+|j)?\b", "inf": r"(?i)\binf(inity)?j?\b"}
 """By number that is not finite, the words that `float` and JSON read as it."""
 NUMBERS = r"(?i)\b\d[\d_]*(?:\.[\d_]*(?:e\+?[\d_]+)?|e\+?[\d_]+)(?!\w)"
 """Numbers in a text, with a point or an exponent, that may be too large for a float."""
@@ -265,7 +265,7 @@ class Peer:
         kind = type(value)
         if isinstance(value, Derived):
             return self.export(value._object)
-        if value is None or kind is bool or kind is str:
+        if value is None or kind is bool or kind is str or kind is float or (kind is int and -SMALL < value < SMALL):
             return value
         if isinstance(value, type) and TYPES.get(value.__name__) is value:
             return ["type", value.__name__]

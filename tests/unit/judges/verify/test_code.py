@@ -27,7 +27,20 @@ class TestPrograms:
         assert program_of("```\na\n```") == "a\n"
         assert program_of("a = 1") == "a = 1"
         assert program_of("```python\na\nb") == "a\nb"  # cut off
+        assert program_of("```python\r\na\r\n```\r\nx") == "a\n"
+        assert program_of("```python\nreturn a + b```") == "return a + b"
+        assert program_of("```python\na\n```<|im_end|>") == "a\n"
+        assert program_of("```python\nx = '''\n  \n'''\n```") == "x = '''\n  \n'''\n"
         assert program_of("1. So:\n   ```python\n   if x:\n       y\n   ```") == "if x:\n    y\n"
+
+    def test_a_usage_example_after_the_program_is_not_the_program(self) -> None:
+        example = "```python\nprint(add(1, 2))\n```"
+        assert program_of(f"```python\n{ADD}```\nUse it so:\n{example}", {"add"}) == ADD
+        assert (
+            program_of(f"```python\n{ADD}```\nBetter:\n```python\ndef add(*x): ...\n```", {"add"})
+            == "def add(*x): ...\n"
+        )
+        assert program_of(f"```python\n{ADD}```\n{example}", {"sub"}) == "print(add(1, 2))\n"
 
 
 @pytest.mark.skipif(bool(sandbox_problems()), reason="this machine has no sandbox")
@@ -87,6 +100,14 @@ class TestCodeTests:
     )
     def test_a_program_that_fails_in_any_way_scores_0_though_its_functions_are_right(self, program: str) -> None:
         assert self.score(f"{ADD}\n{program}\n") == 0
+
+    def test_a_machine_without_processes_or_pipes_left_abstains(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refused(*args: Any, **settings: Any) -> Any:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+        monkeypatch.setattr("subprocess.Popen", refused)
+        tests = "assert add(3, 4) == 7  # not cached"
+        assert "the sandbox failed: [Errno 11]" in reason(CodeTests(), ADD, tests=tests)
 
     def test_a_program_writes_nothing_outside_the_sandbox(self, tmp_path: Path) -> None:
         name = f"iterdpo-escape-{os.getpid()}"
@@ -193,6 +214,15 @@ class TestCodeTests:
             "class Mine:\n    x = Positive()\nMine().x = 3",
             "from unittest.mock import patch\nwith patch('builtins.print') as p: add(1, 2)\np.assert_called_with(3)",
             "import warnings\nwith warnings.catch_warnings(record=True) as w: add(1, 2)\nassert len(w) == 1",
+            "from solution import add\ndef test_add(capsys): assert add(1, 2) == 3",
+            "from solution import add\nimport not_installed\nassert add(1, 2) == 3",
+            "import os\nsave('a.txt')\nassert os.path.exists('a.txt')",
+            "from pathlib import Path\nsave('x')\nassert Path('x').exists()",
+            "import sqlite3\nassert count(sqlite3.connect(':memory:')) == 0",
+            "import os\nos.environ['KEY'] = 'v'\nassert key() == 'v'",
+            "import sys\nsys.argv = ['prog', '3']\nassert args() == 3",
+            "from decimal import getcontext\ngetcontext().prec = 6\nassert add(1, 2) == 3",
+            "import warnings\nwarnings.simplefilter('error')\nassert add(1, 2) == 3",
         ):
             assert "need what the sandbox lacks" in reason(self.JUDGE, ADD, tests=tests)
 

@@ -380,6 +380,29 @@ class TestKernel:
         """
         assert run(code, mode).stdout.split() == ["-1"] * 5
 
+    def test_memory_of_the_kernel_and_calls_that_are_newer_than_the_filter_are_not_to_be_had(self, mode: Mode) -> None:
+        code = """
+            import ctypes
+            libc = ctypes.CDLL(None, use_errno=True)
+            for number in (444, 445, 446, 470, 600):
+                print(libc.syscall(number, 0, 0, 0), ctypes.get_errno())
+        """
+        assert run(code, mode).stdout.split("\n")[:5] == ["-1 1"] * 3 + ["-1 38"] * 2
+
+    @pytest.mark.parametrize("number", [30, 31, 65, 66, 69, 70, 71, 253, 294, 463, 466, 469])
+    def test_what_landlock_leaves_open_of_others_is_denied(self, number: int) -> None:
+        if "landlock" not in modes() or os.uname().machine != "x86_64":
+            pytest.skip("no Landlock here, or other numbers")
+        code = f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nprint(libc.syscall({number}, 0, 0, 0), ctypes.get_errno())"
+        assert run(code, "landlock").stdout == "-1 1\n"
+
+    def test_a_folder_without_permissions_is_removed_too(self) -> None:
+        if "landlock" not in modes():
+            pytest.skip("no Landlock here")
+        made = run("import os\nos.umask(0o477)\nos.mkdir('x')\nprint(os.getcwd())", "landlock").stdout.strip()
+        assert made
+        assert not Path(made).exists()
+
 
 def test_bubblewrap_is_used_if_it_works() -> None:
     bwrap = ["bwrap", "--unshare-pid", "--unshare-net", "--ro-bind", "/", "/", "/bin/true"]
