@@ -264,16 +264,16 @@ def given_by(prompt: str, program: str, suite: Suite, entry: str | None) -> str:
     )
     if any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in body):
         return ""
-    given: list[ast.stmt] = []
-    for node in _code_of(prompt):
-        if isinstance(node, _Imports):
-            ignored = ast.ExceptHandler(ast.Name("ImportError", ast.Load()), None, [ast.Pass()])
-            given.append(ast.Try([node], [ignored], [], []))
-        elif isinstance(node, ast.ClassDef):
-            given += [node] if node.name not in own else []
-        elif _is_constant(node) or (_is_whole(node, own) and not _defined(node) & own):
-            given.append(node)
-    return "\n".join(ast.unparse(ast.fix_missing_locations(node)) for node in given)
+    given = [
+        node
+        for node in _code_of(prompt)
+        if isinstance(node, _Imports)
+        or (isinstance(node, ast.ClassDef) and node.name not in own)
+        or _is_constant(node)
+        or _is_whole(node, own)
+    ]
+    ignored = ast.ExceptHandler(ast.Name("Exception", ast.Load()), None, [ast.Pass()])  # what the program may not need
+    return "\n".join(ast.unparse(ast.fix_missing_locations(ast.Try([node], [ignored], [], []))) for node in given)
 
 
 def _is_whole(node: ast.stmt, checked: set[str]) -> bool:
