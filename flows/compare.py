@@ -113,7 +113,10 @@ def compare(
     for arm in experiment.arms:
         mine = []
         for settings in arm.trials() if arm.grid else ():
-            ended = [e for run in trial_runs(experiment, arm, settings) if (e := _tried(run)) is not None]
+            runs = trial_runs(experiment, arm, settings)
+            ended = [e for run in runs if (e := _tried(run)) is not None]
+            if len(ended) < len(runs):
+                raise UserError(f"{runs[0].root.parent}: another process has tried other settings there; run it again")
             mine.append(Trial(arm.name, settings, fmean(e["score"] for e in ended), fmean(e["kl"] for e in ended)))
         if mine:
             best = best_trial(mine, tune.max_kl if tune else None)
@@ -364,14 +367,21 @@ def _link(source: Path, target: Path, *, copy: bool = False) -> None:
 
 
 def _work(
-    planned: Planned, donors: Sequence[Path], progress: Progress, redo: bool, sampler: Sampler | None, stages: Stages
+    planned: Planned,
+    donors: Sequence[Path],
+    progress: Progress,
+    redo: bool,
+    sampler: Sampler | None,
+    stages: Stages,
+    *,
+    done: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Do what of a run is not done. Returns whether there was any."""
+    """Do what of a run is not done, unless it is `done` after all once no other process has it. Returns whether there was any."""
     arm, config = planned.arm, planned.config
     run = open_run(config, progress=progress, redo=redo, sampler=sampler)
     with run.dir.lock(), run.dir.noting_failures(), run:
         run.dir.refresh()
-        if _pending(arm, run) is None:
+        if done() or _pending(arm, run) is None:
             return False
         check_surroundings(run, prefect=False)
         run.dir.write_config(config.model_dump())
@@ -528,12 +538,12 @@ def _tried(planned: Planned) -> dict[str, Any] | None:
 
 
 def _settings_of(planned: Planned) -> dict[str, Any]:
-    return planned.config.model_dump(mode="json", exclude={"run_dir"})  # the experiment's directory may be moved
+    return planned.config.model_dump(mode="json", exclude={"run_dir", "share_gpus"})  # the directory may be moved
 
 
 def _try(planned: Planned, *work: Any) -> dict[str, Any]:
     """Run a trial, and note how it ended."""
-    _work(planned, *work)
+    _work(planned, *work, done=lambda: _tried(planned) is not None)
     run = RunDir(planned.root)
     metrics = run.records()[run.records()[-1].policy_round].metrics
     ended = {"config": _settings_of(planned), "score": metrics["score/train_judge"]}

@@ -87,9 +87,8 @@ def tree_attention(
         return output.unsqueeze(0), None
     if device == "cuda" and query.shape[2] > FEW_TOKENS:
         return _flex(query, key, value, layout, scale, window, softcap).transpose(1, 2), None
-    q, k, v = (
-        t.squeeze(0).transpose(0, 1) for t in (query * scale, key, value)
-    )  # `t[0]` is copied in the backward pass
+    # Not `t[0]`, which is copied in the backward pass.
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query * scale, key, value))
     output = _Blocked.apply(q, k, v, layout, window, softcap)
     return output.view(1, -1, query.shape[1], value.shape[-1]), None
 
@@ -491,20 +490,22 @@ def _flash_backward(
     """Gradients for query, key and value."""
     lengths = (queries.ends, keys.ends, queries.longest, keys.longest)
     if (flash_3 := _flash_3(query.device)) is not None:
-        made: tuple[Tensor, Tensor, Tensor] = flash_3.bwd(
+        made = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        flash_3.bwd(  # what it returns differs between its versions
             gradient,
             query,
             key,
             value,
             output,
             lse,
+            *made,
             cu_seqlens_q=queries.ends,
             cu_seqlens_k=keys.ends,
             max_seqlen_q=queries.longest,
             max_seqlen_k=keys.longest,
             softmax_scale=scale,
             is_causal=causal,
-        )[:3]
+        )
         return made
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
         gradient, query, key, value, output, lse, *lengths, 0.0, causal, *state, scale=scale

@@ -59,7 +59,7 @@ class Scorer(torch.nn.Module):
         self.own_attention = self.causal._own_attention
         self.set_path(path)
         _cast_once(model)
-        _read_only(self.causal)
+        _read_only(self.causal, last_modules(self.causal))
 
     @property
     def causal(self) -> Any:
@@ -145,29 +145,35 @@ def last_modules(causal: Any) -> list[torch.nn.Module]:
     return [module for module in named if isinstance(module, torch.nn.Module)]
 
 
-def _read_only(causal: Any) -> None:
-    """Let the last modules compute a row of trees only where it is read, which prompts are not; elsewhere it is 0.
+def _read_only(causal: Any, modules: Sequence[torch.nn.Module]) -> None:
+    """Let modules compute a row of trees only where it is read, which prompts are not; elsewhere their output is 0.
 
     `select_logp_path` finds out whether a model allows it.
     """
-    for module in last_modules(causal):
-        if getattr(module, "_reads_only", False):
-            continue
-        module._reads_only = True
-        module.forward = _of_rows(module.forward, causal)
 
-
-def _of_rows(forward: Callable[..., Tensor], causal: Any) -> Callable[..., Tensor]:
-    def of_rows(x: Tensor, *args: Any, **settings: Any) -> Tensor:  # [1, N, D]
+    def read(width: int) -> Tensor | None:
         layout = attention.layout_in_use()
-        if causal.config._attn_implementation != attention.TREE or layout is None:
-            return forward(x, *args, **settings)
-        made = forward(x.index_select(1, layout.read), *args, **settings)
-        if not isinstance(made, Tensor):  # as of some mixtures of experts, with what their router says
-            return forward(x, *args, **settings)
-        return made.new_zeros(*x.shape[:2], made.shape[-1]).index_copy(1, layout.read, made)
+        trees = causal.config._attn_implementation == attention.TREE and layout is not None
+        return layout.read if trees and layout is not None and width == len(layout.tree) else None
 
-    return of_rows
+    def narrowed(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x, *rest = inputs  # [1, N, D]
+        rows = read(x.shape[1])
+        return None if rows is None else (x.index_select(1, rows), *rest)
+
+    def widened(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):  # as of some mixtures of experts, with what their router says
+            return (widened(module, inputs, output[0]), *output[1:])
+        layout = attention.layout_in_use()
+        if layout is None or read(len(layout.tree)) is None or output.shape[1] != len(layout.read):
+            return output
+        return output.new_zeros(1, len(layout.tree), output.shape[-1]).index_copy(1, layout.read, output)
+
+    for module in modules:
+        if not getattr(module, "_reads_only", False):
+            module._reads_only = True
+            module.register_forward_pre_hook(narrowed)
+            module.register_forward_hook(widened)
 
 
 def _picked_logps(logits: Tensor, targets: Tensor, squares: bool) -> tuple[Tensor, Tensor]:

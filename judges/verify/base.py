@@ -63,13 +63,31 @@ def check_positive(judge: str, **values: float) -> None:
             raise JudgeError(f"judge {judge!r}: {key} is {value}; it must be more than 0")
 
 
-FENCE = re.compile(
-    r"^[ \t]*```[ \t]*+([^\s`]*+)[^\n`]*+\n(.*?)(?:^[ \t]*```[ \t]*(?:$|<\|)|```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL
-)
+OPENING = re.compile(r"[ \t]*```[ \t]*([^\s`]*)[^`]*")
+CLOSING = re.compile(r"[ \t]*```[ \t]*(?:<\|.*)?")
+CLOSING_BEHIND = re.compile(r"([^`]*[^`\s])```[ \t]*")  # code
 
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
     """Fenced blocks: (language, content). A last one that is never closed, as of a truncated completion, counts."""
-    found = FENCE.finditer(text.replace("\r\n", "\n"))
-    # Not all at once: `dedent` empties lines of white space, which a text within a program may have.
-    return [(m[1].lower(), textwrap.dedent(m[2]) if m[2][:1] in (" ", "\t") else m[2]) for m in found]
+    blocks: list[tuple[str, str]] = []
+    language: str | None = None
+    lines: list[str] = []
+    for line in text.replace("\r\n", "\n").split("\n"):
+        if language is None:
+            if opening := OPENING.fullmatch(line):
+                language, lines = opening[1].lower(), []
+        elif CLOSING.fullmatch(line):
+            blocks.append((language, _dedented("".join(f"{line}\n" for line in lines))))
+            language = None
+        elif behind := CLOSING_BEHIND.fullmatch(line):
+            blocks.append((language, _dedented("\n".join([*lines, behind[1]]))))
+            language = None
+        else:
+            lines.append(line)
+    return [*blocks, (language, _dedented("\n".join(lines)))] if language is not None else blocks
+
+
+def _dedented(text: str) -> str:
+    """`dedent` empties lines of white space, which a text within a program may have."""
+    return textwrap.dedent(text) if text.lstrip("\n")[:1] in (" ", "\t") else text

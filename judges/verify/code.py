@@ -98,7 +98,8 @@ class CodeTests(Verifier):
         prompt = "\n".join(str(message["content"]) for message in group.prompt.messages)
         try:
             suite = read_suite(gold, column, prompt=prompt)
-            program = program_of(completion, suite.asked | ({str(entry)} if entry else set()))
+            asked = entry_point("", prompt, entry and str(entry))
+            program = program_of(completion, suite.asked | ({asked} if asked else set()))
             entry = entry_point(program, prompt, entry and str(entry))
             if suite.wants_entry:
                 suite = read_suite(gold, column, entry, prompt)
@@ -224,7 +225,8 @@ def program_of(completion: str, names: Collection[str] = ()) -> str:
     a language; else all of it.
     """
     blocks = fenced_blocks(completion)
-    defines = re.compile(rf"^(?:async +)?(?:def|class) +(?:{'|'.join(map(re.escape, names))})\b", re.MULTILINE)
+    any_of = "|".join(re.escape(name.rpartition(".")[2]) for name in names)
+    defines = re.compile(rf"^(?:\s*(?:async +)?(?:def|class) +(?:{any_of})\b|(?:{any_of}) *[:=])", re.MULTILINE)
     for languages in (("python", "py", "python3"), ("",)):
         if found := [text for language, text in blocks if language in languages]:
             of_use = [text for text in found if names and defines.search(text)]

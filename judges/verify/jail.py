@@ -88,8 +88,10 @@ def _enter(request: dict[str, Any], status: int, ends: list[int]) -> None:
         code = _watch(child, request, status)
         if mode in ("landlock", "none"):
             _kill_children()
-            os.spawnv(os.P_WAIT, "/bin/chmod", ["chmod", "-R", "u+rwX", "--", request["scratch"]])  # or it would stay
-            os.spawnv(os.P_WAIT, "/bin/rm", ["rm", "-rf", "--", request["scratch"]])  # of any depth
+            remove = ["rm", "-rf", "--", request["scratch"]]
+            if os.spawnv(os.P_WAIT, "/bin/rm", remove) != 0:  # of any depth, but for folders that may not be read
+                os.spawnv(os.P_WAIT, "/bin/chmod", ["chmod", "-R", "u+rwX", "--", request["scratch"]])
+                os.spawnv(os.P_WAIT, "/bin/rm", remove)
             _say(status, f"exit {code}")
         elif mode == "bubblewrap" and code:
             _say(status, f"problem bwrap: exit status {code}")  # nothing, if the program has started
@@ -383,7 +385,7 @@ Call = tuple[int | None, int | None]  # its numbers on x86_64 and on aarch64; No
 KERNEL: dict[str, Call] = {  # ways to more of the kernel than a program needs, and to memory that no process shows
     "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
     "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
-    "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442), "ptrace": (101, 117),
+    "fsmount": (432, 432), "fspick": (433, 433), "open_tree_attr": (467, 467), "mount_setattr": (442, 442), "ptrace": (101, 117),
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "bpf": (321, 280), "keyctl": (250, 219),
     "add_key": (248, 217), "request_key": (249, 218), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),

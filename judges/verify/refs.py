@@ -599,7 +599,8 @@ def refresh(old: Any, new: Any) -> None:
         old[:] = new
     elif isinstance(old, dict):
         own = dict(old)
-        old.clear()  # the program's order may be another
+        if list(old) != list(new):  # in the program's order
+            old.clear()
         for key, after in new.items():
             if isinstance(own.get(key), MUTABLE) and _alike(own[key], after):
                 refresh(own[key], after)
@@ -609,7 +610,7 @@ def refresh(old: Any, new: Any) -> None:
     elif isinstance(old, set):
         old.clear()
         old.update(new)
-    elif isinstance(old, deque):
+    elif isinstance(old, deque) and old != new:
         old.clear()
         old.extend(new)
 

@@ -74,8 +74,13 @@ class Suite:
     @property
     def asked(self) -> set[str]:
         """The names that a program has to define."""
-        called = {str(step[1]) for steps in self.tests for step in steps if step[0] == "call"}
-        return called | {name for name, module in self.names.items() if not module}
+        steps = [step for steps in self.tests for step in steps]
+        called = {str(step[1]) for step in steps if step[0] == "call"}
+        code = "\n".join(step[1] for step in steps if step[0] == "code")
+        imported = re.findall(r"\w+", " ".join(re.findall(r"\bfrom solution import (.*)", code)))
+        return {*called, *imported, *re.findall(r"\bsolution\.(\w+)", code)} | {
+            n for n, m in self.names.items() if not m
+        }
 
 
 class BadTests(ValueError):
@@ -155,7 +160,7 @@ OF_PATHS = {
 }
 STATE = re.compile(
     r"(decimal\.)?(getcontext|setcontext|localcontext)|random\.(getstate|setstate)|sys\.(set_int_max_str_digits|settrace)"
-    r"|os\.putenv|.*\.addHandler|(contextlib\.)?redirect_stderr"
+    r"|os\.putenv|(os\.)?environ\.(setdefault|update|pop|clear)|.*\.addHandler|(contextlib\.)?redirect_stderr"
 )
 """Calls that change what the program has in common with its tests if they are one process."""
 RECORDS = {"assertLogs", "assertNoLogs", "assertWarns", "assertWarnsRegex", "catch_warnings"}
@@ -170,6 +175,12 @@ def _out_of_reach(body: list[ast.stmt], own: set[str]) -> str | None:
         node for node in nodes if isinstance(node, ast.Assign) and re.search(r"\b[Pp]ath\b", ast.unparse(node.value))
     ]
     paths = {ast.unparse(target) for node in made for target in node.targets}
+    imported = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in nodes
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     for node in nodes:
         match node:
             case ast.ClassDef(bases=bases, keywords=keywords) if not _is_test(node):
@@ -181,7 +192,9 @@ def _out_of_reach(body: list[ast.stmt], own: set[str]) -> str | None:
             case ast.MatchClass(cls=kind) if _loads(kind) & {*own, "solution"}:
                 return f"{ast.unparse(kind)}, a class in a pattern"
             case ast.Assign(targets=targets):
-                changed = re.search(r"^(os\.environ|sys\.argv)\b", "\n".join(map(ast.unparse, targets)), re.MULTILINE)
+                changed = re.search(
+                    r"^((?:os\.)?environ|sys\.argv)\b", "\n".join(map(ast.unparse, targets)), re.MULTILINE
+                )
                 if changed:
                     return f"{changed[1]}, of the program's process"
             case ast.Call(func=function, args=arguments):
@@ -191,7 +204,7 @@ def _out_of_reach(body: list[ast.stmt], own: set[str]) -> str | None:
                     return "files that they share with the program"
                 owner = ast.unparse(function.value) if isinstance(function, ast.Attribute) else ""
                 of_path = last in OF_PATHS and (owner in paths or re.search(r"\b[Pp]ath\b", owner) is not None)
-                if FOLDERS.fullmatch(name) or of_path:
+                if FOLDERS.fullmatch(imported.get(name, name)) or of_path:
                     return "files that they share with the program"
                 raises = last in ("simplefilter", "filterwarnings") and not name.startswith("pytest.mark")
                 if (raises and "'error'" in map(ast.unparse, arguments)) or (STATE.fullmatch(name) and last not in own):
@@ -259,17 +272,15 @@ def given_by(prompt: str, program: str, suite: Suite, entry: str | None) -> str:
         body = ast.parse(program).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ""
-    own = (
-        {node.name for node in body if isinstance(node, _Defines)} | suite.names.keys() | ({entry} if entry else set())
-    )
+    own = {node.name for node in body if isinstance(node, _Defines)} | suite.asked | ({entry} if entry else set())
     if any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in body):
         return ""
     given = [
         node
         for node in _code_of(prompt)
-        if isinstance(node, _Imports)
+        if (isinstance(node, _Imports) and getattr(node, "module", "") != "__future__")
         or (isinstance(node, ast.ClassDef) and node.name not in own)
-        or _is_constant(node)
+        or (_is_constant(node) and not _bound(node) & (own | BUILTINS))
         or _is_whole(node, own)
     ]
     ignored = ast.ExceptHandler(ast.Name("Exception", ast.Load()), None, [ast.Pass()])  # what the program may not need
@@ -307,6 +318,11 @@ def _is_constant(node: ast.stmt) -> bool:
     if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
         return False
     return not any(isinstance(part, ast.Name | ast.Call | ast.Lambda) for part in ast.walk(node.value))
+
+
+def _bound(node: ast.stmt) -> set[str]:
+    """The names that an assignment binds."""
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
 
 
 def _is_text(node: ast.stmt) -> bool:

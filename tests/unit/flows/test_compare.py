@@ -229,15 +229,28 @@ def test_runs_that_another_process_has_are_left_to_it_and_waited_for(bench: Benc
 def test_two_processes_make_each_trial_and_each_run_once(bench: Bench) -> None:
     tune = {"grid": {"dpo.beta": [0.1, 0.5]}, "seeds": [7]}
     experiments = [bench.load(tune=tune) for _ in range(2)]
+    trainings: list[str] = []
+
+    def noted(run: IterativeRun, round: int, *given: Any) -> PolicyCheckpoint:
+        trainings.append(f"{run.dir.root} {round}")
+        return trained(run, round, *given)
+
     with ThreadPoolExecutor(2) as pool:
         samplers = [CountingSampler() for _ in experiments]
         pages = [
-            pool.submit(compare, experiment, progress=Progress(io.StringIO()), sampler=sampler, stages=STAGES)
+            pool.submit(
+                compare,
+                experiment,
+                progress=Progress(io.StringIO()),
+                sampler=sampler,
+                stages=STAGES._replace(train=noted),
+            )
             for experiment, sampler in zip(experiments, samplers, strict=True)
         ]
         for page in pages:
             assert page.result(timeout=120).exists()
     assert all(sampler.asked for sampler in samplers)
+    assert len(set(trainings)) == len(trainings)
     together = read_json(bench.root / "out" / "compare.json")
     shutil.rmtree(bench.root / "out")
     alone = bench.run(tune=tune)

@@ -17,7 +17,7 @@ from torch import Tensor
 from iterdpo.training import attention
 from iterdpo.training.attention import TREE, Sequences, TreeLayout, tree_attention, tree_layout, use_layout
 from iterdpo.training.collate import Tree
-from iterdpo.training.logps import Scorer, _of_rows, select_logp_path
+from iterdpo.training.logps import Scorer, _read_only, select_logp_path
 
 VOCAB = 60
 SHAPE = [(5, [3, 6]), (2, [1]), (7, [4, 4, 2])]  # prompts and their branches; 34 tokens
@@ -190,8 +190,12 @@ class Flash3:
         return [output, lse, q.new_zeros(0), q.new_zeros(0)]
 
     def bwd(self, *tensors: Tensor, **settings: Any) -> list[Tensor]:
-        made = flash_backward(*tensors, (), *self.told(settings), causal=settings["is_causal"])
-        return [*made, torch.zeros(0)]
+        inputs, outputs = tensors[:6], tensors[6:]
+        for output, made in zip(
+            outputs, flash_backward(*inputs, (), *self.told(settings), causal=settings["is_causal"]), strict=True
+        ):
+            output.copy_(made)
+        return [torch.zeros(0)] * 5
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -448,19 +452,24 @@ def test_the_last_layer_computes_what_is_read_and_no_more() -> None:
     hook.remove()
 
 
-def test_an_mlp_that_says_more_than_its_output_computes_everything() -> None:
-    use_layout(tree_layout([(3, [2])], 8))
-    causal = built("Llama")
+def test_an_mlp_that_says_more_than_its_output_computes_what_is_read_too() -> None:
+    layout = tree_layout([(3, [2])], 8)  # read after the prompt, and after the branch's first token
+    use_layout(layout)
+
+    class Routed(torch.nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, str]:
+            assert x.shape == (1, 2, 4)
+            return x + 1, "routed"
+
+    routed, causal = Routed(), built("Llama")
+    _read_only(causal, [routed])
+    _read_only(causal, [routed])
+    assert len(routed._forward_hooks) == len(routed._forward_pre_hooks) == 1
     wanted, causal.config._attn_implementation = causal.config._attn_implementation, TREE
-    asked: list[int] = []
-
-    def forward(x: Tensor) -> tuple[Tensor, str]:
-        asked.append(x.shape[1])
-        return x, "routed"
-
-    output, more = _of_rows(forward, causal)(torch.ones(1, 8, 4))  # type: ignore[arg-type]
-    assert (output.shape, more, asked) == ((1, 8, 4), "routed", [2, 8])
+    output, more = routed(torch.ones(1, 8, 4))
     causal.config._attn_implementation = wanted
+    assert more == "routed"
+    assert output[0, :, 0].tolist() == [2 if i in (2, 3) else 0 for i in range(8)]
 
 
 @pytest.mark.parametrize("name", ONE_ROW)

@@ -30,6 +30,8 @@ class TestPrograms:
         assert program_of("```python\r\na\r\n```\r\nx") == "a\n"
         assert program_of("```python\nreturn a + b```") == "return a + b"
         assert program_of("```python\na\n```<|im_end|>") == "a\n"
+        assert program_of("```python\n'Example: ```f(3)```'\na\n```") == "'Example: ```f(3)```'\na\n"
+        assert program_of("- so\n  ```python\n\n  def f(): ...\n  ```") == "\ndef f(): ...\n"
         assert program_of("```python\nx = '''\n  \n'''\n```") == "x = '''\n  \n'''\n"
         assert program_of("1. So:\n   ```python\n   if x:\n       y\n   ```") == "if x:\n    y\n"
 
@@ -41,6 +43,8 @@ class TestPrograms:
             == "def add(*x): ...\n"
         )
         assert program_of(f"```python\n{ADD}```\n{example}", {"sub"}) == "print(add(1, 2))\n"
+        for last in ("class Solution:\n    def add(self, a, b): return a + b\n", "add = lambda a, b: a + b\n"):
+            assert program_of(f"```python\n{ADD}```\n```python\n{last}```", {"add"}) == last
 
 
 @pytest.mark.skipif(bool(sandbox_problems()), reason="this machine has no sandbox")
@@ -223,6 +227,11 @@ class TestCodeTests:
             "import sys\nsys.argv = ['prog', '3']\nassert args() == 3",
             "from decimal import getcontext\ngetcontext().prec = 6\nassert add(1, 2) == 3",
             "import warnings\nwarnings.simplefilter('error')\nassert add(1, 2) == 3",
+            "from os.path import exists\nsave('a')\nassert exists('a')",
+            "import os\nos.environ.setdefault('K', 'v')\nassert key() == 'v'",
+            "from os import environ\nenviron['K'] = 'v'\nassert key() == 'v'",
+            "import decimal\nwith decimal.localcontext() as c: assert add(1, 2) == 3",
+            "import logging\nlogging.getLogger('app').addHandler(logging.NullHandler())\nassert add(1, 2) == 3",
         ):
             assert "need what the sandbox lacks" in reason(self.JUDGE, ADD, tests=tests)
 
