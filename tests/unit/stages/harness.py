@@ -95,11 +95,13 @@ class Room:
         stream: bool | None = None,
         heldout_judge: JudgeBase | None = None,
         progress: Progress | None = None,
+        share_gpus: bool = False,
         **sections: dict[str, Any],
     ) -> IterativeRun:
         """The run, with other values in some sections: `open(sampling={"n": 3})`."""
         changed = {name: {**section, **sections.get(name, {})} for name, section in self.sections.items()}
-        config = Config.model_validate({"run_dir": str(self.root / "run"), "rounds": rounds, "seed": seed, **changed})
+        own = {"run_dir": str(self.root / "run"), "rounds": rounds, "seed": seed, "share_gpus": share_gpus}
+        config = Config.model_validate({**own, **changed})
         heldout = NamedJudge("heldout_judge", "other", "1", lambda: heldout_judge) if heldout_judge else None
         run = IterativeRun(
             config,
