@@ -323,6 +323,7 @@ class Laps:
 
     @property
     def seconds(self) -> list[float]:
+        """Of each lap so far, once the GPU has ended the last."""
         pairs = itertools.pairwise(self._marks)
         if self._marks and not isinstance(self._marks[0], float):
             self._marks[-1].synchronize()

@@ -2,8 +2,8 @@
 
 Everything is below the experiment's directory: `<arm>/seed-<n>`, and the trials of tuned settings in `tuning/`. Run
 again, it goes on: a finished step is not repeated. Run several times at once, each process takes the runs that no other
-has, and waits for the rest. A step that another run of the same seed has already made from the
-same inputs is taken from there: round 0 and the first round's completions are made once for all arms.
+has, and waits for the rest. A step that another run of the same seed has already made from the same inputs is taken from
+there: round 0 and the first round's completions are made once for all arms.
 """
 
 from __future__ import annotations

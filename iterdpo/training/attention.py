@@ -41,6 +41,7 @@ def register() -> None:
 
 
 def layout_in_use() -> TreeLayout | None:
+    """The layout of the row that `use_layout` set last; it stays set when rows of another kind follow."""
     return _layout
 
 
@@ -448,25 +449,27 @@ def _flash_3(device: torch.device) -> Any:
     return torch.ops.flash_attn_3
 
 
+def _as_named(queries: Sequences, keys: Sequences, scale: float, causal: bool) -> dict[str, Any]:
+    """What both calls of FlashAttention 3 are told, by its names."""
+    return {
+        "cu_seqlens_q": queries.ends,
+        "cu_seqlens_k": keys.ends,
+        "max_seqlen_q": queries.longest,
+        "max_seqlen_k": keys.longest,
+        "softmax_scale": scale,
+        "is_causal": causal,
+    }
+
+
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, queries: Sequences, keys: Sequences, scale: float, *, causal: bool
 ) -> tuple[Tensor, Tensor, State]:
     """Attention of each sequence of queries to the keys of its number: [T, H, d], and log-sum-exps [H, T] in float32."""
-    lengths = (queries.ends, keys.ends, queries.longest, keys.longest)
     if (flash_3 := _flash_3(query.device)) is not None:
-        output, lse, *_ = flash_3.fwd(
-            query,
-            key,
-            value,
-            cu_seqlens_q=queries.ends,
-            cu_seqlens_k=keys.ends,
-            max_seqlen_q=queries.longest,
-            max_seqlen_k=keys.longest,
-            softmax_scale=scale,
-            is_causal=causal,
-            num_splits=1,
-        )
+        # Several splits would be added in no certain order.
+        output, lse, *_ = flash_3.fwd(query, key, value, **_as_named(queries, keys, scale, causal), num_splits=1)
         return output, lse, ()
+    lengths = (queries.ends, keys.ends, queries.longest, keys.longest)
     output, lse, *state, _ = torch.ops.aten._flash_attention_forward(
         query, key, value, *lengths, 0.0, causal, False, scale=scale
     )
@@ -488,25 +491,12 @@ def _flash_backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for query, key and value."""
-    lengths = (queries.ends, keys.ends, queries.longest, keys.longest)
     if (flash_3 := _flash_3(query.device)) is not None:
         made = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
-        flash_3.bwd(  # what it returns differs between its versions
-            gradient,
-            query,
-            key,
-            value,
-            output,
-            lse,
-            *made,
-            cu_seqlens_q=queries.ends,
-            cu_seqlens_k=keys.ends,
-            max_seqlen_q=queries.longest,
-            max_seqlen_k=keys.longest,
-            softmax_scale=scale,
-            is_causal=causal,
-        )
+        # What it returns differs between its versions.
+        flash_3.bwd(gradient, query, key, value, output, lse, *made, **_as_named(queries, keys, scale, causal))
         return made
+    lengths = (queries.ends, keys.ends, queries.longest, keys.longest)
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
         gradient, query, key, value, output, lse, *lengths, 0.0, causal, *state, scale=scale
     )

@@ -151,23 +151,20 @@ def _read_only(causal: Any, modules: Sequence[torch.nn.Module]) -> None:
     `select_logp_path` finds out whether a model allows it.
     """
 
-    def read(width: int) -> Tensor | None:
-        layout = attention.layout_in_use()
-        trees = causal.config._attn_implementation == attention.TREE and layout is not None
-        return layout.read if trees and layout is not None and width == len(layout.tree) else None
+    def layout() -> attention.TreeLayout | None:
+        return attention.layout_in_use() if causal.config._attn_implementation == attention.TREE else None
 
-    def narrowed(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        x, *rest = inputs  # [1, N, D]
-        rows = read(x.shape[1])
-        return None if rows is None else (x.index_select(1, rows), *rest)
+    def narrowed(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:  # [1, N, D] to [1, R, D]
+        x, *rest = inputs
+        trees = layout()
+        return None if trees is None else (x.index_select(1, trees.read), *rest)
 
-    def widened(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+    def widened(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:  # [1, R, D'] to [1, N, D']
         if isinstance(output, tuple):  # as of some mixtures of experts, with what their router says
             return (widened(module, inputs, output[0]), *output[1:])
-        layout = attention.layout_in_use()
-        if layout is None or read(len(layout.tree)) is None or output.shape[1] != len(layout.read):
+        if (trees := layout()) is None:
             return output
-        return output.new_zeros(1, len(layout.tree), output.shape[-1]).index_copy(1, layout.read, output)
+        return output.new_zeros(1, len(trees.tree), output.shape[-1]).index_copy(1, trees.read, output)
 
     for module in modules:
         if not getattr(module, "_reads_only", False):

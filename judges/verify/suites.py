@@ -71,7 +71,7 @@ class Suite:
     in_place: bool = False
     """Whether the prompt asks for a change in place, so that a function which returns a number changes its arguments."""
 
-    @property
+    @functools.cached_property
     def asked(self) -> set[str]:
         """The names that a program has to define."""
         steps = [step for steps in self.tests for step in steps]
@@ -123,7 +123,7 @@ def _of_texts(texts: tuple[str, ...], column: str, entry: str | None, prompt: st
     bodies = [_parsed(text, column) for text in texts]
     tests = [_steps(body, entry) for body in bodies]
     whole = [statement for body in bodies for statement in body]
-    names = _names(whole)
+    names, checked = _names(whole), _checked(whole, entry)
     if lacking := _out_of_reach(whole, {name for name, module in names.items() if not module}):
         raise BadTests(f"the tests of column {column!r} need what the sandbox lacks: {lacking}")
     suite = Suite(
@@ -131,36 +131,27 @@ def _of_texts(texts: tuple[str, ...], column: str, entry: str | None, prompt: st
         names,
         wants_entry=any(map(_wants_entry, tests)),
         objects=_uses_objects(whole, prompt),
-        functions=_capital_functions(whole, prompt, _checked(whole, entry)),
+        functions=_capital_functions(whole, prompt, checked),
         in_place=re.search(r"\bin[- ]?place\b", prompt, re.IGNORECASE) is not None,
     )
-    return _with_helpers(suite, _checked(whole, entry), prompt)
+    return _with_helpers(suite, checked, prompt)
 
 
+FILES = {
+    "open", "NamedTemporaryFile", "TemporaryFile", "TemporaryDirectory", "mkdtemp", "mkstemp", "read_text", "write_text",
+}  # fmt: skip
+"""Functions and methods with files, by the last part of their names."""
 FOLDERS = re.compile(
     r"os\.(path\.)?(exists|isfile|isdir|getsize|listdir|scandir|walk|stat|remove|unlink|makedirs|mkdir|rmdir|rename|replace|chdir)"
     r"|shutil\.\w+|glob\.i?glob|sqlite3\.connect|tempfile\.gettempdir"
 )
-FILES = {
-    "open", "NamedTemporaryFile", "TemporaryFile", "TemporaryDirectory", "mkdtemp", "mkstemp", "read_text", "write_text",
-}  # fmt: skip
 OF_PATHS = {
-    "exists",
-    "is_file",
-    "is_dir",
-    "iterdir",
-    "unlink",
-    "mkdir",
-    "rmdir",
-    "rename",
-    "touch",
-    "stat",
-    "read_bytes",
-    "write_bytes",
-}
+    "exists", "is_file", "is_dir", "iterdir", "unlink", "mkdir", "rmdir", "rename", "touch", "stat", "read_bytes", "write_bytes",
+}  # fmt: skip
+"""Methods of a path that need its file. `FOLDERS` has functions of modules, by their whole names."""
 STATE = re.compile(
-    r"(decimal\.)?(getcontext|setcontext|localcontext)|random\.(getstate|setstate)|sys\.(set_int_max_str_digits|settrace)"
-    r"|os\.putenv|(os\.)?environ\.(setdefault|update|pop|clear)|.*\.addHandler|(contextlib\.)?redirect_stderr"
+    r"decimal\.(getcontext|setcontext|localcontext)|random\.(getstate|setstate)|sys\.(set_int_max_str_digits|settrace)"
+    r"|os\.putenv|os\.environ\.(setdefault|update|pop|clear)|.*\.addHandler|contextlib\.redirect_stderr"
 )
 """Calls that change what the program has in common with its tests if they are one process."""
 RECORDS = {"assertLogs", "assertNoLogs", "assertWarns", "assertWarnsRegex", "catch_warnings"}
@@ -181,6 +172,13 @@ def _out_of_reach(body: list[ast.stmt], own: set[str]) -> str | None:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
+
+    def whole_name(node: ast.expr) -> str:
+        """Its text, with a name that is imported from a module as the module's."""
+        first, dot, rest = ast.unparse(node).partition(".")
+        name, bracket, key = first.partition("[")
+        return f"{imported.get(name, name)}{bracket}{key}{dot}{rest}"
+
     for node in nodes:
         match node:
             case ast.ClassDef(bases=bases, keywords=keywords) if not _is_test(node):
@@ -192,22 +190,20 @@ def _out_of_reach(body: list[ast.stmt], own: set[str]) -> str | None:
             case ast.MatchClass(cls=kind) if _loads(kind) & {*own, "solution"}:
                 return f"{ast.unparse(kind)}, a class in a pattern"
             case ast.Assign(targets=targets):
-                changed = re.search(
-                    r"^((?:os\.)?environ|sys\.argv)\b", "\n".join(map(ast.unparse, targets)), re.MULTILINE
-                )
-                if changed:
-                    return f"{changed[1]}, of the program's process"
+                for name in map(whole_name, targets):
+                    if re.match(r"(os\.environ|sys\.argv)\b", name):
+                        return f"{name}, of the program's process"
             case ast.Call(func=function, args=arguments):
-                name = ast.unparse(function)
+                name = whole_name(function)
                 last = name.rpartition(".")[2]
                 if last in FILES and last not in own and not _is_own_open(function, arguments, paths):
                     return "files that they share with the program"
                 owner = ast.unparse(function.value) if isinstance(function, ast.Attribute) else ""
                 of_path = last in OF_PATHS and (owner in paths or re.search(r"\b[Pp]ath\b", owner) is not None)
-                if FOLDERS.fullmatch(imported.get(name, name)) or of_path:
+                if FOLDERS.fullmatch(name) or of_path:
                     return "files that they share with the program"
                 raises = last in ("simplefilter", "filterwarnings") and not name.startswith("pytest.mark")
-                if (raises and "'error'" in map(ast.unparse, arguments)) or (STATE.fullmatch(name) and last not in own):
+                if (raises and "'error'" in map(ast.unparse, arguments)) or STATE.fullmatch(name):
                     return f"{name}, of the program's process"
                 if last in RECORDS:
                     return f"{last}, of the program's process"

@@ -226,7 +226,14 @@ def test_runs_that_another_process_has_are_left_to_it_and_waited_for(bench: Benc
     assert read_json(experiment.out / "compare.json")["missing"] == []
 
 
-def test_two_processes_make_each_trial_and_each_run_once(bench: Bench) -> None:
+def test_two_processes_make_each_trial_and_each_run_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = module.open_run
+
+    def late(*args: Any, **settings: Any) -> IterativeRun:  # so that the other process has ended the trial meanwhile
+        time.sleep(0.3)
+        return opened(*args, **settings)
+
+    monkeypatch.setattr(module, "open_run", late)
     tune = {"grid": {"dpo.beta": [0.1, 0.5]}, "seeds": [7]}
     experiments = [bench.load(tune=tune) for _ in range(2)]
     trainings: list[str] = []
@@ -332,6 +339,14 @@ def test_each_arm_tries_the_same_values_and_runs_with_its_best(bench: Bench) -> 
     assert not list((bench.root / "out/tuning").rglob("*.safetensors"))  # of no further use
     asked = len(bench.sampler.asked)
     bench.run(arms=arms, tune=tune)
+    assert len(bench.sampler.asked) == asked
+
+
+def test_a_trial_is_not_made_again_since_the_gpus_are_shared(bench: Bench) -> None:
+    tune = {"grid": {"dpo.beta": [0.1]}, "seeds": [7]}
+    bench.run(tune=tune)
+    asked = len(bench.sampler.asked)
+    bench.run("share_gpus=true", tune=tune)
     assert len(bench.sampler.asked) == asked
 
 
